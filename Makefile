@@ -1,0 +1,60 @@
+# Two commands to know: `make demo` and `make test`. Each makes its own environment in .venv on the first run.
+#
+#   PYTHON=python3.12 make test        another interpreter (3.11 or newer)
+#   make demo MODEL=path-or-hub-name   another model
+
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?=
+STAMP  := $(VENV)/.installed
+BIN    := $(VENV)/bin
+# Packages that a GPU user's pip finds by the same pin in its CUDA build, and a CPU machine in what it has at hand.
+TORCH  := torch==2.13.0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint unit format bench clean
+
+help:
+	@echo "make demo    quantize a small model, finetune adapters on it, show what it cost and bought (demo-report/)"
+	@echo "             MODEL=path-or-hub-name for another model; ARGS='--steps 50' for other settings"
+	@echo "make test    formatting, lint, types and every test"
+	@echo "make lint    formatting, lint and types only"
+	@echo "make unit    tests only; ARGS='-k walk' to choose"
+	@echo "make format  format the sources in place"
+	@echo "make bench   measurements: quality of the quantizers, memory of a training step"
+	@echo "make clean   remove the environment, the caches and the demo's report"
+
+demo: $(STAMP)
+	$(BIN)/python demo/demo.py $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+test: lint unit
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict llmtools
+
+# Two workers with one thread each: the models are tiny, and threads would only wait for one another.
+unit: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)
+	@for script in benchmarks/*.py; do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python "$$script" || exit 1; done
+
+# torch comes first and alone, so that pip takes the build that fits this machine before anything else asks for one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "llmtools needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	      echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[train,plot,dev]' -c constraints.txt
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) demo-report build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find llmtools tests demo examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,79 @@
+"""Quantize a large language model to 4, 3 or 2 bits with any quantizer, and finetune LoRA adapters on top.
+
+Where the ideas live: `llmtools.quant` (what a quantizer is, and ours), `llmtools.nn` (a linear layer that
+materialises its weight only while it multiplies: ModuLoRA, arXiv:2309.16119), `llmtools.model` (walking a network,
+checkpoints), `llmtools.data`, `llmtools.recipes` and the command line. The names below are the ones most programs
+need:
+
+    model = AutoModelForCausalLM.from_pretrained(name)
+    report = llmtools.quantize(model, "optq", llmtools.calibration(text, tokenizer), bits=3, group_size=64)
+    llmtools.save(model, tokenizer, "model-3bit")
+    model, tokenizer = llmtools.load("model-3bit")          # or AutoModelForCausalLM.from_pretrained("model-3bit")
+    model = peft.get_peft_model(llmtools.prepare_for_training(model), peft.LoraConfig(target_modules="all-linear"))
+
+Importing this package is light (no torch) and teaches transformers to open our checkpoints: see `llmtools._hook`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from . import _hook
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .data.calibration import calibration as calibration
+    from .data.metrics import perplexity as perplexity
+    from .data.tasks import tasks as tasks
+    from .errors import CheckpointError as CheckpointError
+    from .errors import InputError as InputError
+    from .model.checkpoint import load as load
+    from .model.checkpoint import save as save
+    from .model.hub import LLMToolsConfig as LLMToolsConfig
+    from .model.quantize import quantize as quantize
+    from .nn.adapters import dequantize as dequantize
+    from .nn.adapters import merge as merge
+    from .nn.adapters import prepare_for_training as prepare_for_training
+    from .nn.linear import QuantizedLinear as QuantizedLinear
+    from .quant import Quantizer as Quantizer
+    from .quant import quantizer as quantizer
+    from .quant import quantizers as quantizers
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "InputError": "errors",
+    "LLMToolsConfig": "model.hub",
+    "QuantizedLinear": "nn.linear",
+    "Quantizer": "quant",
+    "calibration": "data.calibration",
+    "dequantize": "nn.adapters",
+    "load": "model.checkpoint",
+    "merge": "nn.adapters",
+    "perplexity": "data.metrics",
+    "prepare_for_training": "nn.adapters",
+    "quantize": "model.quantize",
+    "quantizer": "quant",
+    "quantizers": "quant",
+    "save": "model.checkpoint",
+    "tasks": "data.tasks",
+}
+"""Public name → the module that defines it, imported on first use."""
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
+
+
+_hook.install()

@@ -1,0 +1,319 @@
+"""The command line: ``llmtools VERB --key value``. Verbs are recipes; their options come from the recipes' dataclasses.
+
+``--config FILE.yaml`` gives options by file, flags after it override them, ``--print_config`` writes such a file,
+``--json`` prints the result as data. What a user did wrong is one line on stderr and exit code 2; nothing heavy is
+imported for help.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import re
+import sys
+import textwrap
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .errors import InputError, did_you_mean
+
+
+class Verb(NamedTuple):
+    """A recipe as a command: where it is, what it is for, how it is called."""
+
+    module: str
+    options: str
+    function: str
+    summary: str
+    example: str
+    positional: str | None = None
+    """the option that may be given without its name"""
+
+
+VERBS = {
+    "quantize": Verb(
+        "quantize",
+        "Quantize",
+        "quantize",
+        "quantize a model and write a checkpoint",
+        """\
+llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
+  --samples 64 --tokens 512 --out QDIR
+llmtools quantize --model DIR --quantizer nf4 --out QDIR
+llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
+    ),
+    "finetune": Verb(
+        "finetune",
+        "Finetune",
+        "finetune",
+        "train LoRA adapters on a model, quantized or not",
+        """\
+llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --lora.r 8 --lora.alpha 32 --training.max_steps 200
+llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200 --resume
+llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --training.num_train_epochs 1""",
+    ),
+    "evaluate": Verb(
+        "evaluate",
+        "Evaluate",
+        "evaluate",
+        "measure a model on a task: perplexity, or answers",
+        """\
+llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
+llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json""",
+    ),
+    "generate": Verb(
+        "generate",
+        "Generate",
+        "generate",
+        "let a model write on from a prompt",
+        """\
+llmtools generate --model QDIR --adapter ADAPTER --prompt "Once upon a time"
+llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --seed 1 --json""",
+    ),
+    "check": Verb(
+        "check",
+        "Check",
+        "check",
+        "run the laws of a quantizer over drawn weights",
+        """\
+llmtools check optq --options.bits 3
+llmtools check mypackage:MyQuantizer""",
+        positional="quantizer",
+    ),
+    "list": Verb(
+        "listing",
+        "List",
+        "listing",
+        "show quantizers and tasks, or the options of one",
+        """\
+llmtools list
+llmtools list optq""",
+        positional="name",
+    ),
+    "env": Verb("env", "Env", "env", "show versions, device, compiler, threads", "llmtools env --json"),
+}
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. 0: done; 1: a check failed; 2: something the user can mend, said in one line; 130: Ctrl-C."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get("LLMTOOLS_DEBUG", "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        from . import __version__
+
+        print(__version__)
+        return 0
+    former = os.environ.get("LLMTOOLS_DEBUG")
+    if debug:
+        os.environ["LLMTOOLS_DEBUG"] = "1"
+    handler = _log_to_stderr(debug)
+    try:
+        with warnings.catch_warnings():
+            if not debug:  # libraries on each other's future names
+                warnings.simplefilter("ignore", FutureWarning)
+            return _run(args[0], args[1:])
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("llmtools: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except (InputError, OSError, ImportError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"llmtools {args[0]}: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise  # a mistake of ours, with its traceback
+        if debug:
+            traceback.print_exc()
+        print(f"llmtools {args[0]}: not enough memory on the device: {_one_line(error)}", file=sys.stderr)
+        return 2
+    finally:
+        logging.getLogger("llmtools").removeHandler(handler)
+        if debug and former is None:
+            del os.environ["LLMTOOLS_DEBUG"]
+
+
+def _run(name: str, args: list[str]) -> int:
+    if name not in VERBS:
+        raise InputError(f"no such command; {did_you_mean(name, VERBS)}")
+    verb = VERBS[name]
+    module = importlib.import_module(f".recipes.{verb.module}", __package__)
+    options = getattr(module, verb.options)
+    if verb.positional and args and not args[0].startswith("-"):
+        args = [f"--{verb.positional}", *args]
+    as_json = "--json" in args
+    parser = _parser(name, verb, options)
+    recipe = _parse(parser, name, options, _flags([arg for arg in args if arg != "--json"], options))
+    if recipe is None:
+        return 0
+    result = getattr(module, verb.function)(recipe)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False, default=str))
+    else:
+        print(result)
+    sys.stdout.flush()
+    return int(getattr(result, "exit_code", 0))
+
+
+def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=f"llmtools {name}",
+        description=(options.__doc__ or "").strip(),
+        epilog="examples:\n" + textwrap.indent(verb.example, "  "),
+        formatter_class=_Help(),
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="a YAML of these options; flags after it override it")
+    parser.add_class_arguments(options, as_group=False)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _Help() -> Any:  # a class made on demand, so that jsonargparse is not imported for the overview
+    from jsonargparse import DefaultHelpFormatter
+
+    class Help(DefaultHelpFormatter):
+        """Keeps the lines of the examples as they are."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            if text.startswith("examples:"):
+                return text
+            return str(super()._fill_text(text, width, indent))
+
+    return Help
+
+
+def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
+    """The recipe that the arguments make; None where help or the configuration was asked for and printed."""
+    import argparse
+
+    try:
+        parsed = parser.parse_args(args)
+    except SystemExit as stopped:
+        if stopped.code in (0, None):
+            return None
+        raise InputError("these arguments cannot be read; see --help") from stopped
+    except (argparse.ArgumentError, argparse.ArgumentTypeError, TypeError, ValueError) as error:
+        raise InputError(_readable(str(error), name, options)) from error
+    for extra in ("json", "debug", "config"):
+        parsed.pop(extra, None)
+    return options(**_values(parser.instantiate(parsed), options))
+
+
+def _values(parsed: Any, options: type[Any]) -> dict[str, Any]:
+    return {field.name: parsed[field.name] for field in dataclasses.fields(options)}
+
+
+def _readable(message: str, name: str, options: type[Any]) -> str:
+    """jsonargparse's messages in our manner: what was given, what is expected, the nearest name."""
+    known = _names(options)
+    if found := re.match(r"unrecognized arguments: (--?)?([^\s=]+)", message):
+        dashes, word = found.groups()
+        if not dashes:
+            return f"{word!r} is too much here; options are --key value (see llmtools {name} --help)"
+        return f"no option --{word}; {_near(word, known)}"
+    if found := re.match(r"Option '([^']+)' is not accepted", message):
+        return f"no key {found[1]!r}; {_near(found[1], known)}"
+    if found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        return f"no key '{found[1]}.{found[2]}'; {_near(f'{found[1]}.{found[2]}', known)}"
+    if found := re.match(r"the following arguments are required: (.*)", message):
+        missing = ", ".join(f"--{word.strip()}" for word in found[1].split(","))
+        return f"missing: {missing} (see llmtools {name} --help)"
+    if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, flags=re.DOTALL):
+        key, reason = found.groups()
+        if expected := re.findall(r"Expected an? (?:<class '(\w+)'>|([^\n.]+))", reason):
+            kinds = " or ".join(dict.fromkeys("null" if a == "NoneType" else a or b for a, b in expected))
+            given = re.search(r"(?:Given value|Got value): (.*)", reason)
+            return f"--{key} {given[1] if given else ''}: {kinds} is expected"
+        return f"--{key}: {' '.join(reason.split())}"
+    return " ".join(message.split())
+
+
+def _near(word: str, known: list[str]) -> str:
+    return did_you_mean(word, known).replace("(there are: ", "(there are: config, ", 1)
+
+
+def _names(options: type[Any], prefix: str = "") -> list[str]:
+    """Every option's name, nested ones with dots; those that take any key end in ``.*``."""
+    import typing
+
+    hints = typing.get_type_hints(options)
+    names: list[str] = []
+    for field in dataclasses.fields(options):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            names += _names(hints[field.name], f"{name}.")
+        else:
+            names.append(name)
+    return names
+
+
+def _flags(args: list[str], options: type[Any]) -> list[str]:
+    """``--resume`` alone means true: boolean options may go without a value."""
+    booleans = {f"--{field.name}" for field in dataclasses.fields(options) if field.type == "bool"}
+    following = [*args, ""][1:]
+    return [
+        f"{arg}=true" if arg in booleans and after.lower() not in ("true", "false") else arg
+        for arg, after in zip(args, following, strict=True)
+    ]
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    commands = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return f"""\
+usage: llmtools COMMAND [--config FILE.yaml] [--key value …] [--json]
+
+Quantize a language model to a few bits with any quantizer, finetune LoRA adapters on top, see how good it is.
+
+commands:
+{commands}
+
+examples:
+  llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt --out QDIR
+  llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200
+  llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt
+
+`llmtools COMMAND --help` shows the options; --debug (or LLMTOOLS_DEBUG=1) shows where an error came from."""
+
+
+def _log_to_stderr(debug: bool) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("llmtools")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    return handler
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory {error}".strip()
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

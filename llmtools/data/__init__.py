@@ -1,0 +1,7 @@
+"""Words: calibration windows, tasks to train on and to be judged by, and the measures that judge."""
+
+from .calibration import calibration, text_ids
+from .metrics import Perplexity, perplexity
+from .tasks import Task, tasks
+
+__all__ = ["Perplexity", "Task", "calibration", "perplexity", "tasks", "text_ids"]

@@ -1,0 +1,134 @@
+"""Text off the disk: documents for calibration and perplexity, rows for finetuning.
+
+Two kinds of file are read, plain or gzipped. A ``.txt`` is text; where a line says only ``<|endoftext|>`` one document
+ends and the next begins, and without such lines the file is one document. A ``.jsonl`` holds one JSON object a line.
+Everything that can be wrong with a line is said with the file and the line number, because that is what one then opens.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import InputError
+
+Row = dict[str, Any]
+
+SEPARATOR = "<|endoftext|>"
+"""A line of its own that ends a document in a ``.txt`` file, as TinyStories and many other dumps write it."""
+
+
+def read_documents(path: str | Path) -> list[str]:
+    """The documents of a ``.txt`` or ``.jsonl`` file, in order; empty ones are left out.
+
+    A JSONL row is its ``text``, or its ``prompt`` and ``completion`` written one after the other.
+
+    Raises InputError if the file is missing, of another kind, not UTF-8, or holds no text.
+    """
+    path = existing_file(path)
+    if kind(path) == "txt":
+        documents = list(_split(path))
+    else:
+        documents = [_as_document(path, number, row) for number, row in enumerate_rows(path)]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise InputError(f"{path} holds no text")
+    return documents
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The objects of a ``.jsonl`` file, or one ``{"text": …}`` for each document of a ``.txt`` file."""
+    path = existing_file(path)
+    if kind(path) == "txt":
+        return [{"text": document} for document in read_documents(path)]
+    rows = [row for _, row in enumerate_rows(path)]
+    if not rows:
+        raise InputError(f"{path} is empty; one JSON object a line is expected")
+    return rows
+
+
+def enumerate_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line number from 1, object) for each line of a JSONL file that is not blank."""
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}:{number}: this line is not JSON ({error.msg} at column {error.colno}); "
+                f"one JSON object a line is expected, it begins with {_shortened(line)}"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(
+                f'{path}:{number}: a JSON object is expected, such as {{"text": "…"}}, not {_shortened(line)}'
+            )
+        yield number, row
+
+
+def existing_file(path: str | Path) -> Path:
+    """`path` as a Path, if there is a file; InputError otherwise."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a .txt or .jsonl file (or .gz of one) is expected")
+    if not path.exists():
+        raise InputError(f"there is no file {path} (looked in {Path.cwd()})")
+    kind(path)
+    return path
+
+
+def kind(path: Path) -> str:
+    """``"txt"`` or ``"jsonl"``, by the name of the file without ``.gz``."""
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in (".jsonl", ".ndjson"):
+        return "jsonl"
+    if suffix in (".txt", ".raw", ".text", ".md"):
+        return "txt"
+    raise InputError(f"{path}: the name should end in .txt or .jsonl (or .gz of these), not {suffix!r}")
+
+
+def _split(path: Path) -> Iterator[str]:
+    document: list[str] = []
+    for line in _lines(path):
+        if line.strip() == SEPARATOR:
+            yield "".join(document)
+            document = []
+        else:
+            document.append(line)
+    yield "".join(document)
+
+
+def _as_document(path: Path, number: int, row: Row) -> str:
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return str(row["prompt"] + row["completion"])
+    raise InputError(
+        f'{path}:{number}: the row has neither "text" nor "prompt" and "completion" as strings '
+        f"(its keys: {', '.join(map(str, row)) or 'none'})"
+    )
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with _open(path) as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path} is not a whole gzip file: {error}") from error
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8")
+    return path.open(encoding="utf-8")
+
+
+def _shortened(line: str) -> str:
+    line = line.strip()
+    return repr(line if len(line) <= 40 else line[:40] + "…")

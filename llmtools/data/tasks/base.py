@@ -1,0 +1,139 @@
+"""What a task is: examples, the words they are put in, and a score.
+
+A task is a frozen dataclass; its fields are its options. A new one is a file like this, and one entry point in the
+group ``llmtools.tasks`` if it lives in another package:
+
+    @tasks.register("capitals")
+    @dataclass(frozen=True)
+    class Capitals(Task):
+        \"\"\"The capital of a country, scored by exact match.\"\"\"
+
+        data: str
+        template: ClassVar[Template] = Template("The capital of {country} is", " {capital}")
+
+        def train(self) -> list[Row]:
+            return [self.template.fill(fields) for fields in read_rows(self.data)]
+
+        def validation(self) -> list[Row]:
+            return self.train()
+
+A row has one of three forms, those of TRL: ``{"text"}`` (every token is learned), ``{"prompt", "completion"}`` and
+``{"messages"}``, a chat in the tokenizer's own template. `score` judges what the model wrote against the rows; the
+default is exact match. `evaluate` generates greedily and scores; a task judged otherwise (perplexity) replaces it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import string
+from abc import ABC
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from ...errors import InputError, did_you_mean
+from ...registry import Registry
+from ..generation import complete
+from ..metrics import OnStep
+from ..reading import Row
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+tasks: Registry[Task] = Registry("task", "llmtools.tasks")
+
+
+class Template(NamedTuple):
+    """The words around a row's fields: ``Template("Q: {question}\\nA:", " {answer}")``. Saved beside an adapter."""
+
+    prompt: str
+    completion: str
+
+    def fill(self, fields: Row, where: str = "row") -> Row:
+        """The row with a prompt and a completion. Raises InputError, led by `where`, for a field that is not there."""
+        return {
+            "prompt": _filled(self.prompt, fields, where),
+            "completion": _filled(self.completion, fields, where),
+        }
+
+
+class Task(ABC):
+    """A task: examples, template and score. Subclasses are frozen dataclasses whose fields are the options."""
+
+    name: ClassVar[str]
+    template: ClassVar[Template | None] = None
+    max_new_tokens: ClassVar[int] = 64
+    """How long an answer may get in `evaluate`."""
+
+    def train(self) -> list[Row]:
+        """The rows to train on."""
+        raise InputError(f"task {self.name!r} has nothing to train on; it only evaluates")
+
+    def validation(self) -> list[Row]:
+        """Rows held out of training, to choose by and to judge on; none by default."""
+        return []
+
+    def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
+        """Judges `outputs[i]`, the model's answer to `rows[i]`; the measure that counts comes first."""
+        hits = [output.strip() == answer(row).strip() for output, row in zip(outputs, rows, strict=True)]
+        return {"exact_match": sum(hits) / len(hits)}
+
+    def evaluate(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, on_step: OnStep | None = None
+    ) -> dict[str, Any]:
+        """Measures of `model` on the validation rows, the one that counts first, JSON-ready."""
+        rows = self.validation()
+        if not rows:
+            raise InputError(f"task {self.name!r} has no validation rows; name some, or use --task perplexity")
+        prompts = [prompt_text(row, tokenizer, where=f"row {index + 1}") for index, row in enumerate(rows)]
+        outputs = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, on_step=on_step)
+        return {**self.score(outputs, rows), "examples": len(rows)}
+
+
+def make_task(name: str, **options: Any) -> Task:
+    """The task called `name` with these options. Raises InputError for an unknown name or option, or a missing one."""
+    cls = tasks.get(name)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in options:
+        if key not in fields:
+            raise InputError(f"task {name!r} has no option {key!r}; {did_you_mean(key, fields)}")
+    for key, field in fields.items():
+        no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if no_default and options.get(key) is None:
+            raise InputError(f"task {name!r} needs {key!r}: pass --{key} (a field of the recipe or one of its options)")
+    return cls(**options)
+
+
+def answer(row: Row) -> str:
+    """What the model should write after the prompt."""
+    if "completion" in row:
+        return str(row["completion"])
+    if "messages" in row:
+        return str(row["messages"][-1]["content"])
+    raise InputError("a row of plain text has no answer to compare with; use --task perplexity")
+
+
+def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, *, where: str = "row") -> str:
+    """What the model is given: the prompt, or the chat up to the last answer in the tokenizer's template."""
+    if "prompt" in row:
+        return str(row["prompt"])
+    if "messages" in row:
+        needs_chat_template(tokenizer)
+        return str(tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True))
+    raise InputError(f"{where}: plain text has no prompt; use --task perplexity")
+
+
+def needs_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError if the tokenizer has no template to write a chat in."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            "the data are chats (messages), but the model's tokenizer has no chat template; use a model that has one "
+            '(often called "instruct" or "chat"), or write the data as "prompt" and "completion"'
+        )
+
+
+def _filled(template: str, fields: Row, where: str) -> str:
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    for name in names:
+        if name not in fields:
+            raise InputError(f"{where}: no field {name!r} for the template {template!r}; {did_you_mean(name, fields)}")
+    return template.format_map({name: fields[name] for name in names})

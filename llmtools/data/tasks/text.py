@@ -1,0 +1,159 @@
+"""The user's own data: a text to go on like, questions with answers, or chats.
+
+A ``.txt`` file is learned as it stands. The rows of a ``.jsonl`` file have one form throughout:
+
+    {"text": "…"}                                                         every token is learned
+    {"prompt": "…", "completion": "…"}                                    the completion is learned
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}     a chat
+
+Rows with other fields become questions and answers by a template: ``--options.prompt "Q: {question}\\nA:"
+--options.completion " {answer}"``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from ...errors import InputError, did_you_mean
+from ..reading import Row, enumerate_rows, existing_file, kind, read_rows
+from .base import Task, Template, tasks
+
+FORMS: dict[str, tuple[str, ...]] = {
+    "text": ("text",),
+    "prompt": ("prompt", "completion"),
+    "messages": ("messages",),
+}
+
+
+@tasks.register("text")
+@dataclass(frozen=True)
+class TextTask(Task):
+    """Your own .txt or .jsonl file: text, prompt and completion, or chat messages."""
+
+    data: str
+    """the file to train on"""
+    validation_data: float | str = 0.0
+    """a file to validate on, or the share of `data` that is held out for it (0.1 is a tenth)"""
+    prompt: str | None = None
+    """template of the prompt from a row's fields, such as "Q: {question}\\nA:" """
+    completion: str | None = None
+    """template of the completion, such as " {answer}" """
+    seed: int = 0
+    """of the choice of the rows that are held out"""
+
+    def train(self) -> list[Row]:
+        if (halves := self._halves()) is not None:
+            return [halves[0]]
+        rows = self._rows(self.data)
+        held_out = self._held_out(len(rows))
+        return [row for index, row in enumerate(rows) if index not in held_out]
+
+    def validation(self) -> list[Row]:
+        if isinstance(self.validation_data, str):
+            return self._rows(self.validation_data)
+        if (halves := self._halves()) is not None:
+            return [halves[1]]
+        rows = self._rows(self.data)
+        return [rows[index] for index in sorted(self._held_out(len(rows)))]
+
+    def _rows(self, path: str) -> list[Row]:
+        if (self.prompt is None) != (self.completion is None):
+            raise InputError("a template has two halves: give both prompt and completion, or neither")
+        if self.prompt is not None and self.completion is not None:
+            template = Template(self.prompt, self.completion)
+            file = existing_file(path)
+            if kind(file) != "jsonl":
+                raise InputError(f"{file}: a template fills in the fields of .jsonl rows; a text file has none")
+            return [template.fill(row, f"{file}:{number}") for number, row in enumerate_rows(file)]
+        return rows_of_one_form(path)
+
+    def _halves(self) -> tuple[Row, Row] | None:
+        """One long text, cut at the end of a line: its end is held out. None for anything else."""
+        share = self.validation_data
+        if isinstance(share, str) or not 0 < share < 1 or kind(existing_file(self.data)) != "txt":
+            return None
+        rows = self._rows(self.data)
+        if len(rows) > 1:
+            return None
+        text = str(rows[0]["text"])
+        cut = text.find("\n", int(len(text) * (1 - share))) + 1
+        return ({"text": text[:cut]}, {"text": text[cut:]}) if text[:cut].strip() and text[cut:].strip() else None
+
+    def _held_out(self, count: int) -> set[int]:
+        if isinstance(self.validation_data, str):
+            return set()
+        share = self.validation_data
+        if not 0 <= share < 1:
+            raise InputError(f"validation={share}: a share of the rows from 0 to below 1 is expected, or a file")
+        held_out = round(share * count)
+        if share > 0 and not 0 < held_out < count:
+            raise InputError(
+                f"validation={share} of {count} rows leaves {held_out} to validate on and {count - held_out} to train "
+                f"on; both are needed"
+            )
+        return set(Random(self.seed).sample(range(count), held_out))
+
+
+def rows_of_one_form(path: str | Path) -> list[Row]:
+    """The rows of a file with nothing but the fields of their form, which is that of the first row.
+
+    Raises InputError, with file and line, for a row of no form or of another.
+    """
+    file = existing_file(path)
+    if kind(file) == "txt":
+        return read_rows(file)
+    rows: list[Row] = []
+    form = ""
+    for number, row in enumerate_rows(file):
+        where = f"{file}:{number}"
+        found = form_of(row, where)
+        if form and found != form:
+            raise InputError(f"{where}: a row of the form {found!r} among rows of the form {form!r}; keep to one")
+        form = found
+        _check(row, form, where)
+        rows.append({key: row[key] for key in FORMS[form]})
+    if not rows:
+        raise InputError(f"{file} is empty; one JSON object a line is expected")
+    return rows
+
+
+def form_of(row: Row, where: str = "row") -> str:
+    """``"text"``, ``"prompt"`` or ``"messages"``, by the fields that are there."""
+    for form in ("messages", "prompt", "text"):
+        if all(key in row for key in FORMS[form]):
+            return form
+    near = did_you_mean(next(iter(row), ""), ["text", "prompt", "completion", "messages"])
+    raise InputError(
+        f'{where}: a row needs "text", or "prompt" and "completion", or "messages"; this one has '
+        f"{', '.join(map(repr, row)) or 'nothing'}; {near}"
+    )
+
+
+def _check(row: Row, form: str, where: str) -> None:
+    if form == "messages":
+        _check_messages(row["messages"], where)
+        return
+    for key in FORMS[form]:
+        if not isinstance(row[key], str):
+            raise InputError(f"{where}: {key!r} should be a string, not {type(row[key]).__name__}")
+    if not row[FORMS[form][-1]].strip():
+        raise InputError(f"{where}: {FORMS[form][-1]!r} is empty, there is nothing to learn")
+
+
+def _check_messages(messages: object, where: str) -> None:
+    well_formed = isinstance(messages, list) and messages and all(_is_message(message) for message in messages)
+    if not well_formed:
+        raise InputError(
+            f'{where}: "messages" should be a list of {{"role": …, "content": …}} with strings, and not be empty'
+        )
+    assert isinstance(messages, list)
+    if not any(message["role"] == "assistant" for message in messages[1:]):
+        raise InputError(f"{where}: no message of the role 'assistant' after another one, there is no answer to learn")
+
+
+def _is_message(message: object) -> bool:
+    return (
+        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    )

@@ -1,0 +1,47 @@
+"""What goes wrong because of an input, and how we say it: the value, what was expected, the way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+
+class InputError(ValueError):
+    """The user gave something that cannot work; the message names it and the way out. Shown without a traceback."""
+
+
+class CheckpointError(InputError):
+    """A folder on disk is not the checkpoint that it should be: missing, misshapen, truncated, too new."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The closing half of an error about an unknown name.
+
+    >>> did_you_mean("bit", ["bits", "group_size"])
+    "did you mean 'bits'? (there are: bits, group_size)"
+    """
+    choices = sorted(choices)
+    listing = f"(there are: {', '.join(choices)})" if choices else "(there are none)"
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? {listing}" if near else listing
+
+
+_where: ContextVar[str] = ContextVar("where", default="")
+
+
+@contextmanager
+def within(path: str) -> Iterator[None]:
+    """Messages raised or logged below speak of the module at `path`."""
+    token = _where.set(path)
+    try:
+        yield
+    finally:
+        _where.reset(token)
+
+
+def where() -> str:
+    """``"model.layers.0.mlp.up_proj: "`` inside `within`, else empty: the opening of a message."""
+    path = _where.get()
+    return f"{path}: " if path else ""

@@ -1,0 +1,4 @@
+"""Pure functions on tensors, one folder an operation; they know bits and tables, not models.
+
+`bits` packs codes in a bit stream · `affine` decodes uniform grids · `codebook` decodes table lookups.
+"""

@@ -1,0 +1,27 @@
+"""Affine decoding in plain torch: the specification of the faster routes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..bits import unpack
+
+
+def dequantize_affine(
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """See the package's docstring. `group_size` is resolved (1 ≤ group_size ≤ in_features). Returns [out, in]."""
+    codes = unpack(qweight, bits, in_features).to(torch.float32)  # [out, in]
+    groups = scales.shape[-1]
+    whole = F.pad(codes, (0, groups * group_size - in_features)).unflatten(-1, (groups, group_size))  # [out, G, g]
+    zeros = unpack(qzeros, bits, groups).unsqueeze(-1).to(torch.float32) if qzeros is not None else 2.0 ** (bits - 1)
+    weight: Tensor = (whole - zeros) * scales.to(torch.float32).unsqueeze(-1)
+    return weight.flatten(-2)[..., :in_features].to(dtype)

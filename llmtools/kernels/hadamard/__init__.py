@@ -1,0 +1,63 @@
+"""Rotation by a Hadamard matrix, of every size, in O(n log n): what spreads outliers evenly over a vector.
+
+For n = K·2^t features the matrix is Q = (M ⊗ S) / √n: S is Sylvester's matrix of order 2^t, M a Hadamard matrix of
+order K, and feature i = k·2^t + j sits at index k of M and j of S (QuIP#, arXiv:2402.04396, §3 and appendix A). Q is
+orthogonal, and in general not symmetric: the inverse is the transpose. Which M a size takes is its *rule*, a string
+that `rule_for` chooses and that checkpoints store (`rules.py`); sizes for which no Hadamard matrix is at hand get a
+block-diagonal one, so every n works.
+
+    rule_for:      n -> rule
+    hadamard:      x [..., n] -> Q x along the last dimension, or Qᵀ x; same shape and type, summed in float32 or wider
+    matrix:        name -> int8 [K, K]
+
+>>> x = torch.randn(2, 11008)
+>>> rule = rule_for(11008)                                        # 'williamson:172'
+>>> hadamard(hadamard(x, rule), rule, transpose=True)             # x again, up to rounding
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from . import reference
+from .matrices import matrix
+from .rules import rule_for
+
+__all__ = ["hadamard", "matrix", "rule_for"]
+
+
+def hadamard(x: Tensor, rule: str, transpose: bool = False) -> Tensor:
+    """Q x along the last dimension of x [..., n], or Qᵀ x with `transpose`. Differentiable; works under torch.compile.
+
+    Raises InputError where the rule does not fit n.
+    """
+    if not x.is_floating_point() or x.dim() == 0:
+        raise InputError(f"hadamard needs floating-point vectors, not {x.dtype} of shape {tuple(x.shape)}")
+    result: Tensor = _hadamard(x, rule, transpose)
+    return result
+
+
+@torch.library.custom_op("llmtools::hadamard", mutates_args=())
+def _hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
+    return reference.hadamard(x, rule, transpose)
+
+
+@_hadamard.register_fake
+def _(x: Tensor, rule: str, transpose: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
+    _, ctx.rule, ctx.transpose = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    """The gradient of Q x with respect to x is Qᵀ grad."""
+    return hadamard(grad, ctx.rule, not ctx.transpose), None, None
+
+
+_hadamard.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,110 @@
+"""Around adapters: a quantized model made ready for training, and a dense model got back, with or without an adapter.
+
+The adapters themselves are PEFT's; here is what PEFT cannot know about our layers. PEFT is not imported: its layers
+are told by what they have, a `base_layer` and a `merge`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import InputError
+from .linear import QuantizedLinear
+from .swap import quantized_linears, set_module
+
+
+def prepare_for_training(
+    model: nn.Module, gradient_checkpointing: bool = True, use_reentrant: bool = False
+) -> nn.Module:
+    """Freezes the model and turns gradient checkpointing on, in place; to be called before `peft.get_peft_model`.
+
+    It stands in for PEFT's ``prepare_model_for_kbit_training``, which knows a fixed list of quantization methods. For
+    any other it casts each half-precision parameter to float32, embeddings and output head included (often the
+    largest tensors of a 2-bit model, whose memory would double), and leaves checkpointing off. Nothing is cast here:
+    PEFT keeps the adapters in float32 by itself, and what is frozen gains nothing from a wider type.
+
+    Reentrant checkpointing (`use_reentrant`) needs an input that requires a gradient, or it skips the block's backward
+    and the adapters in it stay untrained; the embedding's output is marked for that. The other kind has no such need.
+    """
+    model.requires_grad_(False)
+    if not gradient_checkpointing:
+        return model
+    told: Any = model
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise InputError(
+            f"{type(model).__name__} does not support gradient checkpointing; pass gradient_checkpointing=False"
+        )
+    options = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23 or so
+        told.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        told.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    if use_reentrant:
+        told.enable_input_require_grads()
+    return model
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Replaces each quantized layer by the dense layer it stands for, in place; returns the model.
+
+    dtype: of the dense weights; by default each layer's own (that of the model it was made from). The quantization
+    config goes too, so `save_pretrained` writes an ordinary model.
+    """
+    for path, layer in quantized_linears(model).items():
+        set_module(model, path, _dense(layer, dtype))
+    _forget_quantization(model)
+    return model
+
+
+def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """The dense model with the active adapters added to its weights; `peft_model` is used up.
+
+    Layer by layer the base is dequantized and the adapter added in float32, then rounded once to `dtype` (by default
+    the layer's own). Merging into the packed weights instead would quantize again, and lose much of the adapter.
+    """
+    told: Any = peft_model
+    if not hasattr(peft_model, "merge_and_unload"):
+        raise InputError(
+            f"{type(peft_model).__name__} is no PEFT model with mergeable adapters; open the adapter with "
+            "peft.PeftModel.from_pretrained(model, folder), or use llmtools.dequantize for a model without adapters"
+        )
+    for path, layer in _adapted(peft_model):
+        base = layer.base_layer
+        layer.base_layer = _dense(base, torch.float32)
+        layer.merge(safe_merge=True)
+        set_module(peft_model, path, layer.base_layer.to(dtype or base.dtype))
+    merged: nn.Module = told.merge_and_unload(safe_merge=True)  # what was adapted without being quantized
+    return dequantize(merged, dtype)
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers around quantized ones, by path."""
+    for path, module in list(model.named_modules()):
+        if isinstance(getattr(module, "base_layer", None), QuantizedLinear) and hasattr(module, "merge"):
+            yield path, module
+
+
+def _dense(layer: QuantizedLinear, dtype: torch.dtype | None) -> nn.Linear:
+    dtype = dtype or layer.dtype
+    if layer.device.type == "meta":
+        raise InputError("the packed weights are not in memory but on the disk; load the model without offloading")
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(layer.dequantize(dtype=dtype), requires_grad=False)
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    return dense.train(layer.training)
+
+
+def _forget_quantization(model: nn.Module) -> None:
+    """Takes away what tells transformers that the model is quantized."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if "_is_quantized" in getattr(config, "__dict__", {}):
+            del config._is_quantized

@@ -1,0 +1,130 @@
+"""The quantized linear layer: packed tensors, a quantizer that can read them, and nothing dense.
+
+It subclasses `nn.Linear` and keeps its packed tensors as frozen Parameters. So stock PEFT adapts it through its usual
+dispatch, every loading route works, DDP does not broadcast packed weights at each step and FSDP shards them. Its
+`weight` is the guarded view of `weight.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, where
+from ..quant import ALL, Packed, Quantizer
+from .weight import _READ_ONLY, LazyWeight
+
+
+class QuantizedLinear(nn.Linear):
+    """y = x Wᵀ + b, W given by `quantizer` from this module's packed tensors.
+
+    x may have any float type; the result has x's (or autocast's). `dtype` is the type in which `weight` presents
+    itself and in which bias is kept; the packed tensors keep their own types, whatever the module is cast to.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        quantizer: Quantizer,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
+        self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
+        self.dtype = dtype or torch.get_default_dtype()
+        layout = quantizer.layout(out_features, in_features)
+        self._packed_names = tuple(layout)
+        for name, spec in layout.items():
+            if name in ("weight", "bias") or "." in name:
+                raise InputError(f"{where()}{quantizer}: a packed tensor cannot be named {name!r}")
+            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        if bias:
+            zeros = torch.zeros(out_features, dtype=self.dtype, device=device)
+            self.bias = nn.Parameter(zeros, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None) -> QuantizedLinear:
+        """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over."""
+        weight = linear.weight.detach()
+        packed = quantizer.quantize(weight, hessian)
+        with torch.device("meta"):
+            layer = cls(linear.in_features, linear.out_features, quantizer, dtype=weight.dtype)
+        layer.pack_(packed)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        return layer.train(linear.training)
+
+    def pack_(self, packed: Packed) -> None:
+        """Takes these packed tensors as its own, in place. Raises InputError unless they are what the layout says."""
+        layout = self.quantizer.layout(self.out_features, self.in_features)
+        if set(packed) != set(layout):
+            raise InputError(f"{where()}packed tensors {sorted(packed)}; the layout has {sorted(layout)}")
+        for name, spec in layout.items():
+            if (tuple(packed[name].shape), packed[name].dtype) != (tuple(spec.shape), spec.dtype):
+                raise InputError(
+                    f"{where()}{name} is {list(packed[name].shape)} {packed[name].dtype}; "
+                    f"the layout says {list(spec.shape)} {spec.dtype}"
+                )
+            self._parameters[name] = nn.Parameter(packed[name].detach(), requires_grad=False)
+
+    @property
+    def packed(self) -> Packed:
+        """The packed tensors by name."""
+        return {name: self._parameters[name] for name in self._packed_names}  # type: ignore[misc]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.quantizer.linear(x, self.packed)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
+        """Rows of the weight, [rows, in], in the layer's type or the one given."""
+        return self.quantizer.dequantize(self.packed, rows, dtype or self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        return LazyWeight(self, self.dtype)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise InputError(_READ_ONLY)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of activations to expect; PEFT gives new adapters this type."""
+        return self.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are."""
+        parameter = self._parameters[self._packed_names[0]]
+        assert parameter is not None
+        return parameter.device
+
+    def reset_parameters(self) -> None:
+        """Nothing: packed tensors come from a quantizer or a checkpoint."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """Casts and moves, as `nn.Module.to` asks, but packed tensors are only moved: a cast would damage them."""
+        packed = {id(parameter) for parameter in self.packed.values()}
+
+        def keep_type(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            if id(tensor) in packed and changed.dtype != tensor.dtype:
+                return tensor.to(changed.device)
+            return changed
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        super()._apply(keep_type, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quantizer}"

@@ -1,0 +1,60 @@
+"""A quantizer put together from a grid, a rounding and, possibly, a basis."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, where
+from .base import ALL, Packed, Quantizer, TensorSpec
+from .bases import Basis
+from .grids.base import Grid
+from .materialize import materialized_linear
+from .rounding import Rounding
+
+
+class Composed(Quantizer):
+    """grid × rounding × basis. A preset is a frozen dataclass that says which; see `presets.py`."""
+
+    @property
+    @abstractmethod
+    def grid(self) -> Grid: ...
+
+    @property
+    @abstractmethod
+    def rounding(self) -> Rounding: ...
+
+    @property
+    def basis(self) -> Basis | None:
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        layout = self.grid.layout(out_features, in_features)
+        return layout | self.basis.layout(out_features, in_features) if self.basis else layout
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        if weight.ndim != 2:
+            raise InputError(f"{where()}a weight has shape [out, in], this has {list(weight.shape)}")
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{where()}NaN or inf in the weight; the model cannot be quantized as it is")
+        if self.needs_hessian and hessian is None:
+            raise InputError(f"{where()}{self.name} needs calibration data; give some, or choose rtn or nf4")
+        state: Packed = {}
+        if self.basis:
+            state = self.basis.draw(weight, hessian)
+            weight, hessian = self.basis.rotate(weight, hessian, state)
+        codes, params = self.rounding(weight, hessian, self.grid)
+        return self.grid.pack(codes, params, weight.shape[1]) | state
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        weight = self.grid.dequantize(packed, rows, dtype)
+        return self.basis.restore(weight, packed) if self.basis else weight
+
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        if self.basis is None:
+            return materialized_linear(x, self.grid, packed)
+        y = materialized_linear(self.basis.inputs(x, packed), self.grid, packed)
+        return self.basis.outputs(y, packed)

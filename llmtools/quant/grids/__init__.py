@@ -1,0 +1,1 @@
+"""Grids: `affine` (uniform), `codebook` (NF4)."""

@@ -1,0 +1,130 @@
+"""A small table of values times a group's largest magnitude: the grid of NF4 (QLoRA, arXiv:2305.14314, section 3).
+
+The arithmetic is that of bitsandbytes: groups of the absolute maximum, nearest level by midpoints with an exact
+midpoint going to the lower code, and, with double quantization, the maxima themselves stored in 8 bits: their mean is
+taken off and blocks of 256 are written on a signed dynamic map. Codes are chosen with the unrounded maxima, as there.
+
+Shapes: as in `grids/base.py`; params [n, 1] are the maxima; N = ceil(out · G / 256) blocks of maxima.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...kernels.bits import pack
+from ...kernels.codebook import dequantize_codebook
+from ..base import ALL, Packed, TensorSpec
+from .base import Grid
+from .scalar import check_group_size, columns, resolve_group_size, stream_layout
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_BLOCK = 256  # maxima that share a second scale
+
+
+@dataclass(frozen=True)
+class Codebook(Grid):
+    table: tuple[float, ...] = NF4
+    group_size: int = 64
+    double_quantization: bool = False
+
+    def __post_init__(self) -> None:
+        check_group_size("codebook grid", self.group_size)
+
+    def span(self, in_features: int) -> int:
+        return resolve_group_size(self.group_size, in_features)
+
+    def fit(self, group: Tensor) -> Tensor:
+        return group.abs().amax(-1, keepdim=True)
+
+    def nearest(self, block: Tensor, params: Tensor) -> Tensor:
+        table = constant(self.table, block.device).to(block.dtype)
+        normal = block * torch.where(params == 0, 0.0, 1 / params)
+        return torch.bucketize(normal, (table[1:] + table[:-1]) / 2)
+
+    def value(self, codes: Tensor, params: Tensor) -> Tensor:
+        return constant(self.table, params.device).to(params.dtype)[codes] * params
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        groups = -(-in_features // self.span(in_features))
+        layout = stream_layout(out_features, in_features, 4)
+        if not self.double_quantization:
+            return layout | {"scales": TensorSpec((out_features, groups), torch.float32)}
+        return layout | {
+            "scales": TensorSpec((out_features, groups), torch.uint8),
+            "nested_scales": TensorSpec((-(-out_features * groups // _BLOCK),), torch.float32),
+            "nested_offset": TensorSpec((1,), torch.float32),
+        }
+
+    def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
+        packed = {"qweight": pack(codes, 4), "scales": params[..., 0].float().contiguous()}
+        layout = self.layout(codes.shape[0], in_features)
+        if "columns" in layout:
+            packed["columns"] = codes.new_empty(layout["columns"].shape, dtype=torch.uint8)
+        if self.double_quantization:
+            packed |= _nest(packed["scales"])
+        return {name: packed[name] for name in layout}
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        scales = packed["scales"][rows]  # [rows, G]
+        if self.double_quantization:
+            out_features, groups = packed["scales"].shape
+            index = torch.arange(*rows.indices(out_features), device=scales.device)[:, None] * groups
+            block = (index + torch.arange(groups, device=scales.device)) // _BLOCK
+            scales = constant(DYNAMIC, scales.device)[scales.int()] * packed["nested_scales"][block]
+            scales = scales + packed["nested_offset"]
+        in_features = columns(packed, 4)
+        table = constant(self.table, scales.device)
+        return dequantize_codebook(packed["qweight"][rows], scales, table, self.span(in_features), in_features, dtype)
+
+
+def _dynamic_map() -> tuple[float, ...]:
+    """bitsandbytes' signed 8-bit dynamic map: midpoints of 2^i intervals of [0.1, 1] times 10^(i−6), i = 0…6, 0, 1."""
+    levels = [0.0, 1.0]
+    for i in range(7):
+        for j in range(2**i):
+            level = (0.1 + 0.9 * (j + 0.5) / 2**i) * 10.0 ** (i - 6)
+            levels += [level, -level]
+    return tuple(sorted(levels))
+
+
+DYNAMIC = _dynamic_map()
+
+
+def _nest(maxima: Tensor) -> Packed:
+    """maxima [out, G] float32 -> 8-bit codes [out, G], a second scale a block [N], their common offset [1]."""
+    offset = maxima.mean()
+    flat = (maxima - offset).flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCK)).view(-1, _BLOCK)  # [N, 256]
+    scale = blocks.abs().amax(-1)
+    table = constant(DYNAMIC, maxima.device)
+    normal = blocks * torch.where(scale == 0, 0.0, 1 / scale)[:, None]
+    codes = torch.bucketize(normal, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return {
+        "scales": codes.flatten()[: flat.numel()].view_as(maxima).contiguous(),
+        "nested_scales": scale,
+        "nested_offset": offset[None],
+    }
+
+
+_tables: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+
+def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """The table as a float32 tensor on that device, made once in a process.
+
+    Constants are never module buffers: loading leaves those uninitialised.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, device=device)
+    key = (values, device)
+    if key not in _tables:
+        _tables[key] = torch.tensor(values, device=device)
+    return _tables[key]

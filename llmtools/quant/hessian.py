@@ -1,0 +1,98 @@
+"""The second moment of a layer's input, and what is made of it.
+
+The proxy loss of an approximation Ŵ = W − E is tr(E H Eᵀ): up to the scale of H = E[x xᵀ], the mean squared error of
+the layer's output on the calibration data (GPTQ, arXiv:2210.17323, section 3; QuIP, arXiv:2307.13304, section 3).
+
+Shapes: out, in — features; t — tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, where
+
+logger = logging.getLogger(__name__)
+
+
+class HessianSum:
+    """Accumulates Σ x xᵀ over tokens, in float32 whatever the activations' type; `value` is the mean."""
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self._sum = torch.zeros(in_features, in_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """x [..., in], any float type."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()  # [t, in]
+        if not torch.isfinite(rows).all():
+            raise InputError(
+                f"{where()}NaN or inf in the activations of a calibration batch; "
+                "look at the model's outputs, or load it in bfloat16 or float32 if it is in float16"
+            )
+        self._sum.addmm_(rows.T, rows)
+        self.tokens += rows.shape[0]
+
+    def value(self) -> Tensor:
+        """H = E[x xᵀ], [in, in] float32, exactly symmetric, undamped."""
+        if not self.tokens:
+            raise InputError(f"{where()}no calibration token reached this layer")
+        mean = self._sum / self.tokens
+        return (mean + mean.T) / 2
+
+
+def proxy_loss(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:
+    """tr(E H Eᵀ) with E = weight − approximation, both [out, in]."""
+    error = weight.float() - approximation.float()
+    return float(((error @ hessian.float()) * error).sum(dtype=torch.float64))
+
+
+def clear_dead(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns whose input was always zero: H[j, j] becomes 1 and W[:, j] becomes 0 (GPTQ's rule). Returns copies."""
+    dead = hessian.diagonal() == 0
+    if not dead.any():
+        return weight, hessian
+    hessian = hessian.clone()
+    hessian.diagonal()[dead] = 1
+    return weight.masked_fill(dead, 0), hessian
+
+
+def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
+    """M, unit upper (block) triangular, of H + λI = M D Mᵀ with blocks of `width`: column j takes Σ_{i<j} E_i M_ij.
+
+    A Cholesky factor of the reversed matrix, in float64. Where that fails the damping λ = damping · mean(diag H) is
+    doubled up to the mean itself; None, with a log line, when even that is not positive definite. [in, in] float64.
+    """
+    flipped = hessian.double().flip(0, 1)
+    mean = flipped.diagonal().mean()
+    tried = damping
+    while True:
+        damped = flipped.clone()
+        damped.diagonal().add_(tried * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and bool(torch.isfinite(factor).all()):
+            break
+        if tried >= 1:
+            logger.warning(
+                "%sthe Hessian is not positive definite even with damping %g; this layer is rounded to nearest. "
+                "More calibration tokens may help.",
+                where(),
+                tried,
+            )
+            return None
+        tried = min(1.0, max(2 * tried, 1e-4))
+    if tried != damping:
+        logger.warning(
+            "%sthe Hessian is not positive definite with damping %g; used %g. More calibration tokens may help.",
+            where(),
+            damping,
+            tried,
+        )
+    blocks = factor.unflatten(1, (-1, width))  # [in, b, width]
+    diagonal = torch.stack([factor[k : k + width, k : k + width] for k in range(0, factor.shape[0], width)])
+    unit = torch.linalg.solve_triangular(diagonal, blocks.transpose(0, 1), upper=False, left=False)  # [b, in, width]
+    update: Tensor = unit.transpose(0, 1).flatten(1).flip(0, 1)
+    return update

@@ -1,0 +1,213 @@
+"""What "is a quantizer" means, executable. The tests and ``llmtools check NAME`` run every law.
+
+A law is ``law(quantizer, weight, hessian) -> None`` that raises `LawBroken` with figures. `check` draws the problems:
+odd sizes, constant and zero rows, one huge outlier, dead columns, bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .base import Packed, Quantizer
+from .hessian import proxy_loss
+
+Law = Callable[[Quantizer, Tensor, Tensor], None]
+
+
+class LawBroken(AssertionError):
+    """A quantizer does not do what quantizers do; the message has the figures."""
+
+
+class Outcome(NamedTuple):
+    """One law on one drawn problem; `error` is empty where it holds."""
+
+    law: str
+    problem: str
+    error: str
+
+
+def layout(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """`quantize` gives exactly the names, shapes and types of `layout`, and `out_features` reads the rows off them."""
+    packed, expected = _quantize(quantizer, weight, hessian), quantizer.layout(*weight.shape)
+    got = {name: (tuple(t.shape), t.dtype) for name, t in packed.items()}
+    want = {name: (tuple(spec.shape), spec.dtype) for name, spec in expected.items()}
+    _require(got == want, f"quantize gave {got}, layout says {want}")
+    _require(list(packed) == list(expected), f"quantize orders {list(packed)}, layout {list(expected)}")
+    rows = quantizer.out_features(packed)
+    _require(rows == weight.shape[0], f"out_features(packed) is {rows}, the weight has {weight.shape[0]} rows")
+
+
+def rows(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """``dequantize(p, a:b)`` equals ``dequantize(p)[a:b]`` bit for bit, in every type."""
+    packed, out = _quantize(quantizer, weight, hessian), weight.shape[0]
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        whole = quantizer.dequantize(packed, dtype=dtype)
+        _require(whole.dtype == dtype, f"asked for {dtype}, got {whole.dtype}")
+        _require(whole.shape == weight.shape, f"dequantize gives {list(whole.shape)}, weight {list(weight.shape)}")
+        for piece in (slice(0, 1), slice(out // 3, out // 3 + 2), slice(out - 1, out), slice(0, out)):
+            same = torch.equal(quantizer.dequantize(packed, piece, dtype), whole[piece])
+            _require(same, f"rows {piece.start}:{piece.stop} in {dtype} differ from the same rows of the whole")
+
+
+def determinism(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """Two calls give the same bits, also with another number of threads."""
+    first, threads = _quantize(quantizer, weight, hessian), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        second = _quantize(quantizer, weight, hessian)
+    finally:
+        torch.set_num_threads(threads)
+    for name in first:
+        _require(torch.equal(first[name], second[name]), f"{name} differs between two calls")
+
+
+def meta(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """`layout` needs only sizes: tensors made from it on the meta device fit what `quantize` gives."""
+    packed = _quantize(quantizer, weight, hessian)
+    for name, spec in quantizer.layout(*weight.shape).items():
+        empty = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+        _require(empty.shape == packed[name].shape, f"{name}: {list(empty.shape)} against {list(packed[name].shape)}")
+
+
+def linear(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """`linear` and its gradient equal the dense layer's, within twice what float32 itself is off by from float64."""
+    packed = _quantize(quantizer, weight, hessian)
+    dense = quantizer.dequantize(packed)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, weight.shape[1], generator=generator).requires_grad_()
+    grad = torch.randn(3, 5, weight.shape[0], generator=generator)
+    y = quantizer.linear(x, packed)
+    (grad_x,) = torch.autograd.grad(y, x, grad)
+    x64, w64 = x.detach().double(), dense.double()
+    for what, got, plain, truth, scale in (
+        ("linear", y, x.detach() @ dense.T, x64 @ w64.T, x64.abs() @ w64.abs().T),
+        ("its gradient", grad_x, grad @ dense, grad.double() @ w64, grad.double().abs() @ w64.abs()),
+    ):
+        off, reference = (got - truth).abs().max(), (plain - truth).abs().max()
+        allowed = 2 * reference + 4 * torch.finfo(torch.float32).eps * scale.max()
+        _require(bool(off <= allowed), f"{what} is off by {off:.3g}, allowed {allowed:.3g}")
+
+
+def round_trip(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """A safetensors file gives the same bits back, and the configuration is JSON that makes the same quantizer."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    packed = _quantize(quantizer, weight, hessian)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({k: v.contiguous() for k, v in packed.items()}, Path(folder) / "packed.safetensors")
+        back = load_file(Path(folder) / "packed.safetensors")
+    for name in packed:
+        _require(torch.equal(packed[name], back[name]), f"{name} differs after a safetensors round trip")
+    spec = json.loads(json.dumps(quantizer.spec()))
+    options = {key: value for key, value in spec.items() if key != "name"}
+    again = type(quantizer)(**options)
+    _require(again == quantizer, f"{quantizer} came back as {again} through its spec {spec}")
+
+
+def calibration_helps(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """Over drawn problems of this shape, the proxy loss is smaller with the Hessian than with one that knows nothing."""
+    if not quantizer.needs_hessian:
+        return
+    generator = torch.Generator().manual_seed(0)
+    with_data = without = 0.0
+    for _ in range(4):
+        weight, hessian = _draw((weight.shape[0], weight.shape[1]), generator)
+        scale = proxy_loss(weight, torch.zeros_like(weight), hessian)
+        informed, blind = quantizer.quantize(weight, hessian), quantizer.quantize(weight, torch.eye(weight.shape[1]))
+        with_data += proxy_loss(weight, quantizer.dequantize(informed), hessian) / scale
+        without += proxy_loss(weight, quantizer.dequantize(blind), hessian) / scale
+    _require(
+        with_data <= without + 1e-9, f"mean relative proxy loss {with_data / 4:.6g} with, {without / 4:.6g} without"
+    )
+
+
+def monotone(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """More bits, no larger proxy loss (for quantizers that have `bits`)."""
+    if not any(field.name == "bits" for field in dataclasses.fields(quantizer)):  # type: ignore[arg-type]
+        return
+    losses = {}
+    for bits in (2, 3, 4, 8):
+        try:
+            finer = dataclasses.replace(quantizer, bits=bits)  # type: ignore[type-var]
+        except ValueError:
+            continue  # not a width of this quantizer
+        losses[bits] = proxy_loss(weight, finer.dequantize(_quantize(finer, weight, hessian)), hessian)
+    ordered = list(losses.values())
+    fine = all(b <= a * 1.001 + 1e-12 for a, b in zip(ordered, ordered[1:], strict=False))
+    _require(fine, f"proxy loss by bits: {losses}")
+
+
+def degenerate(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """A zero matrix comes back as exact zeros; zero rows and constant rows within a matrix as finite numbers."""
+    odd = weight.clone()
+    odd[0] = 0
+    odd[-1] = 0.25
+    values = quantizer.dequantize(_quantize(quantizer, odd, hessian))
+    _require(bool(torch.isfinite(values).all()), "constant or zero rows give NaN or inf")
+    nothing = quantizer.dequantize(_quantize(quantizer, torch.zeros_like(weight), hessian))
+    _require(bool((nothing == 0).all()), f"a zero matrix comes back as up to {nothing.abs().max():.3g}")
+
+
+LAWS: dict[str, Law] = {
+    law.__name__: law
+    for law in (layout, rows, determinism, meta, linear, round_trip, calibration_helps, monotone, degenerate)
+}
+_STATISTICAL = ("calibration_helps", "monotone")  # hold over ordinary problems, not for every adversarial matrix
+
+
+def problems(seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Drawn problems: (what, weight [out, in], hessian [in, in]). Inputs are correlated, as real activations are."""
+    generator = torch.Generator().manual_seed(seed)
+    for shape in ((16, 64), (24, 96), (7, 33), (3, 8), (40, 172)):
+        yield f"{shape[0]}×{shape[1]}", *_draw(shape, generator)
+    weight, hessian = _draw((16, 64), generator)
+    outlier = weight.clone()
+    outlier[3, 5] = 300
+    yield "16×64 with an outlier", outlier, hessian
+    dead = hessian.clone()
+    dead[:, 10:20] = 0
+    dead[10:20] = 0
+    yield "16×64 with dead columns", weight, dead
+    yield "16×64 bfloat16", weight.bfloat16(), hessian
+
+
+def check(quantizer: Quantizer, seed: int = 0) -> Iterator[Outcome]:
+    """Every law on every drawn problem, one outcome each, as they come."""
+    for what, weight, hessian in problems(seed):
+        ordinary = "with" not in what
+        for name, law in LAWS.items():
+            if name in _STATISTICAL and not ordinary:
+                continue
+            try:
+                law(quantizer, weight, hessian)
+                yield Outcome(name, what, "")
+            except Exception as error:  # a stranger's code may raise anything; the outcome says what
+                text = str(error) if isinstance(error, LawBroken) else f"{type(error).__name__}: {error}"
+                yield Outcome(name, what, text)
+
+
+def _draw(shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A weight with uneven rows and columns, and the second moment of correlated inputs."""
+    out, n = shape
+    weight = torch.randn(out, n, generator=generator) * torch.rand(out, 1, generator=generator).add(0.1) * 0.1
+    mix = torch.randn(n, n, generator=generator) * torch.rand(n, generator=generator).add(0.05)
+    x = torch.randn(4 * n, n, generator=generator) @ mix
+    return weight, x.T @ x / x.shape[0]
+
+
+def _quantize(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> Packed:
+    return quantizer.quantize(weight, hessian if quantizer.needs_hessian else None)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise LawBroken(message)

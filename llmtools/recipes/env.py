@@ -1,0 +1,78 @@
+"""Say what this machine has: versions, device, compiler, threads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from .record import versions
+
+
+@dataclass(frozen=True)
+class Env:
+    """Show versions, device, compiler and threads: what a bug report should contain."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This machine and what is installed on it."""
+
+    python: str
+    platform: str
+    versions: dict[str, str]
+    devices: list[str]
+    compiler: str | None
+    """the C compiler that builds the CPU kernels; without one plain torch does their work"""
+    threads: int
+    cores: int
+    missing: dict[str, str]
+    """what cannot be done here, and what to install for it"""
+
+    def __str__(self) -> str:
+        lines = {
+            "python": self.python,
+            "platform": self.platform,
+            **self.versions,
+            "devices": ", ".join(self.devices),
+            "compiler": self.compiler or "none (the kernels run in plain torch)",
+            "threads": f"{self.threads} of {self.cores} cores",
+            **{f"no {use}": f"pip install '{extra}'" for use, extra in self.missing.items()},
+        }
+        width = max(map(len, lines))
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in lines.items())
+
+
+def env(recipe: Env | None = None) -> Environment:
+    """What this machine has."""
+    from importlib.util import find_spec
+
+    import torch
+
+    uses: dict[str, tuple[tuple[str, ...], str]] = {
+        "finetune": (("trl", "datasets"), "llmtools[train]"),
+        "pictures": (("matplotlib",), "llmtools[plot]"),
+    }
+    return Environment(
+        python=sys.version.split()[0],
+        platform=platform.platform(),
+        versions=versions(),
+        devices=_devices(torch),
+        compiler=shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang"),
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count() or 1,
+        missing={
+            use: extra for use, (modules, extra) in uses.items() if any(find_spec(module) is None for module in modules)
+        },
+    )
+
+
+def _devices(torch: Any) -> list[str]:
+    found = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"cuda:{index} {properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
+    return found

@@ -1,0 +1,153 @@
+"""List what there is: quantizers and tasks, one line each; or the options of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from ..errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True)
+class List:
+    """Show the quantizers and tasks, plug-ins included; with a name, the options of that one."""
+
+    name: str | None = None
+    """a quantizer or task (module:Class too), to see its options"""
+    plugin: str | list[str] | None = None
+    """module:Class of your own quantizer, to list it, too"""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a quantizer or task."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A quantizer or task."""
+
+    kind: str
+    name: str
+    doc: str
+    options: list[Option]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The entries asked for."""
+
+    entries: list[Entry]
+    detailed: bool
+
+    def __str__(self) -> str:
+        if self.detailed:
+            return "\n\n".join(_details(entry) for entry in self.entries)
+        lines = []
+        width = max((len(entry.name) for entry in self.entries), default=0)
+        for kind in sorted({entry.kind for entry in self.entries}):
+            lines += [f"{kind}s"]
+            lines += [
+                f"  {entry.name:<{width}}  {entry.doc.splitlines()[0] if entry.doc else ''}".rstrip()
+                for entry in self.entries
+                if entry.kind == kind
+            ]
+        return "\n".join(lines)
+
+
+def listing(recipe: List) -> Listing:
+    """What there is, or the options of one."""
+    from ..data.tasks import tasks
+    from ..quant import quantizers
+    from .loading import import_plugins, with_current_folder
+
+    import_plugins(recipe.plugin)
+    registries: list[tuple[str, Any]] = [("quantizer", quantizers), ("task", tasks)]
+    if recipe.name is None:
+        entries = [
+            entry_of(kind, name, registry.get(name)) for kind, registry in registries for name in registry.names()
+        ]
+        return Listing(entries, detailed=False)
+    if ":" in recipe.name:
+        with_current_folder()
+        cls = quantizers.get(recipe.name)
+        from ..data.tasks import Task
+
+        return Listing([entry_of("task" if issubclass(cls, Task) else "quantizer", recipe.name, cls)], detailed=True)
+    found = [
+        entry_of(kind, recipe.name, registry.get(recipe.name))
+        for kind, registry in registries
+        if recipe.name in registry.names()
+    ]
+    if not found:
+        names = [name for _, registry in registries for name in registry.names()]
+        raise InputError(f"there is no quantizer or task {recipe.name!r}; {did_you_mean(recipe.name, names)}")
+    return Listing(found, detailed=True)
+
+
+def entry_of(kind: str, name: str, cls: type[Any]) -> Entry:
+    """A class with its docstring and its fields with theirs."""
+    docs = field_docs(cls)
+    options = [
+        Option(
+            name=field.name,
+            type=str(field.type),
+            default=_default(field),
+            doc=docs.get(field.name, ""),
+        )
+        for field in (dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ())
+    ]
+    return Entry(kind, name, inspect.getdoc(cls) or "", options)
+
+
+def field_docs(cls: type[Any]) -> dict[str, str]:
+    """The docstring under each field of a dataclass, those of its bases included; read from the source."""
+    import ast
+    import textwrap
+
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            continue
+        body = getattr(tree.body[0], "body", [])
+        for statement, following in pairwise(body):
+            if (
+                isinstance(statement, ast.AnnAssign)
+                and isinstance(statement.target, ast.Name)
+                and isinstance(following, ast.Expr)
+                and isinstance(following.value, ast.Constant)
+                and isinstance(following.value.value, str)
+            ):
+                docs[statement.target.id] = " ".join(following.value.value.split())
+    return docs
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "required"
+
+
+def _details(entry: Entry) -> str:
+    lines = [f"{entry.kind} {entry.name}", *(f"  {line}".rstrip() for line in entry.doc.splitlines())]
+    if entry.options:
+        lines += ["", "options"]
+        width = max(len(option.name) for option in entry.options)
+        lines += [
+            f"  {option.name:<{width}}  {option.doc}{' ' if option.doc else ''}({option.type}, "
+            f"{'required' if option.default == 'required' else f'default {option.default!r}'})"
+            for option in entry.options
+        ]
+    return "\n".join(lines)

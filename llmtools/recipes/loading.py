@@ -1,0 +1,151 @@
+"""Opening what the user names: models, adapters, plug-ins. Mistakes are caught before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+_HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
+
+
+def open_model(
+    name: str, *, adapter: str | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
+
+    Weights keep the type of the checkpoint. The model goes to the GPU if there is one.
+    """
+    import torch
+
+    from ..model.checkpoint import load
+
+    check_model(name)
+    if adapter is not None:
+        check_adapter(adapter)
+    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    try:
+        model, tokenizer = load(name, dtype="auto", **options)
+    except ValueError as error:
+        raise _unreadable(name, error) from error
+    if torch.cuda.is_available() and getattr(model, "hf_device_map", None) is None:
+        model = model.to("cuda")
+    if adapter is not None:
+        model = _with_adapter(model, adapter)
+    model.eval()
+    return model, tokenizer
+
+
+def check_model(name: str) -> None:
+    """Raises InputError unless `name` is a folder with a checkpoint, or may be a name on the hub."""
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise InputError(f"model {name!r} is a file; the folder of a Hugging Face checkpoint is expected")
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            hint = "; it is an adapter, pass it with --adapter" if (folder / "adapter_config.json").exists() else ""
+            raise InputError(f"{name} is no checkpoint: it holds no config.json{hint}")
+        return
+    if name.startswith((".", "/", "~")) or not _HUB_NAME.match(name):
+        raise InputError(f"there is no folder {name} (looked in {Path.cwd()})")
+
+
+def check_adapter(folder: str) -> dict[str, Any]:
+    """An adapter's configuration. Raises InputError unless `folder` holds a PEFT adapter."""
+    path = Path(folder).expanduser() / "adapter_config.json"
+    if not path.exists():
+        what = "holds no adapter_config.json" if path.parent.is_dir() else "does not exist"
+        raise InputError(f"adapter {folder!r} {what}; the folder that `llmtools finetune --out` wrote is expected")
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str | None]:
+    """The two as the user gave them; a missing model is the one that the adapter was trained on."""
+    if adapter is not None and model is None:
+        base = check_adapter(adapter).get("base_model_name_or_path")
+        if not base:
+            raise InputError(f"adapter {adapter!r} does not say what it was trained on; pass --model, too")
+        return str(base), adapter
+    if model is None:
+        raise InputError("no model: pass --model (a folder or a hub name), or --adapter with an adapter folder")
+    return model, adapter
+
+
+def words_of(adapter: str | None) -> dict[str, Any]:
+    """In which words an adapter was trained: ``{"form": …, "template": …}`` from its run.json, {} if it has none."""
+    if adapter is None:
+        return {}
+    path = Path(adapter).expanduser() / "run.json"
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(run.get("words") or {})
+
+
+def import_plugins(plugin: str | list[str] | None) -> None:
+    """Imports ``module:Class`` of the user's own quantizers, from the current folder too, so that their name works."""
+    from ..quant import quantizers
+
+    for name in [plugin] if isinstance(plugin, str) else plugin or []:
+        if ":" not in name:
+            raise InputError(f"plugin {name!r}: module:Class is expected, such as mypackage:MyQuantizer")
+        with_current_folder()
+        quantizers.get(name)
+
+
+def with_current_folder() -> None:
+    """Lets a ``module:Class`` that the user typed be a file in the current folder, as ``python -m`` would."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+        importlib.invalidate_caches()
+
+
+def quiet_libraries() -> None:
+    """Turns off the progress bars and hints of the libraries that we call; our own log says what matters."""
+    import transformers
+
+    if os.environ.get("LLMTOOLS_DEBUG"):
+        return
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"adapter {adapter!r} does not fit the model ({_first_line(error)}); was it trained on another one?"
+        ) from error
+
+
+def _unreadable(name: str, error: ValueError) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(f"{name} brings code of its own; if you trust it, pass --trust_remote_code true")
+    if not Path(name).expanduser().exists():
+        return InputError(f"there is no folder {name}, and no such model could be had from the hub ({error})")
+    if isinstance(error, InputError):
+        return error
+    return InputError(f"{name} cannot be opened as a language model: {_first_line(error)}")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

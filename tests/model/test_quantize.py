@@ -1,0 +1,384 @@
+"""Quantizing whole models: every family, what it is measured on, what is left out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmtools.errors import InputError
+from llmtools.model.blocks import find_blocks, linears
+from llmtools.model.quantize import INCOMPLETE, Report, quantize
+from llmtools.nn import QuantizedLinear, quantized_linears
+from llmtools.quant import HessianSum, quantizer
+from tests.models import FAMILIES, tiny_ids, tiny_model
+
+BATCHES = [tiny_ids(2, 64, seed=seed) for seed in range(2)]
+
+
+def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return model(tiny_ids() if ids is None else ids).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_every_family_is_quantized_and_the_head_is_not(family: str) -> None:
+    model = tiny_model(family)
+    expected = [path for block in find_blocks(model) for path, _ in linears(block.module, block.path)]
+    before = logits(model)
+    report = quantize(model, "optq", BATCHES, bits=4, group_size=16)
+    assert sorted(quantized_linears(model)) == sorted(expected) == sorted(row.path for row in report.rows)
+    assert [left.path for left in report.left] == ["lm_head"]
+    assert not isinstance(model.lm_head, QuantizedLinear)
+    after = logits(model)
+    assert torch.isfinite(after).all()
+    assert 0 < (after - before).norm() < before.norm()
+
+
+@pytest.mark.parametrize("name", ["rtn", "nf4"])
+def test_quantizers_without_data_need_no_calibration(name: str) -> None:
+    model, measured = tiny_model("llama"), tiny_model("llama")
+    report = quantize(model, name)
+    with_losses = quantize(measured, name, BATCHES)
+    assert torch.equal(logits(model), logits(measured))
+    assert all(row.proxy_loss is None and row.tokens is None for row in report.rows)
+    assert all(row.proxy_loss is not None and row.tokens == 256 for row in with_losses.rows)
+    assert report.relative_proxy_loss is None
+    assert report.relative_error == pytest.approx(with_losses.relative_error)
+
+
+def test_the_same_inputs_give_the_same_bits() -> None:
+    states = []
+    for threads in (1, 2):
+        model = tiny_model("llama")
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        quantize(model, "optq", BATCHES, bits=3, group_size=16)
+        torch.set_num_threads(before)
+        states.append({path: layer.packed for path, layer in quantized_linears(model).items()})
+    for path, packed in states[0].items():
+        assert all(torch.equal(tensor, states[1][path][name]) for name, tensor in packed.items()), path
+
+
+def test_each_linear_gets_the_hessian_of_the_network_as_quantized_so_far() -> None:
+    """Replays the work with the whole network and one hook, which is slow and plainly right."""
+    model, replayed = tiny_model("llama"), tiny_model("llama")
+    report = quantize(model, "optq", BATCHES, bits=3, group_size=16)
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj"]
+    names += ["mlp.up_proj", "mlp.down_proj"]
+    assert [row.path for row in report.rows] == [f"model.layers.{i}.{name}" for i in (0, 1) for name in names]
+    for row in report.rows:
+        linear = replayed.get_submodule(row.path)
+        total = HessianSum(linear.in_features)
+        hook = linear.register_forward_pre_hook(lambda module, args, total=total: total.add(args[0]))
+        for ids in BATCHES:
+            logits(replayed, ids)
+        hook.remove()
+        layer = QuantizedLinear.from_linear(linear, quantizer("optq", bits=3, group_size=16), total.value())
+        replayed.set_submodule(row.path, layer)
+        for name, tensor in layer.packed.items():
+            assert torch.equal(tensor, model.get_submodule(row.path).packed[name]), row.path
+
+
+def test_without_sequential_all_hessians_of_a_block_come_from_its_dense_weights() -> None:
+    model, sequential = tiny_model("llama"), tiny_model("llama")
+    runs = []
+    handle = model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    quantize(model, "optq", BATCHES, bits=3, sequential=False)
+    handle.remove()
+    quantize(sequential, "optq", BATCHES, bits=3)
+    # the dry run (stubs have hooks too), one batch to find the groups, then the Hessians and the outputs
+    assert len(runs) == len(BATCHES) + 1 + 2 * len(BATCHES)
+    first = [layers["model.layers.0.self_attn.q_proj"].packed for layers in map(quantized_linears, (model, sequential))]
+    last = [layers["model.layers.0.mlp.down_proj"].packed for layers in map(quantized_linears, (model, sequential))]
+    assert all(torch.equal(first[0][name], first[1][name]) for name in first[0])
+    assert not all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+
+
+def test_bias_and_training_mode_are_kept() -> None:
+    model = tiny_model("opt").train()
+    bias = model.model.decoder.layers[0].fc1.bias.detach().clone()
+    quantize(model, "optq", BATCHES, bits=4)
+    layer = model.model.decoder.layers[0].fc1
+    assert torch.equal(layer.bias, bias)
+    assert all(module.training for module in model.modules())
+
+
+def test_bfloat16_models_keep_their_type() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    quantize(model, "optq", BATCHES, bits=4)
+    assert logits(model).dtype == torch.bfloat16
+    assert all(layer.dtype == torch.bfloat16 for layer in quantized_linears(model).values())
+
+
+def test_a_device_may_be_named() -> None:
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    quantize(model, "optq", BATCHES, bits=3, device="cpu")
+    quantize(plain, "optq", BATCHES, bits=3)
+    assert torch.equal(logits(model), logits(plain))
+
+
+# ---- overrides and skipping ------------------------------------------------------------------------------------------
+
+
+def test_overrides_change_options_or_the_quantizer_or_leave_dense() -> None:
+    model = tiny_model("llama")
+    overrides: dict[str, Any] = {
+        "model.layers.0.*": None,
+        "down_proj": {"bits": 8},
+        "*.o_proj": {"name": "nf4"},
+        "*.layers.1.*": {"group_size": 32},
+    }
+    report = quantize(model, "rtn", bits=2, group_size=16, overrides=overrides)
+    layers = quantized_linears(model)
+    assert all(path.startswith("model.layers.1.") for path in layers)
+    assert layers["model.layers.1.mlp.down_proj"].quantizer == quantizer("rtn", bits=8, group_size=16)
+    assert layers["model.layers.1.self_attn.o_proj"].quantizer == quantizer("nf4")
+    assert layers["model.layers.1.self_attn.q_proj"].quantizer == quantizer("rtn", bits=2, group_size=32)
+    assert len(report.left) == 8
+    assert report.left[0].reason == "left dense by the override 'model.layers.0.*'"
+
+
+def test_data_are_asked_for_only_if_some_module_needs_them() -> None:
+    with pytest.raises(InputError, match="optq needs calibration text"):
+        quantize(tiny_model("llama"), "rtn", overrides={"down_proj": {"name": "optq"}})
+    quantize(tiny_model("llama"), "optq", overrides={"*": {"name": "rtn"}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"*.q_porj": None}, r"'\*.q_porj' matches no linear; paths look like .*q_proj"),
+        ({"lm_head": {"bits": 8}}, "'lm_head' matches only what is skipped"),
+        ({"*": None}, "nothing is quantized"),
+        ({"*": {"bit": 4}}, r"override '\*': rtn: no option 'bit'; did you mean 'bits'"),
+        ({"*": {"bits": 9}}, r"override '\*'"),
+        ({"*": {"name": "rtm"}}, r"override '\*'.*did you mean 'rtn'"),
+        ({"*": 4}, "4 is neither options"),
+    ],
+)
+def test_wrong_overrides_are_refused(overrides: dict[str, Any], message: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match=message):
+        quantize(model, "rtn", overrides=overrides)
+    assert not quantized_linears(model)
+
+
+@pytest.mark.parametrize("name", ["rtn", "optq"])
+def test_the_head_is_quantized_when_asked_for(name: str) -> None:
+    model = tiny_model("llama")
+    report = quantize(model, name, BATCHES if name == "optq" else None, skip=(), overrides={"lm_head": {"bits": 8}})
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert report.rows[-1].path == "lm_head"
+    assert report.rows[-1].quantizer["bits"] == 8
+    assert report.left == []
+
+
+def test_a_tied_head_is_refused_and_can_be_untied() -> None:
+    model = tiny_model("qwen3")
+    with pytest.raises(InputError, match=r"lm_head shares its weight with model\.embed_tokens; skip it"):
+        quantize(model, "rtn", skip=())
+    assert not quantized_linears(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    quantize(model, "rtn", skip=())
+    assert isinstance(model.lm_head, QuantizedLinear)
+
+
+# ---- what cannot be quantized, or only in part -----------------------------------------------------------------------
+
+
+class Routed(nn.Module):
+    """A mixture that sends every token to its first expert."""
+
+    def __init__(self, expert: nn.Module, other: nn.Module) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([expert, other])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[0](x)
+
+
+def test_an_expert_without_tokens_is_rounded_to_nearest_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, twin = tiny_model("llama"), tiny_model("llama", seed=1)
+    for layer, other in zip(model.model.layers, twin.model.layers, strict=True):
+        layer.mlp = Routed(layer.mlp, other.mlp)
+    dense = model.model.layers[0].mlp.experts[1].up_proj
+    nearest = QuantizedLinear.from_linear(dense, quantizer("rtn", bits=3, group_size=16))
+    report = quantize(model, "optq", BATCHES, bits=3, group_size=16)
+    lines = [record.getMessage() for record in caplog.records if "saw no token" in record.getMessage()]
+    assert len(lines) == 2  # one a block
+    assert lines[0].startswith("3 linears of model.layers.0 saw no token")
+    idle = [row for row in report.rows if ".experts.1." in row.path]
+    assert len(idle) == 6
+    assert all(row.proxy_loss is None and row.tokens is None for row in idle)
+    layer = model.model.layers[0].mlp.experts[1].up_proj
+    assert (layer.dequantize() - dense.weight).norm() <= 1.01 * (nearest.dequantize() - dense.weight).norm()
+
+
+def test_fused_experts_stay_and_are_named_with_their_share(caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(vocab_size=512, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with caplog.at_level(logging.WARNING):
+        report = quantize(model, "optq", BATCHES, bits=4)
+    assert sorted(row.path.rpartition(".")[2] for row in report.rows) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    (line,) = [record.getMessage() for record in caplog.records if "stay as they are" in record.getMessage()]
+    assert "75 % of the weights in the blocks" in line
+    assert "gate_up_proj (MixtralExperts)" in line
+    assert any("MixtralExperts" in left.reason for left in report.left)
+
+
+def test_gpt2_is_refused() -> None:
+    with pytest.raises(InputError, match=r"nothing to quantize in GPT2LMHeadModel.*Conv1D"):
+        quantize(tiny_model("gpt2"), "rtn")
+
+
+def test_a_quantized_model_is_refused() -> None:
+    model = tiny_model("llama")
+    quantize(model, "rtn")
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(model, "rtn")
+
+
+def test_a_model_with_adapters_is_refused() -> None:
+    import peft
+
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(target_modules="all-linear"))
+    with pytest.raises(InputError, match="carries adapters"):
+        quantize(model, "rtn")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_damaged_weight_is_named_before_anything_changes(bad: float) -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = bad
+    with pytest.raises(InputError, match=r"model.layers.1.mlp.up_proj: NaN or infinity"):
+        quantize(model, "rtn")
+    assert not quantized_linears(model)
+
+
+def test_damaged_activations_name_the_first_module_that_reads_them() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].input_layernorm.weight.data[0] = float("inf")
+    with pytest.raises(InputError, match=r"model.layers.1.self_attn.q_proj.*NaN") as caught:
+        quantize(model, "optq", BATCHES)
+    assert "half quantized (7 of 14 linears)" in caught.value.__notes__[0]
+
+
+def test_a_model_without_weights_in_memory_is_refused() -> None:
+    with pytest.raises(InputError, match="meta device"):
+        quantize(tiny_model("llama").to("meta"), "rtn")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([], "empty"),
+        ([torch.zeros(1, 0, dtype=torch.long)], r"calibration\[0\] is torch.int64 \[1, 0\]"),
+        ([torch.zeros(1, 3)], r"calibration\[0\] is torch.float32"),
+        (["text"], r"calibration\[0\] is str"),
+        ([tiny_ids(1, 8), tiny_ids(1, 129)], r"calibration\[1\] has 129 tokens, the model 128 positions"),
+        ([torch.tensor([[512]])], "holds token 512, and the model knows 0 to 511"),
+        ([torch.tensor([[-100]])], "holds token -100"),
+        (None, "optq needs calibration text"),
+    ],
+)
+def test_unusable_calibration_is_refused(calibration: Any, message: str) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match=message):
+        quantize(model, "optq", calibration)
+    assert not quantized_linears(model)
+
+
+def test_options_beside_a_quantizer_are_refused() -> None:
+    with pytest.raises(InputError, match="options bits come with a name"):
+        quantize(tiny_model("llama"), quantizer("rtn"), bits=3)
+
+
+def test_an_interrupted_model_says_so() -> None:
+    model = tiny_model("llama")
+
+    def stop(done: int, total: int, path: str) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        quantize(model, "optq", BATCHES, on_step=stop)
+    assert "half quantized (9 of 14 linears)" in caught.value.__notes__[0]
+    assert getattr(model, INCOMPLETE)
+    assert not any(module._forward_pre_hooks or "forward" in vars(module) for module in model.modules())
+
+
+def test_nothing_is_marked_when_nothing_was_changed_or_all_is_done() -> None:
+    model = tiny_model("llama")
+    model.model.layers[0].input_layernorm.weight.data[0] = float("nan")
+    with pytest.raises(InputError):
+        quantize(model, "optq", BATCHES)
+    assert not hasattr(model, INCOMPLETE)
+    done = tiny_model("llama")
+    quantize(done, "rtn")
+    assert not hasattr(done, INCOMPLETE)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_is_stored() -> None:
+    steps: list[tuple[int, int, str]] = []
+    model = tiny_model("llama")
+    report = quantize(model, "optq", BATCHES, bits=3, group_size=16, on_step=lambda *step: steps.append(step))
+    assert steps == [(index + 1, 14, row.path) for index, row in enumerate(report.rows)]
+    assert report.packed_bytes == sum(
+        tensor.nbytes for layer in quantized_linears(model).values() for tensor in layer.packed.values()
+    )
+    assert 3 < report.bits_per_weight < 5
+    row = report.rows[0]
+    assert row.shape == (64, 64)
+    assert row.quantizer["name"] == "optq"
+    assert row.tokens == 256
+    assert row.relative_proxy_loss is not None and 0 < row.relative_proxy_loss < row.relative_error
+    plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert plain["totals"]["modules"] == len(plain["modules"]) == 14
+    assert plain["left"][0]["path"] == "lm_head"
+
+
+def test_the_table_has_a_line_for_each_kind_of_module() -> None:
+    report = quantize(tiny_model("llama"), "rtn", bits=4, group_size=16)
+    lines = report.table().splitlines()
+    assert len(lines) == 1 + 7 + 1 + 1
+    assert lines[1].split()[:5] == ["model.layers.*.self_attn.q_proj", "2", "rtn", "4-bit", "g16"]
+    assert lines[-1] == "not quantized: lm_head (1): outside the blocks, skipped by default"
+    assert Report().table()
+
+
+# ---- a real model ----------------------------------------------------------------------------------------------------
+
+
+def test_optq_reads_better_than_rtn_on_a_real_model(stories: Path, tinystories: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from llmtools.data.calibration import calibration
+    from llmtools.data.metrics import perplexity
+
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    text = calibration(tinystories / "train.txt", tokenizer, samples=16, tokens=128)
+    words = (tinystories / "held_out.txt").read_text()[:6_000]
+    held_out = tokenizer(words, return_tensors="pt").input_ids
+
+    def quality(name: str | None, bits: int) -> float:
+        model = AutoModelForCausalLM.from_pretrained(stories)
+        if name is not None:
+            quantize(model, name, text if name == "optq" else None, bits=bits)
+        return perplexity(model, held_out, context=256).value
+
+    dense = quality(None, 16)
+    for bits in (3, 2):
+        assert dense < quality("optq", bits) < quality("rtn", bits)

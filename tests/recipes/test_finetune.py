@@ -1,0 +1,228 @@
+"""Finetuning: learns, keeps what it promises about folders, and a resumed run has the bits of an unbroken one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from llmtools.errors import InputError
+from llmtools.recipes.finetune import Finetune, Lora, finetune
+
+TRAINING = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "max_length": 48,
+    "logging_steps": 1,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    path = tmp_path / "train.jsonl"
+    rows = ({"prompt": f"Tom had {n} cats.", "completion": f" He gave {n} balls to them."} for n in range(8))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def packed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    from llmtools.recipes.quantize import Quantize, quantize
+
+    out = tmp_path_factory.mktemp("packed") / "q"
+    quantize(Quantize(model=str(stories), out=str(out), quantizer="rtn", bits=4))
+    return str(out)
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def recipe(model: str | Path, data: str, out: Path, **changes: Any) -> Finetune:
+    changes.setdefault("training", TRAINING)
+    return Finetune(model=str(model), data=data, out=str(out), lora=Lora(r=2), **changes)
+
+
+@pytest.mark.parametrize("kind", ["dense", "quantized"])
+def test_the_output_is_a_peft_folder_that_knows_its_base(
+    kind: str, stories: Path, packed: str, data: str, tmp_path: Path
+) -> None:
+    model = str(stories) if kind == "dense" else packed
+    result = finetune(recipe(model, data, tmp_path / "a"))
+    assert result.steps == 4
+    assert result.examples == 8
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model
+    assert (config["r"], config["lora_alpha"], config["peft_type"]) == (2, 32, "LORA")
+    assert {tensor.dtype for tensor in adapter(tmp_path / "a").values()} == {torch.float32}
+    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert run["words"]["form"] == "prompt"
+    assert run["recipe"]["training"] == TRAINING
+    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+    assert not (tmp_path / "a.training").exists()
+
+
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
+    packed: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    training = {**TRAINING, "max_steps": 6, "save_steps": 2}
+    finetune(recipe(packed, data, tmp_path / "whole", training=training))
+
+    step, taken = Trainer.training_step, []
+
+    def ctrl_c_in_the_fourth(self: Any, *args: Any, **kwargs: Any) -> Any:
+        taken.append(1)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "training_step", ctrl_c_in_the_fourth)
+        finetune(recipe(packed, data, tmp_path / "broken", training=training))
+    assert not (tmp_path / "broken").exists()
+    with pytest.raises(InputError, match="--resume goes on"):
+        finetune(recipe(packed, data, tmp_path / "broken", training=training))
+    with pytest.raises(InputError, match="--resume: seed was 0 and is 1"):
+        finetune(recipe(packed, data, tmp_path / "broken", training=training, seed=1, resume=True))
+    finetune(recipe(packed, data, tmp_path / "broken", training=training, resume=True))
+
+    whole, broken = adapter(tmp_path / "whole"), adapter(tmp_path / "broken")
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    losses = [
+        [
+            (r["step"], r["loss"])
+            for line in (tmp_path / name / "metrics.jsonl").open()
+            if "loss" in (r := json.loads(line))
+        ]
+        for name in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_goes_on_with_more_steps(stories: Path, data: str, tmp_path: Path) -> None:
+    training = {**TRAINING, "max_steps": 2, "lr_scheduler_type": "constant"}
+    finetune(recipe(stories, data, tmp_path / "a", training=training))
+    result = finetune(recipe(stories, data, tmp_path / "a", training={**training, "max_steps": 3}, resume=True))
+    assert result.steps == 3
+
+
+@pytest.mark.parametrize("form", ["text", "txt", "packed prompts"])
+def test_other_forms_of_data_train(form: str, stories: Path, data: str, tinystories: Path, tmp_path: Path) -> None:
+    training = {**TRAINING, "max_steps": 2}
+    if form == "packed prompts":
+        training["packing"] = True
+    elif form == "text":
+        path = tmp_path / "text.jsonl"
+        path.write_text('{"text": "Once upon a time there was a long story that went on."}\n' * 6, encoding="utf-8")
+        data = str(path)
+    else:
+        path = tmp_path / "text.txt"
+        path.write_text((tinystories / "held_out.txt").read_text(encoding="utf-8")[:4000], encoding="utf-8")
+        data = str(path)
+    validation = 0.2
+    result = finetune(recipe(stories, data, tmp_path / "a", training=training, validation=validation))
+    assert result.steps == 2
+    assert result.validation_loss is not None
+
+
+def chat_model(stories: Path, folder: Path) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(stories).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_chats_train_in_the_tokenizers_own_template(stories: Path, tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}] * 2
+    data = tmp_path / "chat.jsonl"
+    data.write_text((json.dumps({"messages": chat}) + "\n") * 3, encoding="utf-8")
+    with pytest.raises(InputError, match="no chat template"):
+        finetune(recipe(stories, str(data), tmp_path / "a"))
+    result = finetune(recipe(chat_model(stories, tmp_path / "model"), str(data), tmp_path / "a"))
+    assert result.examples == 6  # an example for each answer
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["words"]["form"] == "messages"
+
+
+def test_the_loss_is_on_the_completion_alone(stories: Path, data: str, tmp_path: Path, monkeypatch: Any) -> None:
+    from trl import SFTTrainer
+
+    seen: list[Any] = []
+    monkeypatch.setattr(SFTTrainer, "train", lambda self, **kw: seen.append(self.train_dataset[0]))
+    finetune(recipe(stories, data, tmp_path / "a"))
+    ids, labels = seen[0]["input_ids"], seen[0]["labels"]
+    learned = [token for token, label in zip(ids, labels, strict=True) if label != -100]
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    assert tokenizer.decode(learned).strip() == "He gave 0 balls to them.</s>"
+
+
+def test_an_answer_is_never_cut_without_a_word(
+    stories: Path, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open(data, "a", encoding="utf-8") as file:
+        file.write(json.dumps({"prompt": "Tom", "completion": " ran and" * 60}) + "\n")
+    with caplog.at_level("WARNING", logger="llmtools"):
+        result = finetune(recipe(stories, data, tmp_path / "a", training={**TRAINING, "max_steps": 1}))
+    assert result.left_out == 1
+    assert "number 9 (" in caplog.text
+    with pytest.raises(InputError, match="all 9 training examples are longer than max_length=4"):
+        finetune(recipe(stories, data, tmp_path / "b", training={**TRAINING, "max_length": 4}))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(stories: Path, data: str, tmp_path: Path) -> None:
+    training = {**TRAINING, "learning_rate": 1e30, "max_grad_norm": 0.0, "max_steps": 8}
+    with pytest.raises(InputError, match="diverged"):
+        finetune(recipe(stories, data, tmp_path / "a", training=training))
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training": {"learning_rat": 1}}, "did you mean 'learning_rate'"),
+        ({"training": {"max_steps": "many"}}, "int is expected"),
+        ({"training": {"output_dir": "x"}}, "the output folder is --out"),
+        ({"training": {"max_length": 4096}}, "512 positions"),
+        ({"validation": 1.5}, "from 0 to below 1"),
+        ({"options": {"prompts": "x"}}, "did you mean 'prompt'"),
+        ({"resume": True}, "there is no checkpoint"),
+        ({"lora": Lora(r=0)}, "r at least 1"),
+        ({"lora": Lora(options={"use_dorra": True})}, "did you mean 'use_dora'"),
+        ({"lora": Lora(target_modules=["q_prj"])}, "q_prj"),
+        ({"model": "no/such/folder"}, "there is no folder"),
+        ({"data": "no.jsonl"}, "there is no file"),
+    ],
+    ids=lambda value: str(value)[:40] if isinstance(value, str) else next(iter(value)),
+)
+def test_mistakes_are_said_and_leave_nothing(
+    changes: dict[str, Any], says: str, stories: Path, data: str, tmp_path: Path
+) -> None:
+    everything = {"model": str(stories), "data": data, "out": str(tmp_path / "out" / "a"), **changes}
+    with pytest.raises(InputError, match=says):
+        finetune(Finetune(**everything))
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
+def test_an_output_folder_is_not_replaced_unasked(stories: Path, data: str, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match="--overwrite"):
+        finetune(recipe(stories, data, tmp_path / "a"))

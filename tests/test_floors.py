@@ -1,0 +1,101 @@
+"""The package is a stack of floors, and imports go down (docs/architecture.md, section 2)."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "llmtools"
+
+FLOORS = {
+    "cli": 7,
+    "recipes": 6,
+    "model": 5,
+    "data": 5,
+    "nn": 4,
+    "quant": 3,
+    "kernels": 2,
+    "registry": 1,
+    "errors": 1,
+    "files": 1,
+    "progress": 1,
+    "_hook": 1,
+}
+NEEDS: dict[str, set[str]] = {
+    "nn": {"torch"},
+    "quant": {"torch", "safetensors"},  # the law of the round trip writes a file
+    "kernels": {"torch"},
+    "registry": set(),
+    "errors": set(),
+    "files": set(),
+    "progress": {"rich"},
+    "_hook": set(),
+}
+"""What else a floor may import, at any depth, beside the standard library."""
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+
+def floor_of(path: Path) -> str:
+    """The floor that a file belongs to: its folder in the package, or its own name."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imports(path: Path, *, top_level: bool = False) -> set[tuple[str, ...]]:
+    """The dotted names that a file imports, as tuples; with `top_level`, only those that run when it is imported."""
+    found = set()
+    for node in _nodes(ast.parse(path.read_text()), enter_functions=not top_level):
+        if isinstance(node, ast.Import):
+            found |= {tuple(alias.name.split(".")) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = _absolute(node, path)
+            found |= {(*module, alias.name) for alias in node.names}
+    return found
+
+
+def _nodes(node: ast.AST, *, enter_functions: bool) -> list[ast.AST]:
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        return [inner for child in node.orelse for inner in _nodes(child, enter_functions=enter_functions)]
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not enter_functions:
+        return []
+    below = [inner for child in ast.iter_child_nodes(node) for inner in _nodes(child, enter_functions=enter_functions)]
+    return [node, *below]
+
+
+def _absolute(node: ast.ImportFrom, path: Path) -> tuple[str, ...]:
+    named = tuple(node.module.split(".")) if node.module else ()
+    if not node.level:
+        return named
+    package = ("llmtools", *path.relative_to(PACKAGE).parent.parts)
+    return (*package[: len(package) - node.level + 1], *named)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path: Path) -> None:
+    floor = floor_of(path)
+    if floor in ("__init__", "__main__"):
+        return  # the front door: it names things of every floor, lazily (test_imports.py)
+    assert floor in FLOORS, f"{path.name}: a new floor; give it a place in FLOORS"
+    for name in imports(path):
+        if name[0] == "llmtools" and len(name) > 1 and name[1] in FLOORS:
+            same = name[1] == floor
+            lower = FLOORS[name[1]] < FLOORS[floor] or FLOORS[floor] == 1 == FLOORS[name[1]]
+            assert same or lower, f"{floor} (floor {FLOORS[floor]}) imports {'.'.join(name)} (floor {FLOORS[name[1]]})"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_lower_floors_need_torch_alone(path: Path) -> None:
+    allowed = NEEDS.get(floor_of(path))
+    if allowed is not None:
+        outside = {name[0] for name in imports(path)} - sys.stdlib_module_names - {"llmtools"} - allowed
+        assert not outside, f"{path.relative_to(PACKAGE)} imports {', '.join(sorted(outside))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
+    """TRL, PEFT, datasets and matplotlib are imported inside a function, never by importing one of our modules."""
+    heavy = {name[0] for name in imports(path, top_level=True)} & {"trl", "peft", "datasets", "matplotlib"}
+    assert not heavy, f"{path.relative_to(PACKAGE)} imports {', '.join(sorted(heavy))} when it is imported itself"

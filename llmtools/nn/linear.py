@@ -93,9 +93,10 @@ class QuantizedLinear(nn.Linear):
     def weight(self) -> Tensor:
         return LazyWeight(self, self.dtype)
 
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        raise InputError(_READ_ONLY)
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise InputError(_READ_ONLY)
+        super().__setattr__(name, value)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -43,7 +43,9 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	@for script in benchmarks/*.py; do echo "== $$script"; HF_HUB_OFFLINE=1 $(BIN)/python "$$script" || exit 1; done
+	@for file in $$(find benchmarks -name '[a-z]*.py' | sort); do \
+	    module=$$(echo "$${file%.py}" | tr / .); echo "== python -m $$module"; \
+	    HF_HUB_OFFLINE=1 $(BIN)/python -m "$$module" || exit 1; done
 
 # torch comes first and alone, so that pip takes the build that fits this machine before anything else asks for one.
 $(STAMP): pyproject.toml constraints.txt
@@ -51,6 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "llmtools needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
 	      echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Setting up $(VENV): torch, transformers, peft, trl (a minute or more, once)"
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet -e '.[train,plot,dev]' -c constraints.txt
 	@touch $(STAMP)

@@ -2,8 +2,8 @@
 
 A pretrained model is quantized to 4, 3 and 2 bits, by rounding (RTN) and by OPTQ. Then small LoRA adapters are
 finetuned on top of the packed weights, on text of a kind that the model has never seen. Perplexity is measured at each
-stage on text that was held out. The default model and the text ship in `demo/assets`; `make demo MODEL=path-or-hub-name`
-takes another model.
+stage on text that was held out. The default model and the text ship in `demo/assets`; another model is taken by
+`make demo MODEL=path-or-hub-name`.
 
 Every step is one of the library's recipes, which the command line offers as well: the command that would do the same
 is printed above it.
@@ -15,12 +15,13 @@ import logging
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from report import FinetuneRow, QuantizeRow, Results, Sample, write_report
 from rich.console import Console
 
@@ -46,16 +47,16 @@ class Demo:
     """weights of a row that share a scale"""
     samples: int = 64
     """windows of calibration text for OPTQ"""
-    steps: int = 150
+    steps: int = 100
     """training steps for each model"""
     batch: int = 8
     """sequences in a step"""
     tokens: int = 256
     """tokens in a sequence"""
-    rank: int = 16
+    rank: int = 8
     """of the adapters"""
     learning_rate: float | None = None
-    """by default 5e-3 for the embedded model, which is tiny, and 2e-4 for any other"""
+    """by default 0.32 / the model's hidden size: 5e-3 for the embedded model, 8e-5 for one of 7 billion parameters"""
     context: int | None = None
     """tokens in a window of held-out text; by default what the model was made for, at most 2048"""
     seed: int = 0
@@ -66,29 +67,37 @@ def main(demo: Demo) -> None:
     began = time.monotonic()
     out = Path(demo.out)
     (out / "models").mkdir(parents=True, exist_ok=True)
+    texts = (
+        "It was trained on children's stories (TinyStories); Wikipedia articles (WikiText-2) are new to it."
+        if demo.model == str(EMBEDDED)
+        else "It is measured on children's stories (TinyStories) and finetuned on Wikipedia articles (WikiText-2)."
+    )
     console.print(
         "\n[bold]llmtools[/bold] stores the linear layers of a language model in 4, 3 or 2 bits a weight instead of "
         "16, and finetunes small adapters (LoRA) on top of the packed weights. This demo measures what the first costs "
         "and what the second buys.\n"
-        f"\nModel: {demo.model}. Known text: children's stories (TinyStories). New text: Wikipedia articles "
-        "(WikiText-2). What is measured is perplexity on text that was held out: the lower, the better the model expects it.\n"
+        f"\nModel: {_shown(demo.model)}. {texts} Measured is perplexity on held-out text: the lower, the better the "
+        "model expects it.\n"
     )
+    if demo.model == str(EMBEDDED):
+        torch.set_num_threads(1)  # its layers are so small that threads would only wait for one another
     base = sixteen_bits(demo, out / "models" / "16-bit")
-    results = Results(model=Path(demo.model).name if demo.model == str(EMBEDDED) else demo.model, settings=vars(demo))
+    name = Path(demo.model).name if demo.model == str(EMBEDDED) else demo.model
+    results = Results(model=name, settings=vars(demo) | {"model": _shown(demo.model)})
 
-    step(1, "Quantize", f"the original, then {len(BITS)} widths × 2 quantizers, each measured on stories")
+    step(1, "Quantize", "each model is measured on held-out stories")
     results.quantized.append(measured(demo, base, "none", 16))
     for bits in BITS:
         for quantizer in ("rtn", "optq"):
             folder = quantized(demo, base, quantizer, bits, out / "models" / f"{quantizer}-{bits}-bit")
             results.quantized.append(measured(demo, folder, quantizer, bits))
 
-    step(2, "Finetune", f"adapters on the original and on OPTQ's three, {demo.steps} steps each, on articles")
+    step(2, "Finetune", f"{demo.steps} steps on articles, measured before and after")
     for bits in (16, *BITS):
         model = base if bits == 16 else out / "models" / f"optq-{bits}-bit"
         results.finetuned.append(finetuned(demo, model, bits, out / "models" / f"adapter-{bits}-bit"))
 
-    step(3, "Generate", "a story from each model before, the beginning of an article after finetuning")
+    step(3, "Generate", "a story before finetuning, an article after")
     for bits in (16, *BITS):
         model = base if bits == 16 else out / "models" / f"optq-{bits}-bit"
         story = generated(demo, model, None, HOME_PROMPT)
@@ -104,8 +113,6 @@ def sixteen_bits(demo: Demo, folder: Path) -> Path:
 
     It is written in 32 bits again: all models of the demo then compute in the same type.
     """
-    import torch
-
     import llmtools
     from llmtools.recipes.loading import check_model, quiet_libraries
 
@@ -152,14 +159,16 @@ def measured(demo: Demo, model: Path, quantizer: str, bits: int) -> QuantizeRow:
 
 def finetuned(demo: Demo, model: Path, bits: int, adapter: Path) -> FinetuneRow:
     """Perplexity on held-out articles before and after finetuning."""
+    from transformers import AutoConfig
+
     from llmtools.recipes.finetune import Finetune, Lora, finetune
 
-    rate = demo.learning_rate or (5e-3 if demo.model == str(EMBEDDED) else 2e-4)
+    width = AutoConfig.from_pretrained(model).get_text_config().hidden_size
     training = {
         "max_steps": demo.steps,
         "per_device_train_batch_size": demo.batch,
         "max_length": demo.tokens,
-        "learning_rate": rate,
+        "learning_rate": demo.learning_rate or 0.32 / width,
         "warmup_steps": demo.steps // 20,
         "save_strategy": "no",
     }
@@ -216,17 +225,21 @@ def command(verb: str, recipe: Any) -> None:
     """Prints the command line of a recipe: what differs from its defaults, by relative paths."""
     words = ["llmtools", verb]
     for field in fields(recipe):
-        value, default = getattr(recipe, field.name), field.default
-        if field.name == "overwrite" or value == default:
+        value = getattr(recipe, field.name)
+        if field.name == "overwrite" or value == _default(field):
             continue
         if isinstance(value, dict):
             words += [f"--{field.name}.{key} {_shown(entry)}" for key, entry in value.items()]
         elif hasattr(value, "__dataclass_fields__"):
-            changed = [each for each in fields(value) if getattr(value, each.name) != each.default]
+            changed = [each for each in fields(value) if getattr(value, each.name) != _default(each)]
             words += [f"--{field.name}.{each.name} {_shown(getattr(value, each.name))}" for each in changed]
         else:
             words.append(f"--{field.name} {_shown(value)}")
     console.print(f"[dim]$ {' '.join(words)}[/dim]", soft_wrap=True)
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _shown(value: Any) -> str:

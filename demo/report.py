@@ -61,6 +61,11 @@ class Results:
     seconds: float = 0.0
 
     @property
+    def embedded(self) -> bool:
+        """Whether this is the model that ships with the demo, about which we know more."""
+        return self.model == "stories260K"
+
+    @property
     def original(self) -> QuantizeRow:
         return self.quantized[0]
 
@@ -98,13 +103,7 @@ def write_report(results: Results, out: Path, console: Console) -> None:
 
 
 def quantized_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "model",
-        "bits a weight, scales included",
-        "linear weights",
-        "perplexity on held-out stories",
-        "× original",
-    ]
+    header = ["model", "bits a weight", "weights", "perplexity, stories", "× original"]
     rows = [
         [
             f"{row.bits} bits, {NAMES[row.quantizer]}",
@@ -119,15 +118,14 @@ def quantized_table(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def finetuned_table(results: Results) -> tuple[list[str], list[list[str]]]:
-    header = ["model", "linear weights", "adapter", "before finetuning", "after", "training"]
+    header = ["model", "weights", "adapter", "perplexity, articles", "after finetuning"]
     rows = [
         [
             f"{row.bits} bits, {NAMES[results.weights_of(row.bits).quantizer]}",
             size(results.weights_of(row.bits).weight_bytes),
-            f"{row.trainable:,} parameters, {size(row.adapter_bytes)}",
+            size(row.adapter_bytes),
             f"{row.before:.1f}",
             f"{row.after:.1f}",
-            f"{row.seconds:.0f} s",
         ]
         for row in results.finetuned
     ]
@@ -155,8 +153,8 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 def quantizing_in_words(results: Results) -> str:
     widths = sorted({row.bits for row in results.quantized} - {16}, reverse=True)
     found = {(row.quantizer, row.bits): row.perplexity for row in results.quantized}
-    better = [str(bits) for bits in widths if found["optq", bits] < found["rtn", bits]]
-    verdict = f"here at {', '.join(better)} bits" if better else "though not here"
+    better = [bits for bits in widths if found["optq", bits] < found["rtn", bits]]
+    verdict = f"here at {listed(better)} bits" if better else "though not here"
     return (
         f"Perplexity says how unsure a model is of the next token: 1 is certainty. RTN rounds each weight to the "
         f"nearest value of its grid. OPTQ rounds with a sample of text at hand, so that later weights make up for the "
@@ -168,10 +166,11 @@ def quantizing_in_words(results: Results) -> str:
 def finetuning_in_words(results: Results) -> str:
     original, *packed = results.finetuned
     gains = ", ".join(f"the {row.bits}-bit one's from {row.before:.1f} to {row.after:.1f}" for row in packed)
-    ahead = " and ".join(str(row.bits) for row in packed if row.after < original.before)
-    said = f" At {ahead} bits it is then better on articles than the original was at 16." if ahead else ""
+    opening = "Wikipedia articles are new to this model." if results.embedded else "Now Wikipedia articles are learned."
+    ahead = [row.bits for row in packed if row.after < original.before]
+    said = f" At {listed(ahead)} bits it is then better on articles than the original was at 16." if ahead else ""
     return (
-        f"Wikipedia articles are new to the model. The packed weights stay as they are; only the adapters learn, with "
+        f"{opening} The packed weights stay as they are; only the adapters learn, with "
         f"the same {results.settings['steps']} steps for each model. On held-out articles the original's perplexity "
         f"goes from {original.before:.1f} to {original.after:.1f}, {gains}.{said}"
     )
@@ -185,8 +184,7 @@ def caveats(results: Results) -> str:
     return (
         "How to read this: sizes are those of the linear layers in the blocks, which were quantized; embeddings stay "
         "as they were and are not counted. Perplexities depend on the tokenizer and the window, so compare them within "
-        "this report only. Each number is from one run with one seed."
-        + (small if results.model == "stories260K" else "")
+        "this report only. Each number is from one run with one seed." + (small if results.embedded else "")
     )
 
 
@@ -221,6 +219,12 @@ Settings: {settings}. Made in {results.seconds:.0f} s by `make demo`; the same f
 """
 
 
+def listed(numbers: list[int]) -> str:
+    """4, 3 and 2."""
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def size(count: int) -> str:
     """12.3 KB, 4.56 MB, 7.89 GB (decimal)."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
@@ -252,24 +256,18 @@ def draw(results: Results, path: Path) -> None:
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), constrained_layout=True)
 
-    for name, colour, side in (("rtn", grey, 1), ("optq", blue, -1)):
+    for name, colour, offset, side in (("rtn", grey, (-7, 6), "right"), ("optq", blue, (7, -12), "left")):
         values = [row.perplexity for row in results.quantized if row.quantizer == name]
-        left.plot(packed, values, "o-", color=colour, lw=2, ms=7, label=f"{NAMES[name]}")
+        left.plot(packed, values, "o-", color=colour, lw=2, ms=7, label=NAMES[name])
         for place, value in zip(packed, values, strict=True):
-            left.annotate(
-                f"{value:.2f}",
-                (place, value),
-                xytext=(0, 11 * side - 4),
-                textcoords="offset points",
-                ha="center",
-                color=colour,
-            )
+            label = {"xytext": offset, "textcoords": "offset points", "ha": side, "color": colour}
+            left.annotate(f"{value:.2f}", (place, value), **label)
     reference = results.original.perplexity
     left.axhline(reference, color="black", lw=1, ls=":", zorder=0)
     left.plot(0, reference, "o", color="black", ms=7, label="original")
     left.annotate(f"{reference:.2f}", (0, reference), xytext=(0, 7), textcoords="offset points", ha="center")
     left.set_title("What quantizing costs\nperplexity on held-out stories", loc="left", fontsize=12)
-    left.legend(frameon=False, loc="upper left")
+    left.legend(loc="upper left", framealpha=1, edgecolor="white", borderpad=0.2)
 
     before = [row.before for row in results.finetuned]
     after = [row.after for row in results.finetuned]
@@ -287,7 +285,7 @@ def draw(results: Results, path: Path) -> None:
     right.plot(places, before, "o", color=blue, mfc="white", mew=2, ms=8, label="before finetuning")
     right.plot(places, after, "o", color=green, ms=8, label="after finetuning adapters")
     right.set_title("What finetuning buys\nperplexity on held-out Wikipedia articles", loc="left", fontsize=12)
-    right.legend(frameon=False, loc="upper left")
+    right.legend(loc="upper left", framealpha=1, edgecolor="white", borderpad=0.2)
 
     for axes in (left, right):
         axes.set_yscale("log")

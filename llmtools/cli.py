@@ -75,6 +75,16 @@ llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.t
 llmtools generate --model QDIR --adapter ADAPTER --prompt "Once upon a time"
 llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --seed 1 --json""",
     ),
+    "export": Verb(
+        "export",
+        "Export",
+        "export",
+        "write a model or an adapter in a format of others",
+        """\
+llmtools export --model QDIR --format gptq_v2 --out GPTQ
+llmtools export --model QDIR --adapter ADAPTER --format dense --out MERGED
+llmtools export --adapter ADAPTER --format lora --out LORA""",
+    ),
     "check": Verb(
         "check",
         "Check",

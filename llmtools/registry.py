@@ -7,6 +7,7 @@ as ``module:Class``. Names that come out of a *file* never import anything: see 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -84,7 +85,8 @@ class Registry(Generic[T]):
             raise InputError(f"{self.kind} {name!r} is not a class but {type(found).__name__}")
         self._entries[name] = found
         if "name" not in vars(found):
-            found.name = name  # type: ignore[attr-defined]
+            with contextlib.suppress(TypeError):  # a built-in type; whoever asked for it will say what it is not
+                found.name = name  # type: ignore[attr-defined]
 
     def _load_plugins(self) -> None:
         if self._plugins_loaded:

@@ -145,7 +145,7 @@ def test_a_yaml_gives_options_and_flags_override_it(
     config = tmp_path / "recipe.yaml"
     config.write_text(
         f"model: {stories}\nquantizer: {{name: rtn, bits: 4, group_size: 32}}\n"
-        'overrides: {"*.down_proj": {bits: 8}, "*.layers.0.*": null}\n',
+        'overrides: {"*.layers.0.*": null, down_proj: {bits: 8}}\n',
         encoding="utf-8",
     )
     made = result(capsys, "quantize", "--config", config, "--bits", 2, "--out", tmp_path / "q")

@@ -22,6 +22,7 @@ from torch import nn
 from ..errors import CheckpointError, InputError
 from ..files import check_free, writing
 from ..nn.swap import packed_bytes, quantized_linears
+from .foreign import open_model, recognise
 from .hub import attach
 from .quantize import INCOMPLETE
 
@@ -60,7 +61,9 @@ def save(
 
 
 def load(folder: str | PathLike[str], **options: Any) -> tuple[Any, Any]:
-    """Opens a folder that `save` wrote, or any Hugging Face model: (model in eval mode, tokenizer).
+    """Opens a folder that `save` wrote, any Hugging Face model, or a quantized checkpoint of others (`foreign`).
+
+    Returns (model in eval mode, tokenizer).
 
     options go to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). Stricter than that: a
     tensor that is missing in the files is an error here, not a warning. ``trust_remote_code`` is off unless it is
@@ -75,7 +78,11 @@ def load(folder: str | PathLike[str], **options: Any) -> tuple[Any, Any]:
     options = {"use_safetensors": True, **options}
     options.pop("output_loading_info", None)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+        foreign = recognise(name, options)
+        if foreign is not None:
+            model, info = open_model(foreign, options)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except (OSError, SafetensorError) as error:
         where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
         raise CheckpointError(f"{where}: {_first_line(error)}") from error

@@ -74,6 +74,7 @@ class LLMToolsConfig(QuantizationConfigMixin):
         overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
         quantizers: Sequence[Mapping[str, Any]] = (),
         modules: Mapping[str, int] | None = None,
+        origin: Mapping[str, Any] | None = None,
         version: int = VERSION,
         quant_method: str = METHOD,
         **options: Any,
@@ -86,18 +87,21 @@ class LLMToolsConfig(QuantizationConfigMixin):
         self.version = VERSION
         self.quantizers = [dict(spec) for spec in quantizers]
         self.modules = dict(modules or {})
+        self.origin = dict(origin) if origin else None
+        """The quantization config of the checkpoint of others that this was opened from; nothing depends on it."""
         self._wish = None if quantizer is None else _Wish.of(quantizer, skip, overrides, options)
         if self._wish is None and options:
             raise CheckpointError(f"quantization_config: unknown keys {', '.join(map(repr, sorted(options)))}")
 
     def to_dict(self) -> dict[str, Any]:
         """What ``config.json`` holds: JSON values only."""
-        return {
+        told = {
             "quant_method": self.quant_method,
             "version": self.version,
             "quantizers": [dict(spec) for spec in self.quantizers],
             "modules": dict(self.modules),
         }
+        return told | {"origin": dict(self.origin)} if self.origin else told
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
@@ -159,7 +163,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
         self.stored = frozenset(headers)
         problems: list[str] = []
         for stored_path, chosen in self.quantization_config.assignment().items():
-            path = _locate(model, stored_path)
+            path = locate(model, stored_path)
             if path is None:
                 continue
             linear = model.get_submodule(path)
@@ -429,7 +433,7 @@ def _refuse_tensor_parallel(model: Any) -> None:
         raise InputError("tensor parallelism does not work with quantized layers yet; use device_map or FSDP")
 
 
-def _locate(model: Any, path: str) -> str | None:
+def locate(model: Any, path: str) -> str | None:
     """Where a module of the checkpoint is in this model, which may be the bare decoder or wear another head."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (path, path.removeprefix(prefix), prefix + path):

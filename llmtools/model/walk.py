@@ -43,18 +43,19 @@ class Calls:
     def outputs(self) -> Iterator[Tensor]:
         """Runs the block, as it is now, on one batch a step; gives its hidden states [batch, t, features]."""
         for index in range(len(self)):
-            yield self._output(index)
+            yield self.output(index)
 
     def run(self) -> None:
         """Runs the block, as it is now, over all batches; for what hooks see."""
         for _ in self.outputs():
             pass
 
-    def _output(self, index: int) -> Tensor:
-        hidden = self.hidden[index]
+    def output(self, index: int, hidden: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Runs the block on one batch, or on other hidden states of its shape; dtype: for all that it is called with."""
+        hidden = self.hidden[index] if hidden is None else hidden
         args, kwargs = self._calls[index].with_hidden(hidden)
-        if self._device is not None:
-            args, kwargs = _moved(args, self._device), _moved(kwargs, self._device)
+        if self._device is not None or dtype is not None:
+            args, kwargs = _moved(args, self._device, dtype), _moved(kwargs, self._device, dtype)
         return _hidden_of(self.block(*args, **kwargs)).to(hidden.device)
 
 
@@ -238,14 +239,15 @@ def _hidden_of(output: Any) -> Tensor:
     return hidden
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """`value` with its tensors on `device`; containers other than plain ones, which may be shared, stay as they are."""
+def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    """`value` with its tensors on `device`, floating ones in `dtype`; containers other than plain ones, which may be
+    shared, stay as they are."""
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
     if type(value) in (tuple, list):
-        return type(value)(_moved(item, device) for item in value)
+        return type(value)(_moved(item, device, dtype) for item in value)
     if type(value) is dict:
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: _moved(item, device, dtype) for key, item in value.items()}
     return value
 
 

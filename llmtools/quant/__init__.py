@@ -1,24 +1,32 @@
 """Quantizers: a weight to a few packed tensors, and rows of it back.
 
-`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`); `laws` is the
-specification in executable form.
+`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`); `imported` are
+the grids of other programs' checkpoints; `laws` is the specification in executable form.
 """
 
 from .base import ALL, Packed, Quantizer, TensorSpec, from_spec, quantizer, quantizers
 from .hessian import HessianSum, proxy_loss
+from .imported import ColumnGrid, TableGrid, UniformGrid
 from .materialize import DEFAULT_MATERIALIZE_BYTES, materialize_budget, materialized_linear
-from .presets import NF4, OPTQ, RTN
+from .presets import AWQ, HQQ, NF4, OPTQ, RTN, QuIP, QuIPSharp
 
 __all__ = [
     "ALL",
+    "AWQ",
     "DEFAULT_MATERIALIZE_BYTES",
+    "HQQ",
     "NF4",
     "OPTQ",
     "RTN",
+    "ColumnGrid",
     "HessianSum",
     "Packed",
+    "QuIP",
+    "QuIPSharp",
     "Quantizer",
+    "TableGrid",
     "TensorSpec",
+    "UniformGrid",
     "from_spec",
     "materialize_budget",
     "materialized_linear",

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import InputError, did_you_mean
 from ..registry import Registry
@@ -43,6 +44,8 @@ class Quantizer(ABC):
     """The registered name; the registry sets it."""
     needs_hessian: ClassVar[bool] = False
     """Whether `quantize` wants the layer's inputs; then calibration data are asked for."""
+    learns_block: ClassVar[bool] = False
+    """Whether a model's blocks are to be learned as a whole, through `learner`, instead of one weight at a time."""
     scratch_bytes: ClassVar[int] = 16
     """Bytes that `dequantize` has in use per weight at its peak, its result included: bounds a block of rows."""
 
@@ -69,16 +72,62 @@ class Quantizer(ABC):
         """
         return materialized_linear(x, self, packed)
 
+    def learner(self, weight: Tensor, hessian: Tensor) -> Learner:
+        """`quantize` as a piece of training, for quantizers with `learns_block`; arguments as there."""
+        raise NotImplementedError(f"{self.name} does not learn on blocks")
+
+    def tunable(self, packed: Packed) -> list[str]:
+        """Names of the tensors that block tuning may train: by default all floating ones, such as scales."""
+        return [name for name, tensor in packed.items() if tensor.is_floating_point()]
+
+    def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:
+        """`linear`, differentiable in the floating tensors of `packed` as well, which may be wider than the layout's.
+
+        Autograd keeps the whole weight in memory; one block of a network at a time is trained like this.
+        """
+        return F.linear(x, self.dequantize(packed, dtype=x.dtype))
+
     def spec(self) -> dict[str, Any]:
         """The call that makes this quantizer, as JSON: ``{"name": "optq", "bits": 3, …}``."""
         return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+
+
+class Learner(ABC):
+    """A weight whose stored form is still being learned: `weight` is differentiable, `step` descends, `packed` ends it.
+
+    Whoever trains it (`model/tune.py` with the outputs of a block) calls `weight`, runs backward, and calls `step`,
+    `steps` times in all.
+    """
+
+    steps: int
+    """How many steps the training wants."""
+
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The weight as it would be stored now, [out, in] float32, differentiable in what is learned."""
+
+    @abstractmethod
+    def step(self, progress: float) -> None:
+        """One step down the gradients, which are cleared; progress is 0 at the first step and nears 1 at the last."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor | None = None) -> None:
+        """Remembers this iterate as the best so far; with rows, [out] bool, only those output features of it."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Goes back to what was kept."""
+
+    @abstractmethod
+    def packed(self) -> Packed:
+        """The tensors of the quantizer's layout, for this iterate."""
 
 
 quantizers: Registry[Quantizer] = Registry("quantizer", "llmtools.quantizers")
 
 
 def quantizer(name: str, **options: Any) -> Quantizer:
-    """The quantizer of that name: built in, a plug-in's (entry point group ``llmtools.quantizers``) or ``module:Class``.
+    """The quantizer of that name: built in, a plug-in's (entry point ``llmtools.quantizers``) or ``module:Class``.
 
     >>> quantizer("optq", bits=3, group_size=64)
     OPTQ(bits=3, group_size=64, …)

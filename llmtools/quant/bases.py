@@ -1,24 +1,38 @@
 """Changes of coordinates: on weights while quantizing, on activations while running.
 
-In the basis (R, L) the layer y = x Wᵀ is y = ((x R) W'ᵀ) Lᵀ with W' = Lᵀ W R, so the quantized weight W' is decoded as
-it is stored and the activations are rotated instead.
+In the basis (R, L) the layer y = x Wᵀ is y = ((x R) W'ᵀ) Lᵀ with W = L W' Rᵀ, so the quantized weight W' is decoded as
+it is stored and the activations are rotated instead. The inner weight W' may have a few columns more than W: [out, in'].
 
-Shapes: out, in — features.
+Shapes: out, in — features; in' — columns of the inner weight.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ..errors import InputError
+from ..kernels.hadamard import hadamard, rule_for
 from .base import Packed, TensorSpec
+from .grids.base import Grid
+from .hessian import proxy_loss
+from .rounding import Nearest
 
 
 class Basis(ABC):
-    """An orthogonal change of coordinates. Its state is stored beside the codes, never drawn again."""
+    """A change of coordinates that has an inverse. Its state is stored beside the codes, never drawn again."""
+
+    by_rows: ClassVar[bool] = True
+    """Whether rows of W depend on the same rows of W' alone (L is the identity)."""
+
+    def columns(self, in_features: int) -> int:
+        """in', the columns of the inner weight."""
+        return in_features
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]: ...
@@ -32,8 +46,8 @@ class Basis(ABC):
         """W, H -> W', H' in the new coordinates."""
 
     @abstractmethod
-    def restore(self, rows: Tensor, state: Packed) -> Tensor:
-        """Rows of W' [r, in] -> the same rows of W."""
+    def restore(self, inner: Tensor, state: Packed) -> Tensor:
+        """W' [out, in'] -> W [out, in]. Where `by_rows`, the same of some rows."""
 
     @abstractmethod
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
@@ -55,18 +69,159 @@ class Permutation(Basis):
         return {"perm": TensorSpec((in_features,), torch.int32)}
 
     def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
-        assert hessian is not None
+        if hessian is None:  # nothing tells the columns apart
+            return {"perm": torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
         return {"perm": torch.argsort(hessian.diagonal(), descending=True, stable=True).to(torch.int32)}
 
     def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         perm = state["perm"].long()
         return weight[:, perm], None if hessian is None else hessian[perm][:, perm]
 
-    def restore(self, rows: Tensor, state: Packed) -> Tensor:
-        return torch.empty_like(rows).index_copy_(-1, state["perm"].long(), rows)
+    def restore(self, inner: Tensor, state: Packed) -> Tensor:
+        return torch.empty_like(inner).index_copy_(-1, state["perm"].long(), inner)
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
         return x.index_select(-1, state["perm"])
+
+    def outputs(self, y: Tensor, state: Packed) -> Tensor:
+        return y
+
+
+@dataclass(frozen=True)
+class SignedHadamard(Basis):
+    """Incoherence: random signs and a Hadamard matrix on either side (QuIP#, arXiv:2402.04396, section 3).
+
+    W = diag(sv) Q_out W' Q_inᵀ diag(su), Q the orthogonal matrices of `kernels.hadamard`. Outliers are spread over whole
+    rows and columns, W' looks Gaussian, and a matrix-wide grid suits it. With `scale` the entries of W' have mean
+    square scale² and sv carries the rest; without it sv is ±1 and the grid fits its own scales.
+
+    The transform's size on the side of the inputs is the next multiple of `block`, so that there is one of at least that
+    order: x is filled up with zeros. On the side of the outputs nothing is filled up; an odd number of them just is not
+    mixed. Signs are drawn from a seed and stored; after block tuning su and sv may hold any numbers.
+    """
+
+    seed: int = 0
+    scale: float | None = None
+    block: int = 8
+    rules: int = 1
+    """Version of the table that says which Hadamard matrix belongs to a size, `kernels.hadamard.rule_for`."""
+
+    by_rows: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.rules != 1:
+            raise InputError(f"hadamard={self.rules}; this version of llmtools knows the Hadamard rules 1; update it")
+        if self.scale is not None and not 0 < self.scale < float("inf"):
+            raise InputError(f"scale={self.scale}; give a positive number, as 1.03")
+
+    def columns(self, in_features: int) -> int:
+        return in_features + -in_features % self.block
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        return {
+            "su": TensorSpec((in_features,), torch.float16),
+            "sv": TensorSpec((out_features,), torch.float16),
+        }
+
+    def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
+        out_features, in_features = weight.shape
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        su, sv = (
+            torch.randint(0, 2, (n,), generator=generator, device="cpu").mul(2).sub(1).to(weight.device, torch.float16)
+            for n in (in_features, out_features)
+        )
+        if self.scale is not None:
+            mean_square = weight.square().sum() / (out_features * self.columns(in_features))
+            size = (mean_square.sqrt() / self.scale).clamp_max(65504)
+            sv = sv * torch.where(mean_square > 0, size.clamp_min(2.0**-24), 0).to(torch.float16)
+        return {"su": su, "sv": sv}
+
+    def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
+        su, sv = state["su"].to(weight.dtype), state["sv"].to(weight.dtype)
+        scaled = weight / torch.where(sv == 0, 1, sv)[:, None] / su
+        return self._transform(self._spread(scaled).mT).mT.contiguous(), self._second_moment(hessian, su)
+
+    def _second_moment(self, hessian: Tensor | None, su: Tensor) -> Tensor | None:
+        """H of x -> that of x R; of a layer that never saw an input, the identity."""
+        if hessian is None:
+            return None
+        if not hessian.any():
+            return torch.eye(self.columns(hessian.shape[0]), dtype=hessian.dtype, device=hessian.device)
+        su = su.to(hessian)
+        return self._spread(self._spread(hessian * su[:, None] * su).mT)
+
+    def _spread(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., in'], Q_inᵀ of the filled-up vectors."""
+        return self._transform(F.pad(x, (0, -x.shape[-1] % self.block)))
+
+    @staticmethod
+    def _transform(x: Tensor) -> Tensor:
+        return hadamard(x, rule_for(x.shape[-1]), transpose=True)
+
+    def restore(self, inner: Tensor, state: Packed) -> Tensor:
+        su, sv = state["su"].to(inner.dtype), state["sv"].to(inner.dtype)
+        mixed = hadamard(inner.mT, rule_for(inner.shape[0])).mT  # Q_out W'
+        return hadamard(mixed, rule_for(inner.shape[1]))[:, : len(su)] * su * sv[:, None]
+
+    def inputs(self, x: Tensor, state: Packed) -> Tensor:
+        return self._spread((x * (state["su"] / _guard(x))).to(x.dtype))
+
+    def outputs(self, y: Tensor, state: Packed) -> Tensor:
+        return (hadamard(y, rule_for(y.shape[-1])) * (state["sv"] * _guard(y))).to(y.dtype)
+
+
+def _guard(x: Tensor) -> float:
+    """What keeps float16 from overflowing between the two transforms, where the weight has entries of about one."""
+    return 32.0 if x.dtype == torch.float16 else 1.0
+
+
+@dataclass(frozen=True)
+class Rescale(Basis):
+    """Inputs divided by s, columns of the weight multiplied by it (AWQ, arXiv:2306.00978, section 3.2).
+
+    s_j = (the size of input j)^r: columns that meet large activations take up more of their group's grid and are
+    rounded more finely. r = i/20, i = 0 … 19, is searched for each layer, with `grid` and nearest rounding.
+
+    What differs from AWQ: the size of an input is its root mean square, √H_jj, in place of its mean magnitude, and a
+    trial is judged by tr(E H Eᵀ), the mean squared error of this layer's output, in place of the attention's or MLP's;
+    both need only the Hessian. And nothing is folded into the layer before: the division stays, so that every layer
+    has its own s, whatever precedes it.
+    """
+
+    grid: Grid
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        return {"input_scales": TensorSpec((in_features,), torch.float16)}
+
+    def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
+        assert hessian is not None
+        size = hessian.to(weight).diagonal().sqrt()
+        size = size.clamp_min(1e-4 * size.max())
+        if not size.any():
+            size = torch.ones_like(size)
+        best, least = torch.empty(0), float("inf")
+        for i in range(20):
+            inverse = size.pow(-i / 20)
+            inverse = (inverse / (inverse.max() * inverse.min()).sqrt()).to(torch.float16)
+            state = {"input_scales": inverse}
+            inner, _ = self.rotate(weight, None, state)
+            packed = self.grid.pack(*Nearest()(inner, None, self.grid), weight.shape[1])
+            loss = proxy_loss(weight, self.restore(self.grid.dequantize(packed), state), hessian)
+            if loss < least:
+                best, least = inverse, loss
+        return {"input_scales": best}
+
+    def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
+        inverse = state["input_scales"].to(weight.dtype)
+        if hessian is not None:
+            hessian = hessian * inverse.to(hessian) * inverse.to(hessian)[:, None]
+        return weight / inverse, hessian
+
+    def restore(self, inner: Tensor, state: Packed) -> Tensor:
+        return inner * state["input_scales"].to(inner.dtype)
+
+    def inputs(self, x: Tensor, state: Packed) -> Tensor:
+        return (x * state["input_scales"]).to(x.dtype)
 
     def outputs(self, y: Tensor, state: Packed) -> Tensor:
         return y

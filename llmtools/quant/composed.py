@@ -6,6 +6,7 @@ from abc import abstractmethod
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import InputError, where
 from .base import ALL, Packed, Quantizer, TensorSpec
@@ -31,8 +32,10 @@ class Composed(Quantizer):
         return None
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        layout = self.grid.layout(out_features, in_features)
-        return layout | self.basis.layout(out_features, in_features) if self.basis else layout
+        if self.basis is None:
+            return self.grid.layout(out_features, in_features)
+        inner = self.grid.layout(out_features, self.basis.columns(in_features))
+        return inner | self.basis.layout(out_features, in_features)
 
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
@@ -50,11 +53,21 @@ class Composed(Quantizer):
         return self.grid.pack(codes, params, weight.shape[1]) | state
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        weight = self.grid.dequantize(packed, rows, dtype)
-        return self.basis.restore(weight, packed) if self.basis else weight
+        if self.basis is None:
+            return self.grid.dequantize(packed, rows, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        if self.basis.by_rows:
+            return self.basis.restore(self.grid.dequantize(packed, rows, wide), packed).to(dtype)
+        return self.basis.restore(self.grid.dequantize(packed, ALL, wide), packed)[rows].to(dtype)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         if self.basis is None:
             return materialized_linear(x, self.grid, packed)
         y = materialized_linear(self.basis.inputs(x, packed), self.grid, packed)
+        return self.basis.outputs(y, packed)
+
+    def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:
+        if self.basis is None:
+            return F.linear(x, self.grid.dequantize(packed, dtype=x.dtype))
+        y = F.linear(self.basis.inputs(x, packed), self.grid.dequantize(packed, dtype=x.dtype))
         return self.basis.outputs(y, packed)

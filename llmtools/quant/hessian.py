@@ -9,6 +9,7 @@ Shapes: out, in — features; t — tokens.
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,20 +61,34 @@ def clear_dead(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
     return weight.masked_fill(dead, 0), hessian
 
 
-def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
-    """M, unit upper (block) triangular, of H + λI = M D Mᵀ with blocks of `width`: column j takes Σ_{i<j} E_i M_ij.
+class Factors(NamedTuple):
+    """What `factor` finds: H + λI = M D Mᵀ."""
 
-    A Cholesky factor of the reversed matrix, in float64. Where that fails the damping λ = damping · mean(diag H) is
-    doubled up to the mean itself; None, with a log line, when even that is not positive definite. [in, in] float64.
+    update: Tensor
+    """M, unit upper (block) triangular [in, in]: column j takes Σ_{i<j} E_i M_ij."""
+    damping: float
+    """λ as a fraction of the mean diagonal of H: what was asked for, or more where that was not enough."""
+
+
+def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
+    """M alone of `factor`, in float64."""
+    factors = factor(hessian, width, damping, torch.float64)
+    return None if factors is None else factors.update
+
+
+def factor(hessian: Tensor, width: int, damping: float, dtype: torch.dtype) -> Factors | None:
+    """H + λI = M D Mᵀ with M unit upper triangular in blocks of `width`, which divides in, and D block diagonal.
+
+    A Cholesky factor of the reversed matrix, in float64, then rounded to `dtype`. Where that fails the damping λ = damping · mean(diag H) is
+    doubled up to the mean itself; None, with a log line, when even that is not positive definite.
     """
-    flipped = hessian.double().flip(0, 1)
-    mean = flipped.diagonal().mean()
-    tried = damping
+    mean, tried = float(hessian.diagonal().double().mean()), damping
     while True:
-        damped = flipped.clone()
+        damped = hessian.flip(0, 1).double()
         damped.diagonal().add_(tried * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not failed and bool(torch.isfinite(factor).all()):
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped
+        if not failed and bool(torch.isfinite(lower.diagonal()).all()):
             break
         if tried >= 1:
             logger.warning(
@@ -91,8 +106,11 @@ def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
             damping,
             tried,
         )
-    blocks = factor.unflatten(1, (-1, width))  # [in, b, width]
-    diagonal = torch.stack([factor[k : k + width, k : k + width] for k in range(0, factor.shape[0], width)])
-    unit = torch.linalg.solve_triangular(diagonal, blocks.transpose(0, 1), upper=False, left=False)  # [b, in, width]
-    update: Tensor = unit.transpose(0, 1).flatten(1).flip(0, 1)
-    return update
+    if width == 1:
+        lower /= lower.diagonal().clone()
+    else:
+        for k in range(0, lower.shape[0], width):  # column blocks times the inverse of their diagonal block
+            block = slice(k, k + width)
+            diagonal = lower[block, block].clone()
+            lower[k:, block] = torch.linalg.solve_triangular(diagonal, lower[k:, block], upper=False, left=False)
+    return Factors(lower.to(dtype).flip(0, 1), tried)

@@ -1,10 +1,14 @@
 """The quantizers by name: rows of the table grid × rounding × basis.
 
-| name   | grid     | rounding   | basis           | paper             |
-|--------|----------|------------|-----------------|-------------------|
-| `rtn`  | affine   | nearest    | –               | –                 |
-| `nf4`  | codebook | nearest    | –               | arXiv:2305.14314  |
-| `optq` | affine   | sequential | – / permutation | arXiv:2210.17323  |
+| name         | grid     | rounding               | basis           | paper             |
+|--------------|----------|------------------------|-----------------|-------------------|
+| `rtn`        | affine   | nearest                | –               | –                 |
+| `nf4`        | codebook | nearest                | –               | arXiv:2305.14314  |
+| `hqq`        | affine   | proximal               | –               | Badri & Shaji 2023|
+| `awq`        | affine   | clipped                | rescale         | arXiv:2306.00978  |
+| `optq`       | affine   | sequential             | – / permutation | arXiv:2210.17323  |
+| `quip`       | affine   | sequential             | signed Hadamard | arXiv:2307.13304  |
+| `quip_sharp` | lattice  | sequential, by eights  | signed Hadamard | arXiv:2402.04396  |
 """
 
 from __future__ import annotations
@@ -14,13 +18,15 @@ from typing import ClassVar
 
 from ..errors import InputError
 from .base import quantizers
-from .bases import Basis, Permutation
+from .bases import Basis, Permutation, Rescale, SignedHadamard
 from .composed import Composed
 from .grids.affine import BITS, Affine
 from .grids.base import Grid
 from .grids.codebook import Codebook
+from .grids.lattice import SCALE, Lattice
 from .grids.scalar import check_group_size
-from .rounding import Nearest, Rounding, Sequential
+from .proximal import Proximal
+from .rounding import Clipped, Nearest, Rounding, Sequential
 
 
 @quantizers.register("rtn")
@@ -92,10 +98,12 @@ class OPTQ(Composed):
     """Quantize the columns with the largest activations first."""
     static_groups: bool = False
     """Fit all groups before the sweep. With act_order, groups then stay in natural order and nothing is gathered."""
+    passes: int = 0
+    """Passes of coordinate descent after the sweep: each weight chosen anew with all others fixed."""
 
     def __post_init__(self) -> None:
         _check(self.name, self.bits, self.group_size)
-        Sequential(self.damping)
+        Sequential(self.damping, passes=self.passes)
 
     @property
     def grid(self) -> Grid:
@@ -103,11 +111,164 @@ class OPTQ(Composed):
 
     @property
     def rounding(self) -> Rounding:
-        return Sequential(self.damping, order=self.act_order and self.static_groups, static_groups=self.static_groups)
+        return Sequential(
+            self.damping,
+            order=self.act_order and self.static_groups,
+            static_groups=self.static_groups,
+            passes=self.passes,
+        )
 
     @property
     def basis(self) -> Basis | None:
         return Permutation() if self.act_order and not self.static_groups else None
+
+
+@quantizers.register("hqq")
+@dataclass(frozen=True)
+class HQQ(Composed):
+    """Half-quadratic quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog): zero points refined; no data."""
+
+    bits: int = 4
+    """2, 3, 4 or 8."""
+    group_size: int = 64
+    """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
+    iterations: int = 20
+    """Of the solver, at most."""
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.bits, self.group_size)
+        Proximal(self.iterations)
+
+    @property
+    def grid(self) -> Affine:
+        return Affine(self.bits, self.group_size, float_zeros=True)
+
+    @property
+    def rounding(self) -> Rounding:
+        return Proximal(self.iterations)
+
+
+@quantizers.register("awq")
+@dataclass(frozen=True)
+class AWQ(Composed):
+    """Activation-aware quantization (arXiv:2306.00978): inputs that are large get finer columns, then nearest rounding.
+
+    Judged by the Hessian instead of by activations and never folded into other layers: see `bases.Rescale`.
+    """
+
+    needs_hessian: ClassVar[bool] = True
+
+    bits: int = 4
+    """2, 3, 4 or 8."""
+    group_size: int = 64
+    """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
+    symmetric: bool = False
+    """Centre the grid on zero and store no zero points."""
+    clip: bool = True
+    """Search each group's range for the least error of its output instead of taking its extremes."""
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.bits, self.group_size)
+
+    @property
+    def grid(self) -> Grid:
+        return Affine(self.bits, self.group_size, self.symmetric)
+
+    @property
+    def rounding(self) -> Rounding:
+        return Clipped() if self.clip else Nearest()
+
+    @property
+    def basis(self) -> Basis:
+        return Rescale(self.grid)
+
+
+@quantizers.register("quip")
+@dataclass(frozen=True)
+class QuIP(Composed):
+    """QuIP (arXiv:2307.13304) with QuIP#'s transform: a uniform grid on weights that a rotation has made alike."""
+
+    needs_hessian: ClassVar[bool] = True
+
+    bits: int = 4
+    """2, 3, 4 or 8."""
+    group_size: int = -1
+    """Consecutive columns of a row that share a scale and a zero point; -1 for the whole row."""
+    symmetric: bool = False
+    """Centre the grid on zero and store no zero points."""
+    clip: bool = True
+    """Search each group's range instead of taking its extremes; matters most at 2 and 3 bits."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    passes: int = 10
+    """Passes of coordinate descent after the sweep, at most."""
+    seed: int = 0
+    """Of the random signs, which are stored."""
+    hadamard: int = 1
+    """Version of the rules that say which Hadamard matrix belongs to a size."""
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.bits, self.group_size)
+        Sequential(self.damping, passes=self.passes)
+        SignedHadamard(rules=self.hadamard)
+
+    @property
+    def grid(self) -> Grid:
+        return Affine(self.bits, self.group_size, self.symmetric, self.clip)
+
+    @property
+    def rounding(self) -> Rounding:
+        return Sequential(self.damping, passes=self.passes)
+
+    @property
+    def basis(self) -> Basis:
+        return SignedHadamard(self.seed, rules=self.hadamard)
+
+
+@quantizers.register("quip_sharp")
+@dataclass(frozen=True)
+class QuIPSharp(Composed):
+    """QuIP# (arXiv:2402.04396): rotated weights, eight at a time on the lattice E8; the choice for 2 bits.
+
+    2, 3 or 4 bits a weight and nothing per group: two float16 vectors are all that is stored beside the codes.
+    """
+
+    needs_hessian: ClassVar[bool] = True
+
+    bits: int = 2
+    """2, 3 or 4."""
+    scale: float | None = None
+    """Standard deviation of the weights on the grid; by default what suits Gaussian ones best, 1.03, 0.98 or 1.03."""
+    residual_scale: float | None = None
+    """How much larger the error of the first two bits is coded for the others; by default 2.04 at 3 bits, 3.45 at 4."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    passes: int = 10
+    """Passes of coordinate descent after the sweep, at most; each costs about as much time as the sweep."""
+    seed: int = 0
+    """Of the random signs, which are stored."""
+    hadamard: int = 1
+    """Version of the rules that say which Hadamard matrix belongs to a size."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in SCALE or isinstance(self.bits, bool):
+            raise InputError(f"{self.name}: bits={self.bits!r}; choose 2, 3 or 4")
+        Lattice(self.bits, self.residual_scale)
+        Sequential(self.damping, passes=self.passes)
+        SignedHadamard(scale=self.scale, rules=self.hadamard)
+
+    @property
+    def grid(self) -> Grid:
+        return Lattice(self.bits, self.residual_scale)
+
+    @property
+    def rounding(self) -> Rounding:
+        return Sequential(self.damping, passes=self.passes)
+
+    @property
+    def basis(self) -> Basis:
+        scale = SCALE[self.bits] if self.scale is None else self.scale
+        return SignedHadamard(self.seed, scale, rules=self.hadamard)
 
 
 def _check(name: str, bits: int, group_size: int) -> None:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def _check_data(recipe: Evaluate) -> None:
         existing_file(recipe.data)
 
 
-def linear_weights(model: nn.Module) -> tuple[float, int]:
+def linear_weights(model: Any) -> tuple[float, int]:
     """(bits a weight, bytes) over the linear layers of the blocks: adapters and a dense output head left out."""
     from torch import nn
 

@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import InputError, did_you_mean
 
-if TYPE_CHECKING:
-    from ..data.reading import Row
-
 log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
 
 NEEDS_TRAIN = "finetuning uses trl and datasets ({error}): pip install 'llmtools[train]'"
 
@@ -99,7 +98,8 @@ class Finetuned:
         validation = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4f}"
         left_out = f", {self.left_out} examples too long" if self.left_out else ""
         return (
-            f"{self.out}: {self.trainable} parameters, {self.steps} steps on {self.examples} examples{loss}{validation}"
+            f"{self.out}: {self.trainable} parameters, {self.steps} steps on {self.examples} "
+            f"example{'s' * (self.examples != 1)}{loss}{validation}"
             f"{left_out}, in {self.seconds:.1f} s"
         )
 
@@ -411,6 +411,8 @@ def _arguments(recipe: Finetune, work: Path, model: Any, form: str, validates: b
     }
     if validates:
         ours |= {"eval_strategy": "steps", "eval_steps": 0.1}
+    if 0 < recipe.training.get("max_steps", 0) < 100:
+        ours["logging_steps"] = max(1, recipe.training["max_steps"] // 10)
     arguments = ours | recipe.training
     if form == "text" and arguments["packing"]:
         arguments.setdefault("packing_strategy", "wrapped")  # cuts anywhere and loses nothing

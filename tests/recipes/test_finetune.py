@@ -46,6 +46,11 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+def losses(folder: Path) -> list[tuple[int, float]]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records if "loss" in record]
+
+
 def recipe(model: str | Path, data: str, out: Path, **changes: Any) -> Finetune:
     changes.setdefault("training", TRAINING)
     return Finetune(model=str(model), data=data, out=str(out), lora=Lora(r=2), **changes)
@@ -100,15 +105,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     whole, broken = adapter(tmp_path / "whole"), adapter(tmp_path / "broken")
     assert whole.keys() == broken.keys()
     assert all(torch.equal(whole[key], broken[key]) for key in whole)
-    losses = [
-        [
-            (r["step"], r["loss"])
-            for line in (tmp_path / name / "metrics.jsonl").open()
-            if "loss" in (r := json.loads(line))
-        ]
-        for name in ("whole", "broken")
-    ]
-    assert losses[0] == losses[1]
+    assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
 
 
 def test_a_finished_run_goes_on_with_more_steps(stories: Path, data: str, tmp_path: Path) -> None:
@@ -225,4 +222,12 @@ def test_mistakes_are_said_and_leave_nothing(
 def test_an_output_folder_is_not_replaced_unasked(stories: Path, data: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match="--overwrite"):
+        finetune(recipe(stories, data, tmp_path / "a"))
+
+
+def test_a_missing_extra_is_named(stories: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(InputError, match=r"pip install 'llmtools\[train\]'"):
         finetune(recipe(stories, data, tmp_path / "a"))

@@ -1,13 +1,103 @@
 """Rows of a weight on uniform grids: value = scale · (code − zero), group by group along the inputs.
 
-Shapes: out, in — features; G = ceil(in / group_size) groups, the last may be shorter; w = ceil(in·bits / 32).
+Shapes: out, in — features; G = ceil(in / group_size), the last group may be short; w = ceil(in·bits / 32); t — tokens.
 
     dequantize_affine: qweight [out, w] int32, scales [out, G], qzeros [out, ceil(G·bits / 8)] uint8 -> [out, in]
+    multiply_affine:   x [t, in] and the same -> x @ weight.T [t, out], for few tokens
 
 `qzeros` is the bit stream of the zero points along the groups, or None for the symmetric grid, zero = 2^(bits−1).
-The product is formed in float32 and rounded once, to `dtype`.
+The product is formed in float32 and rounded once, to `dtype`. `multiply_affine` sums in float32 and keeps no weights.
 """
 
-from .reference import dequantize_affine
+from __future__ import annotations
 
-__all__ = ["dequantize_affine"]
+import torch
+from torch import Tensor
+
+from .. import grouped
+from . import reference
+
+__all__ = ["dequantize_affine", "multiply_affine"]
+
+
+def dequantize_affine(
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight [out, in] of `dtype`; 1 ≤ group_size ≤ in_features."""
+    call = grouped.direct(_dequantize, qweight) or torch.ops.llmtools.dequantize_affine
+    result: Tensor = call(qweight, scales, qzeros, bits, group_size, in_features, dtype)
+    return result
+
+
+def multiply_affine(
+    x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    """x [t, in] @ weight.T -> [t, out] of x's type. Not differentiable."""
+    call = grouped.direct(_multiply, x) or torch.ops.llmtools.multiply_affine
+    result: Tensor = call(x, qweight, scales, qzeros, bits, group_size, in_features)
+    return result
+
+
+def _dequantize(
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    codes = grouped.Codes(qweight, scales, qzeros, 2.0 ** (bits - 1), None, bits, group_size, in_features)
+    weight = grouped.dequantize(codes, dtype)
+    if weight is None:
+        return reference.dequantize_affine(qweight, scales, qzeros, bits, group_size, in_features, dtype)
+    return weight
+
+
+def _multiply(
+    x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    codes = grouped.Codes(qweight, scales, qzeros, 2.0 ** (bits - 1), None, bits, group_size, in_features)
+    product = grouped.multiply(x, codes)
+    if product is None:
+        return reference.multiply_affine(x, qweight, scales, qzeros, bits, group_size, in_features)
+    return product
+
+
+def _dequantize_fake(
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return qweight.new_empty((qweight.shape[0], in_features), dtype=dtype)
+
+
+def _multiply_fake(
+    x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+_WEIGHT = "Tensor qweight, Tensor scales, Tensor? qzeros, int bits, int group_size, int in_features"
+grouped.define(
+    f"dequantize_affine({_WEIGHT}, ScalarType dtype) -> Tensor",
+    reference=reference.dequantize_affine,
+    cpu=_dequantize,
+    fake=_dequantize_fake,
+)
+grouped.define(
+    f"multiply_affine(Tensor x, {_WEIGHT}) -> Tensor",
+    reference=reference.multiply_affine,
+    cpu=_multiply,
+    fake=_multiply_fake,
+)

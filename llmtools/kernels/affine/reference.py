@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from ..bits import unpack
 
+ROWS = 256  # decoded at a time by the product
+
 
 def dequantize_affine(
     qweight: Tensor,
@@ -25,3 +27,29 @@ def dequantize_affine(
     zeros = unpack(qzeros, bits, groups).unsqueeze(-1).to(torch.float32) if qzeros is not None else 2.0 ** (bits - 1)
     weight: Tensor = (whole - zeros) * scales.to(torch.float32).unsqueeze(-1)
     return weight.flatten(-2)[..., :in_features].to(dtype)
+
+
+def multiply_affine(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    qzeros: Tensor | None,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """x [t, in] @ weight.T -> [t, out], a block of rows at a time."""
+    y = x.new_empty((x.shape[0], qweight.shape[0]))
+    for start in range(0, qweight.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        weight = dequantize_affine(
+            qweight[rows],
+            scales[rows],
+            qzeros if qzeros is None else qzeros[rows],
+            bits,
+            group_size,
+            in_features,
+            x.dtype,
+        )
+        y[:, rows] = F.linear(x, weight)  # [t, in] @ [ROWS, in].T
+    return y

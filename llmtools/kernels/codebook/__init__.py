@@ -1,12 +1,90 @@
 """Rows of a weight on a small table of values: value = scale · table[code], group by group along the inputs.
 
-Shapes: out, in — features; G = ceil(in / group_size); w = ceil(in·4 / 32); tables have 16 entries.
+Shapes: out, in — features; G = ceil(in / group_size); w = ceil(in·4 / 32); tables have 16 entries; t — tokens.
 
     dequantize_codebook: qweight [out, w] int32, scales [out, G], table [16] -> [out, in]
+    multiply_codebook:   x [t, in] and the same -> x @ weight.T [t, out], for few tokens
 
-The product is formed in float32 and rounded once, to `dtype`.
+The product is formed in float32 and rounded once, to `dtype`. `multiply_codebook` sums in float32 and keeps no weights.
 """
 
-from .reference import dequantize_codebook
+from __future__ import annotations
 
-__all__ = ["dequantize_codebook"]
+import torch
+from torch import Tensor
+
+from .. import grouped
+from . import reference
+
+__all__ = ["dequantize_codebook", "multiply_codebook"]
+
+
+def dequantize_codebook(
+    qweight: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The weight [out, in] of `dtype`; 1 ≤ group_size ≤ in_features."""
+    call = grouped.direct(_dequantize, qweight) or torch.ops.llmtools.dequantize_codebook
+    result: Tensor = call(qweight, scales, table, group_size, in_features, dtype)
+    return result
+
+
+def multiply_codebook(
+    x: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
+) -> Tensor:
+    """x [t, in] @ weight.T -> [t, out] of x's type. Not differentiable."""
+    call = grouped.direct(_multiply, x) or torch.ops.llmtools.multiply_codebook
+    result: Tensor = call(x, qweight, scales, table, group_size, in_features)
+    return result
+
+
+def _codes(qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int) -> grouped.Codes:
+    table = table.to(torch.float32).contiguous()
+    return grouped.Codes(qweight, scales, None, 0.0, table, 4, group_size, in_features)
+
+
+def _dequantize(
+    qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    weight = grouped.dequantize(_codes(qweight, scales, table, group_size, in_features), dtype)
+    if weight is None:
+        return reference.dequantize_codebook(qweight, scales, table, group_size, in_features, dtype)
+    return weight
+
+
+def _multiply(x: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int) -> Tensor:
+    product = grouped.multiply(x, _codes(qweight, scales, table, group_size, in_features))
+    if product is None:
+        return reference.multiply_codebook(x, qweight, scales, table, group_size, in_features)
+    return product
+
+
+def _dequantize_fake(
+    qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    return qweight.new_empty((qweight.shape[0], in_features), dtype=dtype)
+
+
+def _multiply_fake(
+    x: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
+) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+_WEIGHT = "Tensor qweight, Tensor scales, Tensor table, int group_size, int in_features"
+grouped.define(
+    f"dequantize_codebook({_WEIGHT}, ScalarType dtype) -> Tensor",
+    reference=reference.dequantize_codebook,
+    cpu=_dequantize,
+    fake=_dequantize_fake,
+)
+grouped.define(
+    f"multiply_codebook(Tensor x, {_WEIGHT}) -> Tensor",
+    reference=reference.multiply_codebook,
+    cpu=_multiply,
+    fake=_multiply_fake,
+)

@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from ..bits import unpack
 
+ROWS = 256  # decoded at a time by the product
+
 
 def dequantize_codebook(
     qweight: Tensor,
@@ -23,3 +25,20 @@ def dequantize_codebook(
     whole = F.pad(values, (0, groups * group_size - in_features)).unflatten(-1, (groups, group_size))
     weight: Tensor = whole * scales.to(torch.float32).unsqueeze(-1)
     return weight.flatten(-2)[..., :in_features].to(dtype)
+
+
+def multiply_codebook(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """x [t, in] @ weight.T -> [t, out], a block of rows at a time."""
+    y = x.new_empty((x.shape[0], qweight.shape[0]))
+    for start in range(0, qweight.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        weight = dequantize_codebook(qweight[rows], scales[rows], table, group_size, in_features, x.dtype)
+        y[:, rows] = F.linear(x, weight)  # [t, in] @ [ROWS, in].T
+    return y

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from . import reference
+from . import native, reference
 from .matrices import matrix
 from .rules import rule_for
 
@@ -44,6 +44,9 @@ def hadamard(x: Tensor, rule: str, transpose: bool = False) -> Tensor:
 @torch.library.custom_op("llmtools::hadamard", mutates_args=())
 def _hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
     return reference.hadamard(x, rule, transpose)
+
+
+_hadamard.register_kernel("cpu")(native.hadamard)
 
 
 @_hadamard.register_fake

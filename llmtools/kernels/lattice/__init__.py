@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from . import reference
+from . import native, reference
 from .tables import e8p_table, e81b_table
 
 __all__ = [
@@ -61,14 +61,14 @@ def dequantize_lattice(
                 f"lattice residuals are uint8 or int16 of the codes' shape {tuple(codes.shape)}, "
                 f"not {residual.dtype} of shape {tuple(residual.shape)}"
             )
-        if not (isfinite(residual_scale) and residual_scale > 0):
-            raise InputError(f"residual_scale must be a positive number, not {residual_scale}")
+        if not (isfinite(residual_scale) and residual_scale >= 1e-3):  # else sixteen bits might overflow
+            raise InputError(f"residual_scale must be a number of at least 0.001, not {residual_scale}")
     weights: Tensor = _dequantize_lattice(codes, residual, residual_scale, dtype)
     return weights
 
 
 def encode_lattice(x: Tensor, bits: int, residual_scale: float | None = None) -> tuple[Tensor, Tensor | None]:
-    """The nearest points for x [..., 8b]: codes [..., b] int16, residual [..., b] uint8 at 3 bits, int16 at 4, else None."""
+    """The nearest points for x [..., 8b]: codes [..., b] int16; residual [..., b], uint8 at 3 bits, int16 at 4."""
     if bits not in SCALE or x.shape[-1] % 8:
         raise InputError(
             f"lattice codes have 2, 3 or 4 bits for rows of blocks of eight, not {bits} for {tuple(x.shape)}"
@@ -84,12 +84,12 @@ def encode_lattice(x: Tensor, bits: int, residual_scale: float | None = None) ->
 
 def encode_e8p(x: Tensor) -> Tensor:
     """The nearest of E8P's 65 536 points for x [..., 8], computed in float32: codes [...] int16."""
-    return reference.encode_e8p(_vectors(x)).reshape(x.shape[:-1])
+    return native.encode_e8p(_vectors(x)).reshape(x.shape[:-1])
 
 
 def encode_e81b(x: Tensor) -> Tensor:
     """The nearest of E81B's 256 points for x [..., 8], computed in float32: codes [...] uint8."""
-    return reference.encode_e81b(_vectors(x)).reshape(x.shape[:-1])
+    return native.encode_e81b(_vectors(x)).reshape(x.shape[:-1])
 
 
 def decode_e8p(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,6 +112,9 @@ def _vectors(x: Tensor) -> Tensor:
 @torch.library.custom_op("llmtools::dequantize_lattice", mutates_args=())
 def _dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
     return reference.dequantize_lattice(codes, residual, residual_scale, dtype)
+
+
+_dequantize_lattice.register_kernel("cpu")(native.dequantize_lattice)
 
 
 @_dequantize_lattice.register_fake

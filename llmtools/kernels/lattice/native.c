@@ -1,10 +1,11 @@
-/* Nearest vectors of the lattice codebooks, and vectors from codes. The tables come from tables.py. Every function works
- * on the vectors [begin, end), so that threads can share a matrix; results do not depend on the split. Codes equal those of
- * reference.py bit for bit: no sum is reordered, and every product is either exact or stored before it is added, so that
- * a fused multiply-add changes nothing (-ffast-math would).
+/* Nearest vectors of the lattice codebooks, and vectors from codes. The tables come from tables.py; threads take runs of
+ * vectors, and results do not depend on their number. Codes equal those of reference.py bit for bit: no sum is reordered,
+ * and every product is either exact or stored before it is added, so that a fused multiply-add would change nothing.
  */
 #include <math.h>
 #include <stdint.h>
+
+#include "native.h"
 
 enum { LANES = 32, ROWS = 256, DIM = 8, CHUNK = 64 };
 
@@ -93,13 +94,14 @@ static void load(const float *restrict vectors, int64_t count, float x[DIM][LANE
         for (int i = 0; i < DIM; i++) x[i][l] = l < count ? vectors[DIM * l + i] : 0;
 }
 
-/* vectors float32 [end, 8] -> codes int16 [end]; twice int8 [256, 8] is e8p_magnitudes(). */
-void lattice_encode_e8p(const float *restrict vectors, int64_t begin, int64_t end, const int8_t *restrict twice,
-                        int16_t *restrict codes) {
-    float x[DIM][LANES];
-    Best plus, minus;
-    for (int64_t v = begin; v < end; v += LANES) {
-        const int64_t count = end - v < LANES ? end - v : LANES;
+/* vectors float32 [n, 8] -> codes int16 [n]; twice int8 [256, 8] is e8p_magnitudes(). */
+void lattice_encode_e8p(const float *restrict vectors, int64_t n, const int8_t *restrict twice, int16_t *restrict codes,
+                        int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t v = 0; v < n; v += LANES) {
+        const int64_t count = n - v < LANES ? n - v : LANES;
+        float x[DIM][LANES];
+        Best plus, minus;
         load(vectors + DIM * v, count, x);
         best_rows(x, 0.25f, twice, &plus);
         best_rows(x, -0.25f, twice, &minus);
@@ -112,33 +114,40 @@ void lattice_encode_e8p(const float *restrict vectors, int64_t begin, int64_t en
     }
 }
 
-/* vectors float32 [end, 8] -> codes uint8 [end]; table int8 [256, 8] is e81b_table(). Entries are powers of two: exact. */
-void lattice_encode_e81b(const float *restrict vectors, int64_t begin, int64_t end, const int8_t *restrict table,
-                         uint8_t *restrict codes) {
-    float x[DIM][LANES], best[LANES];
-    int32_t row[LANES];
-    for (int64_t v = begin; v < end; v += LANES) {
-        const int64_t count = end - v < LANES ? end - v : LANES;
-        load(vectors + DIM * v, count, x);
+/* The rows with the largest 2⟨c, x⟩ − |c|². Twice an entry is 0 or a power of two: the products are exact. */
+static void nearest_rows(float x[DIM][LANES], const int8_t *restrict table, int32_t row[LANES]) {
+    float best[LANES];
+    for (int l = 0; l < LANES; l++) {
+        best[l] = -INFINITY;
+        row[l] = 0;
+    }
+    for (int r = 0; r < ROWS; r++) {
+        float c[DIM], norm = 0;
+        for (int i = 0; i < DIM; i++) {
+            c[i] = 0.5f * (float)table[DIM * r + i];
+            norm += 0.25f * c[i] * c[i];
+        }
         for (int l = 0; l < LANES; l++) {
-            best[l] = -INFINITY;
-            row[l] = 0;
+            float score = c[0] * x[0][l];
+            for (int i = 1; i < DIM; i++) score += c[i] * x[i][l];
+            score -= norm;
+            const int better = score > best[l];
+            best[l] = better ? score : best[l];
+            row[l] = better ? r : row[l];
         }
-        for (int r = 0; r < ROWS; r++) {
-            float c[DIM], norm = 0;
-            for (int i = 0; i < DIM; i++) {
-                c[i] = 0.5f * (float)table[DIM * r + i];
-                norm += 0.25f * c[i] * c[i];
-            }
-            for (int l = 0; l < LANES; l++) {
-                float score = c[0] * x[0][l];
-                for (int i = 1; i < DIM; i++) score += c[i] * x[i][l];
-                score -= norm;
-                const int better = score > best[l];
-                best[l] = better ? score : best[l];
-                row[l] = better ? r : row[l];
-            }
-        }
+    }
+}
+
+/* vectors float32 [n, 8] -> codes uint8 [n]; table int8 [256, 8] is e81b_table(). */
+void lattice_encode_e81b(const float *restrict vectors, int64_t n, const int8_t *restrict table,
+                         uint8_t *restrict codes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t v = 0; v < n; v += LANES) {
+        const int64_t count = n - v < LANES ? n - v : LANES;
+        float x[DIM][LANES];
+        int32_t row[LANES];
+        load(vectors + DIM * v, count, x);
+        nearest_rows(x, table, row);
         for (int l = 0; l < count; l++) codes[v + l] = (uint8_t)row[l];
     }
 }
@@ -150,7 +159,8 @@ static void e8p_bytes(const int16_t *restrict codes, int64_t count, const int8_t
                       const int8_t *restrict flips, const int8_t *restrict offsets, int8_t *restrict bytes) {
     for (int64_t v = 0; v < count; v++) {
         const uint16_t code = (uint16_t)codes[v];
-        const int8_t *a = magnitudes + DIM * (code >> 8), *f = flips + DIM * (code & 255), *o = offsets + DIM * (code & 255);
+        const int8_t *a = magnitudes + DIM * (code >> 8);
+        const int8_t *f = flips + DIM * (code & 255), *o = offsets + DIM * (code & 255);
         for (int i = 0; i < DIM; i++) bytes[DIM * v + i] = (int8_t)((a[i] ^ f[i]) + o[i]);
     }
 }
@@ -160,50 +170,35 @@ static void e81b_bytes(const uint8_t *restrict codes, int64_t count, const int8_
         for (int i = 0; i < DIM; i++) bytes[DIM * v + i] = table[DIM * codes[v] + i];
 }
 
-typedef union {
-    float f;
-    uint32_t u;
-} Bits;
-
-/* Both conversions round to nearest, ties to even. Values here are finite and at most 2·2.75 + 2 in size: nothing overflows. */
-static inline uint16_t to_bfloat16(float value) {
-    const Bits x = {value};
-    return (uint16_t)((x.u + 0x7FFF + (x.u >> 16 & 1)) >> 16);
+static void write_values(const float *restrict values, int64_t count, int type, void *restrict out, int64_t at) {
+    if (type == FLOAT32)
+        memcpy((float *)out + at, values, (size_t)count * sizeof(float));
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_bfloat16(values[i]);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_float16(values[i]);
 }
 
-/* By hand, since compilers do not vectorise _Float16. Below 2^-14 halves are multiples of 2^-24, and so is the float 0.5 + size. */
-static inline uint16_t to_float16(float value) {
-    const Bits x = {value}, size = {fabsf(value)}, moved = {size.f + 0.5f}, half = {0.5f};
-    const uint32_t normal = (size.u - (112u << 23) + 0xFFF + (size.u >> 13 & 1)) >> 13;
-    const uint32_t small = moved.u - half.u;
-    return (uint16_t)((size.f < 0x1p-14f ? small : normal) | (x.u >> 16 & 0x8000));
-}
-
-/* codes int16 [end]; fine: NULL, or codes of the residual: uint8 [end] with table e81b_table(), or int16 [end] with table
- * NULL. magnitudes, flips, offsets: int8 [256, 8] each, e8p_parts(). out [end, 8]: q1/4 + (q2/4)/residual_scale, formed in
- * float32 and rounded once. */
-#define DEFINE_DECODE(NAME, TYPE, CONVERT)                                                                             \
-    void NAME(const int16_t *restrict codes, const void *restrict fine, float residual_scale, int64_t begin, int64_t end,\
-              const int8_t *restrict magnitudes, const int8_t *restrict flips, const int8_t *restrict offsets,         \
-              const int8_t *restrict table, TYPE *restrict out) {                                                      \
-        int8_t coarse[DIM * CHUNK], rest[DIM * CHUNK];                                                                 \
-        for (int64_t v = begin; v < end; v += CHUNK) {                                                                 \
-            const int64_t count = end - v < CHUNK ? end - v : CHUNK;                                                   \
-            TYPE *restrict to = out + DIM * v;                                                                         \
-            e8p_bytes(codes + v, count, magnitudes, flips, offsets, coarse);                                           \
-            if (!fine) {                                                                                               \
-                for (int64_t i = 0; i < DIM * count; i++) to[i] = CONVERT(0.25f * (float)coarse[i]);                   \
-                continue;                                                                                              \
-            }                                                                                                          \
-            if (table)                                                                                                 \
-                e81b_bytes((const uint8_t *)fine + v, count, table, rest);                                             \
-            else                                                                                                       \
-                e8p_bytes((const int16_t *)fine + v, count, magnitudes, flips, offsets, rest);                         \
-            for (int64_t i = 0; i < DIM * count; i++)                                                                  \
-                to[i] = CONVERT(0.25f * (float)coarse[i] + 0.25f * (float)rest[i] / residual_scale);                   \
-        }                                                                                                              \
+/* codes int16 [n]; fine: NULL, or codes of the residual: uint8 [n] with table e81b_table(), or int16 [n] with table NULL.
+ * magnitudes, flips, offsets: int8 [256, 8] each, e8p_parts(). out [n, 8] of `type`: q1/4 + (q2/4)/residual_scale, formed
+ * in float32 and rounded once. */
+void lattice_decode(const int16_t *restrict codes, const void *restrict fine, float residual_scale, int64_t n,
+                    const int8_t *restrict magnitudes, const int8_t *restrict flips, const int8_t *restrict offsets,
+                    const int8_t *restrict table, int type, void *restrict out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t v = 0; v < n; v += CHUNK) {
+        const int64_t count = n - v < CHUNK ? n - v : CHUNK;
+        int8_t bytes[DIM * CHUNK];
+        float values[DIM * CHUNK];
+        e8p_bytes(codes + v, count, magnitudes, flips, offsets, bytes);
+        for (int64_t i = 0; i < DIM * count; i++) values[i] = 0.25f * (float)bytes[i];
+        if (fine) {
+            if (table)
+                e81b_bytes((const uint8_t *)fine + v, count, table, bytes);
+            else
+                e8p_bytes((const int16_t *)fine + v, count, magnitudes, flips, offsets, bytes);
+            for (int64_t i = 0; i < DIM * count; i++) values[i] += 0.25f * (float)bytes[i] / residual_scale;
+        }
+        write_values(values, DIM * count, type, out, DIM * v);
     }
-
-DEFINE_DECODE(lattice_decode_float32, float, (float))
-DEFINE_DECODE(lattice_decode_bfloat16, uint16_t, to_bfloat16)
-DEFINE_DECODE(lattice_decode_float16, uint16_t, to_float16)
+}

@@ -31,10 +31,9 @@ def look_up(book: str, codes: Tensor, dtype: torch.dtype, divisor: float = 1.0) 
 def encode_e8p(x: Tensor) -> Tensor:
     """The nearest vector of E8P. x [n, 8] float32 -> codes [n] int16, to be read as 16 bits without a sign.
 
-    For either shift h = ±¼ let y = x − h. With free signs the best magnitudes are those with the largest 2⟨A, |y|⟩ −
-    |A|², each element taking the sign of y. Where the number of negatives does not suit the even sum, one sign must
-    be wrong, which costs 4·A_i·|y_i| and is cheapest at the smallest product. So 256 rows are compared instead of 65
-    536.
+    For either shift h = ±¼ let y = x − h. With free signs each element takes the sign of y, and the best magnitudes A
+    are those with the largest 2⟨A, |y|⟩ − |A|². Where the number of negatives does not suit the even sum, one sign must
+    be wrong, which costs 4·A_i·|y_i| and is cheapest at the smallest product. So 2·256 rows are compared, not 65 536.
     """
     return torch.cat([_encode_e8p(part) for part in x.split(_chunk(x.device))])
 
@@ -62,7 +61,7 @@ def _encode_e8p(x: Tensor) -> Tensor:
 
 
 def _with_shift(x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
-    """(codes [n] int32, scores [n]) of the best vector among those with this shift."""
+    """(codes [n] int64, scores [n]) of the best vector among those with this shift."""
     twice = e8p_magnitudes().to(x.device, torch.float32)  # 2A, [256, 8]
     norm = twice.square().sum(-1) / 4
     odd = twice.sum(-1) % 4 == 2  # the sum of A is odd, hence so is the number of negatives: [256]
@@ -80,12 +79,11 @@ def _with_shift(x: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     wrong = (size * twice[row[:, 0]]).argmin(-1, keepdim=True)
     element = torch.arange(8, device=x.device)
     signs = negative ^ ((element == wrong) & unsuited.gather(1, row)) ^ ((element == 7) & odd[row])  # [n, 8]
-    bits = (signs.to(torch.int32) << torch.tensor(SIGN_BITS, dtype=torch.int32, device=x.device)).sum(
-        -1, dtype=torch.int32
-    )
-    return (row[:, 0].to(torch.int32) << 8 | bits) ^ int(shift < 0), score.gather(1, row)[:, 0]
+    places = torch.tensor(SIGN_BITS, device=x.device)
+    codes = row[:, 0] << 8 | (signs.long() << places).sum(-1)
+    return codes ^ int(shift < 0), score.gather(1, row)[:, 0]
 
 
 def _chunk(device: torch.device) -> int:
-    """Vectors encoded at once, with 256 scores each: what stays in a processor's cache, or keeps an accelerator busy."""
+    """Vectors encoded at once, with 256 scores each: what stays in a processor's cache or keeps an accelerator busy."""
     return 256 if device.type == "cpu" else 1 << 16

@@ -32,7 +32,7 @@ SIGN_BITS = (0, 4, 1, 5, 2, 6, 3, 7)  # of s, for element 0 … 7
 
 @cache
 def e8p_magnitudes() -> Tensor:
-    """int8 [256, 8] on the CPU: twice the magnitudes, hence 1, 3 or 5. Norms up to 10 in lexicographic order, the 29."""
+    """int8 [256, 8] on the CPU: twice the magnitudes, hence 1, 3 or 5. Norms up to 10 in lexicographic order; 29."""
     ball = [v for v in product((1, 3, 5), repeat=8) if sum(x * x for x in v) <= 40]
     last = [tuple(int(digit) for digit in word) for word in _NORM_12.split()]
     with torch.inference_mode(False):

@@ -1,7 +1,9 @@
 """The uniform grid: value = scale · (code − zero), 2^bits codes, a scale and a zero point a group.
 
-The grid of RTN and GPTQ (arXiv:2210.17323, section 4). Zero is always representable. The scale is rounded to float16,
-the type it is stored in, *before* any code is chosen, so that decoding gives exactly the values that rounding saw.
+The grid of RTN and GPTQ (arXiv:2210.17323, section 4). Zero is always representable. The scale is rounded to the type
+it is stored in, float16 for ours, *before* any code is chosen, so that decoding gives exactly the values that rounding
+saw. What other programs store of such grids, other types of scales and zero points that are no integers, is covered
+by two options.
 
 Shapes: as in `grids/base.py`; params [n, 2] are (scale, zero).
 """
@@ -13,16 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, did_you_mean
 from ...kernels.affine import dequantize_affine
-from ...kernels.bits import pack, words
+from ...kernels.bits import pack, unpack, words
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 from .scalar import check_group_size, columns, resolve_group_size, stream_layout
 
 BITS = (2, 3, 4, 8)
-_SCALE = torch.float16
-_TINY, _HUGE = 2.0**-24, 65504.0  # the least and the largest positive float16
+"""The widths of our own presets; the grid itself takes 1 … 8."""
+SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,23 @@ class Affine(Grid):
     symmetric: bool = False
     clip: bool = False
     """Search each group's range for the least Σ|w − ŵ|^2.4 over 80 shrunken ranges, GPTQ's "mse" option."""
+    scale_type: str = "float16"
+    """The type in which scales are stored: float16, bfloat16 or float32."""
+    float_zeros: bool = False
+    """Zero points of the scales' type instead of integers: `zeros` [out, G] is stored in place of `qzeros`."""
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise InputError(
-                f"bits={self.bits}; a uniform grid has {', '.join(map(str, BITS[:-1]))} or {BITS[-1]} bits"
-            )
+        if self.bits not in range(1, 9):
+            raise InputError(f"bits={self.bits}; a uniform grid has 1 to 8 bits")
+        if self.scale_type not in SCALE_TYPES:
+            raise InputError(f"scale_type: {self.scale_type!r}; {did_you_mean(str(self.scale_type), SCALE_TYPES)}")
+        if self.symmetric and self.float_zeros:
+            raise InputError("a symmetric grid stores no zero points: float_zeros must be false")
         check_group_size("affine grid", self.group_size)
+
+    @property
+    def _scale(self) -> torch.dtype:
+        return SCALE_TYPES[self.scale_type]
 
     def span(self, in_features: int) -> int:
         return resolve_group_size(self.group_size, in_features)
@@ -66,8 +78,11 @@ class Affine(Grid):
         top = 2**self.bits - 1
         empty = high == low
         scale = torch.where(empty, 2.0 / top, (high - low) / top)
-        scale = scale.clamp(_TINY, _HUGE).to(_SCALE).to(low.dtype)
-        zero = torch.round(-low / scale).clamp(0, top)
+        limits = torch.finfo(self._scale)
+        tiny = 2.0**-24 if self._scale == torch.float16 else limits.tiny  # the least positive float16 is a subnormal
+        scale = scale.clamp(tiny, limits.max).to(self._scale).to(low.dtype)
+        zero = -low / scale
+        zero = zero.to(self._scale).to(low.dtype) if self.float_zeros else torch.round(zero).clamp(0, top)
         if self.symmetric:
             zero = torch.full_like(zero, 2.0 ** (self.bits - 1))
         return torch.cat([scale, zero], -1)
@@ -77,6 +92,8 @@ class Affine(Grid):
 
     def nearest(self, block: Tensor, params: Tensor) -> Tensor:
         scale, zero = params.unbind(-1)
+        if self.float_zeros:
+            return torch.round(block / scale[:, None] + zero[:, None]).clamp(0, 2**self.bits - 1)
         return (torch.round(block / scale[:, None]) + zero[:, None]).clamp(0, 2**self.bits - 1)
 
     def value(self, codes: Tensor, params: Tensor) -> Tensor:
@@ -86,14 +103,18 @@ class Affine(Grid):
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         groups = -(-in_features // self.span(in_features))
         layout = stream_layout(out_features, in_features, self.bits)
-        layout["scales"] = TensorSpec((out_features, groups), _SCALE)
-        if not self.symmetric:
+        layout["scales"] = TensorSpec((out_features, groups), self._scale)
+        if self.float_zeros:
+            layout["zeros"] = TensorSpec((out_features, groups), self._scale)
+        elif not self.symmetric:
             layout["qzeros"] = TensorSpec((out_features, words(groups, self.bits, 8)), torch.uint8)
         return layout
 
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
-        packed = {"qweight": pack(codes, self.bits), "scales": params[..., 0].to(_SCALE).contiguous()}
-        if not self.symmetric:
+        packed = {"qweight": pack(codes, self.bits), "scales": params[..., 0].to(self._scale).contiguous()}
+        if self.float_zeros:
+            packed["zeros"] = params[..., 1].to(self._scale).contiguous()
+        elif not self.symmetric:
             packed["qzeros"] = pack(params[..., 1], self.bits, torch.uint8)
         layout = self.layout(codes.shape[0], in_features)
         if "columns" in layout:
@@ -102,12 +123,23 @@ class Affine(Grid):
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         in_features = columns(packed, self.bits)
+        span = self.span(in_features)
+        if self.float_zeros:
+            codes = unpack(packed["qweight"][rows], self.bits, in_features)
+            group = torch.arange(in_features, device=codes.device) // span
+            return shifted(codes, packed["zeros"][rows][:, group], packed["scales"][rows][:, group], dtype)
         return dequantize_affine(
             packed["qweight"][rows],
             packed["scales"][rows],
             None if self.symmetric else packed["qzeros"][rows],
             self.bits,
-            self.span(in_features),
+            span,
             in_features,
             dtype,
         )
+
+
+def shifted(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(code − zero) · scale, all [out, in], where zeros are no integers; each step is rounded to `dtype`, as in HQQ."""
+    distance = (codes.to(torch.float32) - zeros.to(torch.float32)).to(dtype)
+    return (distance.to(torch.float32) * scales.to(torch.float32)).to(dtype)

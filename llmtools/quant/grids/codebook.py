@@ -47,7 +47,7 @@ class Codebook(Grid):
     def nearest(self, block: Tensor, params: Tensor) -> Tensor:
         table = constant(self.table, block.device).to(block.dtype)
         normal = block * torch.where(params == 0, 0.0, 1 / params)
-        return torch.bucketize(normal, (table[1:] + table[:-1]) / 2)
+        return torch.bucketize(normal.contiguous(), (table[1:] + table[:-1]) / 2)
 
     def value(self, codes: Tensor, params: Tensor) -> Tensor:
         return constant(self.table, params.device).to(params.dtype)[codes] * params
@@ -86,13 +86,16 @@ class Codebook(Grid):
 
 
 def _dynamic_map() -> tuple[float, ...]:
-    """bitsandbytes' signed 8-bit dynamic map: midpoints of 2^i intervals of [0.1, 1] times 10^(i−6), i = 0…6, 0, 1."""
-    levels = [0.0, 1.0]
+    """bitsandbytes' signed 8-bit dynamic map: midpoints of 2^i intervals of [0.1, 1] times 10^(i−6), i = 0…6, 0, 1.
+
+    In float32 at every step, which gives the very bits of that library.
+    """
+    levels = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for i in range(7):
-        for j in range(2**i):
-            level = (0.1 + 0.9 * (j + 0.5) / 2**i) * 10.0 ** (i - 6)
-            levels += [level, -level]
-    return tuple(sorted(levels))
+        ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        middles = 10.0 ** (i - 6) * ((ends[:-1] + ends[1:]) / 2)
+        levels += [middles, -middles]
+    return tuple(torch.cat(levels).sort().values.tolist())
 
 
 DYNAMIC = _dynamic_map()

@@ -1,0 +1,1 @@
+"""Measurements: a number beside its limit and its peers, in one run."""

@@ -1,0 +1,106 @@
+/* y = x Wᵀ for few tokens, each packed weight read once:   y[t, r] = Σ_c x[t, c] · weight[r, c],   summed in float32.
+ *
+ * Four rows at a time, a chunk of columns is decoded into the first-level cache and multiplied with every token, four
+ * tokens at a time, so that each load of a weight or an activation serves four products. Weights are float32, not rounded
+ * to the type of x: the bfloat16 products of AVX-512 were slower than twice as many of float32 (16 tokens, 5632 × 2048,
+ * one core of a Sapphire Rapids: 6.9 against 5.3 ms). Sums run in a fixed order, whatever the number of threads.
+ */
+#ifndef LLMTOOLS_GROUPED_MULTIPLY_H
+#define LLMTOOLS_GROUPED_MULTIPLY_H
+
+#include "decode.h"
+
+enum { ROWS = 4, TOKENS = 4, CHUNK = 2048, MOST_TOKENS = 64 }; /* four rows of a chunk are 32 KB */
+
+#if defined(__AVX512F__)
+typedef __m512 Lanes;
+#define add_product(sum, a, b) _mm512_fmadd_ps(a, b, sum)
+#elif defined(__AVX2__) && defined(__FMA__)
+typedef __m256 Lanes;
+#define add_product(sum, a, b) _mm256_fmadd_ps(a, b, sum)
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+typedef float32x4_t Lanes;
+#define add_product(sum, a, b) vfmaq_f32(sum, a, b)
+#else
+typedef float Lanes __attribute__((vector_size(16)));
+#define add_product(sum, a, b) ((sum) + (a) * (b))
+#endif
+
+enum { WIDE = sizeof(Lanes) / 4 };
+
+static ALWAYS_INLINE Lanes load_lanes(const float *p, int64_t left) {
+    float some[WIDE] = {0};
+    Lanes lanes;
+    memcpy(&lanes, left < WIDE ? memcpy(some, p, (size_t)left * 4) : p, sizeof lanes);
+    return lanes;
+}
+
+static ALWAYS_INLINE float total(Lanes lanes) {
+    float some[WIDE];
+    memcpy(some, &lanes, sizeof lanes);
+    for (int width = WIDE / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) some[i] += some[i + width];
+    return some[0];
+}
+
+/* sums[r][t] += Σ_c w[r, c] · x[t, c] over n columns; rows of w are CHUNK apart and zero up to a whole register. */
+static ALWAYS_INLINE void products(const float *w, const float *x, int64_t stride, int64_t n, int tokens,
+                                   Lanes sums[ROWS][TOKENS]) {
+    for (int64_t c = 0; c < n; c += WIDE) {
+        Lanes a[ROWS], b[TOKENS];
+        for (int r = 0; r < ROWS; r++) a[r] = load_lanes(w + r * CHUNK + c, WIDE);
+        for (int t = 0; t < tokens; t++) b[t] = load_lanes(x + t * stride + c, n - c);
+        for (int r = 0; r < ROWS; r++)
+            for (int t = 0; t < tokens; t++) sums[r][t] = add_product(sums[r][t], a[r], b[t]);
+    }
+}
+
+/* One chunk of ROWS rows with all tokens. */
+static ALWAYS_INLINE void all_products(const float *w, const float *x, int64_t stride, int64_t n, int tokens,
+                                       Lanes (*sums)[ROWS][TOKENS]) {
+#define PRODUCTS(COUNT)                                                                                                \
+    {                                                                                                                  \
+        Lanes held[ROWS][TOKENS]; /* in registers */                                                                   \
+        memcpy(held, sums[t / TOKENS], sizeof held);                                                                   \
+        products(w, x + t * stride, stride, n, COUNT, held);                                                           \
+        memcpy(sums[t / TOKENS], held, sizeof held);                                                                   \
+    }
+    for (int t = 0; t < tokens; t += TOKENS) {
+        switch (tokens - t) {
+        case 1: PRODUCTS(1) break;
+        case 2: PRODUCTS(2) break;
+        case 3: PRODUCTS(3) break;
+        default: PRODUCTS(4)
+        }
+    }
+#undef PRODUCTS
+}
+
+/* x [tokens, columns] float32, y [tokens, rows] of `type`; contiguous. */
+static void multiply_rows(const Weight *w, int64_t rows, const float *x, int tokens, int type, void *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        float weights[ROWS * CHUNK];
+        Lanes sums[MOST_TOKENS / TOKENS][ROWS][TOKENS];
+        const int64_t count = rows - row < ROWS ? rows - row : ROWS;
+        memset(sums, 0, (size_t)((tokens + TOKENS - 1) / TOKENS) * sizeof sums[0]);
+        memset(weights + count * CHUNK, 0, (size_t)(ROWS - count) * CHUNK * sizeof weights[0]);
+        for (int64_t c = 0; c < w->columns; c += CHUNK) {
+            const int64_t n = w->columns - c < CHUNK ? w->columns - c : CHUNK;
+            for (int64_t r = 0; r < count; r++) {
+                decode(w, row + r, c, c + n, FLOAT32, weights + r * CHUNK);
+                for (int64_t i = n; i % WIDE; i++) weights[r * CHUNK + i] = 0;
+            }
+            all_products(weights, x + c, w->columns, n, tokens, sums);
+        }
+        for (int64_t r = 0; r < count; r++)
+            for (int t = 0; t < tokens; t++) {
+                const float sum = total(sums[t / TOKENS][r][t % TOKENS]);
+                const int64_t at = t * rows + row + r;
+                if (type == FLOAT32) ((float *)y)[at] = sum;
+                else ((uint16_t *)y)[at] = type == FLOAT16 ? to_float16(sum) : to_bfloat16(sum);
+            }
+    }
+}
+
+#endif

@@ -1,0 +1,70 @@
+/* What the C files share: the types that they write, and rounding to them as torch does it.
+ *
+ * Rounding is to the nearest, ties to even; NaN becomes a quiet NaN. Threads are OpenMP's, where the compiler has it:
+ * `#pragma omp parallel for num_threads(threads) schedule(static)`, with `threads` given by the caller.
+ */
+#ifndef LLMTOOLS_NATIVE_H
+#define LLMTOOLS_NATIVE_H
+
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+enum type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 }; /* TYPES of native.py */
+
+static inline uint32_t bits_of(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+static inline float float_of(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+/* The upper half of a float32, rounded. */
+static inline uint16_t to_bfloat16(float x) {
+    uint32_t u = bits_of(x);
+    uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+    return (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+}
+
+static inline float from_bfloat16(uint16_t h) { return float_of((uint32_t)h << 16); }
+
+/* Branch-free, so that loops vectorise: one of three results is chosen at the end. */
+static inline uint16_t to_float16(float x) {
+    uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+    uint32_t normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
+    uint32_t tiny = bits_of(float_of(a) + 0.5f) - 0x3f000000; /* below 2^-14: the addition rounds to units of 2^-24 */
+    uint32_t huge = a > 0x7f800000 ? 0x7e00 : 0x7c00;
+    uint32_t h = a < 0x38800000 ? tiny : normal;
+    return (uint16_t)(sign | (a >= 0x477ff000 ? huge : h)); /* 65520 and above round to infinity */
+}
+
+static inline float from_float16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, a = h & 0x7fff;
+    float normal = float_of((a << 13) + 0x38000000), tiny = (float)a * 0x1p-24f;
+    float special = float_of((a << 13) | 0x7f800000);
+    float x = a >= 0x7c00 ? special : (a < 0x400 ? tiny : normal);
+    return float_of(bits_of(x) | sign);
+}
+
+enum { LANES = 16 };
+
+static ALWAYS_INLINE void halves_to_floats(const uint16_t *restrict h, float *restrict x) { /* LANES of them */
+#if defined(__AVX512F__)
+    _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h)));
+#else
+    for (int i = 0; i < LANES; i++) x[i] = from_float16(h[i]);
+#endif
+}
+
+#endif

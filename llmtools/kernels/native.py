@@ -1,0 +1,167 @@
+"""The C files beside the kernels, as loaded libraries: built once, at first use, and kept.
+
+`library("affine")` compiles `affine/native.c` with the machine's C compiler for the machine's processor, in a second or
+so, and loads it with ctypes; later processes find it in a cache. Nothing here is necessary: without a compiler, and
+wherever a build fails, callers get None and compute in plain torch, and one log line says so and what to do about it.
+
+A library in a cache is code that will run as the user, so the cache is a directory that only the user can write. It is
+$LLMTOOLS_CACHE, $XDG_CACHE_HOME/llmtools or ~/.cache/llmtools. A file is named after everything that went into it
+(source, compiler, flags, processor), appears by renaming, and is never changed, so processes cannot disturb each other.
+
+Environment: CC names the compiler (default: cc, gcc or clang, whichever is found first); LLMTOOLS_NATIVE=0 turns C off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger(__name__)
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""How the C files call the types that they write: `enum type` of native.h."""
+
+_HERE = Path(__file__).parent
+# Contracting a·b + c to a fused operation would round once where the reference rounds twice.
+_FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
+# Linking against OpenMP resolves to the runtime that torch has loaded, so both share one pool of threads.
+_VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+_BUILD_SECONDS = 120
+
+
+class _Unavailable(Exception):
+    """Why there is no library, and the way out; becomes the log line."""
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The library built from `kernels/<name>/native.c`, or None where the reference has to do the work.
+
+    The answer holds for the life of the process. The caller declares `argtypes` of the functions that it uses.
+    """
+    if os.environ.get("LLMTOOLS_NATIVE", "1") == "0" or not hasattr(os, "getuid"):
+        return None
+    try:
+        return _load(_HERE / name / "native.c")
+    except (_Unavailable, OSError) as reason:
+        _say(str(reason))
+        return None
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    log.warning("kernels run in plain torch, several times slower: %s (LLMTOOLS_NATIVE=0 silences this line)", reason)
+
+
+def _load(source: Path) -> ctypes.CDLL:
+    compiler, folder = _compiler(), cache()
+    headers = [*sorted(_HERE.glob("*.h")), *sorted(source.parent.glob("*.h"))]
+    texts = [path.read_bytes() for path in (source, *headers)]
+    ingredients = [*texts, _version(compiler).encode(), repr((compiler, _FLAGS, _VARIANTS)).encode(), _processor()]
+    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in ingredients)).hexdigest()
+    path = folder / f"{source.parent.name}-{digest[:32]}.so"
+    if path.exists():
+        _check_private(path)
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:  # made by this user on another system, say with a newer libc
+            log.debug("%s does not load and is built anew: %s", path, error)
+    _build(compiler, source, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _Unavailable(
+            f"{path} was built and does not load ({error}); if its disk forbids execution, "
+            "set LLMTOOLS_CACHE to a folder on another"
+        ) from error
+
+
+def _build(compiler: tuple[str, ...], source: Path, path: Path) -> None:
+    """Compiles to a folder of its own in the cache, then renames the result to `path`."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            for variant in _VARIANTS:
+                command = [*compiler, *_FLAGS, *variant, "-o", str(made), str(source), "-lm"]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS)
+                if done.returncode == 0:
+                    made.chmod(0o700)
+                    made.replace(path)
+                    return
+                log.debug("%s\n%s", shlex.join(command), done.stderr)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _Unavailable(f"building {source.parent.name}/native.c in {path.parent} failed: {error}") from error
+    first = done.stderr.strip().splitlines()[:1]
+    raise _Unavailable(
+        f"{shlex.join(compiler)} could not compile {source} ({''.join(first) or 'no message'}); "
+        "name another compiler in CC"
+    )
+
+
+def _compiler() -> tuple[str, ...]:
+    """The command that compiles C: CC with its arguments, or the first of the usual names that exists."""
+    named = os.environ.get("CC", "").strip()
+    for command in [named] if named else ["cc", "gcc", "clang"]:
+        try:
+            program, *arguments = shlex.split(command)
+        except ValueError as error:
+            raise _Unavailable(f"CC={named} is no command ({error})") from error
+        found = shutil.which(program)
+        if found:
+            return found, *arguments
+    looked = f"CC={named} is not there" if named else "no C compiler (cc, gcc, clang) was found"
+    raise _Unavailable(f"{looked}; install one, or name one in CC")
+
+
+def _version(compiler: tuple[str, ...]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_BUILD_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise _Unavailable(f"{shlex.join(compiler)} does not run ({error}); name another compiler in CC") from error
+    return done.stdout
+
+
+def _processor() -> bytes:
+    """What `-march=native` depends on: homes are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return "\0".join((platform.machine(), platform.processor(), platform.node())).encode()
+    told = (b"flags", b"Features", b"model name", b"CPU part", b"isa")
+    return platform.machine().encode() + b"\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+def cache() -> Path:
+    """The directory of the built libraries, made if need be, after checking that only this user can write it."""
+    home, xdg = os.environ.get("LLMTOOLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(home).expanduser() if home else (Path(xdg) if xdg else Path.home() / ".cache") / "llmtools"
+        folder = base.resolve() / "native"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:
+        raise _Unavailable(f"no cache for built kernels: {error}; set LLMTOOLS_CACHE to a folder of yours") from error
+    _check_private(folder)
+    return folder
+
+
+def _check_private(path: Path) -> None:
+    """Raises unless `path` belongs to this user and nobody else may write it."""
+    found = path.lstat()
+    kind = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
+    if not (kind and found.st_uid == os.getuid() and not found.st_mode & 0o022):
+        raise _Unavailable(
+            f"{path} could be written by others (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}), so it is "
+            "no place for code; chmod go-w it, remove it, or set LLMTOOLS_CACHE to a folder of yours"
+        )

@@ -1,0 +1,185 @@
+"""Checkpoints of others: opened as ours, exact to the bit, so that they finetune and export like ours.
+
+`llmtools.load(folder)` recognises them by what their config says. Each quantized module is translated into one of our
+quantizers and its tensors (one file a format here), and the result goes through the same door as our own checkpoints,
+with the same checks: `llmtools.save` writes it as one of ours. What the foreign config said is kept, all of it, under
+"origin" in ``config.json``.
+
+transformers opens some of these formats as well, with the peers' packages, and keeps doing so:
+``AutoModelForCausalLM.from_pretrained`` of such a folder is theirs. What is not listed here is left to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from ...errors import CheckpointError, within
+from ...nn.linear import QuantizedLinear
+from ...quant import Packed, Quantizer
+from ..hub import METHOD, LLMToolsConfig, locate
+from .awq import AWQ
+from .base import Format
+from .bitsandbytes import BitsAndBytes
+from .compressed_tensors import CompressedTensors
+from .gptq import GPTQ
+from .hqq import HQQ
+from .tensors import Module, Tensors
+
+FORMATS: tuple[type[Format], ...] = (GPTQ, AWQ, BitsAndBytes, HQQ, CompressedTensors)
+
+_SIDE_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's, where config.json says nothing
+_HUB_OPTIONS = ("revision", "token", "cache_dir")
+
+
+class Foreign(NamedTuple):
+    """A checkpoint of others: where it is, and how it is read."""
+
+    folder: Path
+    format: Format
+
+
+def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
+    """The checkpoint of others at this folder or hub name; None where it is ours, dense, or left to transformers."""
+    folder = Path(name)
+    if not folder.exists():
+        return _from_hub(name, options)
+    config = _json(folder / "config.json")
+    told = quantization_config(config, folder)
+    found = next((kind for kind in FORMATS if kind.recognise(told)), None) if told else None
+    if found is not None:
+        return Foreign(folder, found(told))
+    method = told.get("quant_method") if told else METHOD
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise CheckpointError(f"{folder} is quantized by {method!r}, which neither llmtools nor transformers can read")
+    return None
+
+
+def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """What a model's config says about its quantization, or the file beside it; {} where nothing does."""
+    told = config.get("quantization_config") or config.get("compression_config")
+    if told:
+        return dict(told)
+    for name in _SIDE_FILES if folder else ():
+        if folder and (side := _json(folder / name)):
+            method = "awq" if "w_bit" in side or str(side.get("version")).lower() in ("gemm", "gemv") else "gptq"
+            return {"quant_method": method, **side}
+    return {}
+
+
+def open_model(found: Foreign, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(model in eval mode, transformers' loading info). options as for ``AutoModelForCausalLM.from_pretrained``."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    options = {key: value for key, value in options.items() if key not in (*_HUB_OPTIONS, "use_safetensors")}
+    trust = {"trust_remote_code": options.pop("trust_remote_code", False)}
+    config = AutoConfig.from_pretrained(found.folder, **trust)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, **trust)
+    state, assigned = translate(found.format, Tensors(found.folder), skeleton)
+    if "lm_head" in assigned:
+        config.tie_word_embeddings = False
+    config.quantization_config = _description(assigned, found.format.config).to_dict()
+    try:
+        model, info = type(skeleton).from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True, **options
+        )
+    except RuntimeError as error:  # transformers' report of tensors that do not fit
+        raise CheckpointError(f"{found.folder} does not fit its config.json: {' '.join(str(error).split())}") from error
+    model.name_or_path = model.config.name_or_path = str(found.folder)
+    if (found.folder / "generation_config.json").exists() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(found.folder)
+    return model, dict(info)
+
+
+def translate(
+    form: Format, tensors: Mapping[str, Tensor], skeleton: nn.Module
+) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
+    """(tensors of our own checkpoint by name, path → quantizer) for a model of this skeleton, on the meta device."""
+    state: dict[str, Tensor] = {}
+    assigned: dict[str, Quantizer] = {}
+    paths = form.modules(tensors)
+    for stored_path in paths:
+        stored = Module(tensors, stored_path)
+        path = locate(skeleton, stored_path)
+        if path is None:
+            continue
+        linear = skeleton.get_submodule(path)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(
+                f"{stored_path} is quantized, but is a {type(linear).__name__}; only linears are read"
+            )
+        with within(path):
+            quantizer, packed = form.convert(stored, linear.out_features, linear.in_features)
+            _check(quantizer, packed, linear)
+        assigned[path] = quantizer
+        state |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
+        if "bias" in stored:
+            bias = stored.get("bias", linear.out_features)
+            if "bias" in dict(linear.named_parameters()):
+                state[f"{path}.bias"] = bias
+            elif bool(bias.any()):  # some writers store zeros where the model has no bias
+                raise CheckpointError(f"{stored_path} has a bias in the file, and none in the model of config.json")
+    if not assigned:
+        raise CheckpointError(
+            f"the config says that the model is quantized ({form.config.get('quant_method')}), but no module has a "
+            f"tensor {form.marker!r}"
+        )
+    inside = set(paths)
+    rest = (name for name in tensors if inside.isdisjoint(_parents(name)) and not name.endswith("rotary_emb.inv_freq"))
+    return {name: tensors[name] for name in rest} | state, assigned
+
+
+def _parents(name: str) -> list[str]:
+    """The paths of the modules that a tensor may belong to: "a.b.weight.absmax" -> "a", "a.b", "a.b.weight"."""
+    return [name[:dot] for dot, letter in enumerate(name) if letter == "."]
+
+
+def _check(quantizer: Quantizer, packed: Packed, linear: nn.Linear) -> None:
+    """Raises unless the translation is what its quantizer's layout says; that would be a mistake of ours."""
+    with torch.device("meta"):
+        QuantizedLinear(linear.in_features, linear.out_features, quantizer).pack_(packed)
+
+
+def _description(assigned: Mapping[str, Quantizer], origin: Mapping[str, Any]) -> LLMToolsConfig:
+    specs: list[dict[str, Any]] = []
+    modules = {}
+    for path, quantizer in assigned.items():
+        if (spec := quantizer.spec()) not in specs:
+            specs.append(spec)
+        modules[path] = specs.index(spec)
+    return LLMToolsConfig(quantizers=specs, modules=modules, origin=origin)
+
+
+def _from_hub(name: str, options: Mapping[str, Any]) -> Foreign | None:
+    """A hub name's folder in the cache, downloaded if need be, if its config is one of ours to translate."""
+    from huggingface_hub import snapshot_download
+    from transformers import PreTrainedConfig
+
+    told = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, **told)
+    except (OSError, ValueError):
+        return None  # transformers will say what is wrong with the name
+    quantization = quantization_config(config)
+    if quantization.get("quant_method") == METHOD or not any(kind.recognise(quantization) for kind in FORMATS):
+        return None
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+    return recognise(snapshot_download(name, allow_patterns=wanted, **told), options)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error

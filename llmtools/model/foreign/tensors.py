@@ -1,0 +1,92 @@
+"""The tensors of a folder's safetensors files, read one at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ...errors import CheckpointError
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Name → tensor. The names are known at once, from the files' headers; a tensor is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {}
+        for path in _files(folder):
+            try:
+                file = safe_open(path, framework="pt")
+                names = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
+            self._files.update(dict.fromkeys(names, file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Module:
+    """The tensors of one module: those whose names begin with its path."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        self._tensors, self.path = tensors, path
+
+    def __contains__(self, name: str) -> bool:
+        return f"{self.path}.{name}" in self._tensors
+
+    def get(self, name: str, *shape: int | None, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+        """The tensor of that name. Raises CheckpointError unless shape (None: any size) and type are as expected."""
+        full = f"{self.path}.{name}"
+        if full not in self._tensors:
+            raise CheckpointError(f"the checkpoint is damaged: {full} is missing")
+        tensor = self._tensors[full]
+        fits = len(shape) == tensor.ndim and all(
+            want is None or want == size for want, size in zip(shape, tensor.shape, strict=True)
+        )
+        if shape and not fits:
+            expected = ["any" if size is None else size for size in shape]
+            raise CheckpointError(
+                f"the checkpoint is damaged: {full} has shape {list(tensor.shape)}, expected {expected}"
+            )
+        if dtypes and tensor.dtype not in dtypes:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {full} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}"
+            )
+        return tensor
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is damaged: {error}") from error
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(f"{folder}: {', '.join(missing[:4])} of the index is missing; copy or download it")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+    if found:
+        return found  # gptq_model-4bit-128g.safetensors and the like
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds {pickles[0]}, which is a pickle, and we unpickle nothing; convert it to safetensors where "
+            "you trust it"
+        )
+    raise CheckpointError(f"{folder} holds no *.safetensors file")

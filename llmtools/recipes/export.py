@@ -1,0 +1,109 @@
+"""Write a model, or an adapter, in a format of others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import InputError, did_you_mean
+
+FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense", "lora")
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a quantized model for servers and other programs, exactly; or a merged dense model; or a plain adapter."""
+
+    format: str
+    """compressed-tensors, gptq, gptq_v2, gguf, dense (decoded, with the adapter merged), or lora (the adapter alone)"""
+    out: str
+    """folder to write to"""
+    model: str | None = None
+    """folder or hub name of the quantized model; by default what the adapter was trained on"""
+    adapter: str | None = None
+    """folder of an adapter: merged into a dense model, or written as a plain LoRA with --format lora"""
+    base_name: str | None = None
+    """the base model's name to write into a plain LoRA, instead of its path on this machine"""
+    lossy: bool = False
+    """round again what the format cannot hold exactly, instead of refusing it"""
+    overwrite: bool = False
+    """replace the output folder if there is one"""
+    plugin: str | list[str] | None = None
+    """module:Class of your own quantizer, if the checkpoint was made with it"""
+    trust_remote_code: bool = False
+    """run Python code that comes with the model"""
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """Where the result lies, and what was rounded again, if anything."""
+
+    out: str
+    format: str
+    modules: int
+    rounded: list[dict[str, Any]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{one['path']}: {one['reason']}; rounded again, relative error {one['relative_error']:.2g}"
+            for one in self.rounded
+        ]
+        what = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
+        exact = "" if self.format in ("dense", "lora") or self.rounded else ", exact"
+        return "\n".join([*lines, f"{self.out}: {what}{exact}"])
+
+
+def export(recipe: Export) -> ExportedModel:
+    """Writes the model or the adapter."""
+    from ..files import check_free
+    from .loading import check_adapter, import_plugins, model_and_adapter, quiet_libraries
+
+    if recipe.format not in FORMATS:
+        raise InputError(f"no format {recipe.format!r}; {did_you_mean(recipe.format, FORMATS)}")
+    if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
+        raise InputError(
+            f"an adapter cannot be merged into packed weights (format {recipe.format}); use --format dense for a "
+            "merged model, or serve the adapter beside the quantized model: --format lora"
+        )
+    check_free(recipe.out, overwrite=recipe.overwrite)
+    quiet_libraries()
+    import_plugins(recipe.plugin)
+    if recipe.format == "lora":
+        if recipe.adapter is None:
+            raise InputError("no adapter: pass --adapter, a folder that `llmtools finetune --out` wrote")
+        check_adapter(recipe.adapter)
+        return _export_lora(recipe)
+    name, adapter = model_and_adapter(recipe.model, recipe.adapter)
+    return _export_model(recipe, name, adapter)
+
+
+def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedModel:
+    import torch
+
+    from ..model.checkpoint import save
+    from ..model.export import export as export_model
+    from ..nn.adapters import merge
+    from ..nn.swap import quantized_linears
+    from .loading import open_model
+
+    model, tokenizer = open_model(name, adapter=adapter, trust_remote_code=recipe.trust_remote_code)
+    model = model.cpu()
+    if adapter is not None:
+        modules = len(quantized_linears(model))
+        merged = merge(model, torch.bfloat16).to(torch.bfloat16)
+        save(merged, tokenizer, recipe.out, overwrite=recipe.overwrite)
+        return ExportedModel(recipe.out, recipe.format, modules)
+    done = export_model(model, tokenizer, recipe.out, recipe.format, lossy=recipe.lossy, overwrite=recipe.overwrite)
+    return ExportedModel(recipe.out, recipe.format, done.modules, [one._asdict() for one in done.rounded])
+
+
+def _export_lora(recipe: Export) -> ExportedModel:
+    from ..model.export import export_adapter
+    from .loading import open_model
+
+    assert recipe.adapter is not None
+    base = None
+    if recipe.model is not None:
+        base, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    export_adapter(recipe.adapter, recipe.out, base=base, base_name=recipe.base_name, overwrite=recipe.overwrite)
+    return ExportedModel(recipe.out, "lora", 0)

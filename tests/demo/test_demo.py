@@ -1,0 +1,35 @@
+"""The demo runs from end to end and writes its report, on two steps and a few pages of text."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("matplotlib")
+
+
+def test_the_demo_reports_every_model(monkeypatch: pytest.MonkeyPatch, repository: Path, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(repository / "demo")
+    demo = importlib.import_module("demo")
+    for name in ("HOME_HELD_OUT", "NEW_TRAIN", "NEW_HELD_OUT"):
+        page = tmp_path / f"{name}.txt"
+        page.write_text(getattr(demo, name).read_text()[:6000])
+        monkeypatch.setattr(demo, name, page)
+    out = tmp_path / "report"
+    demo.main(demo.Demo(out=str(out), steps=2, samples=4, batch=2, tokens=64))
+
+    report = json.loads((out / "report.json").read_text())
+    assert [(row["quantizer"], row["bits"]) for row in report["quantized"]] == [
+        ("none", 16), ("rtn", 4), ("optq", 4), ("rtn", 3), ("optq", 3), ("rtn", 2), ("optq", 2),
+    ]  # fmt: skip
+    sizes = [row["weight_bytes"] for row in report["quantized"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert [row["bits"] for row in report["finetuned"]] == [16, 4, 3, 2]
+    assert all(row["after"] < row["before"] for row in report["finetuned"])
+    assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
+    assert "quality.png" in (out / "report.md").read_text()
+    assert "/" + "tmp" not in (out / "report.md").read_text()

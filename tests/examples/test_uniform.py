@@ -1,0 +1,76 @@
+"""A quantizer from outside the package, as a real installed distribution: built, installed, and used by its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WHOLE_JOB = """
+import json, sys
+from llmtools.recipes.evaluate import Evaluate, evaluate
+from llmtools.recipes.finetune import Finetune, finetune
+from llmtools.recipes.quantize import Quantize, quantize
+
+dense, text = sys.argv[1:]
+quantize(Quantize(model=dense, quantizer="uniform", options={"levels": 31}, out="packed"))
+steps = {"max_steps": 3, "max_length": 64, "per_device_train_batch_size": 2}
+finetune(Finetune(model="packed", data=text, out="adapter", training=steps))
+models = [(dense, None), ("packed", None), ("packed", "adapter")]
+print(json.dumps([evaluate(Evaluate(model, adapter, data=text, context=256)).value for model, adapter in models]))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the distribution in it, as pip lays it out."""
+    target = tmp_path_factory.mktemp("site")
+    source = tmp_path_factory.mktemp("source")
+    for file in (repository / "examples" / "llmtools-uniform").iterdir():  # built elsewhere: building litters
+        if file.is_file():
+            (source / file.name).write_bytes(file.read_bytes())
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    done = subprocess.run([*pip, "--target", target, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def python(folder: Path, *args: object, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter in `folder`, with the distributions in `path`."""
+    environment = os.environ | ({} if path is None else {"PYTHONPATH": str(path)})
+    command = [sys.executable, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+
+
+def test_it_keeps_the_laws_under_its_name(installed: Path, tmp_path: Path) -> None:
+    done = python(tmp_path, "-m", "llmtools.cli", "check", "uniform", path=installed)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_it_keeps_the_laws_as_a_class_that_is_not_installed(repository: Path, tmp_path: Path) -> None:
+    source = repository / "examples" / "llmtools-uniform"
+    done = python(
+        tmp_path, "-m", "llmtools.cli", "check", "llmtools_uniform:Uniform", "--options.levels", 7, path=source
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_quantize_save_load_finetune(installed: Path, tmp_path: Path, stories: Path, tinystories: Path) -> None:
+    text = tmp_path / "held_out.txt"
+    text.write_text((tinystories / "held_out.txt").read_text()[:8000])
+    done = python(tmp_path, "-c", WHOLE_JOB, stories, text, path=installed)
+    assert done.returncode == 0, done.stderr
+    dense, packed, finetuned = json.loads(done.stdout.splitlines()[-1])
+    assert abs(packed / dense - 1) < 0.05
+    assert finetuned != packed
+    assert finetuned < 2 * packed
+    spec = {"name": "uniform", "levels": 31}
+    assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["quantizers"] == [spec]
+
+    without = python(tmp_path, "-m", "llmtools.cli", "generate", "--model", "packed", "--prompt", "Once")
+    assert without.returncode == 2
+    assert "'uniform'" in without.stderr

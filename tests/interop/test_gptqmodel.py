@@ -1,0 +1,110 @@
+"""GPTQModel packs, we open; we export, GPTQModel opens. GPTQ's versions and AWQ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import llmtools
+from llmtools.model.export import export
+from llmtools.model.foreign.awq import AWQ
+from llmtools.model.foreign.gptq import GPTQ
+from llmtools.nn.swap import quantized_linears
+from tests.interop.peers import linear, opened
+from tests.models import tiny_ids, tiny_model
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+gptqmodel: Any = pytest.importorskip("gptqmodel", exc_type=ImportError)
+
+
+def torch_linear(bits: int, out: int, n: int, **options: Any) -> Any:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    told = {"group_size": 32, "sym": False, "desc_act": False, "bias": False, "register_buffers": True} | options
+    return TorchLinear(bits=bits, in_features=n, out_features=out, **told).eval()
+
+
+def drawn(bits: int, out: int, n: int, act_order: bool) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """A linear on a grid, and the grid: scales, zeros [out, G], g_idx."""
+    g_idx = (torch.arange(n) // 32).to(torch.int32)
+    if act_order:
+        g_idx = g_idx[torch.randperm(n)]
+    scales = (torch.rand(out, n // 32) * 0.02 + 0.01).half()
+    zeros = torch.randint(1, 2**bits, (out, n // 32))
+    codes = torch.randint(2**bits, (out, n))
+    dense = linear(out, n, bias=False)
+    dense.weight.copy_((codes - zeros[:, g_idx.long()]) * scales.float()[:, g_idx.long()])
+    return dense, scales.float(), zeros.float(), g_idx
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_what_they_pack_we_open(bits: int, act_order: bool) -> None:
+    dense, scales, zeros, g_idx = drawn(bits, 64, 128, act_order)
+    theirs = torch_linear(bits, 64, 128, desc_act=act_order)
+    theirs.pack_block(dense, scales.clone(), zeros.clone(), g_idx)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "checkpoint_format": "gptq_v2"}
+    layer = opened(
+        GPTQ(config), {name: getattr(theirs, name) for name in ("qweight", "qzeros", "scales", "g_idx")}, 64, 128
+    )
+    assert torch.equal(layer.dequantize(dtype=torch.float16), theirs.dequantize_weight().T)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("act_order", [False, True], ids=["natural", "act-order"])
+def test_what_we_export_they_open(bits: int, form: str, act_order: bool, tmp_path: Path) -> None:
+    model = tiny_model()
+    calibration = [tiny_ids(1, 32, seed=seed) for seed in range(4)]
+    llmtools.quantize(
+        model, "optq", calibration, bits=bits, group_size=32, symmetric=form == "gptq", act_order=act_order
+    )
+    export(model, None, tmp_path / "out", form)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    for path, layer in quantized_linears(model).items():
+        theirs = torch_linear(bits, layer.out_features, layer.in_features, desc_act=act_order)
+        own = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items() if name.startswith(f"{path}.")}
+        theirs.load_state_dict(own)
+        if form == "gptq":
+            convert_gptq_v1_to_v2_format_module(theirs, bits=bits, pack_dtype=torch.int32)
+        assert torch.equal(theirs.dequantize_weight().T, layer.dequantize(dtype=torch.float16)), path
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+def test_the_whole_folder_opens_in_gptqmodel(form: str, tmp_path: Path) -> None:
+    pytest.importorskip("optimum")
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model().half()
+    llmtools.quantize(model, "rtn", bits=4, group_size=32, symmetric=True, overrides={"*0.mlp.up_proj": {"bits": 8}})
+    export(model, None, tmp_path / "out", form)
+    try:
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float16)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"transformers does not open GPTQ here: {error}")
+    with torch.no_grad():
+        expected, got = model.float()(input_ids=tiny_ids()).logits, theirs(input_ids=tiny_ids()).logits
+    torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+
+
+def test_awq_as_they_pack_it() -> None:
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    dense, scales, zeros, g_idx = drawn(4, 64, 128, False)
+    theirs = AwqTorchLinear(
+        bits=4, group_size=32, sym=False, desc_act=False, in_features=128, out_features=64, bias=False
+    )
+    theirs.pack(dense, scales.half(), zeros.half(), g_idx)
+    tensors = {name: getattr(theirs, name) for name in ("qweight", "qzeros", "scales")}
+    layer = opened(AWQ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}), tensors, 64, 128)
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    read = dequantize_gemm(theirs.qweight, theirs.qzeros, theirs.scales, 4, 32)
+    assert torch.equal(layer.dequantize(dtype=torch.float16), read.T)

@@ -12,7 +12,7 @@ BIN    := $(VENV)/bin
 TORCH  := torch==2.13.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit format bench clean
+.PHONY: help demo test test-interop lint unit format bench clean
 
 help:
 	@echo "make demo    quantize a small model, finetune adapters on it, show what it cost and bought (demo-report/)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test    formatting, lint, types and every test"
 	@echo "make lint    formatting, lint and types only"
 	@echo "make unit    tests only; ARGS='-k walk' to choose"
+	@echo "make test-interop  tests against the programs whose checkpoints we read and write"
 	@echo "make format  format the sources in place"
 	@echo "make bench   measurements: quality of the quantizers, memory of a training step"
 	@echo "make clean   remove the environment, the caches and the demo's report"
@@ -37,6 +38,15 @@ lint: $(STAMP)
 # Two workers with one thread each: the models are tiny, and threads would only wait for one another.
 unit: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 $(ARGS)
+
+# The programs whose checkpoints we read and write, in an environment of their own. GPTQModel asks for a newer torch than it
+# needs, so it comes without its dependencies, and the ones that it does need are named.
+test-interop:
+	$(MAKE) VENV=.venv-interop .venv-interop/.installed
+	.venv-interop/bin/python -m pip install --quiet bitsandbytes compressed-tensors gguf hqq optimum pillow -c constraints.txt
+	.venv-interop/bin/python -m pip install --quiet --no-deps gptqmodel Defuser Device-SMI LogBar PyPcre TokeNicer kernels \
+	    threadpoolctl torchao
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-interop/bin/python -m pytest -q tests/interop $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -59,5 +69,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) demo-report build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-interop demo-report build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find llmtools tests demo examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import llmtools
+from llmtools.model.options import BlockTuning
 
 PACKAGES = {"GPTQModel": "gptqmodel", "auto-round": "auto-round", "HQQ": "hqq", "bitsandbytes": "bitsandbytes"}
 
@@ -70,8 +71,14 @@ class Case(NamedTuple):
     @property
     def label(self) -> str:
         group = f" g{self.group_size}" if self.group_size else ""
-        options = "".join(f", {k}" if v is True else f", {k} {v}" for k, v in self.options.items() if v is not False)
-        return f"{self.by} {self.method} {self.bits}-bit{group}{options}"
+        group = " rows" if self.group_size == -1 else group
+        return f"{self.by} {self.method} {self.bits}-bit{group}{shown(self.options)}"
+
+
+def shown(options: dict[str, Any]) -> str:
+    """Options as the end of a label: ``, passes 10, act_order, no clip``."""
+    words = {True: "{}", False: "no {}"}
+    return "".join(", " + (words[v].format(k) if isinstance(v, bool) else f"{k} {v}") for k, v in options.items())
 
 
 def installed() -> dict[str, str]:
@@ -97,7 +104,7 @@ def cases(bits: int, group_size: int, iterations: int) -> Iterator[Case]:
     if bits == 4:
         yield _case("GPTQModel", "awq", bits, group_size, {}, _gptqmodel)
     yield _case("auto-round", "signround", bits, group_size, {"iters": iterations}, _auto_round)
-    yield _case("auto-round", "signround", bits, group_size, {"iters": iterations, "enable_alg_ext": True}, _auto_round)
+    yield _case("auto-round", "signround", bits, group_size, {"iters": iterations, "enable_neuqi": True}, _auto_round)
     for axis in (1, 0):
         yield _case("HQQ", "hqq", bits, group_size, {"axis": axis}, _hqq)
     if bits == 4:
@@ -145,7 +152,8 @@ def _gptqmodel(source: Source, method: str, bits: int, group_size: int, options:
         bits=bits, group_size=group_size, sym=False, quant_method=method, offload_to_disk=False, **options
     )
     text = [{"input_ids": ids[0].tolist(), "attention_mask": [1] * ids.shape[1]} for ids in source.calibration]
-    worker = GPTQModel.load(str(source.folder), config, device="cpu", dtype=torch.float32)
+    dtype = torch.float16 if method == "awq" else torch.float32  # awq packs nothing wider, and ends the program
+    worker = GPTQModel.load(str(source.folder), config, device="cpu", dtype=dtype)
     worker.quantize(text, batch_size=1)
     with tempfile.TemporaryDirectory() as folder:
         worker.save(folder)
@@ -254,19 +262,21 @@ def _bitsandbytes(source: Source, method: str, bits: int, group_size: int, optio
 # Ours, through the same door
 
 
-def ours(name: str, options: dict[str, Any], tuning: dict[str, Any] | None = None) -> Case:
-    """Our quantizer `name` with these options; those it does not have are left out. `tuning` is for `quantize`."""
+def ours(name: str, options: dict[str, Any], tuning: BlockTuning | None = None) -> Case:
+    """Our quantizer `name` with these options; those it does not have are left out."""
     factory = llmtools.quantizers.get(name)
     known = {field.name for field in dataclasses.fields(factory)}  # type: ignore[arg-type]
     options = {key: value for key, value in options.items() if key in known}
 
     def make(source: Source) -> Made:
         model = source.model()
-        report = llmtools.quantize(model, name, source.calibration, **options, **(tuning or {}))
+        report = llmtools.quantize(model, name, source.calibration, tuning=tuning, **options)
         return Made(model, report.bits_per_weight)
 
     shown = {key: value for key, value in options.items() if key not in ("bits", "group_size")}
-    return Case("llmtools", name, options.get("bits", 4), options.get("group_size"), shown | (tuning or {}), make)
+    if tuning is not None:
+        shown["tuned"] = True
+    return Case("llmtools", name, options.get("bits", 4), options.get("group_size"), shown, make)
 
 
 @contextmanager

@@ -168,7 +168,7 @@ def finetuning_in_words(results: Results) -> str:
     gains = ", ".join(f"the {row.bits}-bit one's from {row.before:.1f} to {row.after:.1f}" for row in packed)
     opening = "Wikipedia articles are new to this model." if results.embedded else "Now Wikipedia articles are learned."
     ahead = [row.bits for row in packed if row.after < original.before]
-    said = f" At {listed(ahead)} bits it is then better on articles than the original was at 16." if ahead else ""
+    said = f" At {listed(ahead)} bits it then beats the original without adapters on articles." if ahead else ""
     return (
         f"{opening} The packed weights stay as they are; only the adapters learn, with "
         f"the same {results.settings['steps']} steps for each model. On held-out articles the original's perplexity "

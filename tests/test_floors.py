@@ -27,7 +27,7 @@ FLOORS = {
 NEEDS: dict[str, set[str]] = {
     "nn": {"torch"},
     "quant": {"torch", "safetensors"},  # the law of the round trip writes a file
-    "kernels": {"torch"},
+    "kernels": {"torch", "triton"},  # triton comes with the CUDA builds of torch; imported where it is there
     "registry": set(),
     "errors": set(),
     "files": set(),

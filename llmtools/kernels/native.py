@@ -133,6 +133,17 @@ def _version(compiler: tuple[str, ...]) -> str:
     return done.stdout
 
 
+@functools.cache
+def features() -> frozenset[str]:
+    """What the processor can do, in Linux's words ("avx512_bf16", "amx_bf16", "bf16"), and its vendor; else nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    told = ("flags", "Features", "vendor_id")
+    return frozenset(word for line in lines if line.startswith(told) for word in line.partition(":")[2].split())
+
+
 def _processor() -> bytes:
     """What `-march=native` depends on: homes are shared between machines."""
     try:

@@ -9,14 +9,13 @@ below call it, so that a format costs one function and a weight is never written
 
 The products read each packed weight once. They are for the few tokens at which reading weights is all that takes time;
 for more tokens, decoding blocks of rows for the vendor's matrix product is faster. One token is multiplied and summed
-by ordinary instructions in float32; several are padded to a multiple of sixteen for the tensor cores, which take the
-weight rounded to x's type and sum in float32. Where the output has too few tiles to occupy the GPU, the summed
+by ordinary instructions in float32; several are padded to a power of two for the tensor cores, which take the weight
+rounded to x's type and sum in float32. Where the output has too few tiles to occupy the GPU, the summed
 dimension is split and the float32 parts are added in a second step: in a fixed order, hence with the same bits each
 time. Nothing synchronises with the host, so all of it can be captured in a CUDA graph.
 
 Shapes: out, in — features; t — tokens; a tile has ROWS × COLUMNS weights, both powers of two.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -29,9 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What the kernels write."""
-HALVES = (torch.bfloat16, torch.float16)
-"""What the products multiply."""
+"""Types that the kernels read and write."""
 MOST_TOKENS = 64
 """Rows of x that one launch of a product takes."""
 
@@ -48,6 +45,9 @@ class Weight(NamedTuple):
     """Its arguments: tensors, strides, sizes."""
     rows: int
     columns: int
+    stages: int = 3
+    """Steps of a product whose loads are under way at once. They go through shared memory, and so would look-ups in
+    tables, needlessly: tiles that have any say 1."""
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -63,12 +63,12 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Weight) -> Tensor:
-    """x [t, in] -> [t, out] of x's type, float16 or bfloat16."""
+    """x [t, in] -> [t, out] of x's type."""
     return _product(x, weight, _multiply, weight.rows, weight.columns)
 
 
 def multiply_transposed(g: Tensor, weight: Weight) -> Tensor:
-    """g [t, out] -> [t, in] of g's type, float16 or bfloat16."""
+    """g [t, out] -> [t, in] of g's type."""
     return _product(g, weight, _multiply_transposed, weight.columns, weight.rows)
 
 
@@ -81,7 +81,12 @@ def _product(x: Tensor, weight: Weight, kernel: Any, kept: int, summed: int) -> 
         return x.new_zeros(tokens, kept)
     padded = 1 if tokens == 1 else max(16, _power(tokens))
     along_rows = kernel is _multiply
-    rows, columns = ((4, 1024) if along_rows else (16, 256)) if padded == 1 else (64, 128)
+    if padded == 1:
+        rows, columns = (4, 1024) if along_rows else (16, 256)
+    elif x.dtype == torch.float32:  # no tensor cores; a thread holds whole rows of its operands
+        rows, columns = 32, 32
+    else:  # look-ups need more registers
+        rows, columns = 64, 64 if weight.stages == 1 else 128
     columns = min(columns, _power(weight.columns))
     keep, step = (rows, columns) if along_rows else (columns, rows)
     tiles, steps = _blocks(kept, keep), _blocks(summed, step)
@@ -91,7 +96,7 @@ def _product(x: Tensor, weight: Weight, kernel: Any, kept: int, summed: int) -> 
     parts = x.new_empty(splits, tokens, kept, dtype=x.dtype if splits == 1 else torch.float32)
     kernel[(tiles, splits)](
         parts, x, weight.tensors, tokens, kept, summed, span, weight.tile, weight.config, padded, rows, columns,
-        num_warps=4,
+        num_warps=4, num_stages=weight.stages,
     )  # fmt: skip
     return parts[0] if splits == 1 else parts.sum(0).to(x.dtype)
 
@@ -142,7 +147,7 @@ def _multiply(
         else:
             ok = (column < width)[:, None] & (token < tokens)[None, :]
             part = tl.load(x + column[:, None] + token[None, :] * width, mask=ok, other=0)  # [COLUMNS, TOKENS]
-            total = tl.dot(weight.to(part.dtype), part, total)
+            total = tl.dot(weight.to(part.dtype), part, total, input_precision="ieee")
     place = parts + split.to(tl.int64) * tokens * height + rows
     if TOKENS == 1:
         tl.store(place, tl.sum(total, 1).to(parts.dtype.element_ty), mask=live)
@@ -170,7 +175,7 @@ def _multiply_transposed(
         else:
             ok = (token < tokens)[:, None] & live[None, :]
             part = tl.load(g + token[:, None] * height + rows[None, :], mask=ok, other=0)  # [TOKENS, ROWS]
-            total = tl.dot(part, weight.to(part.dtype), total)
+            total = tl.dot(part, weight.to(part.dtype), total, input_precision="ieee")
     place = parts + split.to(tl.int64) * tokens * width + column
     if TOKENS == 1:
         tl.store(place, tl.sum(total, 0).to(parts.dtype.element_ty), mask=column < width)

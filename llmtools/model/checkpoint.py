@@ -3,7 +3,8 @@
 The folder is what transformers writes (``config.json``, ``model*.safetensors``, the tokenizer's files), so every
 program that opens Hugging Face folders opens it after ``import llmtools``; `hub.py` says what is special about it.
 Beside it lies ``llmtools.json``: versions, quantizers, the base model, the report of the quantization. Nothing reads
-that file in order to load the model; it is for people, and for the next step's record.
+that file in order to load the model; it is for people, and for the next step's record. Where the quantization was
+asked for start values of adapters, they lie in ``lora_start.safetensors``.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, InputError
 from ..files import check_free, writing
+from ..nn.start import Start
 from ..nn.swap import packed_bytes, quantized_linears
 from .foreign import open_model, recognise
 from .hub import attach
-from .quantize import INCOMPLETE
+from .quantize import INCOMPLETE, Report
 
 NOTE = "llmtools.json"
+STARTS = "lora_start.safetensors"
 _PACKAGES = ("llmtools", "torch", "transformers", "safetensors", "peft")
 
 
@@ -41,7 +45,8 @@ def save(
 ) -> Path:
     """Writes model and tokenizer as a Hugging Face folder, whole or not at all; returns the folder.
 
-    report: what `llmtools.quantize` returned, or any mapping; kept in ``llmtools.json``. A dense model (after
+    report: what `llmtools.quantize` returned, or any mapping; kept in ``llmtools.json``, and the start values of
+    adapters that it may hold in ``lora_start.safetensors``. A dense model (after
     `llmtools.merge`) is written as an ordinary folder.
 
     Raises InputError where the folder exists (unless `overwrite`), the model carries adapters or is half quantized,
@@ -57,6 +62,16 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         (partial / NOTE).write_text(json.dumps(_note(model, report), indent=2, default=str) + "\n")
+        if isinstance(report, Report) and report.starts:
+            save_file(
+                {
+                    f"{path}.lora_{side.upper()}": tensor.contiguous()
+                    for path, start in report.starts.items()
+                    for side, tensor in start._asdict().items()
+                },
+                partial / STARTS,
+                metadata={"format": "pt"},
+            )
     return Path(folder)
 
 
@@ -100,6 +115,28 @@ def load(folder: str | PathLike[str], **options: Any) -> tuple[Any, Any]:
             "tokenizer_config.json from the base model into it"
         ) from error
     return model, tokenizer
+
+
+def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
+    """The start values of adapters in a folder that `save` wrote (or of a model on the hub), by module path.
+
+    Raises CheckpointError where there are none, or the file is damaged.
+    """
+    from transformers.utils.hub import cached_file
+
+    name = str(Path(folder).expanduser()) if Path(folder).expanduser().exists() else str(folder)
+    try:
+        file = cached_file(name, STARTS)
+    except OSError as error:
+        raise CheckpointError(
+            f"{name} has no start values for adapters ({STARTS}); quantize the model with --adapter_rank R"
+        ) from error
+    try:
+        tensors = load_file(file)
+        paths = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
+        return {path: Start(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{file} is damaged ({_first_line(error)}); quantize the model again") from error
 
 
 def _check_savable(model: nn.Module) -> None:

@@ -179,7 +179,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
                 dtype=linear.weight.dtype,
                 device="meta",
             )
-            layer._is_hf_initialized = True  # type: ignore[assignment]
+            layer._is_hf_initialized = True
             set_module(model, path, layer)
             self.assigned[path] = chosen
             for name, spec in chosen.layout(linear.out_features, linear.in_features).items():
@@ -254,6 +254,13 @@ class LLMToolsHfQuantizer(HfQuantizer):
             )
         self.quantization_config.describe(model)
         tensors: dict[str, Tensor] = dict(model.state_dict())
+        seen: set[int] = set()
+        for path, layer in quantized_linears(model).items():
+            for name in layer.packed:  # parts of a fused matrix share their codes; in a file each has its own
+                tensor = tensors[f"{path}.{name}"]
+                if tensor.numel() and tensor.data_ptr() in seen:
+                    tensors[f"{path}.{name}"] = tensor.clone()
+                seen.add(tensor.data_ptr())
         for path in self.quantization_config.modules:
             tensors[f"{path}.{SENTINEL}"] = torch.empty(0)
         return tensors, {METHOD: str(VERSION)}
@@ -361,7 +368,7 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
             else:
                 for tensor in layer.parameters():
                     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-                layer._is_hf_initialized = True  # type: ignore[assignment]
+                layer._is_hf_initialized = True
                 set_module(model, path, layer)
             if missing_keys is not None:
                 missing_keys.discard(full_layer_name)

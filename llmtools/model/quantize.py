@@ -6,6 +6,9 @@ inputs now carry the error of this one. When the block is done its outputs are c
 That is the order of arXiv:2210.17323, section 4 ("true sequential" in its code), for any quantizer.
 
 A quantizer that wants no data needs no walk: its linears are replaced one by one.
+
+Blocks can also be *taught* the original's outputs on the way (`tune.py`): quantizers that learn on blocks are trained
+when all groups of the block have been seen, and block tuning follows each group.
 """
 
 from __future__ import annotations
@@ -24,11 +27,15 @@ from torch import Tensor, nn
 
 from ..errors import InputError, within
 from ..nn.linear import QuantizedLinear
+from ..nn.start import Start, start_from_error
 from ..nn.swap import set_module
 from ..quant import HessianSum, Quantizer, proxy_loss
+from ..quant.base import Learner
 from .blocks import Block
 from .hub import attach
+from .options import BlockTuning
 from .plan import Left, Overrides, Plan, any_index, base_quantizer
+from .tune import HELD_OUT, Lesson, Taught, Teacher, learn, learning, stacked, tune
 from .walk import Calls, OnStep, evaluating, walk
 
 log = logging.getLogger(__name__)
@@ -42,6 +49,8 @@ def quantize(
     overrides: Overrides | None = None,
     skip: Sequence[str] | None = None,
     sequential: bool = True,
+    tuning: BlockTuning | None = None,
+    adapter_rank: int = 0,
     on_step: OnStep | None = None,
     device: torch.device | str | None = None,
     **options: Any,
@@ -58,6 +67,11 @@ def quantize(
         replaces that default, so ``()`` quantizes the head as well.
     sequential: each group of linears is measured with the earlier groups of its block quantized. Without, a block is
         measured once: about twice as fast, a little worse, and all Hessians of the block are in memory together.
+    tuning: tunes each block against the outputs of the original one, as `BlockTuning` says. None, or 0 epochs: not at
+        all. Learned and tuned layers appear in the report with the weight that was quantized, which earlier tuning of
+        the block may have moved.
+    adapter_rank: also computes the adapters of this rank that best make up for the quantization error, as start values
+        for finetuning at that rank or a lower one (`Report.starts`).
     device: where to work, a block at a time, if the model as a whole is elsewhere.
     on_step: called with (modules done, of how many, path).
 
@@ -72,16 +86,22 @@ def quantize(
             f"{plan.quantizers[hungry].name} needs calibration text and none was given; pass `calibration`, such as "
             f"llmtools.calibration('train.txt', tokenizer), or use a quantizer without data such as 'rtn' or 'nf4'"
         )
+    if batches is None and tuning is not None and tuning.epochs:
+        raise InputError("block tuning learns from calibration text and none was given; pass `calibration`")
+    if adapter_rank < 0:
+        raise InputError(f"adapter_rank={adapter_rank}; give the rank of the adapters to start, or 0 for none")
     _check_weights(model, plan.quantizers)
-    work = _Work(model, plan, sequential, on_step)
+    work = _Work(model, plan, sequential, tuning, adapter_rank, on_step)
     with _marked_while_incomplete(model, work), torch.no_grad():
         if batches is None:
             work.without_data(device)
         else:
+            if work.teacher is not None:
+                batches = stacked(batches, work.sequences)
             walk(model, batches, work.visit, device=device)
             work.outside_blocks(batches)
     attach(model)
-    return Report(work.rows, plan.left)
+    return Report(work.rows, plan.left, work.lessons, work.starts)
 
 
 @dataclass(frozen=True)
@@ -113,6 +133,10 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
+    taught: dict[str, list[Taught]] = field(default_factory=dict)
+    """block → relative errors of its outputs before and after each piece of teaching, if there was any"""
+    starts: dict[str, Start] = field(default_factory=dict)
+    """module → start values of an adapter, if they were asked for"""
 
     @property
     def weights(self) -> int:
@@ -146,6 +170,7 @@ class Report:
         return {
             "modules": [dataclasses.asdict(row) | {"shape": list(row.shape)} for row in self.rows],
             "left": [{"path": left.path, "shape": list(left.shape), "reason": left.reason} for left in self.left],
+            "taught": {path: [each._asdict() for each in lessons] for path, lessons in self.taught.items()},
             "totals": {
                 "modules": len(self.rows),
                 "weights": self.weights,
@@ -181,6 +206,9 @@ class Report:
             key = (any_index(left.path), left.reason)
             reasons[key] = reasons.get(key, 0) + 1
         text += [f"not quantized: {path} ({count}): {reason}" for (path, reason), count in reasons.items()]
+        if lessons := [each for lessons in self.taught.values() for each in lessons]:
+            before, after = (sum(errors) / len(lessons) for errors in zip(*lessons, strict=True))
+            text.append(f"blocks taught in {len(lessons)} lessons: mean output error from {before:.4f} to {after:.4f}")
         return "\n".join(text)
 
 
@@ -260,9 +288,29 @@ def _checked_calibration(model: nn.Module, calibration: Sequence[Tensor] | Tenso
 
 
 class _Work:
-    def __init__(self, model: nn.Module, plan: Plan, sequential: bool, on_step: OnStep | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        sequential: bool,
+        tuning: BlockTuning | None,
+        adapter_rank: int,
+        on_step: OnStep | None,
+    ) -> None:
         self.model, self.plan, self.sequential, self.on_step = model, plan, sequential, on_step
+        self.tuning = tuning if tuning is not None and tuning.epochs else None
+        self.adapter_rank = adapter_rank
+        learners = [each for each in plan.quantizers.values() if each.learns_block]
+        taught = bool(learners) or self.tuning is not None
+        self.teacher = Teacher(self.tuning.held_out if self.tuning else HELD_OUT) if taught else None
+        self.sequences = max(
+            [each.block_batch for each in learners] + ([self.tuning.batch] if self.tuning else []) or [1]
+        )
         self.rows: list[Row] = []
+        self.lessons: dict[str, list[Taught]] = {}
+        self.starts: dict[str, Start] = {}
+        self.open: dict[str, _Open] = {}  # of the block at hand
+        self.changed = 0  # linears that are no longer what they were
         self.warned = False
 
     def without_data(self, device: torch.device | str | None) -> None:
@@ -276,12 +324,18 @@ class _Work:
 
     def visit(self, block: Block, calls: Calls) -> None:
         """Quantizes one block of the walk, group by group."""
+        lesson = self.teacher.lesson(calls) if self.teacher is not None else None
         groups = [[path for path in group.paths if path in self.plan.quantizers] for group in block.groups]
         groups = [paths for paths in groups if paths]
         for stage in [[paths] for paths in groups] if self.sequential else [groups] if groups else []:
             with self._summing(stage) as sums:
                 calls.run()
-            self._replace_groups(stage, sums)
+            self._replace_groups(stage, sums, lesson)
+            if lesson is not None and not any(each.learner for each in self.open.values()):
+                self._tune(block, lesson)
+        if lesson is not None:
+            self._learn(block, lesson)
+        self._close()
         idle = [path for path in block.idle if path in self.plan.quantizers]
         if idle:
             log.warning("%d linears of %s saw no token (%s …) and are quantized as if all inputs were alike; more "
@@ -324,15 +378,15 @@ class _Work:
             for hook in hooks:
                 hook.remove()
 
-    def _replace_groups(self, groups: list[list[str]], sums: list[HessianSum]) -> None:
+    def _replace_groups(self, groups: list[list[str]], sums: list[HessianSum], lesson: Lesson | None = None) -> None:
         for paths, total in zip(groups, sums, strict=True):
             self._warn_if_few(total, paths[0])
             hessian = total.value() if total.tokens else None
             for path in paths:
-                self._replace(path, hessian, total.tokens)
+                self._replace(path, hessian, total.tokens, lesson)
 
-    def _replace(self, path: str, hessian: Tensor | None, tokens: int = 0) -> None:
-        """Puts the packed layer in place of the dense one, and a row in the report."""
+    def _replace(self, path: str, hessian: Tensor | None, tokens: int = 0, lesson: Lesson | None = None) -> None:
+        """Puts the packed layer in place of the dense one; in a lesson, one that is still to learn or to be tuned."""
         started = time.perf_counter()
         quantizer = self.plan.quantizers[path]
         linear = self._linear(path)
@@ -340,13 +394,55 @@ class _Work:
         given = hessian if quantizer.needs_hessian else None
         if quantizer.needs_hessian and hessian is None:  # nothing known about the inputs: all alike
             given = torch.eye(linear.in_features, device=weight.device)
+        learner = None
         with within(path):
-            packed = QuantizedLinear.from_linear(linear, quantizer, given)
-        seconds = time.perf_counter() - started
-        self.rows.append(_row(path, packed, weight.float(), hessian, tokens, seconds))
-        set_module(self.model, path, packed)
-        if self.on_step is not None:
-            self.on_step(len(self.rows), len(self.plan.quantizers), path)
+            if lesson is not None and quantizer.learns_block and given is not None:
+                learner = quantizer.learner(weight, given)
+                set_module(self.model, path, learning(linear, learner))
+            else:
+                set_module(self.model, path, QuantizedLinear.from_linear(linear, quantizer, given))
+        self.changed += 1
+        self.open[path] = _Open(linear, learner, hessian, tokens, time.perf_counter() - started)
+        if lesson is None:
+            self._close()
+
+    def _learn(self, block: Block, lesson: Lesson) -> None:
+        """Trains the linears of the block that learn together, packs them, and tunes what is in floating point."""
+        learners = {path: each.learner for path, each in self.open.items() if each.learner is not None}
+        if not learners:
+            return
+        started = time.perf_counter()
+        self._taught(block, learn(block.module, list(learners.values()), lesson))
+        seconds = (time.perf_counter() - started) / len(learners)
+        for path, learner in learners.items():
+            each = self.open[path]
+            each.seconds += seconds
+            with within(path):
+                layer = QuantizedLinear.from_packed(each.linear, self.plan.quantizers[path], learner.packed())
+            set_module(self.model, path, layer)
+        self._tune(block, lesson)
+
+    def _tune(self, block: Block, lesson: Lesson) -> None:
+        if self.tuning is not None:
+            self._taught(block, tune(block.module, lesson, self.tuning))
+
+    def _taught(self, block: Block, taught: Taught) -> None:
+        self.lessons.setdefault(block.path, []).append(taught)
+        log.debug("%s: relative error of the outputs from %.4g to %.4g", block.path, *taught)
+
+    def _close(self) -> None:
+        """Rows in the report, and starts for adapters, for linears that are not going to change any more."""
+        for path, each in self.open.items():
+            packed = self.model.get_submodule(path)
+            assert isinstance(packed, QuantizedLinear)
+            weight = each.linear.weight.detach().float()
+            self.rows.append(_row(path, packed, weight, each.hessian, each.tokens, each.seconds))
+            if self.adapter_rank:
+                error = weight - packed.dequantize(dtype=torch.float32)
+                self.starts[path] = start_from_error(error, each.hessian, self.adapter_rank).cpu()
+            if self.on_step is not None:
+                self.on_step(len(self.rows), len(self.plan.quantizers), path)
+        self.open.clear()
 
     def _warn_if_few(self, total: HessianSum, path: str) -> None:
         features = self._linear(path).in_features
@@ -363,6 +459,18 @@ class _Work:
         linear = self.model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         return linear
+
+
+@dataclass
+class _Open:
+    """A linear that is replaced, and may still change until its block is done."""
+
+    linear: nn.Linear
+    """The dense one."""
+    learner: Learner | None
+    hessian: Tensor | None
+    tokens: int
+    seconds: float
 
 
 def _adder(total: HessianSum, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -408,9 +516,9 @@ def _marked_while_incomplete(model: nn.Module, work: _Work) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if work.rows:
+        if work.changed:
             error.add_note(
-                f"the model is half quantized ({len(work.rows)} of {len(work.plan.quantizers)} linears); load it afresh"
+                f"the model is half quantized ({work.changed} of {len(work.plan.quantizers)} linears); load it afresh"
             )
         else:
             delattr(model, INCOMPLETE)

@@ -51,7 +51,7 @@ class Calls:
             pass
 
     def output(self, index: int, hidden: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """Runs the block on one batch, or on other hidden states of its shape; dtype: for all that it is called with."""
+        """Runs the block on one batch, or on other hidden states of its shape, with all that it is given in `dtype`."""
         hidden = self.hidden[index] if hidden is None else hidden
         args, kwargs = self._calls[index].with_hidden(hidden)
         if self._device is not None or dtype is not None:

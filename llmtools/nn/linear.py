@@ -54,10 +54,13 @@ class QuantizedLinear(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None) -> QuantizedLinear:
         """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over."""
-        weight = linear.weight.detach()
-        packed = quantizer.quantize(weight, hessian)
+        return cls.from_packed(linear, quantizer, quantizer.quantize(linear.weight.detach(), hessian))
+
+    @classmethod
+    def from_packed(cls, linear: nn.Linear, quantizer: Quantizer, packed: Packed) -> QuantizedLinear:
+        """What stands for `linear`, with these tensors in place of its weight. The bias is taken over."""
         with torch.device("meta"):
-            layer = cls(linear.in_features, linear.out_features, quantizer, dtype=weight.dtype)
+            layer = cls(linear.in_features, linear.out_features, quantizer, dtype=linear.weight.dtype)
         layer.pack_(packed)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
@@ -90,7 +93,7 @@ class QuantizedLinear(nn.Linear):
         return self.quantizer.dequantize(self.packed, rows, dtype or self.dtype)
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         return LazyWeight(self, self.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,12 +1,13 @@
 """Quantizers: a weight to a few packed tensors, and rows of it back.
 
-`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`); `imported` are
-the grids of other programs' checkpoints; `laws` is the specification in executable form.
+`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`, `learned`); `imported`
+are the grids of other programs' checkpoints; `laws` is the specification in executable form.
 """
 
 from .base import ALL, Packed, Quantizer, TensorSpec, from_spec, quantizer, quantizers
 from .hessian import HessianSum, proxy_loss
-from .imported import ColumnGrid, TableGrid, UniformGrid
+from .imported import ColumnGrid, FusedLattice, TableGrid, UniformGrid
+from .learned import SignRound
 from .materialize import DEFAULT_MATERIALIZE_BYTES, materialize_budget, materialized_linear
 from .presets import AWQ, HQQ, NF4, OPTQ, RTN, QuIP, QuIPSharp
 
@@ -19,11 +20,13 @@ __all__ = [
     "OPTQ",
     "RTN",
     "ColumnGrid",
+    "FusedLattice",
     "HessianSum",
     "Packed",
     "QuIP",
     "QuIPSharp",
     "Quantizer",
+    "SignRound",
     "TableGrid",
     "TensorSpec",
     "UniformGrid",

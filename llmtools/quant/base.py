@@ -46,8 +46,6 @@ class Quantizer(ABC):
     """Whether `quantize` wants the layer's inputs; then calibration data are asked for."""
     learns_block: ClassVar[bool] = False
     """Whether a model's blocks are to be learned as a whole, through `learner`, instead of one weight at a time."""
-    scratch_bytes: ClassVar[int] = 16
-    """Bytes that `dequantize` has in use per weight at its peak, its result included: bounds a block of rows."""
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -65,12 +63,25 @@ class Quantizer(ABC):
         """Rows of the weight. By convention the first tensor of the layout has one row per output feature."""
         return next(iter(packed.values())).shape[0]
 
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        """Bytes that `dequantize` has in use per weight at its peak, its result included: bounds a block of rows."""
+        return 16
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        """x [t, in] @ W.T for few tokens, or x [t, out] @ W, in one pass over the packed tensors; None: no such way."""
+        return None
+
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """x [..., in] @ dequantize(packed).T -> [..., out], differentiable in x.
 
         The default materialises blocks of rows. Override it where there is a cheaper way to the same product.
         """
         return materialized_linear(x, self, packed)
+
+    @property
+    def block_batch(self) -> int:
+        """Sequences of calibration text in a step, for quantizers with `learns_block`."""
+        return 8
 
     def learner(self, weight: Tensor, hessian: Tensor) -> Learner:
         """`quantize` as a piece of training, for quantizers with `learns_block`; arguments as there."""

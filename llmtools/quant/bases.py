@@ -1,7 +1,7 @@
 """Changes of coordinates: on weights while quantizing, on activations while running.
 
 In the basis (R, L) the layer y = x Wᵀ is y = ((x R) W'ᵀ) Lᵀ with W = L W' Rᵀ, so the quantized weight W' is decoded as
-it is stored and the activations are rotated instead. The inner weight W' may have a few columns more than W: [out, in'].
+it is stored and the activations are rotated instead. The inner weight W' may have a few columns more than W.
 
 Shapes: out, in — features; in' — columns of the inner weight.
 """
@@ -91,13 +91,13 @@ class Permutation(Basis):
 class SignedHadamard(Basis):
     """Incoherence: random signs and a Hadamard matrix on either side (QuIP#, arXiv:2402.04396, section 3).
 
-    W = diag(sv) Q_out W' Q_inᵀ diag(su), Q the orthogonal matrices of `kernels.hadamard`. Outliers are spread over whole
-    rows and columns, W' looks Gaussian, and a matrix-wide grid suits it. With `scale` the entries of W' have mean
+    W = diag(sv) Q_out W' Q_inᵀ diag(su), Q the orthogonal matrices of `kernels.hadamard`. Outliers are spread over
+    whole rows and columns, W' looks Gaussian, and a matrix-wide grid suits it. With `scale` the entries of W' have mean
     square scale² and sv carries the rest; without it sv is ±1 and the grid fits its own scales.
 
-    The transform's size on the side of the inputs is the next multiple of `block`, so that there is one of at least that
-    order: x is filled up with zeros. On the side of the outputs nothing is filled up; an odd number of them just is not
-    mixed. Signs are drawn from a seed and stored; after block tuning su and sv may hold any numbers.
+    On the side of the inputs the transform's size is the next multiple of `block`, so that blocks of at least that
+    order can be mixed: x is filled up with zeros. On the side of the outputs nothing is filled up; an odd number of
+    them just is not mixed. Signs are drawn from a seed and stored; after block tuning su and sv may be any numbers.
     """
 
     seed: int = 0
@@ -138,17 +138,25 @@ class SignedHadamard(Basis):
 
     def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         su, sv = state["su"].to(weight.dtype), state["sv"].to(weight.dtype)
-        scaled = weight / torch.where(sv == 0, 1, sv)[:, None] / su
-        return self._transform(self._spread(scaled).mT).mT.contiguous(), self._second_moment(hessian, su)
+        left = torch.where(sv == 0, 1, sv).reciprocal()
+        inner = weight.new_empty(len(weight), self.columns(weight.shape[1]))
+        for rows in _chunks(len(weight)):
+            inner[rows] = self._spread(weight[rows] * left[rows, None] / su)
+        for columns in _chunks(inner.shape[1]):
+            inner[:, columns] = self._transform(inner[:, columns].mT).mT
+        return inner, None if hessian is None else self._second_moment(hessian, su.to(hessian))
 
-    def _second_moment(self, hessian: Tensor | None, su: Tensor) -> Tensor | None:
+    def _second_moment(self, hessian: Tensor, su: Tensor) -> Tensor:
         """H of x -> that of x R; of a layer that never saw an input, the identity."""
-        if hessian is None:
-            return None
+        size = self.columns(len(hessian))
         if not hessian.any():
-            return torch.eye(self.columns(hessian.shape[0]), dtype=hessian.dtype, device=hessian.device)
-        su = su.to(hessian)
-        return self._spread(self._spread(hessian * su[:, None] * su).mT)
+            return torch.eye(size, dtype=hessian.dtype, device=hessian.device)
+        turned = hessian.new_empty(size, size)
+        for rows in _chunks(len(hessian)):
+            turned[rows] = self._spread(hessian[rows] * su[rows, None] * su)
+        for columns in _chunks(size):
+            turned[:, columns] = self._spread(turned[: len(hessian), columns].mT).mT
+        return turned
 
     def _spread(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., in'], Q_inᵀ of the filled-up vectors."""
@@ -156,18 +164,29 @@ class SignedHadamard(Basis):
 
     @staticmethod
     def _transform(x: Tensor) -> Tensor:
-        return hadamard(x, rule_for(x.shape[-1]), transpose=True)
+        return hadamard(x, _rule(x.shape[-1]), transpose=True)
 
     def restore(self, inner: Tensor, state: Packed) -> Tensor:
         su, sv = state["su"].to(inner.dtype), state["sv"].to(inner.dtype)
-        mixed = hadamard(inner.mT, rule_for(inner.shape[0])).mT  # Q_out W'
-        return hadamard(mixed, rule_for(inner.shape[1]))[:, : len(su)] * su * sv[:, None]
+        mixed = hadamard(inner.mT, _rule(inner.shape[0])).mT  # Q_out W'
+        return hadamard(mixed, _rule(inner.shape[1]))[:, : len(su)] * su * sv[:, None]
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
         return self._spread((x * (state["su"] / _guard(x))).to(x.dtype))
 
     def outputs(self, y: Tensor, state: Packed) -> Tensor:
-        return (hadamard(y, rule_for(y.shape[-1])) * (state["sv"] * _guard(y))).to(y.dtype)
+        return (hadamard(y, _rule(y.shape[-1])) * (state["sv"] * _guard(y))).to(y.dtype)
+
+
+@torch.compiler.assume_constant_result
+def _rule(size: int) -> str:
+    """The Hadamard matrix of that size, a constant to torch.compile, which does not look into caches."""
+    return rule_for(size)
+
+
+def _chunks(length: int) -> list[slice]:
+    """What is transformed at a time, so that a matrix takes up its place once and not three times."""
+    return [slice(start, min(start + 512, length)) for start in range(0, length, 512)]
 
 
 def _guard(x: Tensor) -> float:

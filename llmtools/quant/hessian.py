@@ -79,15 +79,18 @@ def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
 def factor(hessian: Tensor, width: int, damping: float, dtype: torch.dtype) -> Factors | None:
     """H + λI = M D Mᵀ with M unit upper triangular in blocks of `width`, which divides in, and D block diagonal.
 
-    A Cholesky factor of the reversed matrix, in float64, then rounded to `dtype`. Where that fails the damping λ = damping · mean(diag H) is
-    doubled up to the mean itself; None, with a log line, when even that is not positive definite.
+    A Cholesky factor of the reversed matrix, in float64, then rounded to `dtype`. Where that fails, the damping
+    λ = damping · mean(diag H) is doubled, up to the mean itself; None, with a log line, when even that is not positive
+    definite.
     """
-    mean, tried = float(hessian.diagonal().double().mean()), damping
+    n, mean, tried = len(hessian), float(hessian.diagonal().double().mean()), damping
+    lower = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device).mT  # by columns: factored in place
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while True:
-        damped = hessian.flip(0, 1).double()
-        damped.diagonal().add_(tried * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
+        for rows in _chunks(n):
+            lower[rows] = hessian[n - rows.stop : n - rows.start].flip(0, 1)
+        lower.diagonal().add_(tried * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and bool(torch.isfinite(lower.diagonal()).all()):
             break
         if tried >= 1:
@@ -109,8 +112,16 @@ def factor(hessian: Tensor, width: int, damping: float, dtype: torch.dtype) -> F
     if width == 1:
         lower /= lower.diagonal().clone()
     else:
-        for k in range(0, lower.shape[0], width):  # column blocks times the inverse of their diagonal block
+        for k in range(0, n, width):  # column blocks times the inverse of their diagonal block
             block = slice(k, k + width)
             diagonal = lower[block, block].clone()
             lower[k:, block] = torch.linalg.solve_triangular(diagonal, lower[k:, block], upper=False, left=False)
-    return Factors(lower.to(dtype).flip(0, 1), tried)
+    update = torch.empty(hessian.shape, dtype=dtype, device=hessian.device)
+    for rows in _chunks(n):
+        update[rows] = lower[n - rows.stop : n - rows.start].flip(0, 1)
+    return Factors(update, tried)
+
+
+def _chunks(n: int) -> list[slice]:
+    """Rows that are turned around at a time, so that a large matrix takes up its place once."""
+    return [slice(start, min(start + 512, n)) for start in range(0, n, 512)]

@@ -6,6 +6,7 @@
 |                  | float zero points, columns in any order          |                                    |
 | `affine_columns` | the same with groups that run along the outputs  | HQQ with axis 0                    |
 | `codebook`       | 16 values times a maximum                        | bitsandbytes                       |
+| `quip_sharp_rows`| rows of a matrix that was rotated with others    | QuIP#                              |
 
 They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export need to know nothing
 of where a layer came from. Asked to quantize, each rounds to nearest. The translations are in `llmtools.model.foreign`.
@@ -16,6 +17,7 @@ Shapes: out, in — features; P = ceil(out / group_size) rows of scales of `affi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,12 +26,15 @@ from torch.nn import functional as F
 from ..errors import InputError, did_you_mean
 from ..kernels.bits import pack, unpack
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
-from .bases import Basis, Permutation
+from .bases import Basis, Permutation, SignedHadamard
 from .composed import Composed
 from .grids.affine import SCALE_TYPES, Affine, shifted
 from .grids.base import Grid
 from .grids.codebook import NF4, Codebook
+from .grids.lattice import Lattice
 from .grids.scalar import check_group_size, columns, stream_layout
+from .materialize import materialized_linear
+from .presets import QuIPSharp
 from .rounding import Nearest, Rounding
 
 _POSITIVE = (0, 1, 32, 48, 64, 96, 128, 192)
@@ -156,3 +161,69 @@ class ColumnGrid(Quantizer):
         first, last, _ = rows.indices(packed["qweight"].shape[0])
         shared = torch.arange(first, last, device=codes.device) % packed["scales"].shape[0]
         return shifted(codes, packed["zeros"][shared], packed["scales"][shared], dtype)
+
+
+@quantizers.register("quip_sharp_rows")
+@dataclass(frozen=True)
+class FusedLattice(Quantizer):
+    """Rows of a matrix that QuIP# quantized as one: queries, keys and values, or up and gate.
+
+    Its files stack such matrices before they rotate the outputs, which mixes all rows. So each part needs the codes of
+    the whole, and parts that are opened together share them in memory; each computes the whole product, and keeps its
+    rows. sv holds the part's own rows, in float32 because two float16 scales are multiplied in it.
+    """
+
+    needs_hessian: ClassVar[bool] = True
+
+    bits: int = 2
+    """2, 3 or 4."""
+    residual_scale: float | None = None
+    """How much larger the error of the first two bits is coded; by default 2.04 at 3 bits, 3.45 at 4."""
+    first: int = 0
+    """The part's first row in the whole."""
+    total: int | None = None
+    """Rows of the whole; by default the part is the whole."""
+
+    def __post_init__(self) -> None:
+        _ = self._grid
+        if self.first < 0 or (self.total is not None and self.first >= self.total):
+            raise InputError(f"quip_sharp_rows: no row {self.first} of {self.total}")
+
+    @property
+    def _grid(self) -> Lattice:
+        return Lattice(self.bits, self.residual_scale)
+
+    def _total(self, out_features: int) -> int:
+        return self.first + out_features if self.total is None else self.total
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        codes = self._grid.layout(self._total(out_features), SignedHadamard().columns(in_features))
+        signs = {"su": TensorSpec((in_features,), torch.float16), "sv": TensorSpec((out_features,), torch.float32)}
+        return codes | signs
+
+    def out_features(self, packed: Packed) -> int:
+        return packed["sv"].shape[0]
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        if self.first or self._total(weight.shape[0]) != weight.shape[0]:
+            raise InputError("rows of a fused matrix cannot be quantized by themselves; use quip_sharp")
+        packed = QuIPSharp(self.bits, residual_scale=self.residual_scale).quantize(weight, hessian)
+        return packed | {"sv": packed["sv"].float()}
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        whole = SignedHadamard().restore(self._grid.dequantize(packed, ALL, wide), self._whole(packed))
+        return whole[self._part(packed)][rows].to(dtype)
+
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        basis, whole = SignedHadamard(), self._whole(packed)
+        y = materialized_linear(basis.inputs(x, whole), self._grid, packed)
+        return basis.outputs(y, whole)[..., self._part(packed)]
+
+    def _part(self, packed: Packed) -> slice:
+        return slice(self.first, self.first + packed["sv"].shape[0])
+
+    def _whole(self, packed: Packed) -> Packed:
+        """The state of the whole matrix, with nothing in the other parts' rows."""
+        rest = packed["codes"].shape[0] - self._part(packed).stop
+        return {"su": packed["su"], "sv": F.pad(packed["sv"], (self.first, rest))}

@@ -4,7 +4,7 @@ Round-to-nearest asks each weight alone, OPTQ a layer. Here a whole block of a n
 to its *outputs*. Each weight has an offset V, each group two multipliers α and β of its range, and all are trained
 through
 
-    ŵ = s · (clamp(round(w/s + V) + z, 0, 2^bits − 1) − z),   s = (β·high − α·low) / (2^bits − 1),   z = round(−α·low / s)
+    ŵ = s · (clamp(round(w/s + V) + z, 0, 2^bits − 1) − z),  s = (β·high − α·low) / (2^bits − 1),  z = round(−α·low/s)
 
 with gradients passed straight through `round` (section 3 of the paper). A step is signed gradient descent: all offsets
 move by the same amount, a learning rate that falls to zero linearly. With 1 / iterations at the start an offset can
@@ -41,7 +41,7 @@ from .rounding import Nearest, Rounding, Sequential
 @quantizers.register("signround")
 @dataclass(frozen=True)
 class SignRound(Composed):
-    """SignRound (arXiv:2309.05516): rounding and ranges trained on the outputs of whole blocks; slow, best at 2 bits."""
+    """SignRound (arXiv:2309.05516): rounding and ranges trained on whole blocks' outputs; slow, best at 2 bits."""
 
     needs_hessian: ClassVar[bool] = True
     learns_block: ClassVar[bool] = True
@@ -59,7 +59,7 @@ class SignRound(Composed):
     batch: int = 8
     """Sequences of calibration text in a step."""
     damping: float = 0.01
-    """For weights outside of blocks, which start from OPTQ: added to the Hessian's diagonal, as a fraction of its mean."""
+    """For weights outside of blocks, which start from OPTQ's solution: as there."""
 
     def __post_init__(self) -> None:
         _check(self.name, self.bits, self.group_size)
@@ -74,6 +74,10 @@ class SignRound(Composed):
     @property
     def rounding(self) -> Learned:
         return Learned(self.iterations, self.learning_rate, self.damping)
+
+    @property
+    def block_batch(self) -> int:
+        return self.batch
 
     def learner(self, weight: Tensor, hessian: Tensor) -> AffineLearner:
         weight = weight.detach().float()
@@ -114,11 +118,12 @@ class Learned(Rounding):
         for step in range(self.iterations + 1):
             with torch.enable_grad():
                 error = weight - learner.weight()
-                loss = ((error @ hessian) * error).sum(1)  # [out]
-            learner.keep(loss.detach() < least)
-            least = torch.minimum(least, loss.detach())
+                rows = ((error @ hessian) * error).sum(1)  # [out]
+                loss = rows.sum()
+            learner.keep(rows.detach() < least)
+            least = torch.minimum(least, rows.detach())
             if step < self.iterations:
-                loss.sum().backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 learner.step(step / self.iterations)
         learner.restore()
         return learner.codes()

@@ -4,32 +4,43 @@ Forward and backward decode the weight a block of rows at a time and drop each b
 needs its packed tensors and one block of scratch, whatever its size. Nothing dense is kept for backward: the packed
 tensors are saved, neither x nor W, because the weight is frozen and only the gradient of x is wanted.
 
+On a CPU a block stays in the processor's cache, so memory is read packed, once a pass; and half-precision inputs are
+multiplied in float32 where the processor does that faster, so W is not rounded at all. For few tokens there may be a
+way without blocks: a kernel that decodes in registers and multiplies at once (`Rows.multiply`).
+
 Shapes: out, in — features; t — tokens; r — rows in a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DEFAULT_MATERIALIZE_BYTES = 32 * 2**20
-"""Scratch for one block of rows; `python -m benchmarks.materialize` measures the choice."""
+from ..kernels.native import features
 
-_budget = DEFAULT_MATERIALIZE_BYTES
+DEFAULT_MATERIALIZE_BYTES = 4 * 2**20
+"""Scratch for one block of rows on a CPU; `python -m benchmarks.materialize` measures the choice."""
+DEVICE_MATERIALIZE_BYTES = 32 * 2**20
+"""The same on other devices, where a block should fill the device."""
+FEW_TOKENS = {"cpu": 32, "cuda": 16}
+"""Up to so many tokens `Rows.multiply` is used, by type of device; `python -m benchmarks.materialize` measures it."""
+
+_budget: int | None = None
+_few_tokens: int | None = None
 
 
 class Rows(Protocol):
     """Anything that gives rows of a weight: a quantizer, or a grid in its own coordinates."""
 
-    @property
-    def scratch_bytes(self) -> int: ...
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int: ...
     def out_features(self, packed: dict[str, Tensor]) -> int: ...
     def dequantize(self, packed: dict[str, Tensor], rows: slice = ..., dtype: torch.dtype = ...) -> Tensor: ...
+    def multiply(self, x: Tensor, packed: dict[str, Tensor], transposed: bool = ...) -> Tensor | None: ...
 
 
 @contextmanager
@@ -47,52 +58,116 @@ def materialize_budget(max_bytes: int) -> Iterator[None]:
         _budget = before
 
 
+@contextmanager
+def few_tokens(limit: int) -> Iterator[None]:
+    """Within this context, the kernels for few tokens serve up to `limit` of them instead of `FEW_TOKENS`; 0: none."""
+    global _few_tokens
+    before, _few_tokens = _few_tokens, limit
+    try:
+        yield
+    finally:
+        _few_tokens = before
+
+
 def materialized_linear(x: Tensor, source: Rows, packed: dict[str, Tensor]) -> Tensor:
     """x [..., in] @ W.T -> [..., out], W = source.dequantize(packed), differentiable in x; autocast is honoured."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    result: Tensor = Materialize.apply(x, source, _budget, tuple(packed), *packed.values())
+    cpu = x.device.type == "cpu"
+    budget = _budget if _budget is not None else DEFAULT_MATERIALIZE_BYTES if cpu else DEVICE_MATERIALIZE_BYTES
+    few = _few_tokens if _few_tokens is not None else FEW_TOKENS.get(x.device.type, 0)
+    result: Tensor = Materialize.apply(x, source, (budget, few), tuple(packed), *packed.values())
     return result
 
 
 class Materialize(torch.autograd.Function):
-    """The product and its gradient in x. The budget of forward holds for its backward."""
+    """The product and its gradient in x. The budget and the limit of few tokens hold for the backward, too."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, source: Rows, budget: int, names: tuple[str, ...], *tensors: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, source: Rows, limits: tuple[int, int], names: tuple[str, ...], *tensors: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*tensors)
-        packed = dict(zip(names, tensors, strict=True))
-        out_features, in_features = source.out_features(packed), x.shape[-1]
-        ctx.source, ctx.budget, ctx.names, ctx.in_features = source, budget, names, in_features
-        step = _rows_per_block(source, in_features, budget)
-        if step >= out_features:
-            return F.linear(x, source.dequantize(packed, slice(0, out_features), x.dtype))
-        y = x.new_empty(*x.shape[:-1], out_features)
-        for start in range(0, out_features, step):
-            rows = slice(start, min(start + step, out_features))
-            y[..., rows] = F.linear(x, source.dequantize(packed, rows, x.dtype))  # [t, in] @ [r, in].T
-        return y
+        ctx.source, ctx.limits, ctx.names, ctx.in_features = source, limits, names, x.shape[-1]
+        with _plain_types(x):
+            y = _product(x.reshape(-1, x.shape[-1]), source, dict(zip(names, tensors, strict=True)), *limits)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
+        nothing = (None,) * (3 + len(ctx.names))
         if not ctx.needs_input_grad[0]:
-            return (None,) * (4 + len(ctx.names))
-        source, packed = ctx.source, dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        out_features, in_features = grad.shape[-1], ctx.in_features
-        step = _rows_per_block(source, in_features, ctx.budget)
-        if step >= out_features:
-            weight = source.dequantize(packed, slice(0, out_features), grad.dtype)
-            return (grad @ weight, *(None,) * (3 + len(ctx.names)))
-        # Blocks are summed in float32 at least, so that the number of blocks does not show in bf16 gradients.
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        grad_x = grad.new_zeros(*grad.shape[:-1], in_features, dtype=wide)
-        for start in range(0, out_features, step):
-            rows = slice(start, min(start + step, out_features))
-            grad_x += grad[..., rows] @ source.dequantize(packed, rows, grad.dtype)  # [t, r] @ [r, in]
-        return (grad_x.to(grad.dtype), *(None,) * (3 + len(ctx.names)))
+            return None, *nothing
+        packed = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        with _plain_types(grad):
+            grad_x = _gradient(grad.reshape(-1, grad.shape[-1]), ctx.source, packed, ctx.in_features, *ctx.limits)
+        return grad_x.reshape(*grad.shape[:-1], ctx.in_features), *nothing
 
 
-def _rows_per_block(source: Rows, in_features: int, budget: int) -> int:
-    rows = max(1, budget // (in_features * source.scratch_bytes))
+def _product(x: Tensor, source: Rows, packed: dict[str, Tensor], budget: int, few: int) -> Tensor:
+    """x [t, in] @ W.T -> [t, out]."""
+    tokens, in_features = x.shape
+    if tokens <= few and (y := source.multiply(x, packed)) is not None:
+        return y
+    out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(_product_type(x))
+    step = _rows_per_block(source, in_features, budget, inputs)
+    if step >= out_features:
+        return F.linear(inputs, source.dequantize(packed, slice(0, out_features), inputs.dtype)).to(dtype)
+    y = x.new_empty(tokens, out_features)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        y[:, rows] = F.linear(inputs, source.dequantize(packed, rows, inputs.dtype))  # [t, in] @ [r, in].T
+    return y
+
+
+def _gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features: int, budget: int, few: int) -> Tensor:
+    """grad [t, out] @ W -> [t, in]."""
+    tokens, out_features = grad.shape
+    if tokens <= few and (grad_x := source.multiply(grad, packed, transposed=True)) is not None:
+        return grad_x
+    dtype = _product_type(grad)
+    step = _rows_per_block(source, in_features, budget, grad.new_empty(0, dtype=dtype))
+    if step >= out_features:
+        return (grad.to(dtype) @ source.dequantize(packed, slice(0, out_features), dtype)).to(grad.dtype)
+    # Blocks are summed in float32 at least, so that the number of blocks does not show in bf16 gradients.
+    wide = torch.promote_types(dtype, torch.float32)
+    grad_x = grad.new_zeros(tokens, in_features, dtype=wide)
+    for start in range(0, out_features, step):
+        rows = slice(start, min(start + step, out_features))
+        part = grad[:, rows].to(dtype)  # a block of W gets no name: it must be gone before the next is made
+        if dtype == wide:
+            grad_x.addmm_(part, source.dequantize(packed, rows, dtype))  # [t, r] @ [r, in]
+        else:
+            grad_x += part @ source.dequantize(packed, rows, dtype)
+    return grad_x.to(grad.dtype)
+
+
+def _product_type(x: Tensor) -> torch.dtype:
+    """The type in which x is multiplied: its own, or float32 where the processor is faster in that."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if half and x.device.type == "cpu" and not _multiplies(x.dtype) else x.dtype
+
+
+@torch.compiler.assume_constant_result
+def _multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of that half-precision type faster than float32.
+
+    Intel's AVX-512 has bfloat16 products, but at 60 % of float32's speed (Sapphire Rapids without AMX, torch 2.13:
+    5632 × 2048 with 128 tokens 37 ms, float32 24 ms, on one core).
+    """
+    has = features()
+    if dtype == torch.float16:
+        return bool(has & {"amx_fp16", "avx512_fp16"})
+    return bool(has & {"amx_bf16", "bf16"}) or ("avx512_bf16" in has and "GenuineIntel" not in has)
+
+
+def _plain_types(x: Tensor) -> AbstractContextManager[Any]:
+    """Autocast has had its say before; it must not change the products within."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _rows_per_block(source: Rows, in_features: int, budget: int, inputs: Tensor) -> int:
+    rows = max(1, budget // (in_features * source.scratch_bytes(inputs.device, inputs.dtype)))
     return rows if rows < 16 else rows - rows % 16

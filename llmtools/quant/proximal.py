@@ -75,7 +75,8 @@ def _step(group: Tensor, params: Tensor, grid: Affine) -> Tensor:
     error = group - grid.value(codes, params)
     size = error.abs()
     error = error.sign() * (size - size.pow(_P - 1) / _BETA).clamp_min(0)
-    return torch.cat([scale, _stored((codes - (group - error) / scale).mean(-1, keepdim=True))], -1)
+    zero = (codes - (group - error) / scale).mean(-1, keepdim=True)
+    return torch.cat([scale, _stored(zero, grid)], -1)
 
 
 def _stored(x: Tensor, grid: Affine) -> Tensor:

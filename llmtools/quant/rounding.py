@@ -151,7 +151,8 @@ def _settled(fed: Tensor, within: Tensor) -> Tensor:
     A column passes on what it was fed: its E_i is then minus its own feedback. So the feedback u that settles is
     u_j = fed_j − Σ_{i<j} u_i M_ij, that is u = fed · M⁻¹, with the group's own part of M [span, span].
     """
-    return torch.linalg.solve_triangular(within, fed, upper=True, left=False, unitriangular=True)
+    settled: Tensor = torch.linalg.solve_triangular(within, fed, upper=True, left=False, unitriangular=True)
+    return settled
 
 
 def _sweep_static(weight: Tensor, update: Tensor, grid: Grid, perm: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -190,26 +191,27 @@ def _descend(
         error[:, j : j + width] -= grid.value(codes[:, j // width, None], params[:, j // span])
     damped = hessian.clone()
     damped.diagonal().add_(damping * hessian.diagonal().mean())
+    blocks = [damped[j : j + width, j : j + width] for j in range(0, len(damped), width)]
+    inverses = torch.linalg.inv(torch.stack(blocks))  # H_kk⁻¹
     for _ in range(passes):
-        changed = False
+        changed = torch.zeros((), dtype=torch.bool, device=weight.device)
         for start in reversed(range(0, weight.shape[1], _CHUNK)):
             chunk = slice(start, min(start + _CHUNK, weight.shape[1]))
             inner = damped[chunk, chunk]
             slope = error @ damped[:, chunk]  # G, [out, chunk]
             for j in reversed(range(start, chunk.stop, width)):
-                here, column = slice(j - start, j - start + width), slice(j, j + width)
-                k = slice(j // width, j // width + 1)
+                here, column, k = slice(j - start, j - start + width), slice(j, j + width), j // width
                 fitted, values = params[:, j // span], weight[:, column] - error[:, column]
-                wish = values + torch.linalg.solve(inner[here, here], slope[:, here], left=False)
+                wish = values + slope[:, here] @ inverses[k]
                 proposed = grid.nearest(wish, fitted).to(codes.dtype)
                 step = grid.value(proposed, fitted) - values  # the error becomes error − step
-                gain = (step * (2 * slope[:, here] - step @ inner[here, here])).sum(1, keepdim=True)
-                better = (gain > 0) & (proposed != codes[:, k])
+                gain = (step * (2 * slope[:, here] - step @ blocks[k])).sum(1, keepdim=True)
+                better = (gain > 0) & (proposed != codes[:, k, None])
                 step = torch.where(better, step, 0)
-                codes[:, k] = torch.where(better, proposed, codes[:, k])
+                codes[:, k, None] = torch.where(better, proposed, codes[:, k, None])
                 error[:, column] -= step
                 slope -= step @ inner[here]
-                changed = changed or bool(better.any())
+                changed |= better.any()
         if not changed:
             break
     return codes
@@ -217,7 +219,8 @@ def _descend(
 
 def _filled(weight: Tensor, width: int) -> Tensor:
     """weight [out, in] with columns of zeros up to the next multiple of width."""
-    return F.pad(weight, (0, -weight.shape[1] % width))
+    extra = -weight.shape[1] % width
+    return F.pad(weight, (0, extra)) if extra else weight
 
 
 def _filled_hessian(hessian: Tensor, width: int) -> Tensor:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import InputError, did_you_mean
 
@@ -40,6 +40,9 @@ class Lora:
     """share of the update's inputs that is dropped in training"""
     target_modules: str | list[str] = "all-linear"
     """which linears: all-linear (but the output head), or names such as [q_proj, v_proj]"""
+    init: Literal["zero", "error"] = "zero"
+    """zero: the model as it is. error: what best makes up for the quantization error, if the model was quantized with
+    --adapter_rank"""
     options: dict[str, Any] = field(default_factory=dict)
     """any other argument of peft.LoraConfig, such as --lora.options.use_dora true"""
 
@@ -108,6 +111,8 @@ def finetune(recipe: Finetune) -> Finetuned:
     """Trains adapters and writes them as a PEFT folder."""
     from ..data.tasks.base import needs_chat_template
     from ..files import check_free, writing
+    from ..model.checkpoint import load_starts
+    from ..nn.start import start_adapters
     from .loading import check_model, import_plugins, open_model, quiet_libraries
     from .record import record, write_json
 
@@ -120,6 +125,7 @@ def finetune(recipe: Finetune) -> Finetuned:
     train, validation, words = _rows(recipe)
     _check_training(recipe.training)
     config = _lora_config(recipe)
+    starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
     quiet_libraries()
     import_plugins(recipe.plugin)
@@ -136,6 +142,8 @@ def finetune(recipe: Finetune) -> Finetuned:
         run = record("finetune", recipe, words=words, training=arguments, base_model=_lasting_name(recipe.model))
         write_json(work / "run.json", run)
         trainer = _trainer(model, tokenizer, arguments, config, train, validation, work / "metrics.jsonl", checkpoint)
+        if starts is not None and checkpoint is None:
+            start_adapters(trainer.model, starts)
         for adapter in trainer.model.peft_config.values():
             adapter.base_model_name_or_path = run["base_model"]
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

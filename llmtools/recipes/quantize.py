@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..model.options import NO_TUNING, BlockTuning
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,10 @@ class Quantize:
     """of the choice of the windows"""
     sequential: bool = True
     """measure each group of linears with the earlier ones of its block quantized; without: faster, a little worse"""
+    finetune_blocks: BlockTuning = NO_TUNING
+    """tune each block against the original one's outputs, after each group of linears; --finetune_blocks.epochs 5"""
+    adapter_rank: int = 0
+    """also write start values for adapters up to this rank, see finetune --lora.init error"""
     overwrite: bool = False
     """replace the output folder if there is one"""
     plugin: str | list[str] | None = None
@@ -91,6 +96,8 @@ def quantize(recipe: Quantize) -> Quantized:
             f"{quantizer.name} learns from text: pass --calibration FILE (.txt or .jsonl), or use a quantizer that "
             f"needs none, such as --quantizer rtn"
         )
+    if recipe.finetune_blocks.epochs and recipe.calibration is None:
+        raise InputError("--finetune_blocks learns from text: pass --calibration FILE (.txt or .jsonl)")
     if recipe.calibration is not None and recipe.calibration not in HUB:
         existing_file(recipe.calibration)
 
@@ -108,6 +115,8 @@ def quantize(recipe: Quantize) -> Quantized:
             overrides=recipe.overrides,
             skip=recipe.skip,
             sequential=recipe.sequential,
+            tuning=recipe.finetune_blocks,
+            adapter_rank=recipe.adapter_rank,
             on_step=step,
         )
     save(model, tokenizer, recipe.out, overwrite=recipe.overwrite, report=report)

@@ -40,11 +40,12 @@ def test_every_tensor_is_the_same(family: str, options: dict[str, Any], tmp_path
     assert ("output.weight" in stored) == (not model.config.tie_word_embeddings)
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_transformers_reads_the_same_model(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = tiny_model(family)
+    # transformers' reader knows no head size of Qwen3's but its usual one.
+    model = tiny_model(family, **({"head_dim": 128} if family == "qwen3" else {}))
     llmtools.quantize(model, "rtn", bits=3, group_size=32)
     export(model, None, tmp_path / "out", "gguf")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32)
@@ -61,4 +62,4 @@ def test_a_real_tokenizer_goes_along(stories: Path, tmp_path: Path) -> None:
     export(model, tokenizer, tmp_path / "out", "gguf", lossy=True)
     back = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     text = "Once upon a time there was a little dog."
-    assert back(text).input_ids == tokenizer(text).input_ids
+    assert back(text, add_special_tokens=False).input_ids == tokenizer(text, add_special_tokens=False).input_ids

@@ -6,10 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmtools.quant.bases import Basis, Permutation
+from llmtools.errors import InputError
+from llmtools.kernels.hadamard import matrix, rule_for
+from llmtools.quant.bases import Basis, Permutation, Rescale, SignedHadamard
+from llmtools.quant.grids.affine import Affine
 
-BASES: list[Basis] = [Permutation()]
-SHAPES = [(8, 16), (7, 33), (12, 172)]
+BASES: list[Basis] = [
+    Permutation(),
+    SignedHadamard(),
+    SignedHadamard(seed=3, scale=1.03),
+    Rescale(Affine(3, 16)),
+]
+SHAPES = [(8, 16), (7, 33), (12, 172), (1, 1), (600, 520)]
+"""Powers of two, nothing even, a size with a table of its own, the least, and several chunks."""
 
 
 def problem(out: int, n: int) -> tuple[Tensor, Tensor]:
@@ -55,14 +64,16 @@ def test_the_proxy_loss_does_not_depend_on_the_coordinates(basis: Basis, shape: 
     state = basis.draw(weight, hessian)
     rotated, turned = basis.rotate(weight, hessian, state)
     assert turned is not None
+    if "sv" in state:  # the scale of the matrix
+        rotated = rotated * state["sv"].abs()[:1].float()
     before, after = ((w @ h * w).sum() for w, h in ((weight, hessian), (rotated, turned)))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("basis", BASES, ids=str)
 def test_gradients_pass_through_both_sides(basis: Basis) -> None:
-    state = basis.draw(*problem(7, 24))
-    x = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
+    state = basis.draw(*problem(7, 20))
+    x = torch.randn(2, 20, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: basis.inputs(x, state), x)
     assert torch.autograd.gradcheck(lambda y: basis.outputs(y, state), y)
@@ -71,3 +82,117 @@ def test_gradients_pass_through_both_sides(basis: Basis) -> None:
 def test_the_permutation_is_by_falling_diagonal_with_ties_in_order() -> None:
     hessian = torch.diag(torch.tensor([1.0, 3.0, 1.0, 9.0, 3.0]))
     assert Permutation().draw(torch.ones(2, 5), hessian)["perm"].tolist() == [3, 1, 4, 0, 2]
+
+
+# ---- the signed Hadamard transform ---------------------------------------------------------------------------------
+
+
+def test_the_layer_is_the_product_of_five_matrices() -> None:
+    """W = diag(sv) Q_out W' Q_inᵀ diag(su), spelt out with dense matrices; order 12 is not symmetric."""
+    assert rule_for(12) == "paley1:11"
+    q = matrix("paley1:11").double() / 12**0.5
+    assert not torch.equal(q, q.T)
+    weight = torch.randn(12, 24, dtype=torch.float64)
+    q_in = torch.kron(q, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5)
+    basis = SignedHadamard(scale=1.0)
+    state = basis.draw(weight, None)
+    inner, _ = basis.rotate(weight, None, state)
+    su, sv = state["su"].double(), state["sv"].double()
+    torch.testing.assert_close(sv.diag() @ q @ inner @ q_in.T @ su.diag(), weight)
+
+
+def test_outliers_are_spread_over_the_whole_weight() -> None:
+    weight, hessian = problem(64, 192)
+    weight[3] *= 20
+    weight[:, 7] *= 20
+    basis = SignedHadamard(scale=1.0)
+    inner, turned = basis.rotate(weight, hessian, basis.draw(weight, hessian))
+    assert turned is not None
+    assert inner.square().mean().sqrt() == pytest.approx(1, rel=1e-3)
+    assert inner.abs().max() < 6 < (weight / weight.square().mean().sqrt()).abs().max()
+    spread = [(h.diagonal().max() / h.diagonal().mean()).item() for h in (hessian, turned)]
+    assert spread[1] < 0.6 * spread[0]
+
+
+def test_signs_depend_on_the_seed_and_nothing_else() -> None:
+    weight, _ = problem(8, 16)
+    torch.manual_seed(1)
+    first = SignedHadamard(seed=4).draw(weight, None)
+    torch.manual_seed(2)
+    again, other = SignedHadamard(seed=4).draw(2 * weight, None), SignedHadamard(seed=5).draw(weight, None)
+    assert torch.equal(first["su"], again["su"]) and torch.equal(first["sv"], again["sv"])
+    assert not torch.equal(first["su"], other["su"])
+    assert set(first["su"].tolist()) == {-1.0, 1.0}
+
+
+def test_trained_signs_are_any_numbers_and_get_gradients() -> None:
+    basis = SignedHadamard(scale=1.0)
+    weight, hessian = problem(12, 20)
+    state = {name: t.double().requires_grad_() for name, t in basis.draw(weight, hessian).items()}
+    inner = torch.randn(12, 24, dtype=torch.float64)
+    x = torch.randn(3, 20, dtype=torch.float64)
+
+    def layer(su: Tensor, sv: Tensor) -> Tensor:
+        return basis.outputs(basis.inputs(x, {"su": su}) @ inner.T, {"sv": sv})
+
+    assert torch.autograd.gradcheck(layer, (state["su"], state["sv"]))
+    with torch.no_grad():
+        state = {name: t * torch.rand_like(t).add(0.5) for name, t in state.items()}
+        y = basis.outputs(basis.inputs(x, state) @ inner.T, state)
+        torch.testing.assert_close(y, x @ basis.restore(inner, state).T)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e6])
+def test_scales_of_any_size_are_rounded_before_the_weight_is_divided(size: float) -> None:
+    basis = SignedHadamard(scale=1.0)
+    weight = problem(8, 16)[0] * size
+    state = basis.draw(weight, None)
+    inner, _ = basis.rotate(weight, None, state)
+    torch.testing.assert_close(basis.restore(inner, state), weight, rtol=1e-4, atol=1e-5 * size)
+
+
+def test_half_precision_does_not_overflow_between_the_transforms() -> None:
+    """Activations as massive as in some layers of real models, times inner weights of size one."""
+    basis = SignedHadamard(scale=1.0)
+    weight = torch.randn(64, 512) * 0.01
+    state = basis.draw(weight, None)
+    inner, _ = basis.rotate(weight, None, state)
+    x = torch.randn(4, 512)
+    x[:, 5] = 20000
+    y = basis.outputs(basis.inputs(x.half(), state) @ inner.half().T, state)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), x @ weight.T, rtol=2e-2, atol=2)
+
+
+def test_a_layer_without_inputs_is_rounded_as_if_they_were_independent() -> None:
+    _, turned = SignedHadamard().rotate(
+        *problem(8, 16)[:1], torch.zeros(16, 16), SignedHadamard().draw(problem(8, 16)[0], None)
+    )
+    assert turned is not None and torch.equal(turned, torch.eye(16))
+
+
+@pytest.mark.parametrize("options", [{"rules": 2}, {"scale": 0.0}, {"scale": float("nan")}], ids=str)
+def test_impossible_options_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(InputError):
+        SignedHadamard(**options)  # type: ignore[arg-type]
+
+
+# ---- rescaled inputs -----------------------------------------------------------------------------------------------
+
+
+def test_large_inputs_get_large_columns() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 64, generator=g)
+    x[:, 5] *= 30
+    weight, hessian = torch.randn(32, 64, generator=g), x.T @ x / 500
+    state = Rescale(Affine(3, 16)).draw(weight, hessian)
+    assert state["input_scales"].argmin() == 5 and state["input_scales"].max() > 2 * state["input_scales"][5]
+
+
+def test_even_inputs_are_left_alone_and_dead_ones_do_no_harm() -> None:
+    weight = torch.randn(32, 64)
+    scales = Rescale(Affine(3, 16)).draw(weight, torch.eye(64))["input_scales"]
+    assert torch.equal(scales, torch.ones_like(scales))
+    for hessian in (torch.zeros(64, 64), torch.diag((torch.arange(64) > 9).float() * torch.rand(64).add(0.1))):
+        scales = Rescale(Affine(3, 16)).draw(weight, hessian)["input_scales"]
+        assert torch.isfinite(scales).all() and (scales > 0).all()

@@ -12,6 +12,7 @@ from llmtools.errors import InputError
 from llmtools.quant.grids.affine import Affine
 from llmtools.quant.grids.base import Grid
 from llmtools.quant.grids.codebook import DYNAMIC, NF4, Codebook
+from llmtools.quant.grids.lattice import SCALE, Lattice
 from llmtools.quant.rounding import Nearest
 
 
@@ -189,3 +190,42 @@ def test_double_quantization_blocks_run_over_rows_of_maxima() -> None:
     packed = grid.pack(*Nearest()(weight, None, grid), 200)
     assert packed["nested_scales"].shape == (3,)
     assert torch.equal(grid.dequantize(packed, slice(9, 21)), grid.dequantize(packed)[9:21])
+
+
+# ---- the lattice ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("columns", [8, 64, 100])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lattice_decoding_gives_exactly_the_values_that_rounding_saw(bits: int, columns: int) -> None:
+    grid = Lattice(bits)
+    weight = gaussian(5, columns)
+    codes, params = Nearest()(weight, None, grid)
+    filled = -(-columns // 8) * 8
+    assert codes.shape == (5, filled // 8) and params.shape == (5, 1, 0)
+    packed = grid.pack(codes, params, columns)
+    layout = grid.layout(5, columns)
+    assert {k: (tuple(t.shape), t.dtype) for k, t in packed.items()} == {
+        k: (v.shape, v.dtype) for k, v in layout.items()
+    }
+    assert torch.equal(grid.dequantize(packed), grid.value(codes, params[:, 0]))
+    assert sum(8 * t.nbytes for t in packed.values()) == bits * 5 * filled
+
+
+@pytest.mark.parametrize(("bits", "error"), [(2, 0.0913), (3, 0.02945), (4, 0.00957)])
+def test_error_on_gaussian_weights_is_the_published_one(bits: int, error: float) -> None:
+    weight = gaussian(128, 512)
+    values = stored(weight * SCALE[bits], Lattice(bits)) / SCALE[bits]
+    assert (values - weight).square().mean().item() == pytest.approx(error, rel=0.03)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 8, True])
+def test_lattices_have_two_to_four_bits(bits: int) -> None:
+    with pytest.raises(InputError, match=f"bits={bits}; a lattice grid has 2, 3 or 4 bits"):
+        Lattice(bits)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_residual_scales_are_positive_numbers(scale: float) -> None:
+    with pytest.raises(InputError, match=r"residual_scale=.*; give a positive number, as 3\.45"):
+        Lattice(4, scale)

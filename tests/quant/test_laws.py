@@ -26,12 +26,24 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "group_size": 20, "act_order": True, "static_groups": True, "clip": False},
         {"bits": 4, "group_size": 7, "symmetric": True, "clip": False, "damping": 0.1},
         {"bits": 2, "group_size": 32, "static_groups": True},
+        {"bits": 3, "group_size": 16, "clip": False, "act_order": True, "static_groups": True, "passes": 2},
+    ],
+    "hqq": [{"bits": 2, "group_size": 24}, {"bits": 3, "group_size": 7}, {"bits": 8, "group_size": -1}],
+    "awq": [{"bits": 2, "group_size": 16, "clip": False}, {"bits": 3, "group_size": 20, "symmetric": True}],
+    "quip": [{"bits": 2, "passes": 0}, {"bits": 3, "group_size": 16, "clip": False, "passes": 2, "seed": 5}],
+    "quip_sharp": [
+        {"bits": 2, "passes": 0, "scale": 0.9},
+        {"bits": 3, "passes": 1, "seed": 3},
+        {"bits": 4, "passes": 0, "residual_scale": 3.0},
     ],
 }
 """Beside each one's defaults."""
 
+QUICK: dict[str, dict[str, Any]] = {"quip": {"passes": 2}, "quip_sharp": {"passes": 2}, "signround": {"iterations": 5}}
+"""In place of the defaults, where those take many rounds."""
+
 BUILT_IN = [name for name in quantizers.names() if quantizers.known(name).__module__.startswith("llmtools.")]
-CASES = [(name, options) for name in BUILT_IN for options in [{}, *OPTIONS.get(name, [])]]
+CASES = [(name, options) for name in BUILT_IN for options in [QUICK.get(name, {}), *OPTIONS.get(name, [])]]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 from llmtools.errors import InputError, within
 from llmtools.quant import OPTQ, RTN, HessianSum, proxy_loss
 from llmtools.quant.grids.affine import Affine
+from llmtools.quant.grids.base import Grid
 from llmtools.quant.grids.codebook import Codebook
+from llmtools.quant.grids.lattice import Lattice
 from llmtools.quant.hessian import feedback
-from llmtools.quant.rounding import Nearest, Sequential
+from llmtools.quant.rounding import Clipped, Nearest, Sequential
 
 BITS = [2, 3, 4]
 
@@ -208,6 +211,92 @@ def test_dead_columns_do_not_widen_the_grid_of_their_group() -> None:
     quantizer = OPTQ(bits=3, group_size=8)
     plain, odd = (quantizer.dequantize(quantizer.quantize(w, hessian)) for w in (weight, spoilt))
     assert torch.equal(plain, odd)
+
+
+# ---- coordinate descent --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [Affine(2, 16), Affine(3), Codebook(group_size=16), Lattice(2), Lattice(3)], ids=str)
+def test_every_pass_lowers_the_loss_row_by_row(grid: Grid) -> None:
+    """With the damped Hessian, which is what the passes see."""
+    weight, hessian = problem(16, 64)
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)
+    losses = []
+    for passes in (0, 1, 2, 8):
+        codes, params = Sequential(damping=1e-9, passes=passes)(weight, hessian, grid)
+        error = weight - grid.dequantize(grid.pack(codes, params, 64), dtype=torch.float64)
+        losses.append(((error @ hessian) * error).sum(1))
+    assert all((after <= before * (1 + 1e-6)).all() for before, after in pairwise(losses))
+    assert losses[-1].sum() < 0.95 * losses[0].sum()
+
+
+def test_a_pass_leaves_no_single_code_to_better() -> None:
+    """After enough of them: any other code of any one weight, brute force, costs at least as much."""
+    weight, hessian = problem(4, 24)
+    grid = Affine(2, 8)
+    codes, params = Sequential(passes=50)(weight, hessian, grid)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(24)
+
+    def losses(codes: Tensor) -> Tensor:
+        error = weight - values(codes, params, 8)
+        return ((error @ damped) * error).sum(1)
+
+    best = losses(codes)
+    for j in range(24):
+        for code in range(4):
+            other = codes.clone()
+            other[:, j] = code
+            assert (losses(other) >= best * (1 - 1e-9)).all()
+
+
+def test_blocks_of_eight_take_feedback_of_whole_blocks() -> None:
+    """LDLQ as QuIP#'s section 4.1 has it, spelt out: x_k = W_k + Σ (W − Ŵ) M, block by block."""
+    weight, hessian = problem(8, 48)
+    grid = Lattice(2)
+    codes, params = Sequential()(weight, hessian, grid)
+    m = feedback(hessian, 8, 0.01)
+    assert m is not None
+    done = torch.zeros_like(weight)
+    for k in range(0, 48, 8):
+        x = weight[:, k : k + 8] + (weight - done)[:, :k] @ m[:k, k : k + 8]
+        code = grid.nearest(x, params[:, 0])
+        assert torch.equal(code[:, 0], codes[:, k // 8])
+        done[:, k : k + 8] = grid.value(code, params[:, 0])
+
+
+def test_rows_that_blocks_do_not_fill_are_filled_up() -> None:
+    """45 columns: three of nothing are added, and cost the others nothing worth mentioning."""
+    weight, hessian = problem(64, 45)
+    grid = Lattice(4)
+    for rounding in (Nearest(), Sequential(passes=1)):
+        codes, params = rounding(weight, hessian, grid)
+        assert codes.shape == (64, 6)
+        assert relative_loss(weight, grid.dequantize(grid.pack(codes, params, 45))[:, :45], hessian) < 0.1
+
+
+def test_passes_are_not_negative() -> None:
+    with pytest.raises(InputError, match="passes=-1; give 0 or a positive number of passes"):
+        Sequential(passes=-1)
+
+
+# ---- ranges that suit the output -----------------------------------------------------------------------------------
+
+
+def test_clipped_ranges_lose_less_of_each_groups_output() -> None:
+    weight, hessian = problem(32, 64)
+    grid = Affine(2, 16)
+    losses = []
+    for rounding in (Nearest(), Clipped()):
+        error = weight - grid.dequantize(grid.pack(*rounding(weight, hessian, grid), 64))
+        groups = range(0, 64, 16)
+        losses.append(
+            [
+                proxy_loss(weight[:, g : g + 16], (weight - error)[:, g : g + 16], hessian[g : g + 16, g : g + 16])
+                for g in groups
+            ]
+        )
+    assert all(clipped <= plain * (1 + 1e-6) for plain, clipped in zip(*losses, strict=True))
+    assert sum(losses[1]) < 0.9 * sum(losses[0])
 
 
 # ---- the ladder ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 
 A thread decodes eight neighbouring codes at 2 to 4 bits, which one or two words hold and, usually, one scale serves.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ def multiply_affine(
     x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
 ) -> Tensor:
     """See the package's docstring."""
-    if x.dtype not in tiles.HALVES:
+    if x.dtype not in tiles.FLOATS:
         return reference.multiply_affine(x, qweight, scales, qzeros, bits, group_size, in_features)
     return tiles.multiply(x, _weight(qweight, scales, qzeros, bits, group_size, in_features))
 
@@ -46,7 +45,7 @@ def multiply_transposed_affine(
     g: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
 ) -> Tensor:
     """See the package's docstring."""
-    if g.dtype not in tiles.HALVES:
+    if g.dtype not in tiles.FLOATS:
         return reference.multiply_transposed_affine(g, qweight, scales, qzeros, bits, group_size, in_features)
     return tiles.multiply_transposed(g, _weight(qweight, scales, qzeros, bits, group_size, in_features))
 
@@ -55,10 +54,9 @@ def _weight(
     qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
 ) -> tiles.Weight:
     qweight, scales = qweight.contiguous(), scales.contiguous()
-    zeros = qzeros.contiguous() if qzeros is not None else None
-    kind = 0 if zeros is None else 1 if zeros.dtype == torch.uint8 else 2
-    tensors = (qweight, qweight.shape[1], scales, scales.shape[1], zeros, 0 if zeros is None else zeros.shape[1])
-    return tiles.Weight(_tile, (bits, group_size, kind), tensors, qweight.shape[0], in_features)
+    zeros = (qzeros.contiguous(), qzeros.shape[1]) if qzeros is not None else (None, 0)
+    tensors = (qweight, qweight.shape[1], scales, scales.shape[1], *zeros)
+    return tiles.Weight(_tile, (bits, group_size), tensors, qweight.shape[0], in_features)
 
 
 @triton.jit
@@ -66,7 +64,6 @@ def _tile(tensors, rows, live, first, CONFIG: tl.constexpr, COLUMNS: tl.constexp
     qweight, words, scales, groups, zeros, octets = tensors
     BITS: tl.constexpr = CONFIG[0]
     GROUP: tl.constexpr = CONFIG[1]
-    ZEROS: tl.constexpr = CONFIG[2]  # 0: one for all, 1: a bit stream, 2: floats
     code = number(fields(qweight, words, words, rows, live, first, BITS, COLUMNS))  # [ROWS, n, RUN]
     RUN: tl.constexpr = 8 if BITS <= 4 else 4
     if GROUP % RUN == 0:  # one scale for the run, [ROWS, n, 1]
@@ -75,15 +72,13 @@ def _tile(tensors, rows, live, first, CONFIG: tl.constexpr, COLUMNS: tl.constexp
         group = ((first + tl.reshape(tl.arange(0, COLUMNS), (COLUMNS // RUN, RUN))) // GROUP)[None, :, :]
     row, ok = rows.to(tl.int64)[:, None, None], live[:, None, None] & (group < groups)
     scale = tl.load(scales + row * groups + group, mask=ok, other=0).to(tl.float32)
-    if ZEROS == 0:
-        offset = code - 2.0 ** (BITS - 1)
-    elif ZEROS == 1:
-        octet, shift = (group * BITS) >> 3, (group * BITS) & 7
-        place = zeros + row * octets + octet
-        zero = tl.load(place, mask=ok, other=0).to(tl.uint32)
-        if 8 % BITS != 0:  # it may continue in the next byte
-            zero = zero | (tl.load(place + 1, mask=ok & (octet + 1 < octets), other=0).to(tl.uint32) << 8)
-        offset = code - number((zero >> shift.to(tl.uint32)) & ((1 << BITS) - 1))
+    if zeros is None:
+        zero = 2.0 ** (BITS - 1)
     else:
-        offset = code - tl.load(zeros + row * groups + group, mask=ok, other=0).to(tl.float32)
-    return tl.reshape(offset * scale, (rows.shape[0], COLUMNS))
+        octet, shift = (group * BITS) >> 3, ((group * BITS) & 7).to(tl.uint32)
+        place = zeros + row * octets + octet
+        field = tl.load(place, mask=ok, other=0).to(tl.uint32)
+        if 8 % BITS != 0:  # it may go on in the next byte
+            field = field | (tl.load(place + 1, mask=ok & (octet + 1 < octets), other=0).to(tl.uint32) << 8)
+        zero = number((field >> shift) & ((1 << BITS) - 1))
+    return tl.reshape((code - zero) * scale, (rows.shape[0], COLUMNS))

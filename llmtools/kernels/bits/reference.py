@@ -32,9 +32,9 @@ def pack(codes: Tensor, bits: int, dtype: torch.dtype = torch.int32) -> Tensor:
 
 def unpack(stream: Tensor, bits: int, n: int) -> Tensor:
     """The first n codes of each row: words [..., w] int32 or uint8 -> codes [..., n] uint8."""
+    octets = stream.contiguous().view(torch.uint8)
     if bits == 8:
-        return stream.view(torch.uint8)[..., :n]
-    octets = stream.view(torch.uint8) if stream.dtype != torch.uint8 else stream
+        return octets[..., :n]
     if bits in (1, 2, 4):
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=stream.device)
         codes: Tensor = ((octets.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)  # [..., bytes · per_byte]

@@ -3,9 +3,10 @@
 Shapes: out, in — features; G = ceil(in / group_size); w = ceil(in·4 / 32); tables have 16 entries; t — tokens.
 
     dequantize_codebook: qweight [out, w] int32, scales [out, G], table [16] -> [out, in]
-    multiply_codebook:   x [t, in] and the same -> x @ weight.T [t, out], for few tokens
+    multiply_codebook:             x [t, in] and the same -> x @ weight.T [t, out], for few tokens
+    multiply_transposed_codebook:  g [t, out] and the same -> g @ weight [t, in], for few tokens
 
-The product is formed in float32 and rounded once, to `dtype`. `multiply_codebook` sums in float32 and keeps no weights.
+The product is formed in float32 and rounded once, to `dtype`. The products sum in float32.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import grouped
+from .. import gpu, grouped
 from . import reference
 
-__all__ = ["dequantize_codebook", "multiply_codebook"]
+__all__ = ["dequantize_codebook", "multiply_codebook", "multiply_transposed_codebook"]
 
 
 def dequantize_codebook(
@@ -28,6 +29,8 @@ def dequantize_codebook(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """The weight [out, in] of `dtype`; 1 ≤ group_size ≤ in_features."""
+    if scales.requires_grad and torch.is_grad_enabled():  # block tuning trains them
+        return reference.dequantize_codebook(qweight, scales, table, group_size, in_features, dtype)
     call = grouped.direct(_dequantize, qweight) or torch.ops.llmtools.dequantize_codebook
     result: Tensor = call(qweight, scales, table, group_size, in_features, dtype)
     return result
@@ -39,6 +42,15 @@ def multiply_codebook(
     """x [t, in] @ weight.T -> [t, out] of x's type. Not differentiable."""
     call = grouped.direct(_multiply, x) or torch.ops.llmtools.multiply_codebook
     result: Tensor = call(x, qweight, scales, table, group_size, in_features)
+    return result
+
+
+def multiply_transposed_codebook(
+    g: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
+) -> Tensor:
+    """g [t, out] @ weight -> [t, in] of g's type: the gradient of `multiply_codebook`. Not differentiable."""
+    call = torch.ops.llmtools.multiply_transposed_codebook
+    result: Tensor = call(g, qweight, scales, table, group_size, in_features)
     return result
 
 
@@ -75,16 +87,30 @@ def _multiply_fake(
     return x.new_empty((x.shape[0], qweight.shape[0]))
 
 
+def _multiply_transposed_fake(
+    g: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
+) -> Tensor:
+    return g.new_empty((g.shape[0], in_features))
+
+
 _WEIGHT = "Tensor qweight, Tensor scales, Tensor table, int group_size, int in_features"
 grouped.define(
     f"dequantize_codebook({_WEIGHT}, ScalarType dtype) -> Tensor",
     reference=reference.dequantize_codebook,
+    cuda=gpu.kernel(__name__, reference.dequantize_codebook),
     cpu=_dequantize,
     fake=_dequantize_fake,
 )
 grouped.define(
     f"multiply_codebook(Tensor x, {_WEIGHT}) -> Tensor",
     reference=reference.multiply_codebook,
+    cuda=gpu.kernel(__name__, reference.multiply_codebook),
     cpu=_multiply,
     fake=_multiply_fake,
+)
+grouped.define(
+    f"multiply_transposed_codebook(Tensor g, {_WEIGHT}) -> Tensor",
+    reference=reference.multiply_transposed_codebook,
+    cuda=gpu.kernel(__name__, reference.multiply_transposed_codebook),
+    fake=_multiply_transposed_fake,
 )

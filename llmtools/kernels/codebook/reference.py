@@ -42,3 +42,20 @@ def multiply_codebook(
         weight = dequantize_codebook(qweight[rows], scales[rows], table, group_size, in_features, x.dtype)
         y[:, rows] = F.linear(x, weight)  # [t, in] @ [ROWS, in].T
     return y
+
+
+def multiply_transposed_codebook(
+    g: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    table: Tensor,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """g [t, out] @ weight -> [t, in], a block of rows at a time; blocks are added in float32 or wider."""
+    sum = g.new_zeros((g.shape[0], in_features), dtype=torch.promote_types(g.dtype, torch.float32))
+    for start in range(0, qweight.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        weight = dequantize_codebook(qweight[rows], scales[rows], table, group_size, in_features, g.dtype)
+        sum += g[:, rows] @ weight  # [t, ROWS] @ [ROWS, in]
+    return sum.to(g.dtype)

@@ -4,7 +4,6 @@
 
 The table's sixteen values lie in one line of the cache, where a warp looks up 32 at a time.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def multiply_codebook(
     x: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
 ) -> Tensor:
     """See the package's docstring."""
-    if x.dtype not in tiles.HALVES:
+    if x.dtype not in tiles.FLOATS:
         return reference.multiply_codebook(x, qweight, scales, table, group_size, in_features)
     return tiles.multiply(x, _weight(qweight, scales, table, group_size, in_features))
 
@@ -40,7 +39,7 @@ def multiply_transposed_codebook(
     g: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
 ) -> Tensor:
     """See the package's docstring."""
-    if g.dtype not in tiles.HALVES:
+    if g.dtype not in tiles.FLOATS:
         return reference.multiply_transposed_codebook(g, qweight, scales, table, group_size, in_features)
     return tiles.multiply_transposed(g, _weight(qweight, scales, table, group_size, in_features))
 
@@ -48,7 +47,7 @@ def multiply_transposed_codebook(
 def _weight(qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int) -> tiles.Weight:
     qweight, scales, table = qweight.contiguous(), scales.contiguous(), table.to(torch.float32).contiguous()
     tensors = (qweight, qweight.shape[1], scales, scales.shape[1], table)
-    return tiles.Weight(_tile, (group_size,), tensors, qweight.shape[0], in_features)
+    return tiles.Weight(_tile, (group_size,), tensors, qweight.shape[0], in_features, stages=1)
 
 
 @triton.jit

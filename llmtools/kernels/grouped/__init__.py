@@ -18,8 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import gpu
 from ..native import TYPES, library
 
+WIDTHS = (2, 3, 4, 8)
+"""Bits of a code that C knows."""
 MOST_TOKENS = 64
 """Rows of x that one call of the C function takes."""
 _SMALL = 2**15  # weights; below, waking other threads costs more than they save
@@ -71,13 +74,28 @@ def multiply(x: Tensor, codes: Codes) -> Tensor | None:
 Op = Callable[..., Tensor]
 
 
-def define(schema: str, *, reference: Op, cpu: Op, fake: Op) -> None:
+def define(schema: str, *, reference: Op, fake: Op, cpu: Op | None = None, cuda: Op | None = None) -> None:
     """The op ``llmtools::<schema>``. The reference serves devices that get no implementation of their own."""
     name = f"llmtools::{schema[: schema.index('(')]}"
     torch.library.define(name, schema[schema.index("(") :], tags=torch.Tag.pt2_compliant_tag)
     torch.library.impl(name, "default", reference)
-    torch.library.impl(name, "cpu", cpu)
+    for device, implementation in (("cpu", cpu), ("cuda", cuda)):
+        if implementation is not None:
+            torch.library.impl(name, device, implementation)
     torch.library.register_fake(name, fake)
+
+
+@torch.compiler.assume_constant_result
+def decodes(device: torch.device, bits: int) -> bool:
+    """Whether rows are decoded on that device without memory beside the result's."""
+    if device.type == "cuda":
+        return gpu.usable(device)
+    return device.type == "cpu" and bits in WIDTHS and _functions() is not None
+
+
+def multiplies(device: torch.device, transposed: bool) -> bool:
+    """Whether that device has a product for few tokens: with the weight's transpose, or with the weight itself."""
+    return device.type == "cuda" or (device.type == "cpu" and not transposed)
 
 
 def direct(implementation: Op, tensor: Tensor) -> Op | None:
@@ -129,7 +147,9 @@ def _ready(codes: Codes, dtype: torch.dtype) -> tuple[Any, _Weight | None]:
     """The library and the weight as C takes it, or None in its place."""
     functions = _functions()
     qweight, scales, qzeros, zero, table, bits, group_size, in_features = codes
-    if functions is None or qweight.device.type != "cpu" or dtype not in TYPES or scales.dtype not in TYPES:
+    if functions is None or qweight.device.type != "cpu" or bits not in WIDTHS:
+        return functions, None
+    if dtype not in TYPES or scales.dtype not in TYPES or (qzeros is not None and qzeros.dtype != torch.uint8):
         return functions, None
     rows, groups = qweight.shape[0], -(-in_features // group_size)
     assert qweight.dtype == torch.int32 and qweight.shape[1] * 32 >= in_features * bits, qweight.shape
@@ -138,7 +158,7 @@ def _ready(codes: Codes, dtype: torch.dtype) -> tuple[Any, _Weight | None]:
     if not (_dense_rows(qweight) and _dense_rows(scales)):
         return functions, None
     if qzeros is not None:
-        assert qzeros.dtype == torch.uint8 and qzeros.shape[0] == rows and qzeros.shape[1] * 8 >= groups * bits
+        assert qzeros.shape[0] == rows and qzeros.shape[1] * 8 >= groups * bits, qzeros.shape
         if not _dense_rows(qzeros):
             return functions, None
     return functions, _Weight(

@@ -75,29 +75,42 @@ static ALWAYS_INLINE void unpack(const uint8_t *p, int64_t left, int bits, uint8
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 
-/* How 32 codes come out of 16 bytes, once these are in each quarter of a register: a shuffle brings the byte in which a
- * code begins, and the next, under its lane, and a shift drops the bits below it. Higher bits stay. */
+/* How codes come out of 16 bytes, once these are in each quarter of a register: a shuffle brings the byte in which a code
+ * begins, and the next, under its lane, and a shift drops the bits below it. Higher bits stay. `half` is for 32 lanes of
+ * 16 bits, `full` for the first and the last 16 codes in lanes of 32. */
 typedef struct {
-    __m512i shuffle, shift;
+    __m512i half, half_shift, full[2], full_shift[2];
 } Unpacking;
 
 typedef __m512i Table; /* 32 halves or 16 floats */
 
 static ALWAYS_INLINE Unpacking unpacking(int bits) {
-    uint8_t byte[64];
-    uint16_t shift[32];
+    uint8_t byte[3][64] = {0};
+    uint16_t half[32];
+    uint32_t full[32];
     for (int i = 0; i < 32; i++) {
-        byte[2 * i] = (uint8_t)(i * bits / 8);
-        byte[2 * i + 1] = (uint8_t)((i * bits / 8 + 1) & 15);
-        shift[i] = (uint16_t)(i * bits % 8);
+        const uint8_t first = (uint8_t)(i * bits / 8), next = (first + 1) & 15;
+        byte[0][2 * i] = byte[1 + i / 16][4 * (i % 16)] = first;
+        byte[0][2 * i + 1] = byte[1 + i / 16][4 * (i % 16) + 1] = next;
+        full[i] = half[i] = (uint16_t)(i * bits % 8);
     }
-    return (Unpacking){_mm512_loadu_si512(byte), _mm512_loadu_si512(shift)};
+    return (Unpacking){_mm512_loadu_si512(byte[0]),
+                       _mm512_loadu_si512(half),
+                       {_mm512_loadu_si512(byte[1]), _mm512_loadu_si512(byte[2])},
+                       {_mm512_loadu_si512(full), _mm512_loadu_si512(full + 16)}};
 }
 
-static ALWAYS_INLINE __m512i lanes_of_codes(const uint8_t *p, int64_t left, const Unpacking *how) {
-    const __m128i bytes = left >= 16 ? _mm_loadu_si128((const __m128i *)p)
-                                     : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), p);
-    return _mm512_srlv_epi16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(bytes), how->shuffle), how->shift);
+static ALWAYS_INLINE __m512i read_run(const uint8_t *p, int64_t left) {
+    return _mm512_broadcast_i32x4(left >= 16 ? _mm_loadu_si128((const __m128i *)p)
+                                             : _mm_maskz_loadu_epi8((__mmask16)((1u << left) - 1), p));
+}
+
+static ALWAYS_INLINE __m512i half_lanes(__m512i run, const Unpacking *how) {
+    return _mm512_srlv_epi16(_mm512_shuffle_epi8(run, how->half), how->half_shift);
+}
+
+static ALWAYS_INLINE __m512i full_lanes(__m512i run, const Unpacking *how, int which) {
+    return _mm512_srlv_epi32(_mm512_shuffle_epi8(run, how->full[which]), how->full_shift[which]);
 }
 
 static ALWAYS_INLINE void unpack_floats(const uint8_t *p, int64_t left, int bits, const Unpacking *how,
@@ -108,11 +121,9 @@ static ALWAYS_INLINE void unpack_floats(const uint8_t *p, int64_t left, int bits
         for (int i = 0; i < RUN; i++) codes[i] = (float)bytes[i];
         return;
     }
-    const __m512i lanes = _mm512_and_si512(lanes_of_codes(p, left, how), _mm512_set1_epi16((short)((1 << bits) - 1)));
-    const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(lanes));
-    const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(lanes, 1));
-    _mm512_storeu_ps(codes, _mm512_cvtepi32_ps(low));
-    _mm512_storeu_ps(codes + 16, _mm512_cvtepi32_ps(high));
+    const __m512i run = read_run(p, left), most = _mm512_set1_epi32((1 << bits) - 1);
+    for (int i = 0; i < 2; i++)
+        _mm512_storeu_ps(codes + 16 * i, _mm512_cvtepi32_ps(_mm512_and_si512(full_lanes(run, how, i), most)));
 }
 
 static ALWAYS_INLINE Table make_table(const Weight *w, float scale, float zero, int type) {
@@ -135,12 +146,11 @@ static ALWAYS_INLINE Table make_table(const Weight *w, float scale, float zero, 
 static ALWAYS_INLINE void look_up(const uint8_t *p, int64_t left, int bits, const Unpacking *how, Table table, int type,
                                   void *out, int from, int to) {
     (void)bits;
-    const __m512i codes = lanes_of_codes(p, left, how);
+    const __m512i run = read_run(p, left);
     const uint32_t lanes = (uint32_t)((1ull << to) - (1ull << from));
     if (type == FLOAT32) {
-        const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(codes));
-        const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(codes, 1));
-        const __m512i first = _mm512_permutexvar_epi32(low, table), second = _mm512_permutexvar_epi32(high, table);
+        const __m512i first = _mm512_permutexvar_epi32(full_lanes(run, how, 0), table);
+        const __m512i second = _mm512_permutexvar_epi32(full_lanes(run, how, 1), table);
         if (to - from == RUN) {
             _mm512_storeu_si512(out, first);
             _mm512_storeu_si512((float *)out + 16, second);
@@ -149,7 +159,7 @@ static ALWAYS_INLINE void look_up(const uint8_t *p, int64_t left, int bits, cons
             _mm512_mask_storeu_epi32((float *)out + 16, (__mmask16)(lanes >> 16), second);
         }
     } else {
-        const __m512i found = _mm512_permutexvar_epi16(codes, table);
+        const __m512i found = _mm512_permutexvar_epi16(half_lanes(run, how), table);
         if (to - from == RUN) _mm512_storeu_si512(out, found);
         else _mm512_mask_storeu_epi16(out, lanes, found);
     }
@@ -240,7 +250,8 @@ static ALWAYS_INLINE void look_up(const uint8_t *p, int64_t left, int bits, cons
 #endif
 
 /* 8 bits: no table. */
-static ALWAYS_INLINE void compute(const uint8_t *p, float scale, float zero, int type, void *out, int from, int to) {
+static ALWAYS_INLINE void compute(const uint8_t *restrict p, float scale, float zero, int type, void *restrict out,
+                                  int from, int to) {
     for (int i = from; i < to; i++) {
         const float value = ((float)p[i] - zero) * scale;
         if (type == FLOAT32) ((float *)out)[i] = value;
@@ -281,38 +292,53 @@ static ALWAYS_INLINE void read_zeros(const Weight *w, int bits, int64_t row, int
 
 /* ---- columns [begin, end) of a row, begin a multiple of 8 ---- */
 
-static ALWAYS_INLINE void decode_as(const Weight *w, int64_t row, int64_t begin, int64_t end, void *out, int bits,
+/* The columns [from, to) of one group. */
+static ALWAYS_INLINE void decode_group(const Weight *w, const uint8_t *codes, float scale, float zero, int64_t from,
+                                       int64_t to, const Unpacking *how, char *out, int64_t begin, int bits, int type) {
+    const int64_t size = type == FLOAT32 ? 4 : 2;
+    const Table table = make_table(w, scale, zero, type); /* unused, hence not made, at 8 bits */
+    for (int64_t i = from & ~(int64_t)7; i < to; i += RUN) {
+        const int low = from > i ? (int)(from - i) : 0, high = to - i < RUN ? (int)(to - i) : RUN;
+        const int64_t byte = i / 8 * bits;
+        char *place = out + (i - begin) * size;
+        if (bits == 8 && high - low == RUN) compute(codes + byte, scale, zero, type, place, 0, RUN);
+        else if (bits == 8) compute(codes + byte, scale, zero, type, place, low, high);
+        else look_up(codes + byte, w->code_bytes - byte, bits, how, table, type, place, low, high);
+    }
+}
+
+static ALWAYS_INLINE void decode_as(const Weight *w, int64_t row, int64_t begin, int64_t end, char *out, int bits,
                                     int type) {
     const uint8_t *codes = w->codes + row * w->code_stride;
-    const int64_t size = type == FLOAT32 ? 4 : 2, groups = (end + w->group - 1) / w->group;
-    const int64_t room = (w->code_bytes - 16) / bits * 8; /* from a run that starts here, 16 bytes may be read */
+    const int64_t size = type == FLOAT32 ? 4 : 2, group = w->group, runs = group / RUN;
+    const int64_t groups = (end + group - 1) / group;
     const Unpacking how = unpacking(bits);
     float scale[GROUPS], zero[GROUPS];
-    for (int64_t first = begin / w->group & ~(int64_t)7; first < groups; first += GROUPS) {
+
+    /* Groups before this one are whole, consist of whole runs, and have 16 bytes to read at each. */
+    const int64_t room = ((w->code_bytes - 16) / bits * 8 + RUN) / group;
+    int64_t simple = end / group < room ? end / group : room;
+    if (bits == 8 || group % RUN || begin % group) simple = 0;
+
+    for (int64_t first = begin / group & ~(int64_t)7; first < groups; first += GROUPS) {
         const int64_t n = groups - first < GROUPS ? groups - first : GROUPS;
+        int64_t g = begin / group > first ? begin / group - first : 0;
         read_scales(w, row, first, n, scale);
         read_zeros(w, bits, row, first, n, &how, zero);
-        for (int64_t g = 0; g < n; g++) {
-            int64_t from = (first + g) * w->group, to = from + w->group;
-            from = from > begin ? from : begin;
-            to = to < end ? to : end;
-            if (from >= to) continue; /* a group before `begin` */
-            const Table table = make_table(w, scale[g], zero[g], type); /* unused, hence not made, at 8 bits */
-            int64_t i = from & ~(int64_t)7;
-            if (i == from && bits < 8) { /* whole runs with room to read: nearly always all of them */
-                const int64_t last = to - RUN < room ? to - RUN : room;
-                const uint8_t *p = codes + i / 8 * bits;
-                char *place = (char *)out + (i - begin) * size;
-                for (; i <= last; i += RUN, p += RUN / 8 * bits, place += RUN * size)
+        if (first + g < simple) {
+            const int64_t stop = simple - first < n ? simple - first : n;
+            const uint8_t *p = codes + (first + g) * group / 8 * bits;
+            char *place = out + ((first + g) * group - begin) * size;
+            for (; g < stop; g++) {
+                const Table table = make_table(w, scale[g], zero[g], type);
+                for (int64_t r = 0; r < runs; r++, p += RUN / 8 * bits, place += RUN * size)
                     look_up(p, 16, bits, &how, table, type, place, 0, RUN);
             }
-            for (; i < to; i += RUN) {
-                const int low = from > i ? (int)(from - i) : 0, high = to - i < RUN ? (int)(to - i) : RUN;
-                char *place = (char *)out + (i - begin) * size;
-                const int64_t byte = i / 8 * bits;
-                if (bits == 8) compute(codes + byte, scale[g], zero[g], type, place, low, high);
-                else look_up(codes + byte, w->code_bytes - byte, bits, &how, table, type, place, low, high);
-            }
+        }
+        for (; g < n; g++) {
+            const int64_t from = (first + g) * group, to = from + group;
+            decode_group(w, codes, scale[g], zero[g], from > begin ? from : begin, to < end ? to : end, &how, out,
+                         begin, bits, type);
         }
     }
 }

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from .. import gpu
 from . import native, reference
 from .matrices import matrix
 from .rules import rule_for
@@ -47,6 +48,7 @@ def _hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
 
 
 _hadamard.register_kernel("cpu")(native.hadamard)
+_hadamard.register_kernel("cuda")(gpu.kernel(__name__, reference.hadamard))
 
 
 @_hadamard.register_fake

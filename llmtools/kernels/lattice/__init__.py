@@ -11,6 +11,8 @@ Shapes: b — blocks of eight in a row, in / 8. A code is 16 bits in an int16, w
 is a uint8.
 
     dequantize_lattice:  codes [..., b] int16, residual [..., b] uint8 | int16 | None -> [..., 8b]
+    multiply_lattice:    x [t, 8b], codes [out, b], residual -> x @ weight.T [t, out], for few tokens
+                         or x [t, out] -> x @ weight [t, 8b], `transposed`
     encode_lattice:      x [..., 8b] -> codes [..., b], residual [..., b] or None, greedy, each stage exact
     encode_e8p, encode_e81b:   x [..., 8] -> codes [...]
     decode_e8p, decode_e81b:   codes [...] -> [..., 8]
@@ -26,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from .. import gpu
 from . import native, reference
 from .tables import e8p_table, e81b_table
 
@@ -34,12 +37,14 @@ __all__ = [
     "SCALE",
     "decode_e8p",
     "decode_e81b",
+    "decodes",
     "dequantize_lattice",
     "e8p_table",
     "e81b_table",
     "encode_e8p",
     "encode_e81b",
     "encode_lattice",
+    "multiply_lattice",
 ]
 
 SCALE = {2: 1.03, 3: 0.98, 4: 1.03}
@@ -65,6 +70,24 @@ def dequantize_lattice(
             raise InputError(f"residual_scale must be a number of at least 0.001, not {residual_scale}")
     weights: Tensor = _dequantize_lattice(codes, residual, residual_scale, dtype)
     return weights
+
+
+def multiply_lattice(
+    x: Tensor,
+    codes: Tensor,
+    residual: Tensor | None = None,
+    residual_scale: float = 1.0,
+    transposed: bool = False,
+) -> Tensor:
+    """x [t, 8b] @ weight.T -> [t, out] of x's type; or x [t, out] @ weight -> [t, 8b]. Not differentiable."""
+    product: Tensor = _multiply_lattice(x, codes, residual, residual_scale, transposed)
+    return product
+
+
+@torch.compiler.assume_constant_result
+def decodes(device: torch.device) -> bool:
+    """Whether rows are decoded on that device without memory beside the result's."""
+    return gpu.usable(device) if device.type == "cuda" else native.usable(device)
 
 
 def encode_lattice(x: Tensor, bits: int, residual_scale: float | None = None) -> tuple[Tensor, Tensor | None]:
@@ -115,8 +138,24 @@ def _dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: 
 
 
 _dequantize_lattice.register_kernel("cpu")(native.dequantize_lattice)
+_dequantize_lattice.register_kernel("cuda")(gpu.kernel(__name__, reference.dequantize_lattice))
 
 
 @_dequantize_lattice.register_fake
 def _(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
     return codes.new_empty((*codes.shape[:-1], 8 * codes.shape[-1]), dtype=dtype)
+
+
+@torch.library.custom_op("llmtools::multiply_lattice", mutates_args=())
+def _multiply_lattice(
+    x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
+) -> Tensor:
+    return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
+
+
+_multiply_lattice.register_kernel("cuda")(gpu.kernel(__name__, reference.multiply_lattice))
+
+
+@_multiply_lattice.register_fake
+def _(x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool) -> Tensor:
+    return x.new_empty((x.shape[0], 8 * codes.shape[1] if transposed else codes.shape[0]))

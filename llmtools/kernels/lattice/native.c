@@ -5,25 +5,25 @@
 #include <math.h>
 #include <stdint.h>
 
-#include "native.h"
+#include "../native.h"
 
-enum { LANES = 32, ROWS = 256, DIM = 8, CHUNK = 64 };
+enum { VECTORS = 32, ROWS = 256, DIM = 8, CHUNK = 64 };
 
-/* ---- encoding: LANES vectors at a time, one a lane, against one row after the other ---- */
+/* ---- encoding: VECTORS vectors at a time, one a lane, against one row after the other ---- */
 
 typedef struct {
-    float score[LANES];
-    int32_t row[LANES];
-    float y[DIM][LANES]; /* x − shift */
+    float score[VECTORS];
+    int32_t row[VECTORS];
+    float y[DIM][VECTORS]; /* x − shift */
 } Best;
 
 /* For y = x − shift, the rows with the largest 2⟨A, |y|⟩ − |A|² − (4·min A_i|y_i| where one sign must be wrong).
  * twice holds 2A ∈ {1, 3, 5}: the products are made once, and the loop over rows only picks, adds and takes minima. */
-static void best_rows(float x[DIM][LANES], float shift, const int8_t *restrict twice, Best *restrict best) {
-    float term[DIM][3][LANES]; /* 1, 3 and 5 times |y_i| */
-    int32_t negatives[LANES] = {0};
+static void best_rows(float x[DIM][VECTORS], float shift, const int8_t *restrict twice, Best *restrict best) {
+    float term[DIM][3][VECTORS]; /* 1, 3 and 5 times |y_i| */
+    int32_t negatives[VECTORS] = {0};
     for (int i = 0; i < DIM; i++)
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < VECTORS; l++) {
             const float y = x[i][l] - shift, size = fabsf(y);
             best->y[i][l] = y;
             negatives[l] ^= y < 0;
@@ -31,7 +31,7 @@ static void best_rows(float x[DIM][LANES], float shift, const int8_t *restrict t
             term[i][1][l] = 3 * size;
             term[i][2][l] = 5 * size;
         }
-    for (int l = 0; l < LANES; l++) {
+    for (int l = 0; l < VECTORS; l++) {
         best->score[l] = -INFINITY;
         best->row[l] = 0;
     }
@@ -47,7 +47,7 @@ static void best_rows(float x[DIM][LANES], float shift, const int8_t *restrict t
         }
         const float norm = 0.25f * (float)squares;
         const int32_t odd = sum >> 1 & 1;
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < VECTORS; l++) {
             const float total = ((((((t0[l] + t1[l]) + t2[l]) + t3[l]) + t4[l]) + t5[l]) + t6[l]) + t7[l];
             float least = t0[l] < t1[l] ? t0[l] : t1[l];
             least = least < t2[l] ? least : t2[l];
@@ -88,9 +88,9 @@ static int32_t code_of(const Best *best, int lane, int odd_shift, const int8_t *
     return best->row[lane] << 8 | (signs ^ odd_shift);
 }
 
-/* Copies up to LANES vectors to one a lane; missing ones are zero. */
-static void load(const float *restrict vectors, int64_t count, float x[DIM][LANES]) {
-    for (int l = 0; l < LANES; l++)
+/* Copies up to VECTORS vectors to one a lane; missing ones are zero. */
+static void load(const float *restrict vectors, int64_t count, float x[DIM][VECTORS]) {
+    for (int l = 0; l < VECTORS; l++)
         for (int i = 0; i < DIM; i++) x[i][l] = l < count ? vectors[DIM * l + i] : 0;
 }
 
@@ -98,9 +98,9 @@ static void load(const float *restrict vectors, int64_t count, float x[DIM][LANE
 void lattice_encode_e8p(const float *restrict vectors, int64_t n, const int8_t *restrict twice, int16_t *restrict codes,
                         int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t v = 0; v < n; v += LANES) {
-        const int64_t count = n - v < LANES ? n - v : LANES;
-        float x[DIM][LANES];
+    for (int64_t v = 0; v < n; v += VECTORS) {
+        const int64_t count = n - v < VECTORS ? n - v : VECTORS;
+        float x[DIM][VECTORS];
         Best plus, minus;
         load(vectors + DIM * v, count, x);
         best_rows(x, 0.25f, twice, &plus);
@@ -115,9 +115,9 @@ void lattice_encode_e8p(const float *restrict vectors, int64_t n, const int8_t *
 }
 
 /* The rows with the largest 2⟨c, x⟩ − |c|². Twice an entry is 0 or a power of two: the products are exact. */
-static void nearest_rows(float x[DIM][LANES], const int8_t *restrict table, int32_t row[LANES]) {
-    float best[LANES];
-    for (int l = 0; l < LANES; l++) {
+static void nearest_rows(float x[DIM][VECTORS], const int8_t *restrict table, int32_t row[VECTORS]) {
+    float best[VECTORS];
+    for (int l = 0; l < VECTORS; l++) {
         best[l] = -INFINITY;
         row[l] = 0;
     }
@@ -127,7 +127,7 @@ static void nearest_rows(float x[DIM][LANES], const int8_t *restrict table, int3
             c[i] = 0.5f * (float)table[DIM * r + i];
             norm += 0.25f * c[i] * c[i];
         }
-        for (int l = 0; l < LANES; l++) {
+        for (int l = 0; l < VECTORS; l++) {
             float score = c[0] * x[0][l];
             for (int i = 1; i < DIM; i++) score += c[i] * x[i][l];
             score -= norm;
@@ -142,10 +142,10 @@ static void nearest_rows(float x[DIM][LANES], const int8_t *restrict table, int3
 void lattice_encode_e81b(const float *restrict vectors, int64_t n, const int8_t *restrict table,
                          uint8_t *restrict codes, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t v = 0; v < n; v += LANES) {
-        const int64_t count = n - v < LANES ? n - v : LANES;
-        float x[DIM][LANES];
-        int32_t row[LANES];
+    for (int64_t v = 0; v < n; v += VECTORS) {
+        const int64_t count = n - v < VECTORS ? n - v : VECTORS;
+        float x[DIM][VECTORS];
+        int32_t row[VECTORS];
         load(vectors + DIM * v, count, x);
         nearest_rows(x, table, row);
         for (int l = 0; l < count; l++) codes[v + l] = (uint8_t)row[l];

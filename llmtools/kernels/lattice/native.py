@@ -58,6 +58,11 @@ def encode_e81b(x: Tensor) -> Tensor:
     return codes
 
 
+def usable(device: torch.device) -> bool:
+    """Whether C decodes there."""
+    return device.type == "cpu" and _library() is not None
+
+
 def _threads(vectors: int, vectors_a_thread: int) -> int:
     return max(1, min(torch.get_num_threads(), vectors // vectors_a_thread))
 

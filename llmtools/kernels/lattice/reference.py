@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from .tables import SIGN_BITS, e8p_magnitudes, e81b_table, values
 
+ROWS = 256  # decoded at a time by the product
+
 
 def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
     """See the package's docstring. codes [..., b] int16; residual [..., b] uint8, int16 or None. Returns [..., 8b]."""
@@ -20,6 +22,24 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
     book = "e8p" if residual.dtype == torch.int16 else "e81b"
     total = look_up("e8p", codes, torch.float32) + look_up(book, residual, torch.float32, divisor=residual_scale)
     return total.flatten(-2).to(dtype)
+
+
+def multiply_lattice(
+    x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
+) -> Tensor:
+    """See the package's docstring. A block of rows at a time; blocks are added in float32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_zeros((len(x), 8 * codes.shape[1] if transposed else len(codes)), dtype=wide)
+    for start in range(0, len(codes), ROWS):
+        rows = slice(start, start + ROWS)
+        weight = dequantize_lattice(
+            codes[rows], residual if residual is None else residual[rows], residual_scale, x.dtype
+        )
+        if transposed:
+            y += x[:, rows] @ weight  # [t, ROWS] @ [ROWS, 8b]
+        else:
+            y[:, rows] = F.linear(x, weight).to(wide)
+    return y.to(x.dtype)
 
 
 def look_up(book: str, codes: Tensor, dtype: torch.dtype, divisor: float = 1.0) -> Tensor:

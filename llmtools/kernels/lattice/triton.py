@@ -11,7 +11,6 @@ with a word for its signs and its shift by ±¼, since in
 inverting the upper three bits of m negates v. E81B has integers 2·value + 8 for nibbles. Residuals are looked up by
 nibble in sixteen float32 levels that have been divided by the scale on the CPU, as the reference has them.
 """
-# mypy: allow-untyped-defs, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -36,26 +35,22 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
     return weight.reshape(*codes.shape[:-1], 8 * codes.shape[-1])
 
 
-def multiply_lattice(x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float) -> Tensor:
+def multiply_lattice(
+    x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
+) -> Tensor:
     """See the package's docstring."""
-    if x.dtype not in tiles.HALVES:
-        return reference.multiply_lattice(x, codes, residual, residual_scale)
-    return tiles.multiply(x, _weight(codes, residual, residual_scale))
-
-
-def multiply_transposed_lattice(g: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float) -> Tensor:
-    """See the package's docstring."""
-    if g.dtype not in tiles.HALVES:
-        return reference.multiply_transposed_lattice(g, codes, residual, residual_scale)
-    return tiles.multiply_transposed(g, _weight(codes, residual, residual_scale))
+    if x.dtype not in tiles.FLOATS:
+        return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
+    product = tiles.multiply_transposed if transposed else tiles.multiply
+    return product(x, _weight(codes, residual, residual_scale))
 
 
 def _weight(codes: Tensor, residual: Tensor | None, residual_scale: float) -> tiles.Weight:
     blocks, device = codes.shape[-1], codes.device
     kind = 0 if residual is None else 1 if residual.dtype == torch.uint8 else 2
-    levels = _levels(kind, residual_scale, device)
-    tensors = (codes.contiguous(), residual.contiguous() if residual is not None else None, blocks, *_words(device))
-    return tiles.Weight(_tile, (kind,), (*tensors, levels), codes.numel() // max(blocks, 1), 8 * blocks)
+    tensors = (codes.contiguous(), residual.contiguous() if residual is not None else None, blocks)
+    tables = (*_words(device), _levels(kind, residual_scale, device))
+    return tiles.Weight(_tile, (kind,), tensors + tables, codes.numel() // max(blocks, 1), 8 * blocks, stages=1)
 
 
 @cache
@@ -89,7 +84,11 @@ def _tile(tensors, rows, live, first, CONFIG: tl.constexpr, COLUMNS: tl.constexp
     value = 0.5 * number(spread(_e8p(tl.load(codes + place, mask=ok, other=0), magnitudes, signs), 4, 8)) - 3.75
     if RESIDUAL != 0:
         code = tl.load(residual + place, mask=ok, other=0)
-        word = _e8p(code, magnitudes, signs) if RESIDUAL == 2 else tl.load(points + code.to(tl.int32)).to(tl.uint32, bitcast=True)
+        word = (
+            _e8p(code, magnitudes, signs)
+            if RESIDUAL == 2
+            else tl.load(points + code.to(tl.int32)).to(tl.uint32, bitcast=True)
+        )
         value += tl.load(levels + spread(word, 4, 8))
     return tl.reshape(value, (rows.shape[0], COLUMNS))
 

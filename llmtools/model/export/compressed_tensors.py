@@ -15,6 +15,7 @@ LIMITS = Limits(
     bits=(2, 3, 4, 5, 6, 7, 8),
     scale_types=(torch.float16, torch.bfloat16, torch.float32),
     whole_groups=True,
+    any_order=False,  # "actorder: group" was taken out of compressed-tensors, and readers ignore weight_g_idx
 )
 _VERSION = "0.18.0"
 """The first whose 3-bit stream is dense, as ours is."""
@@ -29,8 +30,6 @@ def tensors(layer: Uniform) -> dict[str, Tensor]:
     }
     if not layer.symmetric:
         found["weight_zero_point"] = pack(layer.zeros.T.contiguous(), layer.bits).T
-    if layer.group_of is not None:
-        found["weight_g_idx"] = layer.group_of.to(torch.int32)
     return found
 
 
@@ -39,17 +38,17 @@ def config(layers: Mapping[str, Uniform], dense: list[str]) -> dict[str, Any]:
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for path, layer in layers.items():
         whole = layer.scales.shape[1] == 1
-        kind = (layer.bits, None if whole else layer.group_size, layer.symmetric, layer.group_of is not None)
+        kind = (layer.bits, None if whole else layer.group_size, layer.symmetric)
         kinds.setdefault(kind, []).append(path)
     groups = {}
-    for index, ((bits, group_size, symmetric, ordered), paths) in enumerate(kinds.items()):
+    for index, ((bits, group_size, symmetric), paths) in enumerate(kinds.items()):
         weights = {
             "num_bits": bits,
             "type": "int",
             "symmetric": symmetric,
             "strategy": "group" if group_size else "channel",
             "group_size": group_size,
-            "actorder": "group" if ordered else None,
+            "actorder": None,
             "dynamic": False,
         }
         targets = ["Linear"] if len(kinds) == 1 else paths

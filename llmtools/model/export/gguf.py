@@ -189,6 +189,11 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        log.warning(
+            "GGUF: llama.cpp attends to everything where this model looks back %d tokens; longer texts differ",
+            config.sliding_window,
+        )
     kind = rope.get("rope_type", "default")
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
@@ -233,6 +238,7 @@ def _write_words(gguf: Any, writer: Any, tokenizer: Any, folder: Path, config: A
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if tokenizer.unk_token_id is not None:
         kinds[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")
     writer.add_token_list(words)
     writer.add_token_types(kinds)
@@ -240,21 +246,27 @@ def _write_words(gguf: Any, writer: Any, tokenizer: Any, folder: Path, config: A
         pre = _PRE.get(config.model_type, "default")
         log.info("GGUF: words are cut as llama.cpp's %r does; check this if the tokenizer is an unusual one", pre)
         writer.add_tokenizer_pre(pre)
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
         writer.add_token_merges(merges)
     else:
         writer.add_tokenizer_pre("default")
-        # SentencePiece joins the pair whose result has the highest score: earlier words of the vocabulary first.
-        writer.add_token_scores([-float(index) for index in range(config.vocab_size)])
+        writer.add_token_scores(_scores(words, merges))
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             getattr(writer, f"add_{name}_token_id")(index)
-    adds_bos = getattr(tokenizer, "add_bos_token", None)
-    if adds_bos is not None:
-        writer.add_add_bos_token(bool(adds_bos))
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _scores(words: list[str], merges: list[str]) -> list[float]:
+    """SentencePiece joins the pair whose result scores highest: minus the rank of the first merge that makes a word."""
+    rank: dict[str, int] = {}
+    for index, pair in enumerate(merges):
+        rank.setdefault(pair.replace(" ", ""), index)
+    return [-float(rank.get(word, len(merges))) for word in words]
 
 
 def _package() -> Any:

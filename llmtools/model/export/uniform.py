@@ -48,8 +48,8 @@ class Limits:
     """the group size must divide the row"""
     zero_codes: bool = True
     """a zero point may be 0"""
-    fields: int = 1
-    """out must be a multiple"""
+    any_order: bool = True
+    """groups may be of columns in any order"""
 
 
 class Rounded(NamedTuple):
@@ -116,15 +116,15 @@ def _parts(quantizer: Quantizer) -> tuple[Affine | None, object]:
 
 def complaint(layer: Uniform, limits: Limits) -> str | None:
     """Why the format cannot hold this grid exactly; None where it can."""
-    out_features, in_features = layer.codes.shape
+    in_features = layer.codes.shape[1]
     if layer.bits not in limits.bits:
         return f"the format has no {layer.bits}-bit codes (but {', '.join(map(str, limits.bits))})"
     if layer.scales.dtype not in limits.scale_types:
         return f"the format has no {layer.scales.dtype} scales"
     if limits.whole_groups and in_features % layer.group_size:
         return f"the format wants group_size={layer.group_size} to divide the {in_features} columns"
-    if out_features % limits.fields:
-        return f"the format wants {out_features} outputs to be a multiple of {limits.fields}"
+    if not limits.any_order and layer.group_of is not None:
+        return "its groups are of columns in another order (gptq_v2 has that)"
     if not limits.zero_codes and bool((layer.zeros == 0).any()):
         return "it has zero points of 0, which readers of this format take for different numbers (gptq_v2 has them)"
     return None
@@ -135,8 +135,6 @@ def round_again(layer: QuantizedLinear, limits: Limits) -> tuple[Uniform, float]
     wanted = getattr(layer.quantizer, "bits", 4)
     bits = wanted if wanted in limits.bits else min(b for b in limits.bits if b >= 4)
     group_size = next((size for size in (32, 64) if layer.in_features % size == 0), -1)
-    if layer.out_features % limits.fields:
-        raise InputError(f"the format wants {layer.out_features} outputs to be a multiple of {limits.fields}")
     again = RTN(bits=bits, group_size=group_size, symmetric=True)
     weight = layer.dequantize(dtype=torch.float32)
     rounded = QuantizedLinear(layer.in_features, layer.out_features, again)

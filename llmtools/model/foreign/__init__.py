@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ...errors import CheckpointError, within
 from ...nn.linear import QuantizedLinear
+from ...nn.swap import quantized_linears
 from ...quant import Packed, Quantizer
 from ..hub import METHOD, LLMToolsConfig, locate
 from .awq import AWQ
@@ -30,9 +31,10 @@ from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
 from .gptq import GPTQ
 from .hqq import HQQ
+from .quip_sharp import QUIP_PARAMS, QuIPSharpFiles
 from .tensors import Module, Tensors
 
-FORMATS: tuple[type[Format], ...] = (GPTQ, AWQ, BitsAndBytes, HQQ, CompressedTensors)
+FORMATS: tuple[type[Format], ...] = (GPTQ, AWQ, BitsAndBytes, HQQ, CompressedTensors, QuIPSharpFiles)
 
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's, where config.json says nothing
 _HUB_OPTIONS = ("revision", "token", "cache_dir")
@@ -66,6 +68,8 @@ def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -
     told = config.get("quantization_config") or config.get("compression_config")
     if told:
         return dict(told)
+    if config.get(QUIP_PARAMS):
+        return {"quant_method": "quip_sharp", **config[QUIP_PARAMS]}
     for name in _SIDE_FILES if folder else ():
         if folder and (side := _json(folder / name)):
             method = "awq" if "w_bit" in side or str(side.get("version")).lower() in ("gemm", "gemv") else "gptq"
@@ -80,8 +84,9 @@ def open_model(found: Foreign, options: Mapping[str, Any]) -> tuple[Any, dict[st
     options = {key: value for key, value in options.items() if key not in (*_HUB_OPTIONS, "use_safetensors")}
     trust = {"trust_remote_code": options.pop("trust_remote_code", False)}
     config = AutoConfig.from_pretrained(found.folder, **trust)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for key in ("quantization_config", "compression_config", QUIP_PARAMS):
+        if hasattr(config, key):
+            delattr(config, key)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, **trust)
     state, assigned = translate(found.format, Tensors(found.folder), skeleton)
@@ -94,6 +99,7 @@ def open_model(found: Foreign, options: Mapping[str, Any]) -> tuple[Any, dict[st
         )
     except RuntimeError as error:  # transformers' report of tensors that do not fit
         raise CheckpointError(f"{found.folder} does not fit its config.json: {' '.join(str(error).split())}") from error
+    _share(model)
     model.name_or_path = model.config.name_or_path = str(found.folder)
     if (found.folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)
@@ -109,25 +115,20 @@ def translate(
     paths = form.modules(tensors)
     for stored_path in paths:
         stored = Module(tensors, stored_path)
-        path = locate(skeleton, stored_path)
-        if path is None:
+        located = {path: locate(skeleton, path) for path in form.parts(stored_path)}
+        linears = {path: _linear(skeleton, path, stored_path) for path in located.values() if path is not None}
+        if len(linears) < len(located):
             continue
-        linear = skeleton.get_submodule(path)
-        if not isinstance(linear, nn.Linear):
-            raise CheckpointError(
-                f"{stored_path} is quantized, but is a {type(linear).__name__}; only linears are read"
+        with within(stored_path):
+            converted = form.convert_parts(
+                stored, [linear.out_features for linear in linears.values()], next(iter(linears.values())).in_features
             )
-        with within(path):
-            quantizer, packed = form.convert(stored, linear.out_features, linear.in_features)
+        for (path, linear), (quantizer, packed) in zip(linears.items(), converted, strict=True):
             _check(quantizer, packed, linear)
-        assigned[path] = quantizer
-        state |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
+            assigned[path] = quantizer
+            state |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
         if "bias" in stored:
-            bias = stored.get("bias", linear.out_features)
-            if "bias" in dict(linear.named_parameters()):
-                state[f"{path}.bias"] = bias
-            elif bool(bias.any()):  # some writers store zeros where the model has no bias
-                raise CheckpointError(f"{stored_path} has a bias in the file, and none in the model of config.json")
+            state |= _bias(stored, linears)
     if not assigned:
         raise CheckpointError(
             f"the config says that the model is quantized ({form.config.get('quant_method')}), but no module has a "
@@ -141,6 +142,32 @@ def translate(
 def _parents(name: str) -> list[str]:
     """The paths of the modules that a tensor may belong to: "a.b.weight.absmax" -> "a", "a.b", "a.b.weight"."""
     return [name[:dot] for dot, letter in enumerate(name) if letter == "."]
+
+
+def _share(model: nn.Module) -> None:
+    """Parts of a fused matrix hold its codes as one parameter, which stays one wherever the model is moved."""
+    known: dict[int, nn.Parameter] = {}
+    for layer in quantized_linears(model).values():
+        for name, tensor in layer.packed.items():
+            if tensor.numel() and not tensor.is_meta:
+                layer._parameters[name] = known.setdefault(tensor.data_ptr(), nn.Parameter(tensor, requires_grad=False))
+
+
+def _linear(skeleton: nn.Module, path: str, stored_path: str) -> nn.Linear:
+    linear = skeleton.get_submodule(path)
+    if not isinstance(linear, nn.Linear):
+        raise CheckpointError(f"{stored_path} is quantized, but is a {type(linear).__name__}; only linears are read")
+    return linear
+
+
+def _bias(stored: Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    ((path, linear),) = linears.items()
+    bias = stored.get("bias", linear.out_features)
+    if "bias" in dict(linear.named_parameters()):
+        return {f"{path}.bias": bias}
+    if bool(bias.any()):  # some writers store zeros where the model has no bias
+        raise CheckpointError(f"{stored.path} has a bias in the file, and none in the model of config.json")
+    return {}
 
 
 def _check(quantizer: Quantizer, packed: Packed, linear: nn.Linear) -> None:

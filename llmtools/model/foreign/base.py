@@ -6,7 +6,7 @@ Shapes: out, in — features; G — groups in a row.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,17 @@ class Format(ABC):
     @abstractmethod
     def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         """The same weight in our terms, to the bit. Raises CheckpointError where the tensors are damaged."""
+
+    def parts(self, path: str) -> tuple[str, ...]:
+        """The linears of the model whose weights, one above the other, are stored as the module at `path`."""
+        return (path,)
+
+    def convert_parts(
+        self, stored: Module, out_features: Sequence[int], in_features: int
+    ) -> list[tuple[Quantizer, Packed]]:
+        """`convert` for each of the parts, by their numbers of outputs."""
+        (whole,) = out_features
+        return [self.convert(stored, whole, in_features)]
 
     def modules(self, names: Iterable[str]) -> list[str]:
         """The paths of the quantized modules, in the order of the names."""

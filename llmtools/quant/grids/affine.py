@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, did_you_mean
-from ...kernels.affine import dequantize_affine
+from ...kernels.affine import dequantize_affine, multiply_affine, multiply_transposed_affine
 from ...kernels.bits import pack, unpack, words
+from ...kernels.grouped import decodes, multiplies
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 from .scalar import check_group_size, columns, resolve_group_size, stream_layout
@@ -137,6 +138,18 @@ class Affine(Grid):
             in_features,
             dtype,
         )
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        direct = not self.float_zeros and decodes(device, self.bits)
+        return dtype.itemsize if direct else super().scratch_bytes(device, dtype)
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        if self.float_zeros or not multiplies(x.device, transposed):
+            return None
+        call = multiply_transposed_affine if transposed else multiply_affine
+        in_features = columns(packed, self.bits)
+        qzeros = None if self.symmetric else packed["qzeros"]
+        return call(x, packed["qweight"], packed["scales"], qzeros, self.bits, self.span(in_features), in_features)
 
 
 def shifted(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -22,8 +22,6 @@ class Grid(ABC):
 
     width: ClassVar[int] = 1
     """Columns that share a code: 1 for scalars, 8 for a lattice."""
-    scratch_bytes: ClassVar[int] = 16
-    """As `Quantizer.scratch_bytes`."""
 
     @abstractmethod
     def span(self, in_features: int) -> int:
@@ -56,3 +54,11 @@ class Grid(ABC):
     def out_features(self, packed: Packed) -> int:
         """As `Quantizer.out_features`."""
         return next(iter(packed.values())).shape[0]
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        """As `Quantizer.scratch_bytes`."""
+        return 16
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        """As `Quantizer.multiply`, in the grid's own coordinates."""
+        return None

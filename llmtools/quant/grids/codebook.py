@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.bits import pack
-from ...kernels.codebook import dequantize_codebook
+from ...kernels.codebook import dequantize_codebook, multiply_codebook, multiply_transposed_codebook
+from ...kernels.grouped import decodes, multiplies
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 from .scalar import check_group_size, columns, resolve_group_size, stream_layout
@@ -73,16 +74,31 @@ class Codebook(Grid):
         return {name: packed[name] for name in layout}
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        scales = packed["scales"][rows]  # [rows, G]
-        if self.double_quantization:
-            out_features, groups = packed["scales"].shape
-            index = torch.arange(*rows.indices(out_features), device=scales.device)[:, None] * groups
-            block = (index + torch.arange(groups, device=scales.device)) // _BLOCK
-            scales = constant(DYNAMIC, scales.device)[scales.int()] * packed["nested_scales"][block]
-            scales = scales + packed["nested_offset"]
-        in_features = columns(packed, 4)
+        scales, in_features = self._scales(packed, rows), columns(packed, 4)
         table = constant(self.table, scales.device)
         return dequantize_codebook(packed["qweight"][rows], scales, table, self.span(in_features), in_features, dtype)
+
+    def _scales(self, packed: Packed, rows: slice = ALL) -> Tensor:
+        """The maxima of the groups of these rows, [rows, G]."""
+        scales = packed["scales"][rows]
+        if not self.double_quantization:
+            return scales
+        out_features, groups = packed["scales"].shape
+        index = torch.arange(*rows.indices(out_features), device=scales.device)[:, None] * groups
+        block = (index + torch.arange(groups, device=scales.device)) // _BLOCK
+        scales = constant(DYNAMIC, scales.device)[scales.int()] * packed["nested_scales"][block]
+        return scales + packed["nested_offset"]
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        return dtype.itemsize if decodes(device, 4) else super().scratch_bytes(device, dtype)
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        if not multiplies(x.device, transposed):
+            return None
+        call = multiply_transposed_codebook if transposed else multiply_codebook
+        in_features = columns(packed, 4)
+        table = constant(self.table, x.device)
+        return call(x, packed["qweight"], self._scales(packed), table, self.span(in_features), in_features)
 
 
 def _dynamic_map() -> tuple[float, ...]:

@@ -25,8 +25,10 @@ from ...kernels.lattice import (
     SCALE,
     decode_e8p,
     decode_e81b,
+    decodes,
     dequantize_lattice,
     encode_lattice,
+    multiply_lattice,
 )
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
@@ -49,7 +51,7 @@ class Lattice(Grid):
         if self.bits not in SCALE or isinstance(self.bits, bool):
             raise InputError(f"bits={self.bits!r}; a lattice grid has 2, 3 or 4 bits")
         if self.residual_scale is not None and not 1e-3 <= self.residual_scale < float("inf"):
-            raise InputError(f"residual_scale={self.residual_scale}; give a positive number, as {self._scale}")
+            raise InputError(f"residual_scale={self.residual_scale}; give a positive number, as {RESIDUAL_SCALE[self.bits]}")
 
     @property
     def _scale(self) -> float:
@@ -90,3 +92,11 @@ class Lattice(Grid):
         """[rows, 8·b]."""
         residual = packed["residual"][rows] if self.bits > 2 else None
         return dequantize_lattice(packed["codes"][rows], residual, self._scale, dtype)
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        return dtype.itemsize if decodes(device) else super().scratch_bytes(device, dtype)
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        if x.device.type != "cuda":
+            return None
+        return multiply_lattice(x, packed["codes"], packed.get("residual"), self._scale, transposed)

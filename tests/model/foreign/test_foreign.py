@@ -88,13 +88,25 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a tensor is missing": (lambda t: t.pop(f"{UP}.scales"), "scales is missing"),
     "a marker is missing": (lambda t: t.pop(f"{UP}.qweight"), "up_proj"),
     "a norm is missing": (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight are missing"),
-    "wrong type": (lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].float()}), r"is torch\.float32, expected"),
+    "wrong type": (
+        lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].float()}),
+        r"is torch\.float32, expected",
+    ),
     "wrong shape": (lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:1].clone()}), "has shape"),
-    "an unknown module": (lambda t: t.update({"model.layers.9.x.qweight": torch.zeros(1)}), r"no module model\.layers\.9"),
+    "an unknown module": (
+        lambda t: t.update({"model.layers.9.x.qweight": torch.zeros(1)}),
+        r"no module model\.layers\.9",
+    ),
     "a bias": (lambda t: t.update({f"{UP}.bias": torch.ones(96)}), "has a bias in the file"),
-    "nothing packed": (lambda t: [t.pop(name) for name in list(t) if "qweight" in name], "no module has a tensor 'qweight'"),
-    "a norm of another shape": (lambda t: t.update({"model.norm.weight": torch.ones(7)}), "does not fit its config.json"),
-}  # fmt: skip
+    "nothing packed": (
+        lambda t: [t.pop(name) for name in list(t) if "qweight" in name],
+        "no module has a tensor 'qweight'",
+    ),
+    "a norm of another shape": (
+        lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+        "does not fit its config.json",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -114,7 +126,7 @@ def test_truncated_files_and_pickles_are_refused(gptq: Path) -> None:
     with pytest.raises(CheckpointError, match="unpickle nothing"):
         llmtools.load(gptq)
     (gptq / "pytorch_model.bin").unlink()
-    with pytest.raises(CheckpointError, match="no .*safetensors file"):
+    with pytest.raises(CheckpointError, match=r"no .*safetensors file"):
         llmtools.load(gptq)
 
 

@@ -29,8 +29,14 @@ def in_planes(codes: Tensor, bits: int) -> Tensor:
 
 
 def writer(
-    bits: int = 4, group_size: int = 32, version: str = "gptq", *, act_order: bool = False, g_idx: bool = True, **kind: Any
-) -> Any:  # fmt: skip
+    bits: int = 4,
+    group_size: int = 32,
+    version: str = "gptq",
+    *,
+    act_order: bool = False,
+    g_idx: bool = True,
+    **kind: Any,
+) -> Any:
     def write_linear(path: str, out: int, n: int) -> tuple[dict[str, Tensor], Tensor]:
         size = n if group_size < 0 else group_size
         groups = -(-n // size)

@@ -53,7 +53,7 @@ def dense(codes: Tensor, scales: Tensor, zeros: Tensor, group_of: Tensor) -> Ten
 def write(
     folder: Path, writer: Writer, quantization: Mapping[str, Any], *, side: str = "", family: str = "llama"
 ) -> Any:
-    """A folder with every linear of a tiny model's blocks written by `writer`; returns the dense model it stands for."""
+    """A folder with every linear of a tiny model's blocks written by `writer`; returns the dense model it is of."""
     model = tiny_model(family)
     tensors = {}
     linears = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}

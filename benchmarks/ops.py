@@ -1,0 +1,112 @@
+"""Kernels alone: decoding rows, and multiplying with few tokens, of one 5632 × 2048 weight (TinyLlama's up_proj).
+
+Decoding goes a block of rows at a time into one place, as in a layer, where the result stays in cache, and is held
+against writing as many bytes there. The product for few tokens is held against reading the packed bytes at the speed of
+a copy, or against a product of matrices of that many operations, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llmtools.kernels.affine import dequantize_affine, multiply_affine
+from llmtools.kernels.affine import reference as affine
+from llmtools.kernels.bits import pack
+from llmtools.kernels.codebook import dequantize_codebook, multiply_codebook
+from llmtools.kernels.codebook import reference as codebook
+from llmtools.quant.grids.codebook import NF4
+
+from .run import Machine, Problem, case, main
+
+OUT, IN, GROUP, BLOCK = 5632, 2048, 64, 256
+
+Weight = tuple[Any, ...]
+
+
+def affine_weight(bits: int) -> Weight:
+    """Random packed tensors, as the op takes them."""
+    codes, zeros = torch.randint(0, 2**bits, (OUT, IN)), torch.randint(0, 2**bits, (OUT, IN // GROUP))
+    scales = (torch.rand(OUT, IN // GROUP) * 0.01).half()
+    return pack(codes, bits), scales, pack(zeros, bits, torch.uint8), bits, GROUP, IN
+
+
+def codebook_weight() -> Weight:
+    codes = torch.randint(0, 16, (OUT, IN))
+    return pack(codes, 4), torch.rand(OUT, IN // GROUP) * 0.01, torch.tensor(NF4), GROUP, IN
+
+
+def by_blocks(dequantize: Callable[..., Tensor], weight: Weight, dtype: torch.dtype) -> Callable[[], None]:
+    """Decodes the whole weight, BLOCK rows at a time."""
+    per_row = [isinstance(part, Tensor) and len(part) == OUT for part in weight]
+
+    def run() -> None:
+        for start in range(0, OUT, BLOCK):
+            rows = slice(start, start + BLOCK)
+            dequantize(*(part[rows] if rowwise else part for part, rowwise in zip(weight, per_row, strict=True)), dtype)
+
+    return run
+
+
+def packed_bytes(weight: Weight) -> int:
+    return sum(part.nbytes for part in weight if isinstance(part, Tensor))
+
+
+def kinds() -> Iterator[tuple[str, Weight, Any, Any, Any]]:
+    for bits in (4, 3, 2, 8):
+        yield f"{bits} bits", affine_weight(bits), dequantize_affine, multiply_affine, affine.dequantize_affine
+    yield "nf4", codebook_weight(), dequantize_codebook, multiply_codebook, codebook.dequantize_codebook
+
+
+@case("decode")
+def decode(machine: Machine) -> Iterator[Problem]:
+    """Rows of a weight to bfloat16 and float32, beside the reference."""
+    for name, weight, dequantize, _, reference in kinds():
+        for dtype in (torch.bfloat16, torch.float32):
+
+            def check(
+                weight: Weight = weight, dtype: torch.dtype = dtype, ours: Any = dequantize, its: Any = reference
+            ) -> None:
+                assert torch.equal(ours(*weight, dtype), its(*weight, dtype))
+
+            yield Problem(
+                f"{name} to {str(dtype).removeprefix('torch.')}",
+                check,
+                {"native": by_blocks(dequantize, weight, dtype)},
+                {"reference": by_blocks(reference, weight, dtype)},
+                OUT * IN * dtype.itemsize / machine.fill_bandwidth,
+                "writing the result, in cache",
+            )
+
+
+@case("multiply")
+def multiply(machine: Machine) -> Iterator[Problem]:
+    """x Wᵀ for few tokens in bfloat16, beside the dense product."""
+    for name, weight, dequantize, product, _ in kinds():
+        dense = dequantize(*weight, torch.float32)
+        half = dense.bfloat16()
+        for tokens in (1, 4, 16, 32):
+            x = torch.randn(tokens, IN).bfloat16()
+
+            def check(x: Tensor = x, weight: Weight = weight, dense: Tensor = dense, product: Any = product) -> None:
+                truth = x.double() @ dense.double().T
+                assert (product(x, *weight) - truth).abs().max() <= 2**-7 * truth.abs().max()
+
+            memory, products = packed_bytes(weight) / machine.copy_bandwidth, 2 * tokens * OUT * IN
+            yield Problem(
+                f"{name}, {tokens} tokens",
+                check,
+                {"few tokens": lambda x=x, weight=weight, product=product: product(x, *weight)},
+                {"bf16 dense": lambda x=x, half=half: F.linear(x, half)},
+                max(memory, products / machine.best_matmul_speed),
+                "reading packed bytes, or the product",
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main(["decode", "multiply"]))

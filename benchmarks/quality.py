@@ -101,7 +101,7 @@ def _encoder_row(checked: int, generator: torch.Generator) -> Row:
 
 
 def layers(only: str | None = None, limit: int | None = None, bits: tuple[int, ...] = BITS) -> Iterator[Row]:
-    """tr(E H Eᵀ) / tr(W H Wᵀ) of every quantizer on every linear of the demo model: one row a linear, then the means."""
+    """tr(E H Eᵀ) / tr(W H Wᵀ) of every quantizer on every linear of the demo model: a row each, then means."""
     from benchmarks.proxy import demo_model
 
     chosen = [case for width in bits for case in _layer_quantizers(width) if only is None or only in case[0]]

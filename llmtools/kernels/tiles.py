@@ -10,9 +10,12 @@ below call it, so that a format costs one function and a weight is never written
 The products read each packed weight once. They are for the few tokens at which reading weights is all that takes time;
 for more tokens, decoding blocks of rows for the vendor's matrix product is faster. One token is multiplied and summed
 by ordinary instructions in float32; several are padded to a power of two for the tensor cores, which take the weight
-rounded to x's type and sum in float32. Where the output has too few tiles to occupy the GPU, the summed
-dimension is split and the float32 parts are added in a second step: in a fixed order, hence with the same bits each
-time. Nothing synchronises with the host, so all of it can be captured in a CUDA graph.
+rounded to x's type and sum in float32. Where the output has too few tiles to occupy the GPU, the summed dimension is
+split and the float32 parts are added in a second step: in a fixed order, hence with the same bits each time. Nothing
+synchronises with the host, so all of it can be captured in a CUDA graph.
+
+The sizes of tiles were chosen by the registers, spills and instructions of the machine code for Ampere and Hopper, not
+by a clock; `python -m benchmarks.gpu` has the clock.
 
 Shapes: out, in — features; t — tokens; a tile has ROWS × COLUMNS weights, both powers of two.
 """
@@ -79,7 +82,7 @@ def _product(x: Tensor, weight: Weight, kernel: Any, kept: int, summed: int) -> 
     x, tokens = x.contiguous(), x.shape[0]
     if not (tokens and kept and summed):
         return x.new_zeros(tokens, kept)
-    padded = 1 if tokens == 1 else max(16, _power(tokens))
+    padded = 1 if tokens == 1 else _power(tokens)
     along_rows = kernel is _multiply
     if padded == 1:
         rows, columns = (4, 1024) if along_rows else (16, 256)

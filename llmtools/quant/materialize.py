@@ -24,11 +24,14 @@ from torch.nn import functional as F
 from ..kernels.native import features
 
 DEFAULT_MATERIALIZE_BYTES = 4 * 2**20
-"""Scratch for one block of rows on a CPU; `python -m benchmarks.materialize` measures the choice."""
+"""Scratch for one block of rows on a CPU. Of 1, 2, 4 … 64 MB, 2 to 8 were best for three shapes and 64 to 512 tokens,
+within the noise; 1 MB cost up to 15 % more, 32 MB up to 100 % (`python -m benchmarks.materialize`)."""
 DEVICE_MATERIALIZE_BYTES = 32 * 2**20
 """The same on other devices, where a block should fill the device."""
-FEW_TOKENS = {"cpu": 32, "cuda": 16}
-"""Up to so many tokens `Rows.multiply` is used, by type of device; `python -m benchmarks.materialize` measures it."""
+FEW_TOKENS = {"cpu": 64, "cuda": 16}
+"""Up to so many tokens `Rows.multiply` is used, by type of device. On a CPU blocks were still slower at 64, the most
+that were tried; beside matrix units for half precision (AMX), not measured, it is `_FEW_BESIDE_MATRIX_UNITS`."""
+_FEW_BESIDE_MATRIX_UNITS = 4
 
 _budget: int | None = None
 _few_tokens: int | None = None
@@ -73,11 +76,26 @@ def materialized_linear(x: Tensor, source: Rows, packed: dict[str, Tensor]) -> T
     """x [..., in] @ W.T -> [..., out], W = source.dequantize(packed), differentiable in x; autocast is honoured."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = Materialize.apply(x, source, _limits(x), tuple(packed), *packed.values())
+        return result
+    return _forward(x, source, packed, _limits(x))  # generating text: the way through autograd takes some 10 µs
+
+
+def _forward(x: Tensor, source: Rows, packed: dict[str, Tensor], limits: tuple[int, int]) -> Tensor:
+    with _plain_types(x):
+        y = _product(x.reshape(-1, x.shape[-1]), source, packed, *limits)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _limits(x: Tensor) -> tuple[int, int]:
+    """Bytes of a block, and how many tokens are few."""
     cpu = x.device.type == "cpu"
-    budget = _budget if _budget is not None else DEFAULT_MATERIALIZE_BYTES if cpu else DEVICE_MATERIALIZE_BYTES
-    few = _few_tokens if _few_tokens is not None else FEW_TOKENS.get(x.device.type, 0)
-    result: Tensor = Materialize.apply(x, source, (budget, few), tuple(packed), *packed.values())
-    return result
+    budget = DEFAULT_MATERIALIZE_BYTES if cpu else DEVICE_MATERIALIZE_BYTES
+    few = FEW_TOKENS.get(x.device.type, 0)
+    if cpu and _product_type(x).itemsize < 4:
+        few = _FEW_BESIDE_MATRIX_UNITS
+    return _budget if _budget is not None else budget, _few_tokens if _few_tokens is not None else few
 
 
 class Materialize(torch.autograd.Function):
@@ -89,9 +107,7 @@ class Materialize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.source, ctx.limits, ctx.names, ctx.in_features = source, limits, names, x.shape[-1]
-        with _plain_types(x):
-            y = _product(x.reshape(-1, x.shape[-1]), source, dict(zip(names, tensors, strict=True)), *limits)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return _forward(x, source, dict(zip(names, tensors, strict=True)), limits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

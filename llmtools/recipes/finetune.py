@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import InputError, did_you_mean
 
@@ -40,9 +40,9 @@ class Lora:
     """share of the update's inputs that is dropped in training"""
     target_modules: str | list[str] = "all-linear"
     """which linears: all-linear (but the output head), or names such as [q_proj, v_proj]"""
-    init: Literal["zero", "error"] = "zero"
-    """zero: the model as it is. error: what best makes up for the quantization error, if the model was quantized with
-    --adapter_rank"""
+    init: str = "zero"
+    """how it starts; zero: the model stays as it is; error: what best makes up for the quantization error (the model
+    was quantized with --adapter_rank)"""
     options: dict[str, Any] = field(default_factory=dict)
     """any other argument of peft.LoraConfig, such as --lora.options.use_dora true"""
 
@@ -377,6 +377,8 @@ def _lora_config(recipe: Finetune) -> Any:
             f"lora: r={lora.r}, alpha={lora.alpha}, dropout={lora.dropout}; r at least 1, alpha above 0, dropout from "
             f"0 to below 1 are expected"
         )
+    if lora.init not in ("zero", "error"):
+        raise InputError(f"lora.init={lora.init!r}; {did_you_mean(lora.init, ('zero', 'error'))}")
     try:
         return LoraConfig(
             r=lora.r,

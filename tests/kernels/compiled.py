@@ -48,8 +48,7 @@ def compiled(request, monkeypatch):
 
     monkeypatch.setattr(JITFunction, "run", only_compile)
     driver.set_active(Driver(CAPABILITIES[request.param]))
-    yield kernels
-    driver.reset_active()
+    return kernels
 
 
 def check(kernels, count, tmp_path):

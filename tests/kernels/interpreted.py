@@ -166,10 +166,9 @@ def test_lattice_products_are_as_accurate_as_plain_torch(kind, tokens):
     )
 
 
-@pytest.mark.parametrize("programs", [1, 64])
-@pytest.mark.parametrize("shape", [(6, 2100), (140, 40)], ids=str)
-def test_a_split_sum_is_the_same_sum_and_the_same_bits_each_time(monkeypatch, programs, shape):
-    monkeypatch.setattr(tiles, "_programs", lambda device: programs)
+@pytest.mark.parametrize("shape", [(6, 1100), (140, 40)], ids=str)
+def test_a_split_sum_is_the_same_sum_and_the_same_bits_each_time(monkeypatch, shape):
+    monkeypatch.setattr(tiles, "_programs", lambda device: 64)
     weight, kernels = draw_affine(*shape, 4, 64, False), KERNELS[affine]
     truth = affine.reference.dequantize_affine(*weight, torch.float64)
     for tokens in (1, 2):

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 import llmtools
+from llmtools.cli import main
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.checkpoint import STARTS, load_starts
 from llmtools.model.quantize import Report, quantize
@@ -158,3 +160,29 @@ def test_what_does_not_fit_is_refused() -> None:
     wrong = {path: Start(start.a[:, 1:], start.b) for path, start in report.starts.items()}
     with pytest.raises(InputError, match="they belong to another model"):
         start_adapters(adapted, wrong)
+
+
+def test_finetuning_can_start_from_the_error(
+    tmp_path: Path, stories: Path, tinystories: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tinystories / "train.txt"
+    common = ["--calibration", text, "--samples", "2", "--tokens", "32", "--bits", "2"]
+    assert run("quantize", "--model", stories, "--quantizer", "rtn", *common, "--adapter_rank", 4, "--out",
+               tmp_path / "q") == 0  # fmt: skip
+    arguments = ["--model", tmp_path / "q", "--data", text, "--training.max_steps", 1, "--training.max_length", 32]
+    assert run("finetune", *arguments, "--lora.init", "error", "--training.learning_rate", 1e-30, "--out",
+               tmp_path / "a") == 0  # fmt: skip
+    starts = load_starts(tmp_path / "q")
+    adapter = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    for path, start in starts.items():
+        a, b = (adapter[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(b @ a * 4, start.b @ start.a, rtol=1e-4, atol=1e-5)  # r = 8, alpha = 32
+    capsys.readouterr()
+    assert run("finetune", *arguments, "--lora.init", "eror", "--out", tmp_path / "b") == 2
+    assert "lora.init='eror'; did you mean 'error'?" in capsys.readouterr().err
+    assert run("finetune", *arguments[2:], "--model", stories, "--lora.init", "error", "--out", tmp_path / "b") == 2
+    assert "quantize the model with --adapter_rank" in capsys.readouterr().err
+
+
+def run(*args: object) -> int:
+    return main([str(arg) for arg in args])

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from llmtools.nn.linear import QuantizedLinear
-from llmtools.quant import NF4, OPTQ, RTN, Packed, QuIPSharp, Quantizer, materialize_budget, materialized_linear
+from llmtools.quant import NF4, OPTQ, RTN, Packed, Quantizer, QuIPSharp, materialize_budget, materialized_linear
 from llmtools.quant.materialize import _rows_per_block, few_tokens
 
 QUANTIZERS = [RTN(bits=3, group_size=32), NF4(), OPTQ(bits=2, group_size=16, act_order=True)]

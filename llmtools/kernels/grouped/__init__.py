@@ -59,15 +59,16 @@ def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor | None:
 def multiply(x: Tensor, codes: Codes) -> Tensor | None:
     """x [t, in] @ weight.T -> [t, out] of x's type, summed in float32; each packed weight is read once."""
     library, weight = _ready(codes, x.dtype)
-    if weight is None or x.device.type != "cpu":
+    if weight is None or not x.is_cpu:
         return None
-    dtype, rows = x.dtype, codes.qweight.shape[0]
+    dtype, tokens, rows = x.dtype, x.shape[0], codes.qweight.shape[0]
     x = x.to(torch.float32).contiguous()
-    y = x.new_empty((x.shape[0], rows), dtype=dtype)
-    for start in range(0, x.shape[0], MOST_TOKENS):
-        part, product = x[start : start + MOST_TOKENS], y[start : start + MOST_TOKENS]
-        threads = _threads(rows * codes.in_features * part.shape[0])
-        library.multiply(weight, rows, part.data_ptr(), part.shape[0], TYPES[dtype], product.data_ptr(), threads)
+    y = x.new_empty((tokens, rows), dtype=dtype)
+    threads = _threads(rows * codes.in_features * tokens)
+    for start in range(0, tokens, MOST_TOKENS):
+        count = min(MOST_TOKENS, tokens - start)
+        source, target = x.data_ptr() + 4 * start * codes.in_features, y.data_ptr() + start * rows * y.itemsize
+        library.multiply(weight, rows, source, count, TYPES[dtype], target, threads)
     return y
 
 
@@ -147,7 +148,7 @@ def _ready(codes: Codes, dtype: torch.dtype) -> tuple[Any, _Weight | None]:
     """The library and the weight as C takes it, or None in its place."""
     functions = _functions()
     qweight, scales, qzeros, zero, table, bits, group_size, in_features = codes
-    if functions is None or qweight.device.type != "cpu" or bits not in WIDTHS:
+    if functions is None or not qweight.is_cpu or bits not in WIDTHS:
         return functions, None
     if dtype not in TYPES or scales.dtype not in TYPES or (qzeros is not None and qzeros.dtype != torch.uint8):
         return functions, None

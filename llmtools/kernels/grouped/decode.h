@@ -84,20 +84,33 @@ typedef struct {
 
 typedef __m512i Table; /* 32 halves or 16 floats */
 
-static ALWAYS_INLINE Unpacking unpacking(int bits) {
-    uint8_t byte[3][64] = {0};
-    uint16_t half[32];
-    uint32_t full[32];
-    for (int i = 0; i < 32; i++) {
-        const uint8_t first = (uint8_t)(i * bits / 8), next = (first + 1) & 15;
-        byte[0][2 * i] = byte[1 + i / 16][4 * (i % 16)] = first;
-        byte[0][2 * i + 1] = byte[1 + i / 16][4 * (i % 16) + 1] = next;
-        full[i] = half[i] = (uint16_t)(i * bits % 8);
+/* As constants: computed in a loop they took longer than a row. X takes the number of a code. */
+#define EIGHT(X, B, i) X(B, i), X(B, i + 1), X(B, i + 2), X(B, i + 3), X(B, i + 4), X(B, i + 5), X(B, i + 6), X(B, i + 7)
+#define HALF(X, B, i) {EIGHT(X, B, i), EIGHT(X, B, i + 8)}
+#define WHOLE(X, B) {EIGHT(X, B, 0), EIGHT(X, B, 8), EIGHT(X, B, 16), EIGHT(X, B, 24)}
+#define BYTE(B, i) ((i) * (B) / 8)
+#define NEXT(B, i) ((BYTE(B, i) + 1) & 15)
+#define BYTES(B, i) (uint32_t)(BYTE(B, i) | NEXT(B, i) << 8)
+#define SHIFT(B, i) ((i) * (B) % 8)
+#define UNPACKING(B)                                                                                                   \
+    {                                                                                                                  \
+        WHOLE(BYTES, B), WHOLE(SHIFT, B), {HALF(BYTES, B, 0), HALF(BYTES, B, 16)}, {                                   \
+            HALF(SHIFT, B, 0), HALF(SHIFT, B, 16)                                                                      \
+        }                                                                                                              \
     }
-    return (Unpacking){_mm512_loadu_si512(byte[0]),
-                       _mm512_loadu_si512(half),
-                       {_mm512_loadu_si512(byte[1]), _mm512_loadu_si512(byte[2])},
-                       {_mm512_loadu_si512(full), _mm512_loadu_si512(full + 16)}};
+
+static const struct {
+    uint16_t half[32], half_shift[32];
+    uint32_t full[2][16], full_shift[2][16];
+} unpackings[] = {UNPACKING(2), UNPACKING(3), UNPACKING(4)};
+
+static ALWAYS_INLINE Unpacking unpacking(int bits) {
+    const int at = bits == 8 ? 0 : bits - 2; /* 8 bits need none */
+    return (Unpacking){_mm512_loadu_si512(unpackings[at].half),
+                       _mm512_loadu_si512(unpackings[at].half_shift),
+                       {_mm512_loadu_si512(unpackings[at].full[0]), _mm512_loadu_si512(unpackings[at].full[1])},
+                       {_mm512_loadu_si512(unpackings[at].full_shift[0]),
+                        _mm512_loadu_si512(unpackings[at].full_shift[1])}};
 }
 
 static ALWAYS_INLINE __m512i read_run(const uint8_t *p, int64_t left) {

@@ -51,7 +51,9 @@ class Lattice(Grid):
         if self.bits not in SCALE or isinstance(self.bits, bool):
             raise InputError(f"bits={self.bits!r}; a lattice grid has 2, 3 or 4 bits")
         if self.residual_scale is not None and not 1e-3 <= self.residual_scale < float("inf"):
-            raise InputError(f"residual_scale={self.residual_scale}; give a positive number, as {RESIDUAL_SCALE[self.bits]}")
+            raise InputError(
+                f"residual_scale={self.residual_scale}; give a positive number, as {RESIDUAL_SCALE[self.bits]}"
+            )
 
     @property
     def _scale(self) -> float:

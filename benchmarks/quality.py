@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ WINDOWS = 96
 SAMPLES = 128
 
 Row = dict[str, Any]
+Only = Callable[[str], bool]
+"""Whether a row of that label is wanted."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -100,11 +102,11 @@ def _encoder_row(checked: int, generator: torch.Generator) -> Row:
 # layers: each linear by itself, under the second moment of its true inputs
 
 
-def layers(only: str | None = None, limit: int | None = None, bits: tuple[int, ...] = BITS) -> Iterator[Row]:
+def layers(only: Only, limit: int | None = None, bits: tuple[int, ...] = BITS) -> Iterator[Row]:
     """tr(E H Eᵀ) / tr(W H Wᵀ) of every quantizer on every linear of the demo model: a row each, then means."""
     from benchmarks.proxy import demo_model
 
-    chosen = [case for width in bits for case in _layer_quantizers(width) if only is None or only in case[0]]
+    chosen = [case for width in bits for case in _layer_quantizers(width) if only(case[0])]
     rows = []
     for index, problem in enumerate(demo_model()):
         if index == limit:
@@ -140,7 +142,7 @@ def perplexity(
     bits: tuple[int, ...],
     group_sizes: tuple[int, ...],
     iterations: int,
-    only: str | None,
+    only: Only,
     seed: int,
 ) -> Iterator[Row]:
     """Every model through every quantizer, ours and others', from the same calibration windows."""
@@ -154,7 +156,7 @@ def perplexity(
             yield setting | _row(case, source, lambda made: _measured(window_nlls(made.model, held_out)))  # noqa: B023
 
 
-def _cases(bits: tuple[int, ...], group_sizes: tuple[int, ...], iterations: int, only: str | None) -> Iterator[Case]:
+def _cases(bits: tuple[int, ...], group_sizes: tuple[int, ...], iterations: int, only: Only) -> Iterator[Case]:
     here = peers.installed()
     for width in bits:
         seen = set()
@@ -163,7 +165,7 @@ def _cases(bits: tuple[int, ...], group_sizes: tuple[int, ...], iterations: int,
             found += _tuned(width, group_size)
             found += [case for case in peers.cases(width, group_size, iterations) if case.by in here]
             for case in found:
-                if case.label not in seen and (only is None or any(part in case.label for part in only.split(","))):
+                if case.label not in seen and only(case.label):
                     seen.add(case.label)  # those without groups come once
                     yield case
 
@@ -262,7 +264,7 @@ def _setting(windows: Tensor) -> Row:
 
 
 def finetune(
-    folder: Path, bits: tuple[int, ...], group_size: int, iterations: int, only: str | None, steps: int, seed: int
+    folder: Path, bits: tuple[int, ...], group_size: int, iterations: int, only: Only, steps: int, seed: int
 ) -> Iterator[Row]:
     """The models of `perplexity`, before and after the same LoRA training on a kind of text new to them."""
     source = _source(folder, seed)
@@ -396,7 +398,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, nargs="+", default=[ASSETS / "stories260K"], help="folders of models")
     parser.add_argument("--bits", type=int, nargs="+", default=list(BITS))
     parser.add_argument("--group_sizes", type=int, nargs="+", default=[64, 32])
-    parser.add_argument("--only", help="rows whose label holds this, or one of these parted by commas")
+    parser.add_argument("--only", default="", help="rows whose label holds this, or one of these parted by commas")
+    parser.add_argument("--without", help="no rows whose label holds this, or one of these")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration windows and of the adapters")
     parser.add_argument("--iterations", type=int, default=200, help="auto-round's steps for a block")
     parser.add_argument("--steps", type=int, default=120, help="of finetuning")
@@ -408,6 +411,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     bits, groups = tuple(args.bits), tuple(args.group_sizes)
+    wanted, unwanted = args.only.split(","), args.without.split(",") if args.without else []
+
+    def only(label: str) -> bool:
+        return any(part in label for part in wanted) and not any(part in label for part in unwanted)
+
     if args.section == "_encode":
         print(json.dumps(_encode_here(args.size)))
         return 0
@@ -420,11 +428,9 @@ def main(argv: list[str] | None = None) -> int:
         note(f"{peer} is not installed and left out")
     rows = {
         "mse": lambda: mse(args.vectors, args.checked),
-        "layers": lambda: layers(args.only, args.limit, bits),
-        "perplexity": lambda: perplexity(args.models, bits, groups, args.iterations, args.only, args.seed),
-        "finetune": lambda: finetune(
-            args.models[0], bits, groups[0], args.iterations, args.only, args.steps, args.seed
-        ),
+        "layers": lambda: layers(only, args.limit, bits),
+        "perplexity": lambda: perplexity(args.models, bits, groups, args.iterations, only, args.seed),
+        "finetune": lambda: finetune(args.models[0], bits, groups[0], args.iterations, only, args.steps, args.seed),
         "encode": lambda: iter([encode(args.size, args.threads)]),
     }[args.section]()
     for row in rows:

@@ -256,6 +256,6 @@ if __name__ == "__main__":
     logging.getLogger("llmtools").setLevel(logging.INFO)
     parser = auto_parser(Demo)
     try:
-        main(parser.instantiate_classes(parser.parse_args()))
+        main(parser.instantiate(parser.parse_args()))
     except InputError as error:
         sys.exit(f"demo: {error}")

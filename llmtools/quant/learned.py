@@ -13,8 +13,7 @@ travel ½ in all, from one neighbour of w/s to the other. The best iterate is ke
 Three things differ from the paper. Ranges start at those of a search for the best clipping, not at the extremes. The
 scale is rounded to the stored float16 *within* training, so what is packed is what was measured. And a weight that
 comes alone, outside of any block, is trained on its proxy loss tr(E H Eᵀ), from OPTQ's solution (arXiv:2210.17323),
-row by row: it ends no worse. On blocks that start gained nothing over round-to-nearest: of two starts the one that is
-closer to the weights ended lower, on three models.
+row by row: it ends no worse. On blocks that start gained nothing over round-to-nearest, which is where they start.
 
 Shapes: out, in — features; g — group size; G — groups in a row, the last may be shorter and is padded.
 """

@@ -169,8 +169,8 @@ def _product_type(x: Tensor) -> torch.dtype:
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of that half-precision type faster than float32.
 
-    Intel's AVX-512 has bfloat16 products, but at 60 % of float32's speed (Sapphire Rapids without AMX, torch 2.13:
-    5632 × 2048 with 128 tokens 37 ms, float32 24 ms, on one core).
+    Intel's AVX-512 has bfloat16 products, but without AMX they are slower than float32's (Sapphire Rapids, torch 2.13;
+    `python -m benchmarks.run layers` has both).
     """
     has = features()
     if dtype == torch.float16:

@@ -7,6 +7,7 @@
 | `hqq`        | affine   | proximal               | –               | Badri & Shaji 2023|
 | `awq`        | affine   | clipped                | rescale         | arXiv:2306.00978  |
 | `optq`       | affine   | sequential             | – / permutation | arXiv:2210.17323  |
+| `signround`  | affine   | learned (`learned.py`) | –               | arXiv:2309.05516  |
 | `quip`       | affine   | sequential             | signed Hadamard | arXiv:2307.13304  |
 | `quip_sharp` | lattice  | sequential, by eights  | signed Hadamard | arXiv:2402.04396  |
 """

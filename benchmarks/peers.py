@@ -145,6 +145,11 @@ def _gptqmodel(source: Source, method: str, bits: int, group_size: int, options:
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization.config import GPTAQConfig
 
+    for path, linear in linears(source.model()).items():  # what it does not take ends the program, from a thread
+        if linear.in_features % 32 or linear.out_features % 32:
+            raise ValueError(f"{path}: sizes must be multiples of 32")
+        if method == "awq" and linear.in_features % group_size:
+            raise ValueError(f"{path}: awq takes no short groups")
     options = dict(options)
     if "gptaq" in options:
         options["gptaq"] = GPTAQConfig(alpha=options["gptaq"])

@@ -43,10 +43,11 @@ unit: $(STAMP)
 # needs, so it comes without its dependencies, and the ones that it does need are named.
 test-interop:
 	$(MAKE) VENV=.venv-interop .venv-interop/.installed
-	.venv-interop/bin/python -m pip install --quiet bitsandbytes compressed-tensors gguf hqq optimum pillow -c constraints.txt
+	.venv-interop/bin/python -m pip install --quiet bitsandbytes compressed-tensors gguf hqq lm-eval optimum pillow -c constraints.txt
 	.venv-interop/bin/python -m pip install --quiet --no-deps gptqmodel Defuser Device-SMI LogBar PyPcre TokeNicer kernels \
 	    threadpoolctl torchao
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-interop/bin/python -m pytest -q tests/interop $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-interop/bin/python -m pytest -q tests/interop \
+	    tests/recipes/test_tasks.py tests/recipes/test_harness.py $(ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .
@@ -65,7 +66,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV): torch, transformers, peft, trl (a minute or more, once)"
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[train,plot,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[train,plot,eval,dev]' -c constraints.txt
 	@touch $(STAMP)
 
 clean:

@@ -5,6 +5,9 @@ The limit is the two products, at the speed of the machine's faster type.
 
 from __future__ import annotations
 
+import copy
+import functools
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,7 +41,10 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
 
 def peers(linear: nn.Linear) -> dict[str, nn.Module]:
     """Layers of other libraries with this weight: of those that are installed, and that work here."""
-    makers = {"bitsandbytes nf4": _bitsandbytes, "HQQ 4 bits": _hqq}
+    makers: dict[str, Callable[[nn.Linear], nn.Module]] = {"bitsandbytes nf4": _bitsandbytes}
+    for bits in (4, 3, 2):
+        makers[f"GPTQModel {bits} bits"] = functools.partial(_gptqmodel, bits=bits)
+        makers[f"HQQ {bits} bits"] = functools.partial(_hqq, bits=bits)
     found = {}
     for name, make in makers.items():
         try:
@@ -59,10 +65,27 @@ def _bitsandbytes(linear: nn.Linear) -> nn.Module:
     return layer.to("cpu")  # type: ignore[no-any-return]
 
 
-def _hqq(linear: nn.Linear) -> nn.Module:
+def _gptqmodel(linear: nn.Linear, bits: int) -> nn.Module:
+    """Its kernel in plain torch, with codes that have nothing to do with the weight: time is all that is asked."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its own count fails on small machines
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    layer = TorchLinear(
+        bits=bits, group_size=64, sym=True, desc_act=False,
+        in_features=IN, out_features=OUT, bias=False, register_buffers=True,
+    )  # fmt: skip
+    scales = torch.full((OUT, IN // 64), 0.01, dtype=torch.float16)
+    zeros = torch.full((OUT, IN // 64), 2 ** (bits - 1), dtype=torch.int32)
+    layer.pack(copy.deepcopy(linear).float(), scales, zeros, g_idx=torch.arange(IN, dtype=torch.int32) // 64)
+    layer.post_init()
+    return layer  # type: ignore[no-any-return]
+
+
+def _hqq(linear: nn.Linear, bits: int) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    config = BaseQuantizeConfig(nbits=bits, group_size=64)
+    config["weight_quant_params"]["optimize"] = False  # better codes take minutes, and no less time to read
     return HQQLinear(linear, config, compute_dtype=torch.bfloat16, device="cpu", del_orig=False)  # type: ignore[no-any-return]
 
 

@@ -202,6 +202,9 @@ def _auto_round(source: Source, method: str, bits: int, group_size: int, options
     from auto_round import AutoRound
 
     model = source.model()
+    for path, linear in linears(model).items():
+        if linear.in_features % 32 or linear.out_features % 32:
+            raise ValueError(f"{path}: sizes must be multiples of 32; others are left as they are")
     rows = torch.cat(source.calibration)
     text = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(8)]
     worker = AutoRound(

@@ -4,6 +4,7 @@
     python -m benchmarks.quality layers                     proxy loss of every linear of the demo model
     python -m benchmarks.quality perplexity --models DIR …  held-out text, beside other libraries in the same run
     python -m benchmarks.quality finetune                   the same after a LoRA budget, on another kind of text
+    python -m benchmarks.quality starts                     adapters from zero and from the quantization error
     python -m benchmarks.quality encode                     one large layer through quip_sharp: seconds and memory
     python -m benchmarks.quality table                      docs/results/quality.md, from the rows
 
@@ -286,14 +287,20 @@ def finetune(
 
 def _finetuned(model: nn.Module, text: Tensor, steps: int, seed: int) -> nn.Module:
     """LoRA as in the demo, text [n, CONTEXT]. On the dequantized weights: the same numbers as packed, and faster."""
+    from llmtools.nn.adapters import dequantize
+
+    return _trained(_adapted(dequantize(model, torch.float32), seed), text, steps, seed)
+
+
+def _adapted(model: nn.Module, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    from llmtools.nn import dequantize
-
     torch.manual_seed(seed)
-    frozen = dequantize(model, torch.float32).requires_grad_(False)
     config = LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0, target_modules=r".*layers.*_proj")
-    adapted: Any = get_peft_model(frozen, config)  # type: ignore[arg-type]
+    return get_peft_model(model.requires_grad_(False), config)  # type: ignore[arg-type]
+
+
+def _trained(adapted: Any, text: Tensor, steps: int, seed: int) -> nn.Module:
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
@@ -306,7 +313,42 @@ def _finetuned(model: nn.Module, text: Tensor, steps: int, seed: int) -> nn.Modu
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return adapted.eval()
+    trained: nn.Module = adapted.eval()
+    return trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# starts: adapters that begin with the quantization error
+
+
+def starts(folder: Path, bits: tuple[int, ...], group_size: int, only: Only, steps: int, seed: int) -> Iterator[Row]:
+    """Adapters of rank 8 that start from zero and from the error: before training, and after the same budget of it."""
+    from llmtools.nn.start import start_adapters
+
+    source = _source(folder, seed)
+    held_out = _windows(source, ASSETS / "tinystories" / "held_out.txt", WINDOWS)
+    text = _windows(source, ASSETS / "tinystories" / "train.txt", 10_000)
+    setting = {"model": folder.name, "text": "tinystories/held_out.txt", "seed": seed} | _setting(held_out)
+    setting |= {"training": f"tinystories/train.txt, LoRA r 8, {steps} steps of 8 windows"}
+    for width in bits:
+        for name in ("rtn", "optq", "quip_sharp"):
+            options = {"bits": width} | ({"group_size": group_size} if "group_size" in _options(name) else {})
+            label = f"llmtools {name} {width}-bit"
+            if not only(label):
+                continue
+            for start in ("zero", "error"):
+                model = source.model()
+                report = llmtools.quantize(model, name, source.calibration, adapter_rank=8, **options)
+                adapted = _adapted(model, seed)
+                if start == "error":
+                    start_adapters(adapted, report.starts)
+                before = window_nlls(adapted, held_out)
+                after = window_nlls(_trained(adapted, text, steps, seed), held_out)
+                yield setting | {
+                    "by": "llmtools", "method": name, "bits": width, "options": options, "label": label,
+                    "start": start, "bits_per_weight": report.bits_per_weight,
+                    "perplexity_before": math.exp(float(before.mean())),
+                } | _measured(after)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,7 +434,7 @@ def note(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = ("mse", "layers", "perplexity", "finetune", "encode", "table", "_encode")
+    sections = ("mse", "layers", "perplexity", "finetune", "starts", "encode", "table", "_encode")
     parser.add_argument("section", choices=sections, metavar="{" + ",".join(sections[:-1]) + "}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file that rows are appended to")
     parser.add_argument("--models", type=Path, nargs="+", default=[ASSETS / "stories260K"], help="folders of models")
@@ -431,6 +473,7 @@ def main(argv: list[str] | None = None) -> int:
         "layers": lambda: layers(only, args.limit, bits),
         "perplexity": lambda: perplexity(args.models, bits, groups, args.iterations, only, args.seed),
         "finetune": lambda: finetune(args.models[0], bits, groups[0], args.iterations, only, args.steps, args.seed),
+        "starts": lambda: starts(args.models[0], bits, groups[0], only, args.steps, args.seed),
         "encode": lambda: iter([encode(args.size, args.threads)]),
     }[args.section]()
     for row in rows:

@@ -30,23 +30,44 @@ def write(results: Path, page: Path = PAGE) -> str:
     return f"{page}: {len(rows)} rows in {len(names)} tables"
 
 
+_SAME = (
+    "section", "model", "by", "label", "method", "bits", "seed", "linear", "codebook", "distinct_values", "start",
+)  # fmt: skip
+
+
 def newest(rows: list[Row]) -> list[Row]:
     """The last of the rows that measure the same."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        keys = ("section", "model", "by", "label", "method", "bits", "seed", "linear", "codebook", "distinct_values")
+        keys = (
+            "section",
+            "model",
+            "by",
+            "label",
+            "method",
+            "bits",
+            "seed",
+            "linear",
+            "codebook",
+            "distinct_values",
+            "start",
+        )
         found[tuple(str(row.get(key)) for key in keys)] = row
     return list(found.values())
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Name → Markdown."""
-    by = {name: [row for row in rows if row["section"] == name] for name in ("mse", "layers", "perplexity", "finetune")}
+    by = {
+        name: [row for row in rows if row["section"] == name]
+        for name in ("mse", "layers", "perplexity", "finetune", "starts")
+    }
     made = {"mse": _mse(by["mse"]), "layers": _layers(by["layers"]), "verdict": _verdict(by["perplexity"])}
     made["same"] = _same_settings(by["perplexity"])
     for bits in (2, 3, 4):
         made[f"perplexity{bits}"] = _models(by["perplexity"], bits)
     made["finetune"] = _finetune(by["finetune"])
+    made["starts"] = _starts(by["starts"])
     made["encode"] = _encode([row for row in rows if row["section"] == "encode"])
     made["versions"] = _versions(rows)
     return {name: table for name, table in made.items() if table}
@@ -199,6 +220,20 @@ def _finetune(rows: list[Row]) -> str:
         if "perplexity" in row
     ]
     return _table(["", "bits stored", "before", "after"], lines)
+
+
+def _starts(rows: list[Row]) -> str:
+    pairs: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        pairs.setdefault((row["model"], row["label"]), {})[row["start"]] = row
+    lines = [
+        [model, label, f"{pair['zero']['bits_per_weight']:.2f}"]
+        + [f"{pair[start][key]:.2f}" for key in ("perplexity_before", "perplexity") for start in ("zero", "error")]
+        for (model, label), pair in pairs.items()
+        if len(pair) == 2
+    ]
+    head = ["", "", "bits stored", "before: from zero", "from the error", "after: from zero", "from the error"]
+    return _table(head, lines)
 
 
 def _encode(rows: list[Row]) -> str:

@@ -18,8 +18,11 @@ A case is a function that yields problems, registered by name:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -33,8 +36,12 @@ from typing import Any
 
 import torch
 
-MODULES = ("ops", "layers")
+MODULES = ("ops", "layers", "level")
 """Files beside this one that register cases; adding a case is adding a file and its name here."""
+
+
+Wanted = Callable[[str], bool]
+"""Whether a candidate of that name is to be measured."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class Problem:
     """what the machine needs at least; 0: not known"""
     limit: str = ""
     """why"""
+    make: Callable[[Wanted], tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]] | None = None
+    """(ours, baselines) of those wanted, where they take up so much that they are made when it is their turn"""
+    about: Callable[[str], dict[str, Any]] | None = None
+    """what else can be measured of a candidate, at length: columns of its record, with `--more`"""
 
 
 @dataclass
@@ -100,9 +111,20 @@ def case(name: str) -> Callable[[Case], Case]:
     return register
 
 
-def measure(problem: Problem, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    problem: Problem, rounds: int, wanted: Wanted = lambda name: True, more: bool = False
+) -> list[dict[str, Any]]:
     """One record for each candidate: wall and processor seconds, best and median, and ratios."""
     problem.check()
+    if problem.make is not None:
+        ours, baselines = problem.make(wanted)
+        problem = dataclasses.replace(problem, ours=ours, baselines=baselines)
+    else:
+        ours, baselines = (
+            {name: function for name, function in found.items() if wanted(name)}
+            for found in (problem.ours, problem.baselines)
+        )
+        problem = dataclasses.replace(problem, ours=ours, baselines=baselines)
     candidates = problem.ours | problem.baselines
     wall: dict[str, list[float]] = {name: [] for name in candidates}
     processor: dict[str, list[float]] = {name: [] for name in candidates}
@@ -113,7 +135,11 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, Any]]:
             if round:  # the first warms up
                 wall[name].append(time.perf_counter() - start)
                 processor[name].append(time.process_time() - start_processor)
-    base = next(iter(problem.baselines), None)
+    base, threads = next(iter(problem.baselines), None), torch.get_num_threads()
+
+    def fastest(name: str) -> float:
+        return min(min(wall[name]), min(processor[name]) / threads or float("inf"))
+
     return [
         {
             "problem": problem.label,
@@ -125,8 +151,10 @@ def measure(problem: Problem, rounds: int) -> list[dict[str, Any]]:
             "median_cpu_seconds": statistics.median(processor[name]),
             "cpu_ratio": statistics.median(processor[name]) / statistics.median(processor[base]) if base else None,
             "ratio_to": base,
-            "of_limit": problem.limit_seconds / min(wall[name]) if problem.limit_seconds else None,
+            "of_limit": problem.limit_seconds / fastest(name) if problem.limit_seconds else None,
             "limit": problem.limit,
+            "rounds": rounds,
+            **(problem.about(name) if more and problem.about else {}),
         }
         for name in candidates
     ]
@@ -147,10 +175,19 @@ def about(machine: Machine) -> dict[str, Any]:
             str(dtype).removeprefix("torch."): round(machine.matmul_speed(dtype) / 1e9)
             for dtype in (torch.float32, torch.bfloat16)
         },
-        "torch": torch.__version__,
+        **_versions(),
         "python": platform.python_version(),
         "commit": git.stdout.strip() or None,
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of torch, and of what is compared, where it is installed."""
+    found = {}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "gptqmodel", "hqq"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,6 +196,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--only", default="", metavar="TEXT", help="problems whose label contains this")
+    parser.add_argument("--candidates", default="", metavar="A,B", help="only these, by name")
+    parser.add_argument("--more", action="store_true", help="peaks of memory, too, where a case has them")
     parser.add_argument("--rounds", type=int, default=9, help="how often each candidate is timed")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch")
     parser.add_argument("--json", action="store_true", help="one JSON line a measurement instead of tables")
@@ -172,6 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if unknown else 0
     if args.threads:
         torch.set_num_threads(args.threads)
+    names = set(filter(None, args.candidates.split(",")))
     machine = Machine()
     where = about(machine)
     if not args.json:
@@ -179,7 +219,13 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.cases:
         for problem in CASES[name](machine):
             if args.only in problem.label:
-                _report(measure(problem, args.rounds), name, where, args.json, args.append)
+                _report(
+                    measure(problem, args.rounds, lambda name: not names or name in names),
+                    name,
+                    where,
+                    args.json,
+                    args.append,
+                )
     return 0
 
 
@@ -199,16 +245,24 @@ def _report(records: list[dict[str, Any]], name: str, where: dict[str, Any], as_
         ratio = f"{record['cpu_ratio']:.2f}" if record["cpu_ratio"] is not None else ""
         of_limit = f"{record['of_limit']:.0%}" if record["of_limit"] is not None else ""
         title = f"{'' if record['ours'] else '  '}{record['candidate']}"
+        more = "".join(
+            f"  {key.removesuffix('_bytes').replace('_', ' ')} {record[key] / 1e9:.2f} GB"
+            for key in ("weight_bytes", "peak_bytes", "peak_growth_bytes")
+            if key in record
+        )
         print(
-            f"  {title:<26}{times[0]:9.3f}{times[1]:9.3f}{times[2]:10.3f}{times[3]:9.3f}{ratio:>11}{of_limit:>10}",
+            f"  {title:<26}{times[0]:9.3f}{times[1]:9.3f}{times[2]:10.3f}{times[3]:9.3f}{ratio:>11}{of_limit:>10}"
+            + more,
             flush=True,
         )
 
 
 def _seconds(function: Callable[[], Any]) -> float:
-    start = time.perf_counter()
+    """On the wall, or of the processor for each thread, whichever is less: other programs may be running."""
+    start, start_processor = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - start
+    wall, processor = time.perf_counter() - start, time.process_time() - start_processor
+    return min(wall, processor / torch.get_num_threads()) if processor else wall
 
 
 if __name__ == "__main__":

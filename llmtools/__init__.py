@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .model.checkpoint import save as save
     from .model.hub import LLMToolsConfig as LLMToolsConfig
     from .model.quantize import quantize as quantize
+    from .model.share import push_to_hub as push_to_hub
     from .nn.adapters import dequantize as dequantize
     from .nn.adapters import merge as merge
     from .nn.adapters import prepare_for_training as prepare_for_training
@@ -53,6 +54,7 @@ _HOMES = {
     "merge": "nn.adapters",
     "perplexity": "data.metrics",
     "prepare_for_training": "nn.adapters",
+    "push_to_hub": "model.share",
     "quantize": "model.quantize",
     "quantizer": "quant",
     "quantizers": "quant",

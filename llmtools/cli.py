@@ -21,6 +21,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .errors import InputError, did_you_mean
+from .recipes.borrowed import SUMMARIES as BORROWED
+from .recipes.borrowed import run as borrowed
+from .recipes.oldwords import translated
+from .recipes.packaged import with_packaged
 
 
 class Verb(NamedTuple):
@@ -55,7 +59,8 @@ llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
         """\
 llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --lora.r 8 --lora.alpha 32 --training.max_steps 200
 llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200 --resume
-llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --training.num_train_epochs 1""",
+llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --training.num_train_epochs 1
+llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
     ),
     "evaluate": Verb(
         "evaluate",
@@ -64,7 +69,9 @@ llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --
         "measure a model on a task: perplexity, or answers",
         """\
 llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
-llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json""",
+llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json
+llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --limit 100
+llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
     ),
     "generate": Verb(
         "generate",
@@ -85,6 +92,38 @@ llmtools export --model QDIR --format gptq_v2 --out GPTQ
 llmtools export --model QDIR --adapter ADAPTER --format dense --out MERGED
 llmtools export --adapter ADAPTER --format lora --out LORA""",
     ),
+    "push": Verb(
+        "push",
+        "Push",
+        "push",
+        "share a model or an adapter on the Hugging Face hub",
+        """\
+llmtools push QDIR --repo owner/name --private
+llmtools push ADAPTER --repo owner/name --base_name owner/base --results scores.json --dry_run""",
+        positional="folder",
+    ),
+    "sweep": Verb(
+        "sweep",
+        "Sweep",
+        "sweep",
+        "quantize, finetune and measure in every combination, and draw the trade-off",
+        """\
+llmtools sweep sweep.yaml
+llmtools sweep sweep_demo --out demo-sweep
+llmtools sweep sweep_grid --model DIR --data.samsum FOLDER --data.mnli FOLDER --out grid
+llmtools sweep sweep.yaml --report_only""",
+        positional="config",
+    ),
+    "plan": Verb(
+        "plan",
+        "Plan",
+        "plan",
+        "say what a finetuning step will hold in memory",
+        """\
+llmtools plan --model DIR --quantizer optq --bits 2 --batch 1 --length 128
+llmtools plan --model owner/name --quantizer quip_sharp --device cuda --memory 24 --lora.r 16
+llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true --json""",
+    ),
     "check": Verb(
         "check",
         "Check",
@@ -99,7 +138,7 @@ llmtools check mypackage:MyQuantizer""",
         "listing",
         "List",
         "listing",
-        "show quantizers and tasks, or the options of one",
+        "show quantizers, tasks and recipes, or the options of one",
         """\
 llmtools list
 llmtools list optq""",
@@ -160,14 +199,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, args: list[str]) -> int:
+    if name in BORROWED:
+        return borrowed(name, args)
     if name not in VERBS:
-        raise InputError(f"no such command; {did_you_mean(name, VERBS)}")
+        raise InputError(f"no such command; {did_you_mean(name, [*VERBS, *BORROWED])}")
     verb = VERBS[name]
     module = importlib.import_module(f".recipes.{verb.module}", __package__)
     options = getattr(module, verb.options)
     if verb.positional and args and not args[0].startswith("-"):
         args = [f"--{verb.positional}", *args]
     as_json = "--json" in args
+    args = with_packaged(translated(name, args, _names(options)))
     parser = _parser(name, verb, options)
     recipe = _parse(parser, name, options, _flags([arg for arg in args if arg != "--json"], options))
     if recipe is None:
@@ -193,7 +235,9 @@ def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="config", help="a YAML of these options; flags after it override it")
+    parser.add_argument(
+        "--config", action="config", help="a YAML of these options, or the name of a packaged one; flags override it"
+    )
     parser.add_class_arguments(options, as_group=False)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -281,7 +325,7 @@ def _names(options: type[Any], prefix: str = "") -> list[str]:
 
 def _flags(args: list[str], options: type[Any]) -> list[str]:
     """``--resume`` alone means true: boolean options may go without a value."""
-    booleans = {f"--{field.name}" for field in dataclasses.fields(options) if field.type == "bool"}
+    booleans = {f"--{field.name}" for field in dataclasses.fields(options) if field.type in ("bool", "bool | None")}
     following = [*args, ""][1:]
     return [
         f"{arg}=true" if arg in booleans and after.lower() not in ("true", "false") else arg
@@ -290,8 +334,9 @@ def _flags(args: list[str], options: type[Any]) -> list[str]:
 
 
 def _overview() -> str:
-    width = max(map(len, VERBS))
-    commands = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    summaries = {name: verb.summary for name, verb in VERBS.items()} | BORROWED
+    width = max(map(len, summaries))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
     return f"""\
 usage: llmtools COMMAND [--config FILE.yaml] [--key value …] [--json]
 

@@ -44,6 +44,10 @@ class Registry(Generic[T]):
             self._import(name)
         return self.known(name)
 
+    def __getitem__(self, name: str) -> type[T]:
+        """``registry["optq"]`` is ``registry.get("optq")``, with its errors."""
+        return self.get(name)
+
     def known(self, name: str) -> type[T]:
         """The class behind a name that a *file* gave: registered or an installed plug-in's. Imports nothing else."""
         if name not in self._entries:

@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "llmtools"
 
 FLOORS = {
     "cli": 7,
+    "llms": 7,  # llms and engine are the porch: the published import paths, over the core and beside the command line
+    "engine": 7,
     "recipes": 6,
     "model": 5,
     "data": 5,

@@ -2,6 +2,7 @@
 
 from .calibration import calibration, text_ids
 from .metrics import Perplexity, perplexity
+from .sad import TrainSAD
 from .tasks import Task, tasks
 
-__all__ = ["Perplexity", "Task", "calibration", "perplexity", "tasks", "text_ids"]
+__all__ = ["Perplexity", "Task", "TrainSAD", "calibration", "perplexity", "tasks", "text_ids"]

@@ -1,10 +1,15 @@
-"""Continue prompts, one at a time: no padding, so an answer does not depend on its neighbours."""
+"""Continue prompts, and choose between continuations.
+
+One prompt at a time needs no padding, and an answer does not depend on its neighbours. In batches it is several times
+faster; prompts are padded on the left and the padding is masked, so answers are the same up to rounding.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 from .metrics import OnStep, model_positions
@@ -24,47 +29,170 @@ def complete(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    stop: tuple[str, ...] = (),
+    batch_size: int = 1,
     on_step: OnStep | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt: greedy at temperature 0, else drawn with `seed`.
 
-    Raises InputError if a prompt and `max_new_tokens` do not fit into the model's positions.
+    It ends at the end-of-text token, before the first of the strings in `stop`, or after `max_new_tokens`. What is
+    drawn depends on the batch size, too.
+
+    Raises InputError, before anything is generated, if a prompt and `max_new_tokens` do not fit into the model's
+    positions.
     """
-    positions = model_positions(model)
+    ids = [_prompt_ids(tokenizer, prompt, number) for number, prompt in enumerate(prompts, start=1)]
+    _check_room(model, ids, max_new_tokens)
     device = next(model.parameters()).device
-    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if temperature > 0:
         drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    was_training = model.training
-    model.eval()
-    outputs = []
-    try:
-        for done, prompt in enumerate(prompts):
-            batch = tokenizer(prompt, return_tensors="pt", verbose=False).to(device)
-            length = batch["input_ids"].shape[1]
-            if length == 0:
-                raise InputError(f"prompt {done + 1} is empty and the tokenizer adds no start token; write some words")
-            if positions is not None and length + max_new_tokens > positions:
-                raise InputError(
-                    f"prompt {done + 1} has {length} tokens; with max_new_tokens={max_new_tokens} that is more than "
-                    f"the model's {positions} positions; shorten one of the two"
-                )
+    outputs = [""] * len(prompts)
+    done = 0
+    with _evaluating(model):
+        for batch in _batches([len(each) for each in ids], batch_size):
+            inputs, mask = _padded([ids[index] for index in batch], _padding(tokenizer), left=True)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                torch.manual_seed(seed + done)
-                ids = model.generate(  # type: ignore[operator]
-                    input_ids=batch["input_ids"],
-                    attention_mask=batch["attention_mask"],
+                torch.manual_seed(seed + batch[0])
+                written = model.generate(  # type: ignore[operator]
+                    input_ids=inputs.to(device),
+                    attention_mask=mask.to(device),
                     max_new_tokens=max_new_tokens,
-                    pad_token_id=padding,
+                    pad_token_id=_padding(tokenizer),
                     **drawn,
+                    **_stopping(tokenizer, stop, inputs.shape[1]),
                 )
-            outputs.append(_text_after(tokenizer, ids[0].tolist(), length))
+            for index, row in zip(batch, written[:, inputs.shape[1] :].tolist(), strict=True):
+                text = _text_after(tokenizer, ids[index] + row, len(ids[index]))
+                ends = [at for at in map(text.find, stop) if at >= 0]
+                outputs[index] = text[: min(ends)] if ends else text
+            done += len(batch)
             if on_step is not None:
-                on_step(done + 1, len(prompts))
-    finally:
-        model.train(was_training)
+                on_step(done, len(prompts))
     return outputs
+
+
+@torch.no_grad()
+def choose(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    choices: list[str],
+    *,
+    batch_size: int = 1,
+    on_step: OnStep | None = None,
+) -> list[int]:
+    """For each prompt, which of `choices` the model finds likeliest after it: the largest sum of log-probabilities."""
+    device = next(model.parameters()).device
+    chosen = [0] * len(prompts)
+    done = 0
+    starts = [_prompt_ids(tokenizer, prompt, number) for number, prompt in enumerate(prompts, start=1)]
+    with _evaluating(model):
+        for batch in _batches([len(start) for start in starts], batch_size):
+            whole = [_ids(tokenizer, prompts[index] + choice) for index in batch for choice in choices]
+            _check_room(model, whole, 0)
+            begins = [_common(starts[index], whole[k]) for k, index in enumerate(i for i in batch for _ in choices)]
+            inputs, mask = _padded(whole, _padding(tokenizer), left=False)
+            logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            sums = [
+                _log_likelihood(logits[k, begin - 1 : len(row) - 1], row[begin:])
+                for k, (row, begin) in enumerate(zip(whole, begins, strict=True))
+            ]
+            for place, index in enumerate(batch):
+                own = sums[place * len(choices) : (place + 1) * len(choices)]
+                chosen[index] = max(range(len(choices)), key=own.__getitem__)
+            done += len(batch)
+            if on_step is not None:
+                on_step(done, len(prompts))
+    return chosen
+
+
+class _evaluating:
+    """The model in evaluation mode, and afterwards as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        self.model.train(self.was_training)
+
+
+def _log_likelihood(logits: Tensor, ids: list[int]) -> float:
+    """Σ log p(ids[i]) under logits [i, vocabulary]."""
+    logs = logits.float().log_softmax(-1)
+    return float(logs.gather(-1, torch.tensor(ids, device=logs.device)[:, None]).sum())
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many tokens two rows begin with in common; at least one, which there must be to predict from."""
+    same = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return max(same, 1)
+
+
+def _batches(lengths: list[int], size: int) -> list[list[int]]:
+    """Indices in batches; those of one batch are of about one length, so that little is padded."""
+    if size < 1:
+        raise InputError(f"batch_size={size}: at least 1 is needed")
+    order = range(len(lengths)) if size == 1 else sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [list(order[start : start + size]) for start in range(0, len(lengths), size)]
+
+
+def _padded(rows: list[list[int]], padding: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    """(ids, mask), int64 [rows, longest]."""
+    longest = max(map(len, rows))
+    fill = [[padding] * (longest - len(row)) for row in rows]
+    ids = [pad + row if left else row + pad for row, pad in zip(rows, fill, strict=True)]
+    mask = [[0] * len(pad) + [1] * len(row) for row, pad in zip(rows, fill, strict=True)]
+    if not left:
+        mask = [each[::-1] for each in mask]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    known = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return int(known or 0)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text, with one start token at most: a chat template may have written it already."""
+    begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+    return list(tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"])
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, number: int) -> list[int]:
+    ids = _ids(tokenizer, prompt)
+    if not ids:
+        raise InputError(f"prompt {number} is empty and the tokenizer adds no start token; write some words")
+    return ids
+
+
+def _check_room(model: nn.Module, ids: list[list[int]], max_new_tokens: int) -> None:
+    positions = model_positions(model)
+    for number, row in enumerate(ids, start=1):
+        if positions is not None and len(row) + max_new_tokens > positions:
+            raise InputError(
+                f"prompt {number} has {len(row)} tokens; with max_new_tokens={max_new_tokens} that is more than "
+                f"the model's {positions} positions; shorten one of the two"
+            )
+
+
+def _stopping(tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...], length: int) -> dict[str, Any]:
+    """The argument of `generate` that ends a row once one of `stop` is written after `length` tokens."""
+    if not stop:
+        return {}
+    from transformers import StoppingCriteria, StoppingCriteriaList
+
+    tail = max(map(len, stop)) + 1  # tokens: each is at least a character, but for pieces of one
+
+    class Written(StoppingCriteria):
+        def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+            texts = tokenizer.batch_decode(input_ids[:, max(length, input_ids.shape[1] - tail) :])
+            return torch.tensor([any(word in text for word in stop) for text in texts], device=input_ids.device)
+
+    return {"stopping_criteria": StoppingCriteriaList([Written()])}
 
 
 def _text_after(tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int) -> str:

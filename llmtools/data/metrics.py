@@ -1,10 +1,10 @@
-"""Perplexity, by the protocol behind the published figures.
+"""Perplexity, by the protocol behind the published figures; ROUGE.
 
-The text is one row of tokens. It is cut into consecutive windows of `context` tokens that do not overlap; a last,
-shorter window is dropped. Within a window each token but the first is predicted from those before it: context − 1
-predictions. Perplexity is the exponential of the mean over windows of the mean negative log-likelihood. A longer
-context sees more and gives a lower figure, so the context belongs to the result (2048 against 4096 moves LLaMA-2-7B
-from 5.47 to 5.12).
+For perplexity the text is one row of tokens. It is cut into consecutive windows of `context` tokens that do not
+overlap; a last, shorter window is dropped. Within a window each token but the first is predicted from those before it:
+context − 1 predictions. Perplexity is the exponential of the mean over windows of the mean negative log-likelihood. A
+longer context sees more and gives a lower figure, so the context belongs to the result (2048 against 4096 moves
+LLaMA-2-7B from 5.47 to 5.12).
 """
 
 from __future__ import annotations
@@ -84,6 +84,21 @@ def mean_nll(model: nn.Module, ids: Tensor) -> float:
         for part, target in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
     ]
     return float(torch.stack(losses).sum() / len(targets))
+
+
+def rouge(outputs: list[str], references: list[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, 2, L and Lsum with Porter stemming, from 0 to 1, by Google's `rouge-score`.
+
+    ROUGE-Lsum takes a line for a sentence, as `rouge-score` does; L and Lsum are the same for answers of one line.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise InputError(f"ROUGE is computed by rouge-score ({error}): pip install 'llmtools[eval]'") from error
+    names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(reference, output) for output, reference in zip(outputs, references, strict=True)]
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
 
 
 def model_positions(model: nn.Module) -> int | None:

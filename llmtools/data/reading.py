@@ -1,14 +1,16 @@
 """Text off the disk: documents for calibration and perplexity, rows for finetuning.
 
-Two kinds of file are read, plain or gzipped. A ``.txt`` is text; where a line says only ``<|endoftext|>`` one document
-ends and the next begins, and without such lines the file is one document. A ``.jsonl`` holds one JSON object a line.
-Everything that can be wrong with a line is said with the file and the line number, because that is what one then opens.
+Two kinds of file are read, plain or packed (``.gz``, ``.xz``). A ``.txt`` is text; where a line says only
+``<|endoftext|>`` one document ends and the next begins, and without such lines the file is one document. A ``.jsonl``
+holds one JSON object a line, a ``.json`` an array of objects. Everything that can be wrong with a line is said with the
+file and the line number (in an array, the number of the object), because that is what one then opens.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -40,7 +42,7 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The objects of a ``.jsonl`` file, or one ``{"text": …}`` for each document of a ``.txt`` file."""
+    """The objects of a ``.jsonl`` or ``.json`` file, or one ``{"text": …}`` for each document of a ``.txt`` file."""
     path = existing_file(path)
     if kind(path) == "txt":
         return [{"text": document} for document in read_documents(path)]
@@ -51,8 +53,11 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def enumerate_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number from 1, object) for each line of a JSONL file that is not blank."""
-    for number, line in enumerate(_lines(path), start=1):
+    """(line number from 1, object) for each line of a JSONL file that is not blank, or each object of a JSON array."""
+    if kind(path) == "json":
+        yield from _enumerate_array(path)
+        return
+    for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
         try:
@@ -69,11 +74,21 @@ def enumerate_rows(path: Path) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
+def _enumerate_array(path: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = json.loads("".join(lines_of(path)))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: this file is not JSON ({error.msg})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: an array of JSON objects is expected")
+    yield from enumerate(rows, start=1)
+
+
 def existing_file(path: str | Path) -> Path:
     """`path` as a Path, if there is a file; InputError otherwise."""
     path = Path(path).expanduser()
     if path.is_dir():
-        raise InputError(f"{path} is a folder; a .txt or .jsonl file (or .gz of one) is expected")
+        raise InputError(f"{path} is a folder; a .txt, .jsonl or .json file (or .gz, .xz of one) is expected")
     if not path.exists():
         raise InputError(f"there is no file {path} (looked in {Path.cwd()})")
     kind(path)
@@ -81,19 +96,21 @@ def existing_file(path: str | Path) -> Path:
 
 
 def kind(path: Path) -> str:
-    """``"txt"`` or ``"jsonl"``, by the name of the file without ``.gz``."""
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    """``"txt"``, ``"jsonl"`` or ``"json"``, by the name of the file without ``.gz`` or ``.xz``."""
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".xz")]
     suffix = suffixes[-1] if suffixes else ""
     if suffix in (".jsonl", ".ndjson"):
         return "jsonl"
-    if suffix in (".txt", ".raw", ".text", ".md"):
+    if suffix == ".json":
+        return "json"
+    if suffix in (".txt", ".raw", ".tokens", ".text", ".md"):
         return "txt"
-    raise InputError(f"{path}: the name should end in .txt or .jsonl (or .gz of these), not {suffix!r}")
+    raise InputError(f"{path}: the name should end in .txt or .jsonl or .json (or .gz, .xz of these), not {suffix!r}")
 
 
 def _split(path: Path) -> Iterator[str]:
     document: list[str] = []
-    for line in _lines(path):
+    for line in lines_of(path):
         if line.strip() == SEPARATOR:
             yield "".join(document)
             document = []
@@ -113,19 +130,22 @@ def _as_document(path: Path, number: int, row: Row) -> str:
     )
 
 
-def _lines(path: Path) -> Iterator[str]:
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of a file, unpacked, each with its newline."""
     try:
         with _open(path) as file:
             yield from file
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise InputError(f"{path} is not a whole gzip file: {error}") from error
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
+        raise InputError(f"{path} is not a whole {path.suffix[1:].replace('gz', 'gzip')} file: {error}") from error
 
 
 def _open(path: Path) -> TextIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
 
 

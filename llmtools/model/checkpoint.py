@@ -3,8 +3,9 @@
 The folder is what transformers writes (``config.json``, ``model*.safetensors``, the tokenizer's files), so every
 program that opens Hugging Face folders opens it after ``import llmtools``; `hub.py` says what is special about it.
 Beside it lies ``llmtools.json``: versions, quantizers, the base model, the report of the quantization. Nothing reads
-that file in order to load the model; it is for people, and for the next step's record. Where the quantization was
-asked for start values of adapters, they lie in ``lora_start.safetensors``.
+that file in order to load the model; it is for people, and for the next step's record. A model card (`card.py`) says
+the same in a README.md. Where the quantization was asked for start values of adapters, they lie in
+``lora_start.safetensors``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from ..errors import CheckpointError, InputError
 from ..files import check_free, writing
 from ..nn.start import Start
 from ..nn.swap import packed_bytes, quantized_linears
+from .card import write_card
 from .foreign import open_model, recognise
 from .hub import attach
 from .quantize import INCOMPLETE, Report
@@ -72,6 +74,7 @@ def save(
                 partial / STARTS,
                 metadata={"format": "pt"},
             )
+        write_card(partial, name=Path(folder).name)
     return Path(folder)
 
 
@@ -86,9 +89,26 @@ def load(folder: str | PathLike[str], **options: Any) -> tuple[Any, Any]:
 
     Raises CheckpointError, saying what is wrong with the folder.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    name = str(Path(folder).expanduser()) if Path(folder).expanduser().exists() else str(folder)
+    model = load_model(folder, **options)
+    name = _name_of(folder)
+    passed_on = {key: options[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in options}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **passed_on)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{name} has no tokenizer that can be opened ({_first_line(error)}); copy tokenizer.json and "
+            "tokenizer_config.json from the base model into it"
+        ) from error
+    return model, tokenizer
+
+
+def load_model(folder: str | PathLike[str], **options: Any) -> Any:
+    """The model alone, as `load` opens it: for a folder without a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    name = _name_of(folder)
     _check_loadable(name)
     options = {"use_safetensors": True, **options}
     options.pop("output_loading_info", None)
@@ -106,15 +126,7 @@ def load(folder: str | PathLike[str], **options: Any) -> tuple[Any, Any]:
         raise CheckpointError(
             f"{name}: the weights of {', '.join(lacking[:4])}{' and more' if len(lacking) > 4 else ''} are missing"
         )
-    passed_on = {key: options[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in options}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **passed_on)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{name} has no tokenizer that can be opened ({_first_line(error)}); copy tokenizer.json and "
-            "tokenizer_config.json from the base model into it"
-        ) from error
-    return model, tokenizer
+    return model
 
 
 def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
@@ -124,7 +136,7 @@ def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
     """
     from transformers.utils.hub import cached_file
 
-    name = str(Path(folder).expanduser()) if Path(folder).expanduser().exists() else str(folder)
+    name = _name_of(folder)
     try:
         file = cached_file(name, STARTS)
     except OSError as error:
@@ -151,6 +163,12 @@ def _check_savable(model: nn.Module) -> None:
         raise InputError(
             "the model is half quantized, because quantization was interrupted; load it and quantize again"
         )
+
+
+def _name_of(folder: str | PathLike[str]) -> str:
+    """A folder's path, or the name on the hub as it was given."""
+    path = Path(folder).expanduser()
+    return str(path) if path.exists() else str(folder)
 
 
 def _check_loadable(name: str) -> None:

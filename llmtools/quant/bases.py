@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..kernels.compiling import constant_result
 from ..kernels.hadamard import hadamard, rule_for
 from .base import Packed, TensorSpec
 from .grids.base import Grid
@@ -93,7 +94,9 @@ class SignedHadamard(Basis):
 
     W = diag(sv) Q_out W' Q_inᵀ diag(su), Q the orthogonal matrices of `kernels.hadamard`. Outliers are spread over
     whole rows and columns, W' looks Gaussian, and a matrix-wide grid suits it. With `scale` the entries of W' have mean
-    square scale² and sv carries the rest; without it sv is ±1 and the grid fits its own scales.
+    square scale², and sv carries the size of each row: that of the whole matrix alone, as published, would mix rows of
+    unequal size, and the small ones would drown in the error of the large. Without it sv is ±1 and the grid fits its
+    own scales.
 
     On the side of the inputs the transform's size is the next multiple of `block`, so that blocks of at least that
     order can be mixed: x is filled up with zeros. On the side of the outputs nothing is filled up; an odd number of
@@ -131,9 +134,9 @@ class SignedHadamard(Basis):
             for n in (in_features, out_features)
         )
         if self.scale is not None:
-            mean_square = weight.square().sum() / (out_features * self.columns(in_features))
-            size = (mean_square.sqrt() / self.scale).clamp_max(65504)
-            sv = sv * torch.where(mean_square > 0, size.clamp_min(2.0**-24), 0).to(torch.float16)
+            sizes = weight.square().mean(1).sqrt()  # [out]
+            sizes = sizes.clamp_min(1e-3 * sizes.max()) * (in_features / self.columns(in_features)) ** 0.5
+            sv = sv * torch.where(sizes > 0, (sizes / self.scale).clamp(2.0**-24, 65504), 0).to(torch.float16)
         return {"su": su, "sv": sv}
 
     def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
@@ -144,11 +147,11 @@ class SignedHadamard(Basis):
             inner[rows] = self._spread(weight[rows] * left[rows, None] / su)
         for columns in _chunks(inner.shape[1]):
             inner[:, columns] = self._transform(inner[:, columns].mT).mT
-        return inner, None if hessian is None else self._second_moment(hessian, su.to(hessian))
+        return inner, None if hessian is None else self.second_moment(hessian, state)
 
-    def _second_moment(self, hessian: Tensor, su: Tensor) -> Tensor:
-        """H of x -> that of x R; of a layer that never saw an input, the identity."""
-        size = self.columns(len(hessian))
+    def second_moment(self, hessian: Tensor, state: Packed) -> Tensor:
+        """H of x -> that of x R, a new tensor; of a layer that never saw an input, the identity."""
+        su, size = state["su"].to(hessian), self.columns(len(hessian))
         if not hessian.any():
             return torch.eye(size, dtype=hessian.dtype, device=hessian.device)
         turned = hessian.new_empty(size, size)
@@ -168,8 +171,13 @@ class SignedHadamard(Basis):
 
     def restore(self, inner: Tensor, state: Packed) -> Tensor:
         su, sv = state["su"].to(inner.dtype), state["sv"].to(inner.dtype)
-        mixed = hadamard(inner.mT, _rule(inner.shape[0])).mT  # Q_out W'
-        return hadamard(mixed, _rule(inner.shape[1]))[:, : len(su)] * su * sv[:, None]
+        weight = torch.empty_like(inner)
+        for columns in _chunks(inner.shape[1]):
+            weight[:, columns] = hadamard(inner[:, columns].mT, _rule(len(inner))).mT  # Q_out W'
+        for rows in _chunks(len(inner)):
+            weight[rows] = hadamard(weight[rows], _rule(inner.shape[1])) * sv[rows, None]
+            weight[rows, : len(su)] *= su
+        return weight[:, : len(su)].contiguous()
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
         return self._spread((x * (state["su"] / _guard(x))).to(x.dtype))
@@ -178,7 +186,7 @@ class SignedHadamard(Basis):
         return (hadamard(y, _rule(y.shape[-1])) * (state["sv"] * _guard(y))).to(y.dtype)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _rule(size: int) -> str:
     """The Hadamard matrix of that size, a constant to torch.compile, which does not look into caches."""
     return rule_for(size)
@@ -186,7 +194,7 @@ def _rule(size: int) -> str:
 
 def _chunks(length: int) -> list[slice]:
     """What is transformed at a time, so that a matrix takes up its place once and not three times."""
-    return [slice(start, min(start + 512, length)) for start in range(0, length, 512)]
+    return [slice(start, min(start + 64, length)) for start in range(0, length, 64)]
 
 
 def _guard(x: Tensor) -> float:

@@ -38,6 +38,16 @@ class Composed(Quantizer):
         return inner | self.basis.layout(out_features, in_features)
 
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        weight = self._checked(weight, hessian)
+        state: Packed = {}
+        if self.basis:
+            state = self.basis.draw(weight, hessian)
+            weight, hessian = self.basis.rotate(weight, hessian, state)
+        codes, params = self.rounding(weight, hessian, self.grid)
+        return self.grid.pack(codes, params, weight.shape[1]) | state
+
+    def _checked(self, weight: Tensor, hessian: Tensor | None) -> Tensor:
+        """The weight in float32 or wider, if it can be quantized."""
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         if weight.ndim != 2:
             raise InputError(f"{where()}a weight has shape [out, in], this has {list(weight.shape)}")
@@ -45,12 +55,7 @@ class Composed(Quantizer):
             raise InputError(f"{where()}NaN or inf in the weight; the model cannot be quantized as it is")
         if self.needs_hessian and hessian is None:
             raise InputError(f"{where()}{self.name} needs calibration data; give some, or choose rtn or nf4")
-        state: Packed = {}
-        if self.basis:
-            state = self.basis.draw(weight, hessian)
-            weight, hessian = self.basis.rotate(weight, hessian, state)
-        codes, params = self.rounding(weight, hessian, self.grid)
-        return self.grid.pack(codes, params, weight.shape[1]) | state
+        return weight
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.basis is None:

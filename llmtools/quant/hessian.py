@@ -9,6 +9,7 @@ Shapes: out, in — features; t — tokens.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,30 +67,30 @@ class Factors(NamedTuple):
 
     update: Tensor
     """M, unit upper (block) triangular [in, in]: column j takes Σ_{i<j} E_i M_ij."""
+    cost: Tensor
+    """The diagonal of D [in], for blocks of one: the proxy loss of a squared error in each column, fed forward."""
     damping: float
     """λ as a fraction of the mean diagonal of H: what was asked for, or more where that was not enough."""
 
 
 def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
-    """M alone of `factor`, in float64."""
-    factors = factor(hessian, width, damping, torch.float64)
+    """M alone of `factor`, in float64; the Hessian is kept."""
+    factors = factor(lambda: hessian.to(torch.float64, copy=True), width, damping)
     return None if factors is None else factors.update
 
 
-def factor(hessian: Tensor, width: int, damping: float, dtype: torch.dtype) -> Factors | None:
+def factor(hessian: Callable[[], Tensor], width: int, damping: float) -> Factors | None:
     """H + λI = M D Mᵀ with M unit upper triangular in blocks of `width`, which divides in, and D block diagonal.
 
-    A Cholesky factor of the reversed matrix, in float64, then rounded to `dtype`. Where that fails, the damping
-    λ = damping · mean(diag H) is doubled, up to the mean itself; None, with a log line, when even that is not positive
-    definite.
+    M is a Cholesky factor of the reversed matrix, in the place and the precision of what `hessian` gives, a new copy at
+    each call. Where that fails, the damping λ = damping · mean(diag H) is doubled, up to the mean itself;
+    None, with a log line, when even that is not positive definite.
     """
-    n, mean, tried = len(hessian), float(hessian.diagonal().double().mean()), damping
-    lower = torch.empty(hessian.shape, dtype=torch.float64, device=hessian.device).mT  # by columns: factored in place
-    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+    tried = damping
     while True:
-        for rows in _chunks(n):
-            lower[rows] = hessian[n - rows.stop : n - rows.start].flip(0, 1)
-        lower.diagonal().add_(tried * mean)
+        lower = _reverse(hessian().contiguous()).mT  # by columns: factored in place
+        lower.diagonal().add_(tried * float(lower.diagonal().double().mean()))
+        failed = torch.empty((), dtype=torch.int32, device=lower.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed and bool(torch.isfinite(lower.diagonal()).all()):
             break
@@ -102,6 +103,7 @@ def factor(hessian: Tensor, width: int, damping: float, dtype: torch.dtype) -> F
             )
             return None
         tried = min(1.0, max(2 * tried, 1e-4))
+        del lower
     if tried != damping:
         logger.warning(
             "%sthe Hessian is not positive definite with damping %g; used %g. More calibration tokens may help.",
@@ -109,19 +111,23 @@ def factor(hessian: Tensor, width: int, damping: float, dtype: torch.dtype) -> F
             damping,
             tried,
         )
+    cost = lower.diagonal().square().flip(0)
     if width == 1:
         lower /= lower.diagonal().clone()
     else:
-        for k in range(0, n, width):  # column blocks times the inverse of their diagonal block
+        for k in range(0, len(lower), width):  # column blocks times the inverse of their diagonal block
             block = slice(k, k + width)
             diagonal = lower[block, block].clone()
             lower[k:, block] = torch.linalg.solve_triangular(diagonal, lower[k:, block], upper=False, left=False)
-    update = torch.empty(hessian.shape, dtype=dtype, device=hessian.device)
-    for rows in _chunks(n):
-        update[rows] = lower[n - rows.stop : n - rows.start].flip(0, 1)
-    return Factors(update, tried)
+    return Factors(_reverse(lower.mT).mT, cost, tried)
 
 
-def _chunks(n: int) -> list[slice]:
-    """Rows that are turned around at a time, so that a large matrix takes up its place once."""
-    return [slice(start, min(start + 512, n)) for start in range(0, n, 512)]
+def _reverse(matrix: Tensor) -> Tensor:
+    """A contiguous matrix with rows and columns in reverse order, in place."""
+    flat, length, part = matrix.view(-1), matrix.numel(), 1 << 18
+    for start in range(0, length // 2, part):
+        stop = min(start + part, length // 2)
+        head = flat[start:stop].flip(0)
+        flat[start:stop] = flat[length - stop : length - start].flip(0)
+        flat[length - stop : length - start] = head
+    return matrix

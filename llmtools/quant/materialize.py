@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..kernels.compiling import constant_result
 from ..kernels.native import features
 
 DEFAULT_MATERIALIZE_BYTES = 4 * 2**20
@@ -82,6 +83,18 @@ def materialized_linear(x: Tensor, source: Rows, packed: dict[str, Tensor]) -> T
     return _forward(x, source, packed, _limits(x))  # generating text: the way through autograd takes some 10 µs
 
 
+def product(x: Tensor, source: Rows, packed: dict[str, Tensor]) -> Tensor:
+    """x [t, in] @ W.T -> [t, out], for whoever knows the gradient: nothing is recorded, autocast has no say."""
+    with torch.no_grad():
+        return _forward(x, source, packed, _limits(x))
+
+
+def gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features: int) -> Tensor:
+    """grad [t, out] @ W -> [t, in], likewise."""
+    with torch.no_grad(), _plain_types(grad):
+        return _gradient(grad, source, packed, in_features, *_limits(grad))
+
+
 def _forward(x: Tensor, source: Rows, packed: dict[str, Tensor], limits: tuple[int, int]) -> Tensor:
     with _plain_types(x):
         y = _product(x.reshape(-1, x.shape[-1]), source, packed, *limits)
@@ -93,7 +106,7 @@ def _limits(x: Tensor) -> tuple[int, int]:
     cpu = x.device.type == "cpu"
     budget = DEFAULT_MATERIALIZE_BYTES if cpu else DEVICE_MATERIALIZE_BYTES
     few = FEW_TOKENS.get(x.device.type, 0)
-    if cpu and _product_type(x).itemsize < 4:
+    if cpu and product_type(x).itemsize < 4:
         few = _FEW_BESIDE_MATRIX_UNITS
     return _budget if _budget is not None else budget, _few_tokens if _few_tokens is not None else few
 
@@ -126,7 +139,7 @@ def _product(x: Tensor, source: Rows, packed: dict[str, Tensor], budget: int, fe
     tokens, in_features = x.shape
     if tokens <= few and (y := source.multiply(x, packed)) is not None:
         return y
-    out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(_product_type(x))
+    out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(product_type(x))
     step = _rows_per_block(source, in_features, budget, inputs)
     if step >= out_features:
         return F.linear(inputs, source.dequantize(packed, slice(0, out_features), inputs.dtype)).to(dtype)
@@ -142,7 +155,7 @@ def _gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features
     tokens, out_features = grad.shape
     if tokens <= few and (grad_x := source.multiply(grad, packed, transposed=True)) is not None:
         return grad_x
-    dtype = _product_type(grad)
+    dtype = product_type(grad)
     step = _rows_per_block(source, in_features, budget, grad.new_empty(0, dtype=dtype))
     if step >= out_features:
         return (grad.to(dtype) @ source.dequantize(packed, slice(0, out_features), dtype)).to(grad.dtype)
@@ -159,13 +172,13 @@ def _gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features
     return grad_x.to(grad.dtype)
 
 
-def _product_type(x: Tensor) -> torch.dtype:
+def product_type(x: Tensor) -> torch.dtype:
     """The type in which x is multiplied: its own, or float32 where the processor is faster in that."""
     half = x.dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if half and x.device.type == "cpu" and not _multiplies(x.dtype) else x.dtype
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices of that half-precision type faster than float32.
 

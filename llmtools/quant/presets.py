@@ -17,8 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from ..errors import InputError
-from .base import quantizers
+from .base import Packed, quantizers
 from .bases import Basis, Permutation, Rescale, SignedHadamard
 from .composed import Composed
 from .grids.affine import BITS, Affine
@@ -28,6 +31,7 @@ from .grids.lattice import SCALE, Lattice
 from .grids.scalar import check_group_size
 from .proximal import Proximal
 from .rounding import Clipped, Nearest, Rounding, Sequential
+from .suited import row_gains, suited_share
 
 
 @quantizers.register("rtn")
@@ -239,7 +243,8 @@ class QuIPSharp(Composed):
     bits: int = 2
     """2, 3 or 4."""
     scale: float | None = None
-    """Standard deviation of the weights on the grid; by default what suits Gaussian ones best, 1.03, 0.98 or 1.03."""
+    """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
+    weights best, 1.03, 0.98 or 1.03, downwards."""
     residual_scale: float | None = None
     """How much larger the error of the first two bits is coded for the others; by default 2.04 at 3 bits, 3.45 at 4."""
     damping: float = 0.01
@@ -263,13 +268,31 @@ class QuIPSharp(Composed):
         return Lattice(self.bits, self.residual_scale)
 
     @property
-    def rounding(self) -> Rounding:
+    def rounding(self) -> Sequential:
         return Sequential(self.damping, passes=self.passes)
 
     @property
-    def basis(self) -> Basis:
+    def basis(self) -> SignedHadamard:
         scale = SCALE[self.bits] if self.scale is None else self.scale
         return SignedHadamard(self.seed, scale, rules=self.hadamard)
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        weight = self._checked(weight, hessian)
+        assert hessian is not None
+        hessian, basis = hessian.to(weight.device), self.basis
+        state = basis.draw(weight, hessian)
+        inner, _ = basis.rotate(weight, None, state)
+        if self.scale is None:
+            share = suited_share(inner, basis.second_moment(hessian, state), self.grid)
+            inner *= share
+            state["sv"] = (state["sv"].float() / share).to(torch.float16)
+        codes, params = self.rounding.sweep(inner, lambda: basis.second_moment(hessian, state), self.grid)
+        columns = inner.shape[1]
+        del inner
+        packed = self.grid.pack(codes, params, columns) | state
+        gains = row_gains(weight, self.dequantize(packed, dtype=weight.dtype), hessian)
+        packed["sv"] = (packed["sv"].to(gains) * gains).clamp(-65504, 65504).to(torch.float16)
+        return packed
 
 
 def _check(name: str, bits: int, group_size: int) -> None:

@@ -14,6 +14,7 @@ divide `in`, weights are filled up with zeros that no input sees, and codes are 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,8 @@ class Sequential(Rounding):
     """One sweep over the columns with linear feedback: GPTQ, OPTQ, LDLQ and block-LDLQ.
 
     A group's grid is fitted when the sweep reaches it, to weights that carry the feedback of *all* earlier columns
-    (GPTQ's own code leaves out those of the current block of 128, which is worse for smaller groups).
+    (GPTQ's own code leaves out those of the current block of 128, which is worse for smaller groups). With H + λI =
+    M D Mᵀ the loss is Σ_j D_jj e_j² in the errors e of rounding alone, so D is what the grid's search for a range minds.
     """
 
     damping: float = 0.01
@@ -105,43 +107,59 @@ class Sequential(Rounding):
     def __call__(self, weight: Tensor, hessian: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
         if hessian is None:
             raise InputError(f"{where()}this rounding needs calibration data: pass a Hessian")
-        weight, hessian = clear_dead(weight, hessian.to(weight.device))
-        weight, hessian = _filled(weight, grid.width), _filled_hessian(hessian, grid.width)
-        perm = torch.argsort(hessian.diagonal(), descending=True, stable=True) if self.order else None
-        in_order = hessian if perm is None else hessian[perm][:, perm]
-        factors = factor(in_order, grid.width, self.damping, weight.dtype)
+        weight, seen = clear_dead(weight, hessian.to(weight.device))
+        return self.sweep(weight.clone(), lambda: seen.to(torch.float64, copy=True), grid)
+
+    def sweep(self, weight: Tensor, hessian: Callable[[], Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
+        """As a call, for large weights: W [out, in] becomes W − Ŵ, and H is made when it is needed.
+
+        `hessian` gives a new copy each time, [in, in], in the precision to work in. So three matrices of the weight's
+        size are never in memory at once.
+        """
+        weight = _filled(weight, grid.width)
+
+        def moment() -> Tensor:
+            own = hessian()
+            own.diagonal().masked_fill_(own.diagonal() == 0, 1)
+            return _filled_hessian(own, grid.width)
+
+        perm = torch.argsort(moment().diagonal(), descending=True, stable=True) if self.order else None
+        factors = factor(moment if perm is None else lambda: moment()[perm][:, perm], grid.width, self.damping)
         if factors is None:
             return Nearest()(weight, None, grid)
-        update, damping = factors
+        update, cost, damping = factors.update.to(weight.dtype), factors.cost.to(weight.dtype), factors.damping
+        del factors
         if self.static_groups or perm is not None:
             codes, params = _sweep_static(weight, update, grid, perm)
         else:
-            codes, params = _sweep(weight, update, grid)
+            codes, params = _sweep(weight, update, cost, grid)
+        del update
         if self.passes:
-            codes = _descend(weight, hessian.to(weight.dtype), damping, grid, codes, params, self.passes)
+            codes = _descend(weight, moment().to(weight.dtype), damping, grid, codes, params, self.passes)
         return codes, params
 
 
-def _sweep(weight: Tensor, update: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Groups fitted on the way. update is M of `feedback`, [in, in]."""
-    span, width = grid.span(weight.shape[1]), grid.width
-    error = torch.zeros_like(weight)  # W − Ŵ of the columns done
+def _sweep(error: Tensor, update: Tensor, cost: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Groups fitted on the way. update and cost are of `factor`; columns of W become those of W − Ŵ when done."""
+    span, width = grid.span(error.shape[1]), grid.width
     codes, params = [], []
-    for first in range(0, weight.shape[1], span):
-        last = min(first + span, weight.shape[1])
+    for first in range(0, error.shape[1], span):
+        last = min(first + span, error.shape[1])
         fed = error[:, :first] @ update[:first, first:last] if first else None
-        settled = 0 if fed is None else _settled(fed, update[first:last, first:last])
-        params.append(grid.fit(weight[:, first:last] + settled))
+        group = error[:, first:last]
+        if fed is not None:
+            group = group + _settled(fed, update[first:last, first:last])
+        params.append(grid.fit(group, cost[first:last]))
         for start in range(first, last, _CHUNK):
             stop = min(start + _CHUNK, last)
-            target = weight[:, start:stop] + error[:, first:start] @ update[first:start, start:stop]
+            target = error[:, start:stop] + error[:, first:start] @ update[first:start, start:stop]
             if fed is not None:
                 target += fed[:, start - first : stop - first]
             for j in range(start, stop, width):
                 column = slice(j, j + width)
                 x = target[:, j - start : j - start + width] + error[:, start:j] @ update[start:j, column]
                 codes.append(grid.nearest(x, params[-1]))
-                error[:, column] = weight[:, column] - grid.value(codes[-1], params[-1])
+                error[:, column] -= grid.value(codes[-1], params[-1])
     return torch.cat(codes, 1), torch.stack(params, 1)
 
 
@@ -160,48 +178,50 @@ def _sweep_static(weight: Tensor, update: Tensor, grid: Grid, perm: Tensor | Non
     assert grid.width == 1
     _, params = Nearest()(weight, None, grid)
     group = torch.arange(weight.shape[1], device=weight.device) // grid.span(weight.shape[1])
+    error = weight
     if perm is not None:
-        weight, group = weight[:, perm], group[perm]
-    error = torch.zeros_like(weight)
+        error, group = weight[:, perm], group[perm]
     codes: list[Tensor] = []
     of_column = group.tolist()
-    for start in range(0, weight.shape[1], _CHUNK):
-        stop = min(start + _CHUNK, weight.shape[1])
-        target = weight[:, start:stop] + error[:, :start] @ update[:start, start:stop]
+    for start in range(0, error.shape[1], _CHUNK):
+        stop = min(start + _CHUNK, error.shape[1])
+        target = error[:, start:stop] + error[:, :start] @ update[:start, start:stop]
         for j in range(start, stop):
             x = target[:, j - start, None] + error[:, start:j] @ update[start:j, j, None]
             fitted = params[:, of_column[j]]
             codes.append(grid.nearest(x, fitted))
-            error[:, j, None] = weight[:, j, None] - grid.value(codes[-1], fitted)
+            error[:, j, None] -= grid.value(codes[-1], fitted)
     swept = torch.cat(codes, 1)
-    return swept if perm is None else torch.empty_like(swept).index_copy_(1, perm, swept), params
+    if perm is None:
+        return swept, params
+    weight[:, perm] = error
+    return torch.empty_like(swept).index_copy_(1, perm, swept), params
 
 
 def _descend(
-    weight: Tensor, hessian: Tensor, damping: float, grid: Grid, codes: Tensor, params: Tensor, passes: int
+    error: Tensor, hessian: Tensor, damping: float, grid: Grid, codes: Tensor, params: Tensor, passes: int
 ) -> Tensor:
     """Codes after passes over the columns, last to first; each chooses anew with all others fixed.
 
     With G = E (H + λI) the loss as a function of the values v of block k is least at v + G_k H_kk⁻¹; the code nearest
-    to that is taken in the rows where it lowers the loss, which in a block of one column it always does.
+    to that is taken in the rows where it lowers the loss, which in a block of one column it always does. error [out, in]
+    and the Hessian, here damped, are changed in place.
     """
-    width, span = grid.width, grid.span(weight.shape[1])
-    codes, error = codes.clone(), weight.clone()
-    for j in range(0, weight.shape[1], width):
-        error[:, j : j + width] -= grid.value(codes[:, j // width, None], params[:, j // span])
-    damped = hessian.clone()
-    damped.diagonal().add_(damping * hessian.diagonal().mean())
-    blocks = [damped[j : j + width, j : j + width] for j in range(0, len(damped), width)]
+    width, span = grid.width, grid.span(error.shape[1])
+    codes = codes.clone()
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    blocks = [hessian[j : j + width, j : j + width] for j in range(0, len(hessian), width)]
     inverses = torch.linalg.inv(torch.stack(blocks))  # H_kk⁻¹
     for _ in range(passes):
-        changed = torch.zeros((), dtype=torch.bool, device=weight.device)
-        for start in reversed(range(0, weight.shape[1], _CHUNK)):
-            chunk = slice(start, min(start + _CHUNK, weight.shape[1]))
-            inner = damped[chunk, chunk]
-            slope = error @ damped[:, chunk]  # G, [out, chunk]
+        changed = torch.zeros((), dtype=torch.bool, device=error.device)
+        for start in reversed(range(0, error.shape[1], _CHUNK)):
+            chunk = slice(start, min(start + _CHUNK, error.shape[1]))
+            inner = hessian[chunk, chunk]
+            slope = error @ hessian[:, chunk]  # G, [out, chunk]
             for j in reversed(range(start, chunk.stop, width)):
                 here, column, k = slice(j - start, j - start + width), slice(j, j + width), j // width
-                fitted, values = params[:, j // span], weight[:, column] - error[:, column]
+                fitted = params[:, j // span]
+                values = grid.value(codes[:, k, None], fitted)
                 wish = values + slope[:, here] @ inverses[k]
                 proposed = grid.nearest(wish, fitted).to(codes.dtype)
                 step = grid.value(proposed, fitted) - values  # the error becomes error − step

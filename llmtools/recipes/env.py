@@ -55,6 +55,7 @@ def env(recipe: Env | None = None) -> Environment:
     uses: dict[str, tuple[tuple[str, ...], str]] = {
         "finetune": (("trl", "datasets"), "llmtools[train]"),
         "pictures": (("matplotlib",), "llmtools[plot]"),
+        "serve": (("fastapi", "uvicorn", "openai"), "llmtools[serve]"),
     }
     return Environment(
         python=sys.version.split()[0],

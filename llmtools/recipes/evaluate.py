@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -17,10 +19,20 @@ class Evaluate:
     """folder or hub name, quantized or not; by default what the adapter was trained on"""
     adapter: str | None = None
     """folder of an adapter"""
+    load: str | None = None
+    """nf4 or int8: quantize a plain model with bitsandbytes while it loads; by default as the adapter was trained"""
     task: str = "perplexity"
     """what to measure; `llmtools list` shows the tasks"""
+    harness: str | list[str] | None = None
+    """tasks of EleutherAI's lm_eval instead: arc_easy,hellaswag or a task's .yaml; --options are lm_eval's, such as
+    --options.num_fewshot 5"""
     data: str | None = None
-    """the task's data: for perplexity a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub"""
+    """the task's data: for perplexity a .txt or .jsonl file (.gz, .xz too), or wikitext2 | c4 from the hub; for a task
+    that knows its data set: a file, a folder (of which the test split is taken), or the task's name (from the hub)"""
+    limit: int | None = None
+    """judge by so many examples only, spread over the data; for perplexity the first so many windows"""
+    batch_size: int = 1
+    """prompts at a time; more is faster, and equal up to rounding"""
     context: int | None = None
     """perplexity: tokens in a window; by default the model's positions, at most 2048; a result belongs to it"""
     options: dict[str, Any] = field(default_factory=dict)
@@ -52,42 +64,34 @@ class Evaluation:
         details = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
             for key, value in self.details.items()
-            if key != self.measure
+            if key != self.measure and "/" not in key
         )
+        parts = [f"  {key:<56} {value:.4f}" for key, value in self.details.items() if "/" in key]
         on = f"{self.model} + {self.adapter}" if self.adapter else self.model
         return (
-            f"{self.measure} {self.value:.4f}  ({details})\n{on}: {self.bits_per_weight:.2f} bits a weight, "
-            f"{self.weight_bytes / 2**20:.2f} MiB of linear weights"
+            "\n".join([f"{self.measure} {self.value:.4f}  ({details})", *parts])
+            + f"\n{on}: {self.bits_per_weight:.2f} bits a weight, {self.weight_bytes / 2**20:.2f} MiB of linear weights"
         )
 
 
 def evaluate(recipe: Evaluate) -> Evaluation:
     """Measures a model on a task."""
-    from ..data.tasks import make_task
-    from ..progress import progress
-    from .loading import import_plugins, model_and_adapter, open_model, quiet_libraries, with_current_folder
+    from .loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries
 
     began = time.monotonic()
-    if ":" in recipe.task:
-        with_current_folder()
-    given: dict[str, Any] = {"data": recipe.data, "context": recipe.context}
-    if recipe.task == "text" and "validation_data" not in recipe.options:
-        given["validation_data"] = recipe.data
-    for key in recipe.options:
-        if given.get(key) is not None:
-            raise InputError(f"{key!r} is given twice: as --{key} and among the options")
-    task = make_task(recipe.task, **{**{k: v for k, v in given.items() if v is not None}, **recipe.options})
-    _check_data(recipe)
+    if (recipe.limit is not None and recipe.limit < 1) or recipe.batch_size < 1:
+        raise InputError(f"limit={recipe.limit}, batch_size={recipe.batch_size}: at least 1 is expected")
+    judge = _harness(recipe) if recipe.harness else _task(recipe)
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
+    load = recipe.load or (loaded_as(adapter) if recipe.model is None else None)
     quiet_libraries()
     import_plugins(recipe.plugin)
-    model, tokenizer = open_model(name, adapter=adapter, trust_remote_code=recipe.trust_remote_code)
-    with progress(recipe.task, unit="steps") as step:
-        details = task.evaluate(model, tokenizer, on_step=step)
+    model, tokenizer = open_model(name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code)
+    details = judge(model, tokenizer)
     measure = next(iter(details))
     bits, size = linear_weights(model)
     return Evaluation(
-        task=recipe.task,
+        task=",".join(_names(recipe.harness)) if recipe.harness else recipe.task,
         measure=measure,
         value=float(details[measure]),
         details=details,
@@ -99,13 +103,74 @@ def evaluate(recipe: Evaluate) -> Evaluation:
     )
 
 
+Judge = Callable[[Any, Any], dict[str, Any]]
+"""(model, tokenizer) -> measures, the one that counts first."""
+
+
+def _task(recipe: Evaluate) -> Judge:
+    """One of our tasks. What is wrong with its options or data is said here, before minutes of loading."""
+    from ..data.tasks import make_task
+    from ..progress import progress
+    from .loading import with_current_folder
+
+    if ":" in recipe.task:
+        with_current_folder()
+    given: dict[str, Any] = {"data": recipe.data, "context": recipe.context}
+    if recipe.task in ("text", "chat") and "validation_data" not in recipe.options:
+        given["validation_data"] = recipe.data
+    for key in recipe.options:
+        if given.get(key) is not None:
+            raise InputError(f"{key!r} is given twice: as --{key} and among the options")
+    task = make_task(recipe.task, **{**{k: v for k, v in given.items() if v is not None}, **recipe.options})
+    _check_data(recipe)
+
+    def judge(model: Any, tokenizer: Any) -> dict[str, Any]:
+        with progress(recipe.task, unit="steps") as step:
+            return task.evaluate(model, tokenizer, limit=recipe.limit, batch_size=recipe.batch_size, on_step=step)
+
+    return judge
+
+
+def _harness(recipe: Evaluate) -> Judge:
+    """Tasks of lm_eval, which shows progress of its own."""
+    from .harness import harness, import_harness
+
+    import_harness()
+    for key in ("data", "context"):
+        if getattr(recipe, key) is not None:
+            raise InputError(f"--{key} does not go with --harness: tasks of lm_eval name their own data")
+
+    def judge(model: Any, tokenizer: Any) -> dict[str, Any]:
+        return harness(
+            model,
+            tokenizer,
+            _names(recipe.harness),
+            limit=recipe.limit,
+            batch_size=recipe.batch_size,
+            options=recipe.options,
+        )
+
+    return judge
+
+
+def _names(harness: str | list[str] | None) -> list[str]:
+    given = harness.split(",") if isinstance(harness, str) else harness or []
+    return [name.strip() for name in given if name.strip()]
+
+
 def _check_data(recipe: Evaluate) -> None:
     """Finds a missing file before minutes of loading, for the tasks that read one."""
     from ..data.calibration import HUB
     from ..data.reading import existing_file
 
-    if recipe.task in ("perplexity", "text") and recipe.data is not None and recipe.data not in HUB:
-        existing_file(recipe.data)
+    if recipe.task in ("perplexity", "wikitext2", "c4", "text", "chat") and recipe.data not in (None, *HUB):
+        existing_file(str(recipe.data))
+    elif (
+        recipe.data is not None
+        and recipe.data.startswith((".", "/", "~"))
+        and not Path(recipe.data).expanduser().exists()
+    ):
+        raise InputError(f"there is no file or folder {recipe.data} (looked in {Path.cwd()})")
 
 
 def linear_weights(model: Any) -> tuple[float, int]:
@@ -120,9 +185,19 @@ def linear_weights(model: Any) -> tuple[float, int]:
         if isinstance(module, QuantizedLinear):
             tensors = list(module.packed.values())
         elif isinstance(module, nn.Linear) and module is not head and "lora_" not in path:
-            tensors = [module.weight]
+            tensors = [module.weight, *scales_of(module)]
         else:
             continue
         weights += module.in_features * module.out_features
         stored += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return 8 * stored / max(weights, 1), stored
+
+
+def scales_of(linear: Any) -> list[Any]:
+    """What bitsandbytes keeps beside the codes of a linear: scales, for NF4 in two stages."""
+    nf4 = getattr(linear.weight, "quant_state", None)
+    stages = [] if nf4 is None else [nf4.absmax, nf4.offset, getattr(nf4.state2, "absmax", None)]
+    int8 = getattr(linear.weight, "SCB", None)
+    if int8 is None:  # it moves there with the first product
+        int8 = getattr(getattr(linear, "state", None), "SCB", None)
+    return [tensor for tensor in (*stages, int8) if tensor is not None]

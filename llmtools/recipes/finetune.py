@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -54,16 +55,21 @@ class Finetune:
     model: str
     """folder or hub name of the model"""
     data: str
-    """what to train on: .txt, or .jsonl with "text", or "prompt" and "completion", or "messages" (.gz too)"""
+    """what to train on: .txt, or .jsonl with "text", or "prompt" and "completion", or "messages" (.gz too); for a task
+    that knows its data set, such as samsum: a file, a folder with a file a split, or the task's name (from the hub)"""
     out: str
     """folder to write the adapter to"""
     validation: float | str = 0.0
-    """a file to validate on, or the share of the data held out for it, such as 0.1"""
+    """a file to validate on, or the share of the data held out for it, such as 0.1; 0: the data set's own split"""
+    limit: int | None = None
+    """use so many examples only, spread over the data"""
     lora: Lora = Lora()
     """the adapter"""
     training: dict[str, Any] = field(default_factory=dict)
     """any argument of trl.SFTConfig: --training.max_steps 200 --training.learning_rate 2e-4 --training.packing true
     --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig"""
+    load: str | None = None
+    """nf4 or int8: quantize a plain model with bitsandbytes while it loads, for QLoRA and LLM.int8() as baselines"""
     task: str = "text"
     """where the rows come from; `llmtools list` shows the tasks"""
     options: dict[str, Any] = field(default_factory=dict)
@@ -107,10 +113,11 @@ class Finetuned:
         )
 
 
-def finetune(recipe: Finetune) -> Finetuned:
-    """Trains adapters and writes them as a PEFT folder."""
+def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
+    """Trains adapters and writes them as a PEFT folder; `callbacks` are told of each step, as the Trainer's are."""
     from ..data.tasks.base import needs_chat_template
     from ..files import check_free, writing
+    from ..model.card import write_card
     from ..model.checkpoint import load_starts
     from ..nn.start import start_adapters
     from .loading import check_model, import_plugins, open_model, quiet_libraries
@@ -120,28 +127,32 @@ def finetune(recipe: Finetune) -> Finetuned:
     out = Path(recipe.out).expanduser()
     work = out.with_name(f"{out.name}.training")
     check_model(recipe.model)
-    if not recipe.resume:
+    if not recipe.resume and _is_first():
         check_free(out, overwrite=recipe.overwrite)
-    train, validation, words = _rows(recipe)
+    task, train, validation, words = _rows(recipe)
+    quiet_libraries()
     _check_training(recipe.training)
     config = _lora_config(recipe)
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
-    quiet_libraries()
     import_plugins(recipe.plugin)
-    model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    model, tokenizer = open_model(recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
     if tokenizer.eos_token is None:
         raise InputError(f"{recipe.model}: its tokenizer has no end-of-text token, which training teaches to write")
-    arguments = _arguments(recipe, work, model, words["form"], bool(validation))
+    arguments = _arguments(recipe, work, model, words["form"], bool(validation), task.max_length())
+    train, validation = (_shortened(rows, task, tokenizer, arguments["max_length"]) for rows in (train, validation))
     train, left_out = _fitting(train, tokenizer, arguments, "training")
     validation, _ = _fitting(validation, tokenizer, arguments, "validation")
 
     with _working(recipe, out, work) as checkpoint:
         run = record("finetune", recipe, words=words, training=arguments, base_model=_lasting_name(recipe.model))
-        write_json(work / "run.json", run)
-        trainer = _trainer(model, tokenizer, arguments, config, train, validation, work / "metrics.jsonl", checkpoint)
+        if _is_first():
+            write_json(work / "run.json", run)
+        trainer = _trainer(
+            model, tokenizer, arguments, config, train, validation, work / "metrics.jsonl", checkpoint, callbacks
+        )
         if starts is not None and checkpoint is None:
             start_adapters(trainer.model, starts)
         for adapter in trainer.model.peft_config.values():
@@ -158,14 +169,18 @@ def finetune(recipe: Finetune) -> Finetuned:
             left_out=left_out,
             seconds=time.monotonic() - began,
         )
-        with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
-            trainer.model.save_pretrained(folder)
-            if (work / "metrics.jsonl").exists():
-                shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-            write_json(folder / "run.json", {**run, "result": asdict(result)})
-            if (last := _last_checkpoint(work)) is not None:
-                shutil.copytree(last, folder / "checkpoints" / last.name)
-    shutil.rmtree(work, ignore_errors=True)
+        if _is_first():
+            with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
+                trainer.model.save_pretrained(folder)
+                if (work / "metrics.jsonl").exists():
+                    shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
+                write_json(folder / "run.json", {**run, "result": asdict(result)})
+                write_card(folder, name=out.name)  # in place of PEFT's empty form
+                if (last := _last_checkpoint(work)) is not None:
+                    shutil.copytree(last, folder / "checkpoints" / last.name)
+        _together()  # nobody goes on, or ends, before the adapter is on the disk
+    if _is_first():
+        shutil.rmtree(work, ignore_errors=True)
     return result
 
 
@@ -176,18 +191,37 @@ def finetune(recipe: Finetune) -> Finetuned:
 def _working(recipe: Finetune, out: Path, work: Path) -> Iterator[Path | None]:
     """Makes the folder to work in ready, and gives the checkpoint to go on from, if any.
 
-    A run that ends early leaves its folder if there is a checkpoint in it, and nothing otherwise.
+    A run that ends early leaves its folder if there is a checkpoint in it, and nothing otherwise. Of several processes
+    the first makes and clears folders, and the others wait for it.
     """
-    checkpoint = _begin(recipe, out, work)
+    checkpoint = _begin(recipe, out, work) if _is_first() else None
+    _together()
+    if recipe.resume and not _is_first():
+        checkpoint = _last_checkpoint(work)
     try:
         yield checkpoint
     except BaseException as error:
+        if not _is_first():
+            raise
         last = _last_checkpoint(work)
         if last is None:
             shutil.rmtree(work, ignore_errors=True)
         elif isinstance(error, KeyboardInterrupt):
             log.warning("stopped; --resume goes on from %s", last)
         raise
+
+
+def _is_first() -> bool:
+    """Whether this is the only process of the run, or the first of those that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _together() -> None:
+    """Waits until each process of the run has come here."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
 
 
 def _begin(recipe: Finetune, out: Path, work: Path) -> Path | None:
@@ -226,7 +260,7 @@ def _check_same(recipe: Finetune, run: Path) -> None:
         log.warning("%s cannot be read; whether the recipe is still the same is not known", run)
         return
     now = json.loads(json.dumps(asdict(recipe), default=str))
-    for key in ("model", "data", "validation", "lora", "task", "options", "seed"):
+    for key in ("model", "load", "data", "validation", "limit", "lora", "task", "options", "seed"):
         if before.get(key) != now[key]:
             raise InputError(
                 f"--resume: {key} was {before.get(key)!r} and is {now[key]!r}; go on with the same, or begin anew with "
@@ -245,19 +279,19 @@ def _lasting_name(model: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _rows(recipe: Finetune) -> tuple[list[Row], list[Row], dict[str, Any]]:
-    """(training rows, validation rows, the words they are in), checked before anything is loaded."""
-    from ..data.tasks import make_task
+def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
+    """(task, training rows, validation rows, the words they are in), checked before anything is loaded."""
+    from ..data.tasks import make_task, tasks
+    from ..data.tasks.base import spread
     from ..data.tasks.text import form_of
     from .loading import with_current_folder
 
     if ":" in recipe.task:
         with_current_folder()
-    options = {"data": recipe.data, **recipe.options}
-    if recipe.task == "text":
-        options = {"validation_data": recipe.validation, "seed": recipe.seed, **options}
-    task = make_task(recipe.task, **options)
-    train, validation = task.train(), task.validation()
+    known = {each.name for each in fields(tasks.get(recipe.task))}  # type: ignore[arg-type]
+    given = {"data": recipe.data, "validation_data": recipe.validation, "seed": recipe.seed}
+    task = make_task(recipe.task, **{key: given[key] for key in given if key in known}, **recipe.options)
+    train, validation = (spread(rows, recipe.limit) for rows in (task.train(), task.validation()))
     if not train:
         raise InputError(f"{recipe.data}: there is nothing to train on")
     form = form_of(train[0])
@@ -269,7 +303,7 @@ def _rows(recipe: Finetune) -> tuple[list[Row], list[Row], dict[str, Any]]:
         words = template._asdict() if template is not None else None
     if form == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = _turns(train), _turns(validation)
-    return train, validation, {"form": form, "template": words}
+    return task, train, validation, {"form": form, "template": words}
 
 
 def _turns(rows: list[Row]) -> list[Row]:
@@ -284,6 +318,23 @@ def _turns(rows: list[Row]) -> list[Row]:
         for index, message in enumerate(row["messages"])
         if message["role"] == "assistant" and index > 0
     ]
+
+
+def _shortened(rows: list[Row], task: Any, tokenizer: Any, limit: int | None) -> list[Row]:
+    """Rows with nothing but the fields of their form, prompts shortened as the task does it, with room for the answer.
+
+    A prompt that cannot be short enough stays as it is; `_fitting` leaves it out.
+    """
+    from ..data.tasks.text import FORMS
+
+    short = []
+    for row in rows:
+        if "prompt" in row and isinstance(row["prompt"], str):
+            answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
+            with suppress(InputError):
+                row = task.fitted(row, tokenizer, limit and limit - len(answer) - 1)
+        short.append({key: row[key] for form in FORMS.values() for key in form if key in row})
+    return short
 
 
 def _fitting(rows: list[Row], tokenizer: Any, arguments: dict[str, Any], what: str) -> tuple[list[Row], int]:
@@ -391,10 +442,13 @@ def _lora_config(recipe: Finetune) -> Any:
         raise InputError(f"lora: {error}") from error
 
 
-def _arguments(recipe: Finetune, work: Path, model: Any, form: str, validates: bool) -> dict[str, Any]:
+def _arguments(
+    recipe: Finetune, work: Path, model: Any, form: str, validates: bool, length: int | None = None
+) -> dict[str, Any]:
     """The arguments of SFTConfig: ours where the user gave none.
 
-    Adapters are float32; on a GPU that knows bfloat16 the activations are bfloat16, on a CPU nothing is gained by it.
+    Adapters are float32. "bf16" computes with them in bfloat16 (autocast), on a GPU that can. On a CPU only for a model
+    that is bfloat16 itself: then nothing is lost by it, and PEFT keeps no float32 copy of each layer's input.
     Checkpointing recomputes activations to save memory, which on a CPU is worth less than its time.
     """
     import torch
@@ -403,13 +457,16 @@ def _arguments(recipe: Finetune, work: Path, model: Any, form: str, validates: b
 
     gpu = torch.cuda.is_available()
     positions = model_positions(model)
+    cpu = not gpu and not torch.accelerator.is_available()
+    half = cpu and model.get_input_embeddings().weight.dtype == torch.bfloat16
     ours: dict[str, Any] = {
         "learning_rate": 2e-4,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
-        "bf16": gpu and torch.cuda.is_bf16_supported(),
+        "bf16": torch.cuda.is_bf16_supported() if gpu else half,
+        "use_cpu": cpu,
         "gradient_checkpointing": gpu,
-        "max_length": min(1024, positions or 1024),
+        "max_length": min(length or 1024, positions or length or 1024),
         "packing": form == "text",
         "save_strategy": "steps",
         "save_steps": 0.1,
@@ -452,6 +509,7 @@ def _trainer(
     validation: list[Row],
     metrics: Path,
     checkpoint: Path | None,
+    callbacks: Sequence[Any] = (),
 ) -> Any:
     """TRL's trainer with our record of what happens in place of its printing."""
     try:
@@ -469,19 +527,67 @@ def _trainer(
     datasets.disable_progress_bars()
     prepare_for_training(model, gradient_checkpointing=args.gradient_checkpointing)
     try:
-        trainer = SFTTrainer(
+        trainer = _lean(SFTTrainer)(
             model=model,
             args=args,
             train_dataset=datasets.Dataset.from_list(train),
             eval_dataset=datasets.Dataset.from_list(validation) if validation else None,
             processing_class=tokenizer,
             peft_config=config,
-            callbacks=[_watch(metrics, checkpoint)],
+            callbacks=[_watch(metrics, checkpoint), *callbacks],
         )
     except ValueError as error:  # a target module that is not there, arguments that exclude each other, …
         raise InputError(f"this cannot be trained: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _lean(trainer: type) -> type:
+    """SFTTrainer with the loss of `nn/loss.py` in training, where that says the same; elsewhere its own.
+
+    TRL's makes no logits either, but makes them again for the backward, and in the type of the activations.
+    """
+    import torch
+
+    from ..nn.loss import CausalLoss
+
+    class Lean(trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            plain = (
+                getattr(self.args, "loss_type", "nll") in ("nll", "chunked_nll")
+                and self.label_smoother is None
+                and self.compute_loss_func is None
+                and not getattr(self, "aux_loss_enabled", False)
+                and getattr(self.accelerator, "parallelism_config", None) is None
+            )
+            self.causal_loss = CausalLoss(self.model) if plain else None
+            self.hits: list[Any] = []
+
+        def compute_loss(
+            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            found = None
+            if self.causal_loss is not None and model.training and not return_outputs:
+                found = self.causal_loss(model, inputs)
+            if found is None:
+                return super().compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                )
+            self.hits.append(torch.stack([found.correct, found.tokens]))
+            if num_items_in_batch is None:
+                return found.sum / found.tokens.clamp(min=1)
+            loss = found.sum / torch.as_tensor(num_items_in_batch).to(found.sum).clamp(min=1)
+            return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+        def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if self.hits and "loss" in logs:
+                correct, tokens = torch.stack(self.hits).sum(0).tolist()
+                logs = {**logs, "mean_token_accuracy": correct / max(tokens, 1)}
+                self.hits.clear()
+            super().log(logs, start_time)
+
+    return Lean
 
 
 def _watch(metrics: Path, checkpoint: Path | None) -> Any:
@@ -493,7 +599,8 @@ def _watch(metrics: Path, checkpoint: Path | None) -> Any:
     from ..progress import progress
 
     begun = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    _forget_after(metrics, begun)
+    if _is_first():
+        _forget_after(metrics, begun)
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""List what there is: quantizers and tasks, one line each; or the options of one."""
+"""List what there is: quantizers, tasks and packaged recipes, one line each; or the options of one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class List:
-    """Show the quantizers and tasks, plug-ins included; with a name, the options of that one."""
+    """Show the quantizers, tasks and packaged recipes, plug-ins included; with a name, the options of that one."""
 
     name: str | None = None
-    """a quantizer or task (module:Class too), to see its options"""
+    """a quantizer, a task (module:Class too) or a recipe, to see its options"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, to list it, too"""
 
@@ -33,7 +33,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """A quantizer or task."""
+    """A quantizer, a task or a packaged recipe."""
 
     kind: str
     name: str
@@ -68,6 +68,7 @@ def listing(recipe: List) -> Listing:
     from ..data.tasks import tasks
     from ..quant import quantizers
     from .loading import import_plugins, with_current_folder
+    from .packaged import packaged, summary
 
     import_plugins(recipe.plugin)
     registries: list[tuple[str, Any]] = [("quantizer", quantizers), ("task", tasks)]
@@ -75,6 +76,7 @@ def listing(recipe: List) -> Listing:
         entries = [
             entry_of(kind, name, registry.get(name)) for kind, registry in registries for name in registry.names()
         ]
+        entries += [Entry("recipe", name, summary(file), []) for name, file in packaged().items()]
         return Listing(entries, detailed=False)
     if ":" in recipe.name:
         with_current_folder()
@@ -87,9 +89,11 @@ def listing(recipe: List) -> Listing:
         for kind, registry in registries
         if recipe.name in registry.names()
     ]
+    if recipe.name in packaged():
+        found.append(Entry("recipe", recipe.name, packaged()[recipe.name].read_text(encoding="utf-8"), []))
     if not found:
-        names = [name for _, registry in registries for name in registry.names()]
-        raise InputError(f"there is no quantizer or task {recipe.name!r}; {did_you_mean(recipe.name, names)}")
+        names = [name for _, registry in registries for name in registry.names()] + list(packaged())
+        raise InputError(f"there is no quantizer, task or recipe {recipe.name!r}; {did_you_mean(recipe.name, names)}")
     return Listing(found, detailed=True)
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +22,80 @@ _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
 def open_model(
-    name: str, *, adapter: str | None = None, trust_remote_code: bool = False
+    name: str, *, adapter: str | None = None, load: str | None = None, trust_remote_code: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
 
-    Weights keep the type of the checkpoint. The model goes to the GPU if there is one.
+    Weights keep the type of the checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes
+    to the GPU if there is one.
     """
     import torch
 
-    from ..model.checkpoint import load
+    from ..model.checkpoint import load as load_checkpoint
 
     check_model(name)
     if adapter is not None:
         check_adapter(adapter)
     options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    if load is not None:
+        options["quantization_config"] = bitsandbytes_config(name, load)
     try:
-        model, tokenizer = load(name, dtype="auto", **options)
+        model, tokenizer = load_checkpoint(name, dtype="auto", **options)
     except ValueError as error:
         raise _unreadable(name, error) from error
     if torch.cuda.is_available() and getattr(model, "hf_device_map", None) is None:
         model = model.to("cuda")
+    if load == "nf4" and not torch.cuda.is_available():
+        _use_plain_kernel(model)
     if adapter is not None:
         model = _with_adapter(model, adapter)
     model.eval()
     return model, tokenizer
+
+
+def bitsandbytes_config(name: str, kind: str) -> Any:
+    """How transformers has bitsandbytes quantize a plain model: nf4 as in QLoRA (arXiv:2305.14314), its constants
+    quantized, too, or int8 (LLM.int8(), arXiv:2208.07339)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if kind not in ("nf4", "int8"):
+        raise InputError(f"--load {kind}: nf4 or int8 is expected")
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"--load {kind} is done by bitsandbytes: pip install 'llmtools[bitsandbytes]'")
+    config = Path(name).expanduser() / "config.json"
+    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("quantization_config"):
+        raise InputError(f"--load {kind}: {name} is quantized already; give the plain model")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    wide = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if wide else torch.float32,
+    )
+
+
+def _use_plain_kernel(model: Any) -> None:
+    """Keeps bitsandbytes' 4-bit layers from repacking their weights for AVX-512 when they first infer.
+
+    The repacked form takes only outputs in multiples of 32 (0.50), and here training goes on after an evaluation.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def loaded_as(adapter: str | None) -> str | None:
+    """How the base of an adapter was quantized while it was loaded (`--load`), by the adapter's run.json."""
+    if adapter is None:
+        return None
+    try:
+        run = json.loads((Path(adapter).expanduser() / "run.json").read_text(encoding="utf-8"))
+        return dict(run["recipe"]).get("load")
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def check_model(name: str) -> None:
@@ -123,6 +175,7 @@ def quiet_libraries() -> None:
         return
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product of int8 layers
 
 
 def _with_adapter(model: Any, adapter: str) -> Any:

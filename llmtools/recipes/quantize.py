@@ -80,6 +80,7 @@ def quantize(recipe: Quantize) -> Quantized:
     from ..data.metrics import model_positions
     from ..data.reading import existing_file
     from ..files import check_free
+    from ..model.card import write_card
     from ..model.checkpoint import save
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
@@ -131,6 +132,7 @@ def quantize(recipe: Quantize) -> Quantized:
         table=report.table(),
     )
     write_json(Path(recipe.out) / "run.json", record("quantize", recipe, report=result.report))
+    write_card(Path(recipe.out))  # anew: now it knows the calibration text
     return result
 
 

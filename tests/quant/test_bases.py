@@ -64,8 +64,8 @@ def test_the_proxy_loss_does_not_depend_on_the_coordinates(basis: Basis, shape: 
     state = basis.draw(weight, hessian)
     rotated, turned = basis.rotate(weight, hessian, state)
     assert turned is not None
-    if "sv" in state:  # the scale of the matrix
-        rotated = rotated * state["sv"].abs()[:1].float()
+    if "sv" in state:  # the size of each row
+        weight = weight / state["sv"].abs()[:, None].float()
     before, after = ((w @ h * w).sum() for w, h in ((weight, hessian), (rotated, turned)))
     torch.testing.assert_close(before, after, rtol=1e-4, atol=0)
 

@@ -189,3 +189,28 @@ def test_backward_keeps_only_packed_tensors(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         made.linear(torch.randn(1000, 64, requires_grad=True), packed).sum()
     assert max(t.numel() for t in kept) <= max(t.numel() for t in packed.values())
+
+
+def test_the_lattice_takes_small_rows_beside_large_ones() -> None:
+    """The rotation mixes rows; each is brought to the same size first, so that the small do not drown."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=g) * torch.logspace(0, -2, 64)[:, None]
+    x = torch.randn(400, 64, generator=g)
+    hessian = x.T @ x / 400
+    made = quantizer("quip_sharp", bits=2)
+    approximation = made.dequantize(made.quantize(weight, hessian))
+    relative = (weight - approximation).square().sum(1) / weight.square().sum(1)
+    assert relative.max() < 0.25
+
+
+def test_the_lattice_finds_a_size_for_weights_that_rotation_leaves_uneven() -> None:
+    """One singular value outweighs the others: at the Gaussian size the lattice cuts off the tails."""
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(64, 1, generator=g) @ torch.randn(1, 64, generator=g) + 0.3 * torch.randn(64, 64, generator=g)
+    x = torch.randn(400, 64, generator=g)
+    hessian = x.T @ x / 400
+    losses = []
+    for scale in (1.03, None):
+        made = quantizer("quip_sharp", bits=4, passes=0, scale=scale)
+        losses.append(proxy_loss(weight, made.dequantize(made.quantize(weight, hessian)), hessian))
+    assert losses[1] < 0.9 * losses[0]

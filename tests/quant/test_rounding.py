@@ -58,7 +58,8 @@ def column_loop(
     span = n if group_size == -1 else group_size
     for j in range(n):
         if j % span == 0:
-            scale, zero = Affine(bits, clip=clip).fit(weight[:, j : j + span]).unbind(-1)
+            cost = inverse.diagonal()[j : j + span].pow(-2)
+            scale, zero = Affine(bits, clip=clip).fit(weight[:, j : j + span], cost).unbind(-1)
         codes[:, j] = (torch.round(weight[:, j] / scale) + zero).clamp(0, 2**bits - 1)
         values[:, j] = scale * (codes[:, j] - zero)
         error = (weight[:, j] - values[:, j]) / inverse[j, j]

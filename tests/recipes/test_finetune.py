@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,36 @@ def test_the_loss_is_on_the_completion_alone(stories: Path, data: str, tmp_path:
     assert tokenizer.decode(learned).strip() == "He gave 0 balls to them.</s>"
 
 
+def test_our_loss_is_that_of_trl(packed: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {**TRAINING, "gradient_accumulation_steps": 2}
+    finetune(recipe(packed, data, tmp_path / "ours", training=training))
+    monkeypatch.setattr("llmtools.recipes.finetune._lean", lambda trainer: trainer)
+    finetune(recipe(packed, data, tmp_path / "trl", training=training))
+    records = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("ours", "trl")
+    ]
+    for ours, trl in zip(*records, strict=True):
+        for key in ours.keys() & {"loss", "grad_norm", "mean_token_accuracy"}:
+            assert ours[key] == pytest.approx(trl[key], rel=1e-3, abs=0.02 if "accuracy" in key else 1e-6), key
+    ours_adapter, trl_adapter = adapter(tmp_path / "ours"), adapter(tmp_path / "trl")
+    assert all(torch.allclose(ours_adapter[name], trl_adapter[name], atol=1e-4) for name in trl_adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bfloat16_model_computes_in_bfloat16_and_keeps_float32_adapters(
+    dtype: torch.dtype, stories: Path, data: str, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(stories, dtype=dtype).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "model")
+    finetune(recipe(tmp_path / "model", data, tmp_path / "a"))
+    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert run["training"]["bf16"] == (dtype == torch.bfloat16)
+    assert {tensor.dtype for tensor in adapter(tmp_path / "a").values()} == {torch.float32}
+
+
 def test_an_answer_is_never_cut_without_a_word(
     stories: Path, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -231,3 +262,43 @@ def test_a_missing_extra_is_named(stories: Path, data: str, tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(InputError, match=r"pip install 'llmtools\[train\]'"):
         finetune(recipe(stories, data, tmp_path / "a"))
+
+
+def test_of_several_processes_only_the_first_makes_and_clears_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmtools.recipes import finetune as module
+
+    monkeypatch.setattr(module, "_together", lambda: None)
+    out, work = tmp_path / "a", tmp_path / "a.training"
+    made = recipe("model", "data", out)
+    monkeypatch.setenv("RANK", "1")
+    with module._working(made, out, work) as checkpoint:
+        assert checkpoint is None and not work.exists()
+    monkeypatch.setenv("RANK", "0")
+    with module._working(made, out, work):
+        assert work.is_dir()
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(KeyError), module._working(made, out, work):
+            raise KeyError
+        assert work.is_dir()
+        monkeypatch.setenv("RANK", "0")
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_adapter(packed: str, data: str, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    out = tmp_path / "a"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    command = [sys.executable, *launcher, "-m", "llmtools.cli"]
+    words = ["finetune", "--model", packed, "--data", data, "--out", str(out), "--lora.r", "2"]
+    words += [word for key, value in TRAINING.items() for word in (f"--training.{key}", str(value))]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # a group of CPU processes
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
+    assert adapter(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "train.jsonl"]

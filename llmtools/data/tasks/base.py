@@ -18,8 +18,12 @@ group ``llmtools.tasks`` if it lives in another package:
             return self.train()
 
 A row has one of three forms, those of TRL: ``{"text"}`` (every token is learned), ``{"prompt", "completion"}`` and
-``{"messages"}``, a chat in the tokenizer's own template. `score` judges what the model wrote against the rows; the
-default is exact match. `evaluate` generates greedily and scores; a task judged otherwise (perplexity) replaces it.
+``{"messages"}``, a chat in the tokenizer's own template; it may have other fields beside, for the score. There are
+three splits: `train`, `validation` to choose a checkpoint by, and `test`, which is reported and never chosen by.
+`score` judges what the model wrote against the rows; the default is exact match. `evaluate` generates greedily and
+scores; a task judged otherwise (perplexity) replaces it.
+
+A task over the records of a known data set is shorter still: see `records.DataTask`.
 """
 
 from __future__ import annotations
@@ -27,12 +31,13 @@ from __future__ import annotations
 import dataclasses
 import string
 from abc import ABC
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...errors import InputError, did_you_mean
 from ...registry import Registry
 from ..generation import complete
-from ..metrics import OnStep
+from ..metrics import OnStep, model_positions
 from ..reading import Row
 
 if TYPE_CHECKING:
@@ -61,7 +66,9 @@ class Task(ABC):
 
     name: ClassVar[str]
     template: ClassVar[Template | None] = None
-    max_new_tokens: ClassVar[int] = 64
+    stop: ClassVar[tuple[str, ...]] = ()
+    """An answer ends before the first of these strings."""
+    max_new_tokens: int = 64
     """How long an answer may get in `evaluate`."""
 
     def train(self) -> list[Row]:
@@ -69,8 +76,23 @@ class Task(ABC):
         raise InputError(f"task {self.name!r} has nothing to train on; it only evaluates")
 
     def validation(self) -> list[Row]:
-        """Rows held out of training, to choose by and to judge on; none by default."""
+        """Rows held out of training, to choose a checkpoint by; none by default."""
         return []
+
+    def test(self) -> list[Row]:
+        """Rows to report on, which nothing was chosen by; where a task has no such split, its validation rows."""
+        return self.validation()
+
+    def fitted(self, row: Row, tokenizer: PreTrainedTokenizerBase, room: int | None = None) -> Row:
+        """The row, or one with a shorter prompt: of the task's own limit, and at most `room` tokens.
+
+        A task that knows what a prompt can spare replaces this. The answer is never cut.
+        """
+        return row
+
+    def max_length(self) -> int | None:
+        """Tokens of a whole training example, if the task has limits of its own."""
+        return None
 
     def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
         """Judges `outputs[i]`, the model's answer to `rows[i]`; the measure that counts comes first."""
@@ -78,15 +100,70 @@ class Task(ABC):
         return {"exact_match": sum(hits) / len(hits)}
 
     def evaluate(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, on_step: OnStep | None = None
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int | None = None,
+        batch_size: int = 1,
+        on_step: OnStep | None = None,
     ) -> dict[str, Any]:
-        """Measures of `model` on the validation rows, the one that counts first, JSON-ready."""
-        rows = self.validation()
+        """Measures of `model` on the test rows (on `limit` of them), the one that counts first, JSON-ready."""
+        rows, shortened = self.test_rows(model, tokenizer, limit)
+        outputs = complete(
+            model,
+            tokenizer,
+            [prompt_text(row, tokenizer, where=f"row {index + 1}") for index, row in enumerate(rows)],
+            max_new_tokens=self.max_new_tokens,
+            stop=self.stop,
+            batch_size=batch_size,
+            on_step=on_step,
+        )
+        return {**self.score(outputs, rows), **self.counts(rows, shortened)}
+
+    def counts(self, rows: list[Row], shortened: int) -> dict[str, int]:
+        """How many examples were judged, and how many of them with a shortened prompt, if any."""
+        return {"examples": len(rows), **({"shortened_prompts": shortened} if shortened else {})}
+
+    def test_rows(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+    ) -> tuple[list[Row], int]:
+        """The rows that `evaluate` judges, and how many of them have a shortened prompt.
+
+        They are spread evenly over the test split if `limit` is below its size.
+        """
+        rows = self.test()
         if not rows:
-            raise InputError(f"task {self.name!r} has no validation rows; name some, or use --task perplexity")
-        prompts = [prompt_text(row, tokenizer, where=f"row {index + 1}") for index, row in enumerate(rows)]
-        outputs = complete(model, tokenizer, prompts, max_new_tokens=self.max_new_tokens, on_step=on_step)
-        return {**self.score(outputs, rows), "examples": len(rows)}
+            raise InputError(f"task {self.name!r} has no rows to judge on; name some, or use --task perplexity")
+        positions = model_positions(model)
+        room = None if positions is None else positions - self.max_new_tokens
+        whole = spread(rows, limit)
+        fitted = [self.fitted(row, tokenizer, room) for row in whole]
+        return fitted, sum(
+            row["prompt"] != short["prompt"] for row, short in zip(whole, fitted, strict=True) if "prompt" in row
+        )
+
+
+def held_out(count: int, share: float, seed: int) -> set[int]:
+    """Which of `count` training rows are held out for validation: a random `share` of them, the same for a seed."""
+    if not 0 <= share < 1:
+        raise InputError(f"validation={share}: a share of the rows from 0 to below 1 is expected, or a file")
+    held = round(share * count)
+    if share > 0 and not 0 < held < count:
+        raise InputError(
+            f"validation={share} of {count} rows leaves {held} to validate on and {count - held} to train on; both are "
+            f"needed"
+        )
+    return set(Random(seed).sample(range(count), held))
+
+
+def spread(rows: list[Row], limit: int | None) -> list[Row]:
+    """`limit` of the rows at even distances, so that a sorted file is sampled throughout; all for None."""
+    if limit is None or limit >= len(rows):
+        return rows
+    if limit < 1:
+        raise InputError(f"limit={limit}: at least one example is needed")
+    return [rows[index * len(rows) // limit] for index in range(limit)]
 
 
 def make_task(name: str, **options: Any) -> Task:

@@ -1,12 +1,19 @@
-"""Perplexity of any text, by the published protocol (see `llmtools.data.metrics`)."""
+"""Perplexity of any text, and of two sets by their published protocols (see `llmtools.data.metrics`).
+
+A figure belongs to its context, so the context is part of the result. Published figures for `wikitext2` and `c4` are
+mostly taken at 2048, some at 4096 tokens.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..calibration import text_ids
+from torch import Tensor
+
+from ..calibration import documents_of, text_ids
 from ..metrics import OnStep, model_positions, perplexity
+from ..reading import existing_file, lines_of
 from .base import Task, tasks
 
 if TYPE_CHECKING:
@@ -20,18 +27,59 @@ class PerplexityTask(Task):
     """Perplexity of a text in windows of `context` tokens; lower is better."""
 
     data: str
-    """the text: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub"""
+    """the text: a .txt or .jsonl file (.gz, .xz too), or wikitext2 | c4 from the hub"""
     context: int | None = None
     """tokens in a window; the default is the model's positions, at most 2048"""
 
+    def ids(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
+        """The text as one row of tokens, int64 [1, t]."""
+        return text_ids(self.data, tokenizer)
+
     def evaluate(
-        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, *, on_step: OnStep | None = None
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int | None = None,
+        batch_size: int = 1,
+        on_step: OnStep | None = None,
     ) -> dict[str, Any]:
         context = self.context if self.context is not None else min(model_positions(model) or 2048, 2048)
-        result = perplexity(model, text_ids(self.data, tokenizer), context=context, on_step=on_step)
+        ids = self.ids(tokenizer, context)
+        if limit is not None:
+            ids = ids[:, : limit * context]
+        result = perplexity(model, ids, context=context, on_step=on_step)
         return {
             "perplexity": result.value,
             "nll": result.nll,
             "tokens": result.tokens,
             "context": result.context,
         }
+
+
+@tasks.register("wikitext2")
+@dataclass(frozen=True)
+class WikiText2(PerplexityTask):
+    """Perplexity of WikiText-2's raw test split: its rows joined by two newlines, tokenized once."""
+
+    data: str
+    """wiki.test.raw, a row a line and a blank line for the empty row (.gz, .xz too), or wikitext2 from the hub"""
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
+        if self.data == self.name:
+            return text_ids(self.data, tokenizer)
+        rows = [line if line.strip() else "" for line in lines_of(existing_file(self.data))]
+        return text_ids(["\n\n".join(rows)], tokenizer)
+
+
+@tasks.register("c4")
+@dataclass(frozen=True)
+class C4(PerplexityTask):
+    """Perplexity of C4 validation text ("c4-new"): the first 1100 documents joined by spaces, at most 256 windows."""
+
+    data: str
+    """a .jsonl file with the "text" of each document (.gz, .xz too), or c4 from the hub"""
+
+    def ids(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
+        documents = documents_of(self.data, split="test")[:1100]
+        return text_ids([" ".join(documents)], tokenizer)[:, : 256 * context]

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 
 from ...errors import InputError, did_you_mean
+from ..metrics import rouge
 from ..reading import Row, enumerate_rows, existing_file, kind, read_rows
-from .base import Task, Template, tasks
+from .base import Task, Template, answer, held_out, tasks
 
 FORMS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -64,7 +64,7 @@ class TextTask(Task):
         if self.prompt is not None and self.completion is not None:
             template = Template(self.prompt, self.completion)
             file = existing_file(path)
-            if kind(file) != "jsonl":
+            if kind(file) == "txt":
                 raise InputError(f"{file}: a template fills in the fields of .jsonl rows; a text file has none")
             return [template.fill(row, f"{file}:{number}") for number, row in enumerate_rows(file)]
         return rows_of_one_form(path)
@@ -84,16 +84,25 @@ class TextTask(Task):
     def _held_out(self, count: int) -> set[int]:
         if isinstance(self.validation_data, str):
             return set()
-        share = self.validation_data
-        if not 0 <= share < 1:
-            raise InputError(f"validation={share}: a share of the rows from 0 to below 1 is expected, or a file")
-        held_out = round(share * count)
-        if share > 0 and not 0 < held_out < count:
-            raise InputError(
-                f"validation={share} of {count} rows leaves {held_out} to validate on and {count - held_out} to train "
-                f"on; both are needed"
-            )
-        return set(Random(self.seed).sample(range(count), held_out))
+        return held_out(count, self.validation_data, self.seed)
+
+
+@tasks.register("chat")
+@dataclass(frozen=True)
+class ChatTask(TextTask):
+    """Chats (messages) in the tokenizer's own template; the last answer is scored by ROUGE."""
+
+    max_new_tokens: int = 256
+    """tokens of an answer in evaluate"""
+
+    def _rows(self, path: str) -> list[Row]:
+        rows = super()._rows(path)
+        if "messages" not in rows[0]:
+            raise InputError(f'{path}: rows of "messages" are expected for chats; --task text takes other forms')
+        return rows
+
+    def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
+        return rouge(outputs, [answer(row) for row in rows])
 
 
 def rows_of_one_form(path: str | Path) -> list[Row]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu
+from ..compiling import constant_result
 from ..native import TYPES, library
 
 WIDTHS = (2, 3, 4, 8)
@@ -86,7 +87,7 @@ def define(schema: str, *, reference: Op, fake: Op, cpu: Op | None = None, cuda:
     torch.library.register_fake(name, fake)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def decodes(device: torch.device, bits: int) -> bool:
     """Whether rows are decoded on that device without memory beside the result's."""
     if device.type == "cuda":

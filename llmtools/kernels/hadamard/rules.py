@@ -1,4 +1,4 @@
-"""Which orthogonal matrix of ±1 belongs to a size: the rule, a short string that a checkpoint stores.
+"""Which orthogonal matrix of ±1 belongs to a size: the rule, a short string.
 
 A rule lists Kronecker factors; what they leave of n is a power of two and filled with Sylvester's matrix:
 
@@ -8,8 +8,8 @@ A rule lists Kronecker factors; what they leave of n is a power of two and fille
     blocks:64              n = 64·b:     block diagonal, b times the Sylvester matrix of order 64
     blocks:12:paley1:11    n = 12·b:     block diagonal, b times the rule after the colon
 
-Sizes that QuIP# supports get QuIP#'s own table, since checkpoints depend on it. A rule is chosen once, when a layer is
-quantized; from then on the stored string decides, so this choice may improve without touching old files.
+Sizes that QuIP# supports get QuIP#'s own table, since checkpoints depend on it. A checkpoint stores the version of
+these rules (the quantizer's option `hadamard`, now 1): a better choice for some size becomes version 2 beside them.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from .. import gpu
+from ..compiling import constant_result
 from . import native, reference
 from .tables import e8p_table, e81b_table
 
@@ -84,7 +85,7 @@ def multiply_lattice(
     return product
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def decodes(device: torch.device) -> bool:
     """Whether rows are decoded on that device without memory beside the result's."""
     return gpu.usable(device) if device.type == "cuda" else native.usable(device)

@@ -34,7 +34,8 @@ class Affine(Grid):
     group_size: int = -1
     symmetric: bool = False
     clip: bool = False
-    """Search each group's range for the least Σ|w − ŵ|^2.4 over 80 shrunken ranges, GPTQ's "mse" option."""
+    """Search each group's range over 80 shrunken ones: for the least Σ|w − ŵ|^2.4, GPTQ's "mse" option, or, where it
+    is known what an error costs in each column, for the least cost."""
     scale_type: str = "float16"
     """The type in which scales are stored: float16, bfloat16 or float32."""
     float_zeros: bool = False
@@ -56,7 +57,7 @@ class Affine(Grid):
     def span(self, in_features: int) -> int:
         return resolve_group_size(self.group_size, in_features)
 
-    def fit(self, group: Tensor) -> Tensor:
+    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
         low = group.amin(-1, keepdim=True).clamp_max(0)
         high = group.amax(-1, keepdim=True).clamp_min(0)
         if self.symmetric:
@@ -65,10 +66,10 @@ class Affine(Grid):
         best = self._params(low, high)
         if not self.clip:
             return best
-        least = self._cost(group, best)
+        least = self._cost(group, best, importance)
         for step in range(1, 80):
             params = self._params(low * (1 - step / 100), high * (1 - step / 100))
-            cost = self._cost(group, params)
+            cost = self._cost(group, params, importance)
             better = cost < least
             least = torch.where(better, cost, least)
             best = torch.where(better, params, best)
@@ -88,8 +89,11 @@ class Affine(Grid):
             zero = torch.full_like(zero, 2.0 ** (self.bits - 1))
         return torch.cat([scale, zero], -1)
 
-    def _cost(self, group: Tensor, params: Tensor) -> Tensor:
-        return (self.value(self.nearest(group, params), params) - group).abs().pow(2.4).sum(-1, keepdim=True)
+    def _cost(self, group: Tensor, params: Tensor, importance: Tensor | None) -> Tensor:
+        error = self.value(self.nearest(group, params), params) - group
+        if importance is None:
+            return error.abs().pow(2.4).sum(-1, keepdim=True)
+        return error.square() @ importance[:, None]
 
     def nearest(self, block: Tensor, params: Tensor) -> Tensor:
         scale, zero = params.unbind(-1)

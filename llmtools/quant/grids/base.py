@@ -28,8 +28,11 @@ class Grid(ABC):
         """Columns that share a fit: the group size, resolved."""
 
     @abstractmethod
-    def fit(self, group: Tensor) -> Tensor:
-        """Parameters for groups of weights: [n, c] float -> [n, p], already rounded to what is stored."""
+    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
+        """Parameters for groups of weights: [n, c] float -> [n, p], already rounded to what is stored.
+
+        importance [c], if there is any: what a squared error costs in each column.
+        """
 
     @abstractmethod
     def nearest(self, block: Tensor, params: Tensor) -> Tensor:

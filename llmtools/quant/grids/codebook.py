@@ -42,7 +42,7 @@ class Codebook(Grid):
     def span(self, in_features: int) -> int:
         return resolve_group_size(self.group_size, in_features)
 
-    def fit(self, group: Tensor) -> Tensor:
+    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
         return group.abs().amax(-1, keepdim=True)
 
     def nearest(self, block: Tensor, params: Tensor) -> Tensor:
@@ -144,6 +144,9 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.tensor(values, device=device)
     key = (values, device)
-    if key not in _tables:
-        _tables[key] = torch.tensor(values, device=device)
-    return _tables[key]
+    if key in _tables:
+        return _tables[key]
+    table = torch.tensor(values, device=device)
+    if type(table) is Tensor:  # and not one without values, of a mode that only plans
+        _tables[key] = table
+    return table

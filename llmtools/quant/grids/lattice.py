@@ -62,7 +62,7 @@ class Lattice(Grid):
     def span(self, in_features: int) -> int:
         return in_features
 
-    def fit(self, group: Tensor) -> Tensor:
+    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
         return group.new_empty(group.shape[0], 0)
 
     def nearest(self, block: Tensor, params: Tensor) -> Tensor:

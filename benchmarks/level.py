@@ -1,0 +1,395 @@
+"""A whole model: a LoRA training step, and a token of greedy generation, beside 16-bit LoRA and other libraries.
+
+    python -m benchmarks.run step generate --json
+    python -m benchmarks.level "4 bits" 160M 4 512 --checkpointing      the memory of one variant
+    python -m benchmarks.run step --only "160M 4x512, all kept" --candidates "bf16,4 bits" --rounds 2
+
+LLaMA shapes of 160M parameters (JackFram/llama-160m) and 1.1B (TinyLlama) with random weights, built here. Every
+variant gets stock PEFT: rank 8 on all linears, float32 adapters. The baseline is what a user of transformers and PEFT
+has: a bfloat16 base, the model's own loss. Ours is what `llmtools finetune` runs: bfloat16 autocast (`bf16` of the
+training arguments) and the loss of `llmtools/nn/loss.py`. So that what these two give is told from what packed weights
+give, the same is done to the 16-bit model in a row of its own.
+
+Weights of `rtn` have the layout of `optq`, hence its speed. A peak of memory is measured in a process of its own that
+does two steps: the most that was resident, and that less what was resident once the model with its adapters was
+built. Bytes of weight are all parameters and buffers without the adapters.
+
+The limit of a step is its products alone, at this machine's best speed: forward, and backward to the activations; that
+of a generated token is reading each weight once, at the speed of a copy (which reads and writes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import gc
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import llmtools
+from llmtools.nn import QuantizedLinear
+from llmtools.nn.loss import CausalLoss
+from llmtools.nn.swap import set_module
+
+from .peers import quiet
+from .run import Machine, Problem, Wanted, case
+
+SHAPES: dict[str, dict[str, int]] = {
+    "160M": {
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12,
+        "intermediate_size": 3072, "vocab_size": 32000,
+    },
+    "1.1B": {
+        "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "intermediate_size": 5632, "vocab_size": 32000,
+    },
+}  # fmt: skip
+STEPS = (("160M", 1, 128), ("160M", 4, 512), ("1.1B", 1, 128), ("1.1B", 4, 512))
+OURS: dict[str, tuple[str, dict[str, Any]]] = {
+    "4 bits": ("rtn", {"bits": 4, "clip": False}),
+    "3 bits": ("rtn", {"bits": 3, "clip": False}),
+    "2 bits": ("rtn", {"bits": 2, "clip": False}),
+    "nf4": ("nf4", {}),
+    "quip_sharp 2 bits": ("quip_sharp", {"bits": 2}),
+}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""All that "all-linear" would find; by name, since it does not find other libraries' layers."""
+BASE, LEAN = "bf16", "bf16 lean"
+GENERATED, PROMPT = 16, 16
+
+
+# --------------------------------------------------------------------------------------------------------------- models
+
+
+def dense(shape: str, layers: int | None = None) -> nn.Module:
+    """The model in bfloat16, random."""
+    return copy.deepcopy(_dense(shape, layers))
+
+
+@functools.cache
+def _dense(shape: str, layers: int | None) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2048)).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def replaced(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    """The model with its linears, but the head, replaced."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and path != "lm_head":
+            set_module(model, path, make(module))
+    return model
+
+
+def _our_layer(linear: nn.Linear, name: str, options: dict[str, Any]) -> nn.Module:
+    quantizer = llmtools.quantizer(name, **options)
+    if not quantizer.needs_hessian:
+        return QuantizedLinear.from_linear(linear, quantizer)
+    packed = {}  # a sweep over random weights would find nothing: random codes do
+    for key, spec in quantizer.layout(linear.out_features, linear.in_features).items():
+        if spec.dtype.is_floating_point:
+            packed[key] = torch.full(spec.shape, 0.02 if key == "sv" else 1.0, dtype=spec.dtype)
+        else:
+            limits = torch.iinfo(spec.dtype)
+            packed[key] = torch.randint(limits.min, limits.max, spec.shape, dtype=spec.dtype)
+    return QuantizedLinear.from_packed(linear, quantizer, packed)
+
+
+def _bitsandbytes(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    layer.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, quant_type="nf4")
+    return layer.to("cpu")  # type: ignore[no-any-return]
+
+
+def _hqq(linear: nn.Linear, bits: int) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    HQQLinear.set_backend(__import__("hqq.core.quantize", fromlist=["HQQBackend"]).HQQBackend.PYTORCH)
+    config = BaseQuantizeConfig(nbits=bits, group_size=64)
+    config["weight_quant_params"]["optimize"] = False  # the data-free fit takes minutes and changes no speed
+    return HQQLinear(linear, config, compute_dtype=torch.bfloat16, device="cpu", del_orig=False)  # type: ignore[no-any-return]
+
+
+def _gptqmodel(linear: nn.Linear, bits: int) -> nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    groups = linear.in_features // 64
+    layer = TorchLinear(
+        bits=bits, group_size=64, sym=True, desc_act=False, in_features=linear.in_features,
+        out_features=linear.out_features, bias=False, register_buffers=True,
+    )  # fmt: skip
+    scales = torch.full((linear.out_features, groups), 0.02, dtype=torch.float16)
+    zeros = torch.full((linear.out_features, groups), 2 ** (bits - 1), dtype=torch.int32)
+    source = nn.Linear(linear.in_features, linear.out_features, bias=False)
+    source.weight.data.copy_(linear.weight)
+    layer.pack(source, scales, zeros, g_idx=torch.arange(linear.in_features, dtype=torch.int32) // 64)
+    layer.post_init()
+    return layer
+
+
+PEERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "bitsandbytes nf4": _bitsandbytes,
+    "GPTQModel 4 bits": functools.partial(_gptqmodel, bits=4),
+    "HQQ 4 bits": functools.partial(_hqq, bits=4),
+    "HQQ 2 bits": functools.partial(_hqq, bits=2),
+}
+
+
+def build(variant: str, shape: str, layers: int | None = None) -> nn.Module:
+    """The model of a variant, without adapters."""
+    model = dense(shape, layers)
+    if variant in OURS:
+        name, options = OURS[variant]
+        return replaced(model, lambda linear: _our_layer(linear, name, options))
+    return replaced(model, PEERS[variant]) if variant in PEERS else model
+
+
+def adapted(model: nn.Module, checkpointing: bool = False) -> nn.Module:
+    """With PEFT's adapters, as PEFT makes them."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        llmtools.prepare_for_training(model, gradient_checkpointing=checkpointing)
+        config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config).train()
+
+
+def lean(variant: str) -> bool:
+    return variant in OURS or variant == LEAN
+
+
+def step(variant: str, model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
+    """Forward and backward; gradients are dropped."""
+    ours = CausalLoss(model) if lean(variant) else None
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16) if ours else nullcontext():
+            found = ours(model, {"input_ids": ids, "labels": ids}) if ours else None
+            loss = model(input_ids=ids, labels=ids).loss if found is None else found.sum / found.tokens
+        loss.backward()
+        for p in trained:
+            p.grad = None
+        return loss.detach()
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+@case("step")
+def steps(machine: Machine) -> Iterator[Problem]:
+    """A LoRA step, without and with gradient checkpointing."""
+    for shape, batch, tokens in STEPS:
+        for checkpointing in (False, True):
+            label = f"{shape} {batch}x{tokens}{', checkpointing' if checkpointing else ', all kept'}"
+            weights = _multiplied(shape)
+            yield Problem(
+                label,
+                functools.partial(_check, shape),
+                {},
+                {},
+                (6 if checkpointing else 4) * weights * batch * tokens / machine.best_matmul_speed,
+                "the products with the weights",
+                make=functools.partial(_step_candidates, shape, batch, tokens, checkpointing),
+                about=functools.partial(_memory, shape, batch, tokens, checkpointing),
+            )
+
+
+def _step_candidates(
+    shape: str, batch: int, tokens: int, checkpointing: bool, wanted: Wanted
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    ids = torch.randint(0, 32000, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+    def ready(model: nn.Module) -> nn.Module:
+        return adapted(model, checkpointing)
+
+    ours, baselines = _candidates(shape, ready, wanted, (BASE, LEAN))
+    return tuple({name: step(name, model, ids) for name, model in found.items()} for found in (ours, baselines))  # type: ignore[return-value]
+
+
+def _candidates(
+    shape: str, ready: Callable[[nn.Module], nn.Module], wanted: Wanted, dense: tuple[str, ...]
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """(ours, baselines); of other libraries those that are installed, and that work here."""
+    baselines = {name: ready(build(name, shape)) for name in dense if wanted(name)}
+    for name in filter(wanted, PEERS):
+        try:
+            with quiet():
+                small, ids = ready(build(name, shape, layers=1)), torch.zeros(1, 4, dtype=torch.int64)
+                loss = small(input_ids=ids, labels=ids).loss
+                if small.training:
+                    loss.backward()
+                baselines[name] = ready(build(name, shape))
+        except Exception as error:  # whatever a stranger's package does here
+            print(f"without {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    return {name: ready(build(name, shape)) for name in filter(wanted, OURS)}, baselines
+
+
+def _check(shape: str) -> None:
+    """One layer: our loss and adapters' gradients are those of the dense model with the same weights."""
+    ids = torch.randint(0, 32000, (2, 24), generator=torch.Generator().manual_seed(2))
+    for variant in OURS:
+        model = build(variant, shape, layers=1)
+        twin = llmtools.dequantize(copy.deepcopy(model), dtype=torch.float32).float()
+        results = []
+        for each in (model, twin):
+            torch.manual_seed(3)
+            each = adapted(each)
+            for name, p in each.named_parameters():
+                if "lora_B" in name:
+                    nn.init.normal_(p, std=0.02, generator=torch.Generator().manual_seed(4))
+            if each.get_base_model() is model:
+                with torch.autocast("cpu", torch.bfloat16):
+                    found = CausalLoss(each)(each, {"input_ids": ids, "labels": ids})
+                assert found is not None
+                loss = found.sum / found.tokens
+            else:
+                loss = each(input_ids=ids, labels=ids).loss
+            loss.backward()
+            results.append((loss.detach(), [p.grad for p in each.parameters() if p.requires_grad]))
+        (loss, grads), (true_loss, true_grads) = results
+        assert abs(loss - true_loss) <= 0.02 * true_loss, (variant, loss, true_loss)
+        for grad, truth in zip(grads, true_grads, strict=True):
+            assert (grad - truth).norm() <= 0.05 * truth.norm(), (variant, grad.shape)
+
+
+@case("generate")
+def generate(machine: Machine) -> Iterator[Problem]:
+    """Greedy tokens one by one, after a prompt; the time is of all of them."""
+    for shape in SHAPES:
+        label = f"{shape} {GENERATED} tokens after {PROMPT}"
+        smallest = _bytes(build("2 bits", shape, layers=1), shape)
+        yield Problem(
+            label,
+            functools.partial(_check_generation, shape),
+            {},
+            {},
+            (GENERATED - 1) * 2 * smallest / machine.copy_bandwidth,
+            "reading the 2-bit model's weights",
+            make=functools.partial(_generators, shape),
+        )
+
+
+def _generators(shape: str, wanted: Wanted) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+    ours, baselines = _candidates(shape, lambda model: model.eval(), wanted, (BASE,))
+    return tuple({name: greedy(model) for name, model in found.items()} for found in (ours, baselines))  # type: ignore[return-value]
+
+
+def greedy(model: nn.Module) -> Callable[[], Tensor]:
+    """The prompt, and then token by token with a cache."""
+    ids = torch.randint(0, 32000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            out = model(input_ids=ids, use_cache=True, logits_to_keep=torch.tensor([PROMPT - 1]))
+            words = [out.logits[:, -1:].argmax(-1)]
+            for _ in range(GENERATED - 1):
+                out = model(input_ids=words[-1], past_key_values=out.past_key_values, use_cache=True)
+                words.append(out.logits[:, -1:].argmax(-1))
+        return torch.cat(words, 1)
+
+    return run
+
+
+def _check_generation(shape: str) -> None:
+    """One layer: the logits are those of the dense model."""
+    ids = torch.randint(0, 32000, (1, 1), generator=torch.Generator().manual_seed(2))
+    for variant in OURS:
+        model = build(variant, shape, layers=1).eval()
+        twin = llmtools.dequantize(copy.deepcopy(model), dtype=torch.float32).float()
+        with torch.no_grad():
+            got, truth = model(input_ids=ids).logits.float(), twin(input_ids=ids).logits
+        assert (got - truth).norm() <= 0.03 * truth.norm(), variant
+
+
+# ------------------------------------------------------------------------------------------------------ bytes and peaks
+
+
+def _multiplied(shape: str) -> int:
+    """Weights that each token is multiplied with, the head's included."""
+    model = _dense(shape, None)
+    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+
+
+def _bytes(one_layer: nn.Module, shape: str) -> int:
+    """Bytes that a token reads: of all layers and the head, from a model of one layer."""
+    layer = sum(t.nbytes for t in one_layer.model.layers.parameters())  # type: ignore[union-attr]
+    return int(layer * SHAPES[shape]["num_hidden_layers"] + one_layer.lm_head.weight.nbytes)  # type: ignore[union-attr]
+
+
+def _memory(shape: str, batch: int, tokens: int, checkpointing: bool, variant: str) -> dict[str, Any]:
+    """Weight bytes and peaks of one variant, measured in a process of its own."""
+    told = [sys.executable, "-m", "benchmarks.level", variant, shape, str(batch), str(tokens)]
+    done = subprocess.run(
+        [*told, *(["--checkpointing"] if checkpointing else [])],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    found = json.loads(lines[-1]) if lines else {"failed": done.stderr.strip()[-300:]}
+    return {key: value for key, value in found.items() if key.endswith("_bytes") or key == "failed"}
+
+
+def _resident(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the memory of one variant's step."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("variant")
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("batch", type=int)
+    parser.add_argument("tokens", type=int)
+    parser.add_argument("--checkpointing", action="store_true")
+    args = parser.parse_args(argv)
+    base = build(args.variant, args.shape)
+    _dense.cache_clear()
+    weights = sum(t.nbytes for t in (*base.parameters(), *base.buffers()))
+    model = adapted(base, args.checkpointing)
+    ids = torch.randint(0, 32000, (args.batch, args.tokens))
+    gc.collect()
+    import ctypes
+
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = _resident("VmRSS")
+    run = step(args.variant, model, ids)
+    for _ in range(2):
+        run()
+    peak = _resident("VmHWM")
+    about = {"weight_bytes": weights, "peak_bytes": peak, "peak_growth_bytes": peak - before}
+    kept = ", checkpointing" if args.checkpointing else ", all kept"
+    told = {"case": "peak", "problem": f"{args.shape} {args.batch}x{args.tokens}{kept}", "candidate": args.variant}
+    print(json.dumps(told | about | {"torch": torch.__version__}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

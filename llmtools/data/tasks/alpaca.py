@@ -1,0 +1,58 @@
+"""Instructions with answers, in the words of Stanford Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca).
+
+There are two forms, for instructions with an input and without. The answer follows "### Response:" at once, as
+Stanford's training script writes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..metrics import rouge
+from ..reading import Row
+from .base import Template, tasks
+from .records import DataTask, Split
+
+ALONE = Template(
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:",
+    "{output}",
+)
+WITH_INPUT = Template(
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+    "{output}",
+)
+
+
+@tasks.register("alpaca")
+@dataclass(frozen=True)
+class Alpaca(DataTask):
+    """Stanford Alpaca's 52 thousand instructions; answers are scored by ROUGE. (Papers report its models on bbh.)"""
+
+    max_new_tokens: int = 256
+    """tokens of an answer in evaluate"""
+
+    hub: ClassVar[str] = "tatsu-lab/alpaca"
+    template: ClassVar[Template] = ALONE
+    splits: ClassVar[dict[str, Split]] = {"train": Split("*alpaca*", "train")}
+
+    shorten: ClassVar[tuple[str, ...]] = ("input",)
+
+    def row(self, record: Row, where: str = "row") -> Row:
+        template = WITH_INPUT if str(record.get("input") or "").strip() else ALONE
+        return {**record, **template.fill(record, where)}
+
+    def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
+        return rouge(outputs, [str(row["output"]) for row in rows])
+
+
+@tasks.register("code_alpaca")
+@dataclass(frozen=True)
+class CodeAlpaca(Alpaca):
+    """Code Alpaca's instructions to write or mend code, in the same words (Chaudhary 2023)."""
+
+    hub: ClassVar[str] = "sahil2801/CodeAlpaca-20k"

@@ -1,0 +1,100 @@
+"""MultiNLI: does a premise entail a hypothesis, contradict it, or neither? (Williams et al. 2018, arXiv:1704.05426)
+
+The words are those of ModuLoRA's scripts (arXiv:2309.16119), which write the label as a digit: `digits`. It is judged
+twice: by which label the model finds likeliest, and by what it writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..generation import choose
+from ..metrics import OnStep
+from ..reading import Row
+from .base import Template, answer, tasks
+from .records import DataTask, Split
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+LABELS = ("entailment", "neutral", "contradiction")
+WITHOUT_GENRE = Template("### Premise: {premise}\n ### Hypothesis: {hypothesis}\n ### Label:", " {answer}")
+
+
+@tasks.register("mnli")
+@dataclass(frozen=True)
+class Mnli(DataTask):
+    """Entailment, neutral or contradiction: accuracy by likelihood and by generation, recall of each label."""
+
+    source_tokens: int | None = 64
+    """tokens of a prompt; of a longer one the premise loses its end, then the hypothesis"""
+    max_new_tokens: int = 4
+    """tokens of a label"""
+    digits: bool = False
+    """write the labels as 0, 1 and 2 (entailment, neutral, contradiction), as the published scripts do"""
+
+    hub: ClassVar[str] = "nyu-mll/multi_nli"
+    template: ClassVar[Template] = Template(
+        "### Premise: {premise}\n ### Hypothesis: {hypothesis}\n ### Genre: {genre} ### Label:", " {answer}"
+    )
+    splits: ClassVar[dict[str, Split]] = {
+        "train": Split("*train*", "train"),
+        "test": Split("*_matched*", "validation_matched"),
+    }
+    shorten: ClassVar[tuple[str, ...]] = ("premise", "hypothesis")
+
+    def records(self, split: str) -> list[Row]:
+        return [record for record in super().records(split) if record.get("label") not in (-1, "-")]  # no gold label
+
+    def row(self, record: Row, where: str = "row") -> Row:
+        label = record.get("label")
+        record = {**record, "label": LABELS[label] if isinstance(label, int) else label}
+        if record["label"] not in LABELS:
+            template = self.template  # which says what is missing
+        else:
+            record["answer"] = LABELS.index(record["label"]) if self.digits else record["label"]
+            template = self.template if record.get("genre") else WITHOUT_GENRE
+        return {**record, **template.fill(record, where)}
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        limit: int | None = None,
+        batch_size: int = 1,
+        on_step: OnStep | None = None,
+    ) -> dict[str, Any]:
+        rows, shortened = self.test_rows(model, tokenizer, limit)
+
+        def halves(first: int) -> OnStep | None:
+            return on_step and (lambda done, total: on_step(first + done, 2 * total))
+
+        choices = [" " + self._answer(label) for label in LABELS]
+        chosen = choose(
+            model, tokenizer, [row["prompt"] for row in rows], choices, batch_size=batch_size, on_step=halves(0)
+        )
+        generated = super().evaluate(model, tokenizer, limit=limit, batch_size=batch_size, on_step=halves(len(rows)))
+        likely = self.score([choices[index] for index in chosen], rows)
+        return {
+            **likely,
+            "accuracy_generated": generated["accuracy"],
+            **{f"{key}_generated": value for key, value in generated.items() if key.startswith("recall_")},
+            **self.counts(rows, shortened),
+        }
+
+    def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
+        """Accuracy, and the share of each label's rows that were told right."""
+        told = [(output.split() or [""])[0].strip(".,").lower() for output in outputs]
+        hits = [one == answer(row).strip() for one, row in zip(told, rows, strict=True)]
+        scores = {"accuracy": sum(hits) / len(hits)}
+        for label in LABELS:
+            of_label = [hit for hit, row in zip(hits, rows, strict=True) if row["label"] == label]
+            if of_label:
+                scores[f"recall_{label}"] = sum(of_label) / len(of_label)
+        return scores
+
+    def _answer(self, label: str) -> str:
+        return str(LABELS.index(label)) if self.digits else label

@@ -1,0 +1,39 @@
+"""SAMSum: summaries of everyday chats (Gliwa et al. 2019, arXiv:1911.12237), in ModuLoRA's words (arXiv:2309.16119).
+
+Chat and summary are stripped of white space at their ends, as the published script does. The space before the summary
+belongs to the answer, not to the prompt: most tokenizers write it in one token with the word that follows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..metrics import rouge
+from ..reading import Row
+from .base import Template, tasks
+from .records import DataTask
+
+
+@tasks.register("samsum")
+@dataclass(frozen=True)
+class Samsum(DataTask):
+    """Summaries of everyday chats, scored by ROUGE-1, 2, L and Lsum."""
+
+    source_tokens: int | None = 255
+    """tokens of a prompt; the end of a longer chat is left out"""
+    max_new_tokens: int = 50
+    """tokens of a summary"""
+
+    hub: ClassVar[str] = "knkarthick/samsum"
+    template: ClassVar[Template] = Template("### Summarize this: {dialogue}\n ### Output:", " {summary}")
+    shorten: ClassVar[tuple[str, ...]] = ("dialogue",)
+
+    def row(self, record: Row, where: str = "row") -> Row:
+        return super().row({**record, **{key: str(record[key]).strip() for key in FIELDS if key in record}}, where)
+
+    def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
+        return rouge(outputs, [str(row["summary"]) for row in rows])
+
+
+FIELDS = ("dialogue", "summary")

@@ -1,0 +1,301 @@
+"""The model card of a checkpoint or an adapter: a README.md that any way of sharing carries along.
+
+A card is a function of a folder. It says what the files there say (``config.json``, ``llmtools.json``, ``run.json``,
+``adapter_config.json``) and what somebody measured, and calls the rest unknown. Paths of this machine stay out of it:
+a folder is named by its last part, and only what looks like a name on the hub becomes ``base_model`` in the card's
+head, which the hub checks.
+
+Every save writes the card anew, as long as it carries `MARK`; delete that line to keep your own words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+CARD = "README.md"
+MARK = "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
+UNKNOWN = "unknown"
+_PEFT_PLACEHOLDER = "[More Information Needed]"
+_HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+
+
+def write_card(folder: Path, *, name: str | None = None) -> None:
+    """Writes the card of what lies in `folder`, unless there is one in somebody's own words.
+
+    name: what the card calls the thing; by default the folder's name.
+    """
+    path = folder / CARD
+    if is_ours(path):
+        path.write_text(card(folder, name=name), encoding="utf-8")
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a card may be written here: there is none, it is one of ours, or PEFT's empty form."""
+    if not path.exists():
+        return True
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return MARK in text or _PEFT_PLACEHOLDER in text
+
+
+def card(
+    folder: Path,
+    *,
+    name: str | None = None,
+    base_name: str | None = None,
+    results: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """The card of a folder with a model or an adapter, as Markdown.
+
+    base_name: the base model's name on the hub, where the files know only a folder.
+    results: measures, each as ``llmtools evaluate --json`` prints it.
+
+    Raises InputError where the folder holds neither, or a file in it is not JSON.
+    """
+    name = name or folder.resolve().name
+    if (folder / "adapter_config.json").exists():
+        return _adapter_card(folder, name, base_name, results)
+    if (folder / "config.json").exists():
+        return _model_card(folder, name, base_name, results)
+    raise InputError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
+
+
+def _model_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
+    note, run = _json(folder / "llmtools.json"), _json(folder / "run.json")
+    base = base_name or note.get("base_model")
+    quantizers = _quantizers(folder)
+    head = _head("transformers", base, "quantized" if quantizers else None, [spec["name"] for spec in quantizers])
+    use = f"""\
+import llmtools{"  # teaches transformers to open this checkpoint" if quantizers else ""}
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")"""
+    rows = {"base model": _called(base)}
+    if quantizers:
+        rows |= {
+            "quantizer": "; ".join(map(_spec, quantizers)),
+            "bits a weight": _bits(note),
+            "calibration data": _calibration(note, run),
+            "errors of the quantized layers": _errors(note),
+        }
+    else:
+        rows["weights"] = "dense, not quantized"
+    rows |= {"adapters": "none in this folder", "measured quality": _quality(results), "made with": _versions(note)}
+    what = "A language model with quantized linear layers." if quantizers else "A language model with dense weights."
+    return _written(head, name, what, rows, use, results)
+
+
+def _adapter_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
+    config, run = _json(folder / "adapter_config.json"), _json(folder / "run.json")
+    base = base_name or config.get("base_model_name_or_path")
+    under = Path(str(config.get("base_model_name_or_path") or "")).expanduser()  # the model here, if it is still here
+    known = under.is_dir() and (under / "config.json").exists()
+    quantizers = _quantizers(under) if known else []
+    note = _json(under / "llmtools.json") if known else {}
+    dense = "none: its weights are dense" if known else UNKNOWN
+    kind = str(config.get("peft_type") or "LoRA").lower()
+    called = _hub_name(base) or (Path(base).name if base else "…")
+    use = f"""\
+import llmtools  # teaches transformers to open the quantized base model
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{called}")  # the base model
+model = PeftModel.from_pretrained(model, "{name}")"""
+    rows = {
+        "base model": _called(base),
+        "quantizer of the base model": "; ".join(map(_spec, quantizers)) or dense,
+        "bits a weight of the base model": _bits(note) if quantizers else dense,
+        "calibration data of the base model": _calibration(note, _json(under / "run.json")) if quantizers else dense,
+        "adapters": _adapter(config),
+        "trained on": _training(run),
+        "losses": _losses(run),
+        "measured quality": _quality(results),
+        "made with": _versions(run),
+    }
+    head = _head("peft", base, "adapter", [kind, *(spec["name"] for spec in quantizers)])
+    return _written(head, name, "An adapter for a language model; the base model is not in here.", rows, use, results)
+
+
+# ------------------------------------------------------------------------------------------------------ the page itself
+
+
+def _head(library: str, base: str | None, relation: str | None, tags: Sequence[str]) -> dict[str, Any]:
+    head: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    if hub := _hub_name(base):
+        head["base_model"] = hub
+        if relation:
+            head["base_model_relation"] = relation
+    return head | {"tags": list(dict.fromkeys(["llmtools", *tags]))}
+
+
+def _written(
+    head: Mapping[str, Any],
+    name: str,
+    what: str,
+    rows: Mapping[str, str],
+    use: str,
+    results: Sequence[Mapping[str, Any]],
+) -> str:
+    table = "\n".join(f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items())
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
+    return f"""\
+---
+{front}
+---
+{MARK}
+
+# {name}
+
+{what} Made with `llmtools`. What this page calls unknown was not recorded.
+
+| | |
+|---|---|
+{table}
+
+```python
+{use}
+```
+{_measures(results)}
+The licence is that of the base model and of the data it was made with; this page does not know it.
+"""
+
+
+def _measures(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return ""
+    lines = [
+        f"| {result['task']} | {result['measure']} | {float(result['value']):.4f} | {_details(result)} |"
+        for result in results
+    ]
+    return "\n" + "\n".join(["| task | measure | value | measured on |", "|---|---|---|---|", *lines]) + "\n"
+
+
+def _details(result: Mapping[str, Any]) -> str:
+    told = {
+        **{key: Path(str(result[key])).name for key in ("data",) if result.get(key)},
+        **(result.get("details") or {}),
+    }
+    details = {key: value for key, value in told.items() if key != result["measure"]}
+    shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in details.items()
+             if isinstance(value, str | int | float)]  # fmt: skip
+    return ", ".join(shown) or UNKNOWN
+
+
+# ------------------------------------------------------------------------------------------------ what the files say
+
+
+def _quantizers(folder: Path) -> list[dict[str, Any]]:
+    """The quantizers that ``config.json`` lists: the truth about the weights, whoever wrote them."""
+    told = _json(folder / "config.json").get("quantization_config") or {}
+    if told.get("quant_method") not in (None, "llmtools"):
+        return [{"name": str(told["quant_method"]), **({"bits": told["bits"]} if "bits" in told else {})}]
+    return [dict(spec) for spec in told.get("quantizers") or ()]
+
+
+def _spec(spec: Mapping[str, Any]) -> str:
+    """``optq (bits 3, group_size 64, …)``: the options that a reader compares, of all that there are."""
+    options = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name" and value is not None)
+    return f"{spec['name']} ({options})" if options else str(spec["name"])
+
+
+def _bits(note: Mapping[str, Any]) -> str:
+    bits = note.get("bits_per_weight")
+    if bits is None:
+        return UNKNOWN
+    size = (_totals(note)).get("packed_bytes")
+    stored = "" if size is None else f"; {size / 2**20:.2f} MiB of packed weights"
+    return f"{bits:.2f}, with scales and everything else that is stored{stored}"
+
+
+def _calibration(note: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    recipe = run.get("recipe") or {} if run.get("command") == "quantize" else {}
+    tokens = {row.get("tokens") for row in (note.get("report") or {}).get("modules") or ()}
+    if source := recipe.get("calibration"):
+        seen = f", {max(t or 0 for t in tokens)} tokens" if tokens - {None} else ""
+        return f"{Path(str(source)).name}: {recipe.get('samples', '?')} windows{seen}, seed {recipe.get('seed', '?')}"
+    if tokens and tokens <= {None}:
+        return "none: the quantizer saw no data"
+    if tokens:
+        return f"{max(t or 0 for t in tokens)} tokens of a text that was not recorded"
+    return UNKNOWN
+
+
+def _errors(note: Mapping[str, Any]) -> str:
+    totals = _totals(note)
+    if totals.get("relative_error") is None:
+        return UNKNOWN
+    outputs = totals.get("relative_proxy_loss")
+    of_outputs = "" if outputs is None else f", squared error of the outputs {outputs:.4f}"
+    return f"relative to what was there, mean over layers: weights {totals['relative_error']:.4f}{of_outputs}"
+
+
+def _totals(note: Mapping[str, Any]) -> dict[str, Any]:
+    return dict((note.get("report") or {}).get("totals") or {})
+
+
+def _quality(results: Sequence[Mapping[str, Any]]) -> str:
+    if not results:
+        return f"{UNKNOWN}: no measurement was recorded"
+    return "; ".join(f"{result['measure']} {float(result['value']):.4f} on {result['task']}" for result in results)
+
+
+def _adapter(config: Mapping[str, Any]) -> str:
+    targets = config.get("target_modules")
+    where = ", ".join(sorted(targets)) if isinstance(targets, list) else str(targets or UNKNOWN)
+    return (
+        f"{config.get('peft_type', 'LORA')}, rank {config.get('r', '?')}, alpha {config.get('lora_alpha', '?')}, "
+        f"dropout {config.get('lora_dropout', '?')}, on {where}"
+    )
+
+
+def _training(run: Mapping[str, Any]) -> str:
+    if run.get("command") != "finetune":
+        return UNKNOWN
+    recipe, result = run.get("recipe") or {}, run.get("result") or {}
+    data = recipe.get("data")
+    source = Path(str(data)).name if data else UNKNOWN
+    shown = f", examples {result['examples']}, steps {result['steps']}" if "steps" in result else ""
+    return f"{source} (task {recipe.get('task', UNKNOWN)}){shown}, seed {recipe.get('seed', UNKNOWN)}"
+
+
+def _losses(run: Mapping[str, Any]) -> str:
+    result = run.get("result") or {}
+    losses = {"training": result.get("train_loss"), "validation": result.get("validation_loss")}
+    return ", ".join(f"{key} {value:.4f}" for key, value in losses.items() if value is not None) or UNKNOWN
+
+
+def _versions(written: Mapping[str, Any]) -> str:
+    versions = written.get("versions") or {}
+    used = [f"{key} {versions[key]}" for key in ("llmtools", "torch", "transformers", "peft") if versions.get(key)]
+    return ", ".join(used) or UNKNOWN
+
+
+def _called(base: str | None) -> str:
+    """A base model as a reader elsewhere can understand it."""
+    if not base:
+        return UNKNOWN
+    if hub := _hub_name(base):
+        return f"[{hub}](https://huggingface.co/{hub})"
+    return f"a folder called `{Path(base).name}` on the machine of whoever made this"
+
+
+def _hub_name(base: str | None) -> str | None:
+    """`base` if it is a name on the hub, and not a folder here."""
+    return base if base and _HUB_NAME.match(base) and not Path(base).exists() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A file's contents; {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error

@@ -1,0 +1,258 @@
+"""What a step of finetuning holds in memory, told without weights: a few blocks of the network run on fake tensors.
+
+Fake tensors have shapes, types and lifetimes but no values, so a step of the real code (the model's own, PEFT's
+adapters, our layers, checkpointing, the loss) runs in a second for any size, and a ledger of what is allocated and
+freed shows its peak. Two depths are run; since blocks repeat, what one more of them keeps is the difference, and the
+full depth follows. What tensors a model is made of needs no run: it is read off the model on the meta device, to the
+byte.
+
+Not counted, because no tensor tells of it: what a kernel allocates inside one operation, what the allocator rounds up
+or keeps, the CUDA context (some 0.5 GB), libraries and the program itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..nn.linear import QuantizedLinear
+from ..nn.loss import _ChunkedLoss, fits
+from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, FEW_TOKENS, few_tokens, materialize_budget
+from .blocks import find_blocks
+
+ATTENTION = "llmtools_plan"
+"""The attention that is run: the library's own with scaled_dot_product_attention, and without a mask in memory."""
+_DEPTHS = (2, 3)
+"""Of the two runs: numbers of blocks, one apart."""
+
+
+class Tensors(NamedTuple):
+    """Bytes of what stays in memory during a step."""
+
+    packed: int
+    """quantized weights, all that the layouts say"""
+    quantized_weights: int
+    """how many weights these stand for"""
+    linears: int
+    """linears in the blocks that are dense"""
+    embeddings: int
+    """embeddings and output head, counted once where they are tied"""
+    others: int
+    """norms, biases, buffers"""
+    adapters: int
+    """what is trained; its gradients take as much"""
+    trainable: int
+    """numbers that are trained"""
+
+    @property
+    def frozen(self) -> int:
+        return self.packed + self.linears + self.embeddings + self.others
+
+
+class Peak(NamedTuple):
+    """Bytes of what comes and goes in a step, at the moment when it is most; gradients of adapters are not in it."""
+
+    activations: int
+    """kept by the forward for the backward"""
+    loss: int
+    """logits and what is made of them"""
+    work: int
+    """of the block at hand: recomputed activations, their gradients, rows of weights"""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def tensors(model: nn.Module) -> Tensors:
+    """What a model, on any device, is made of; adapters are whatever requires a gradient."""
+    sizes = dict.fromkeys(Tensors._fields, 0)
+    kinds: dict[int, str] = {}
+    blocks = tuple(f"{_bare(block.path)}." for block in find_blocks(model))
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            sizes["quantized_weights"] += module.in_features * module.out_features
+            kinds |= {id(tensor): "packed" for tensor in module.packed.values()}
+        elif isinstance(module, nn.Embedding):
+            kinds.setdefault(id(module.weight), "embeddings")
+        elif isinstance(module, nn.Linear):
+            inside = _bare(path).startswith(blocks)
+            kinds.setdefault(id(module.weight), "linears" if inside else "embeddings")
+    for tensor in [*model.parameters(), *model.buffers()]:
+        kind = "adapters" if tensor.requires_grad else kinds.get(id(tensor), "others")
+        sizes[kind] += tensor.nbytes
+        sizes["trainable"] += tensor.numel() * tensor.requires_grad
+    return Tensors(**sizes)
+
+
+def peak(
+    model: Any, batch: int, length: int, *, device: str = "cpu", autocast: bool = False, chunked_loss: bool = True
+) -> Peak:
+    """The peak of a forward and a backward of a model on the meta device, `batch` sequences of `length` tokens.
+
+    model: with adapters, and with checkpointing turned on if it is wanted. device: "cpu" or "cuda", which says how many
+    rows of a weight are decoded at a time. autocast: to bfloat16. chunked_loss: as `llmtools finetune` does it, where
+    the output head allows; else the model makes all logits.
+    """
+    depth = len(find_blocks(model))
+    fewer, more = _DEPTHS
+
+    def at(blocks: int) -> Peak:
+        return _peak(_first_blocks(model, blocks), batch, length, device, autocast, chunked_loss)
+
+    if depth <= more:
+        return at(depth)
+    low, high = at(fewer), at(more)
+    if (low.loss, low.work) != (high.loss, high.work):  # two peaks at different moments say nothing of a third
+        return at(depth)
+    return high._replace(activations=high.activations + (high.activations - low.activations) * (depth - more))
+
+
+@contextmanager
+def planning_attention() -> Iterator[str]:
+    """The name of an attention to build a model with (`attn_implementation`), known to transformers within.
+
+    On fake tensors transformers would write masks into memory that it leaves out on real ones.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    def attention(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        return sdpa_attention_forward(module, query, key, value, None, **options)
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, lambda *args, **options: None)
+    yield ATTENTION
+
+
+# ------------------------------------------------------------------------------------------------------------- running
+
+
+def _peak(model: Any, batch: int, length: int, device: str, autocast: bool, chunked_loss: bool) -> Peak:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with ExitStack() as stack:
+        if device != "cpu":
+            stack.enter_context(materialize_budget(DEVICE_MATERIALIZE_BYTES))
+            stack.enter_context(few_tokens(FEW_TOKENS["cuda"]))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        _fake(model)
+        ids = torch.zeros(batch, length, dtype=torch.long)
+        ledger = stack.enter_context(Ledger([*model.parameters(), *model.buffers(), ids]))
+        loss = _loss(model, ids, ledger, autocast, chunked_loss)
+        ledger.phase = "work"
+        loss.backward()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        found = ledger.peak(without=grads)
+    return Peak(**{name: found.get(name, 0) for name in Peak._fields})
+
+
+def _loss(model: Any, ids: Tensor, ledger: Ledger, autocast: bool, chunked_loss: bool) -> Tensor:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    decoder = getattr(base, base.base_model_prefix, None)
+    ledger.phase = "activations"
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if chunked_loss and decoder is not None and head is not None and fits(head):
+            hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
+            ledger.phase = "loss"
+            # chunked_loss itself first picks the rows that have labels, and fake labels have no values
+            loss, _ = _ChunkedLoss.apply(hidden.flatten(0, 1), head.weight, head.bias, ids.flatten())
+            mean: Tensor = loss / ids.numel()
+            return mean
+        handle = head.register_forward_pre_hook(lambda *_: setattr(ledger, "phase", "loss")) if head else None
+        result: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        if handle:
+            handle.remove()
+        return result
+
+
+class Ledger(TorchDispatchMode):
+    """Writes down what operations allocate, and when it is freed, under the phase that it was allocated in."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.phase = ""
+        self._entries: list[tuple[int, int]] = []
+        """(number of a storage, its bytes when it appears, minus them when it goes)"""
+        self._phases: list[str] = []
+        self._numbers: dict[int, int] = {id(tensor.untyped_storage()): -1 for tensor in known}
+        self._known = known  # keeps them alive: a freed one would hand its id to the next
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._numbers:
+            return
+        number, size = len(self._phases), storage.nbytes()
+        self._numbers[id(storage)] = number
+        self._phases.append(self.phase)
+        self._entries.append((number, size))
+        weakref.finalize(storage, self._freed, id(storage), number, size)
+
+    def _freed(self, key: int, number: int, size: int) -> None:
+        self._numbers.pop(key, None)
+        self._entries.append((number, -size))
+
+    def peak(self, without: list[Tensor]) -> dict[str, int]:
+        """Bytes by phase when most is in use, some tensors that are still there left out."""
+        left_out = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
+        live: dict[str, int] = {}
+        total, best, most = 0, {}, 0
+        for number, size in list(self._entries):
+            if number in left_out:
+                continue
+            phase = self._phases[number]
+            live[phase] = live.get(phase, 0) + size
+            total += size
+            if total > most:
+                best, most = dict(live), total
+        return best
+
+
+def _first_blocks(model: Any, count: int) -> Any:
+    """A copy with so many blocks. Copies of meta tensors cost nothing."""
+    model = copy.deepcopy(model)
+    path = find_blocks(model)[0].path.rpartition(".")[0]
+    parent, _, name = path.rpartition(".")
+    blocks = model.get_submodule(path)
+    setattr(model.get_submodule(parent), name, nn.ModuleList(list(blocks)[:count]))
+    return model
+
+
+def _fake(model: nn.Module) -> None:
+    """Puts fake tensors on the CPU in place of the model's, in place; tied ones stay tied. Within a FakeTensorMode."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    made[id(tensor)] = (
+                        nn.Parameter(fake, requires_grad=tensor.requires_grad)
+                        if isinstance(tensor, nn.Parameter)
+                        else fake
+                    )
+                held[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def _bare(path: str) -> str:
+    """The path as it is in the model without adapters."""
+    return path.removeprefix("base_model.model.")

@@ -361,10 +361,15 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Prints the memory of one variant's step."""
+def main(argv: list[str] | None = None) -> int:
+    """Prints the memory of one variant's step; without arguments, runs the shortest of the cases."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        from . import run
+
+        return run.main(["step", "generate", "--only", "160M 1", "--rounds", "3"])
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("variant")
+    parser.add_argument("variant", choices=[BASE, LEAN, *OURS, *PEERS])
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("batch", type=int)
     parser.add_argument("tokens", type=int)
@@ -389,7 +394,8 @@ def main(argv: list[str] | None = None) -> None:
     kept = ", checkpointing" if args.checkpointing else ", all kept"
     told = {"case": "peak", "problem": f"{args.shape} {args.batch}x{args.tokens}{kept}", "candidate": args.variant}
     print(json.dumps(told | about | {"torch": torch.__version__}), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

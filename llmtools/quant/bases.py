@@ -93,10 +93,9 @@ class SignedHadamard(Basis):
     """Incoherence: random signs and a Hadamard matrix on either side (QuIP#, arXiv:2402.04396, section 3).
 
     W = diag(sv) Q_out W' Q_inᵀ diag(su), Q the orthogonal matrices of `kernels.hadamard`. Outliers are spread over
-    whole rows and columns, W' looks Gaussian, and a matrix-wide grid suits it. With `scale` the entries of W' have mean
-    square scale², and sv carries the size of each row: that of the whole matrix alone, as published, would mix rows of
-    unequal size, and the small ones would drown in the error of the large. Without it sv is ±1 and the grid fits its
-    own scales.
+    whole rows and columns, W' looks Gaussian, and a matrix-wide grid suits it. sv carries the size of each row, beside
+    its sign: mixed with rows of other sizes, as published, the small ones would drown in the error of the large. The
+    entries of W' have mean square scale²; without `scale`, for grids that fit their own, about that of W.
 
     On the side of the inputs the transform's size is the next multiple of `block`, so that blocks of at least that
     order can be mixed: x is filled up with zeros. On the side of the outputs nothing is filled up; an odd number of
@@ -133,10 +132,13 @@ class SignedHadamard(Basis):
             torch.randint(0, 2, (n,), generator=generator, device="cpu").mul(2).sub(1).to(weight.device, torch.float16)
             for n in (in_features, out_features)
         )
-        if self.scale is not None:
-            sizes = weight.square().mean(1).sqrt()  # [out]
-            sizes = sizes.clamp_min(1e-3 * sizes.max()) * (in_features / self.columns(in_features)) ** 0.5
-            sv = sv * torch.where(sizes > 0, (sizes / self.scale).clamp(2.0**-24, 65504), 0).to(torch.float16)
+        sizes = weight.square().mean(1).sqrt()  # [out]
+        sizes = sizes.clamp_min(1e-3 * sizes.max())
+        if self.scale is None:
+            target = sizes.square().mean().sqrt() if sizes.any() else torch.ones_like(sizes)
+        else:
+            target = torch.full_like(sizes, self.scale * (self.columns(in_features) / in_features) ** 0.5)
+        sv = sv * torch.where(sizes > 0, (sizes / target).clamp(2.0**-24, 65504), 0).to(torch.float16)
         return {"su": su, "sv": sv}
 
     def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:

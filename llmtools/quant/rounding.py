@@ -84,7 +84,7 @@ class Sequential(Rounding):
 
     A group's grid is fitted when the sweep reaches it, to weights that carry the feedback of *all* earlier columns
     (GPTQ's own code leaves out those of the current block of 128, which is worse for smaller groups). With H + λI =
-    M D Mᵀ the loss is Σ_j D_jj e_j² in the errors e of rounding alone, so D is what the grid's search for a range minds.
+    M D Mᵀ the loss is Σ_j D_jj e_j² in the errors e of rounding alone: what a grid's search for a range should weigh.
     """
 
     damping: float = 0.01
@@ -204,8 +204,8 @@ def _descend(
     """Codes after passes over the columns, last to first; each chooses anew with all others fixed.
 
     With G = E (H + λI) the loss as a function of the values v of block k is least at v + G_k H_kk⁻¹; the code nearest
-    to that is taken in the rows where it lowers the loss, which in a block of one column it always does. error [out, in]
-    and the Hessian, here damped, are changed in place.
+    to that is taken in the rows where it lowers the loss, which in a block of one column it always does. The error
+    [out, in] and the Hessian, here damped, are changed in place.
     """
     width, span = grid.width, grid.span(error.shape[1])
     codes = codes.clone()

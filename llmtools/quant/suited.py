@@ -2,9 +2,9 @@
 
 A lattice codebook covers a ball. Gaussian weights fit it best at a known standard deviation (1.03 at 2 bits), and
 rotation makes most weights Gaussian, but not all: where one singular value outweighs the others, as in the query and
-key projections of small models, the rotated weight is nearly a product of two Gaussian vectors, with tails that the
-ball cuts off. `suited_share` therefore tries a few sizes on some of the rows and takes the one with the least proxy
-loss tr(E H Eᵀ) of nearest rounding; with feedback the choice is the same but for the odd layer, and needs a factor of H.
+key projections of small models, the rotated weight is nearly a product of two Gaussian vectors, and the ball cuts off
+its tails. `suited_share` therefore tries a few sizes on some of the rows and takes the one with the least proxy loss
+tr(E H Eᵀ) of nearest rounding; with feedback the choice is the same but for the odd layer, and needs a factor of H.
 
 When the codes are chosen, `row_gains` gives each row of the *unrotated* weight the factor that brings it closest to the
 original, g = ⟨w, ŵ⟩ / ⟨ŵ, ŵ⟩ with ⟨a, b⟩ = a H bᵀ. It is stored in the basis' vector of signs, which is there anyway.

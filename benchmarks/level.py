@@ -25,6 +25,7 @@ import copy
 import functools
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -282,7 +283,7 @@ def generate(machine: Machine) -> Iterator[Problem]:
     """Greedy tokens one by one, after a prompt; the time is of all of them."""
     for shape in SHAPES:
         label = f"{shape} {GENERATED} tokens after {PROMPT}"
-        smallest = _bytes(build("2 bits", shape, layers=1), shape)
+        smallest = _bytes("2 bits", shape)
         yield Problem(
             label,
             functools.partial(_check_generation, shape),
@@ -329,16 +330,27 @@ def _check_generation(shape: str) -> None:
 # ------------------------------------------------------------------------------------------------------ bytes and peaks
 
 
+def _linears(shape: str) -> dict[str, nn.Linear]:
+    """All of them, the head included, without memory."""
+    with torch.device("meta"):
+        model = _dense.__wrapped__(shape, None)
+    return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
 def _multiplied(shape: str) -> int:
-    """Weights that each token is multiplied with, the head's included."""
-    model = _dense(shape, None)
-    return sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    """Weights that each token is multiplied with."""
+    return sum(linear.weight.numel() for linear in _linears(shape).values())
 
 
-def _bytes(one_layer: nn.Module, shape: str) -> int:
-    """Bytes that a token reads: of all layers and the head, from a model of one layer."""
-    layer = sum(t.nbytes for t in one_layer.model.layers.parameters())  # type: ignore[union-attr]
-    return int(layer * SHAPES[shape]["num_hidden_layers"] + one_layer.lm_head.weight.nbytes)  # type: ignore[union-attr]
+def _bytes(variant: str, shape: str) -> int:
+    """Bytes of weight that a token reads."""
+    name, options = OURS[variant]
+    quantizer, total = llmtools.quantizer(name, **options), 0
+    for path, linear in _linears(shape).items():
+        layout = quantizer.layout(linear.out_features, linear.in_features).values()
+        packed = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout)
+        total += linear.weight.nbytes if path == "lm_head" else packed
+    return total
 
 
 def _memory(shape: str, batch: int, tokens: int, checkpointing: bool, variant: str) -> dict[str, Any]:

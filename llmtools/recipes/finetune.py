@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
     from .record import record, write_json
 
     began = time.monotonic()
+    recipe = replace(recipe, training={key: _yes_or_no(key, value) for key, value in recipe.training.items()})
     out = Path(recipe.out).expanduser()
     work = out.with_name(f"{out.name}.training")
     check_model(recipe.model)
@@ -389,6 +390,11 @@ def _training_arguments() -> dict[str, str]:
     except ImportError as error:
         raise InputError(NEEDS_TRAIN.format(error=error)) from error
     return {each.name: str(each.type) for each in fields(SFTConfig) if each.init}
+
+
+def _yes_or_no(key: str, value: Any) -> Any:
+    """``save_strategy: no`` is the word; YAML reads it as false."""
+    return "no" if value is False and key.endswith("_strategy") else value
 
 
 def _check_training(training: dict[str, Any]) -> None:

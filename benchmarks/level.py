@@ -2,6 +2,7 @@
 
     python -m benchmarks.run step generate --json
     python -m benchmarks.level "4 bits" 160M 4 512 --checkpointing      the memory of one variant
+    python -m benchmarks.level "4 bits" 160M 1 1 --profile              where the time of a token goes
     python -m benchmarks.run step --only "160M 4x512, all kept" --candidates "bf16,4 bits" --rounds 2
 
 LLaMA shapes of 160M parameters (JackFram/llama-160m) and 1.1B (TinyLlama) with random weights, built here. Every
@@ -27,8 +28,10 @@ import gc
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -373,8 +376,48 @@ def _resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
+def _profile(variant: str, shape: str) -> None:
+    """CPU milliseconds of a generated token, whole and with one kind of module put out of work at a time."""
+    from transformers import DynamicCache
+
+    model: Any = build(variant, shape).eval()
+    ids = torch.randint(0, 32000, (1, PROMPT), generator=torch.Generator().manual_seed(1))
+    head, linears = model.lm_head, {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+
+    def milliseconds() -> float:
+        times = []
+        with torch.no_grad():
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids, past_key_values=cache, use_cache=True)
+            for _ in range(40):
+                started = time.process_time()
+                model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+                times.append(time.process_time() - started)
+        return 1000 * statistics.median(times)
+
+    told = {"whole": milliseconds()}
+    model.lm_head = Idle(head)
+    told["without the head"] = milliseconds()
+    model.lm_head = head
+    for name, linear in linears.items():
+        set_module(model, name, Idle(linear))
+    told["without the blocks' linears"] = milliseconds()
+    print(json.dumps({"case": "profile", "problem": f"{shape} one token", "candidate": variant} | told), flush=True)
+
+
+class Idle(nn.Module):
+    """Gives zeros of a linear's shape, and computes nothing."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.out_features = linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prints the memory of one variant's step; without arguments, runs the shortest of the cases."""
+    """Prints the memory of one variant's step, or where its time goes; without arguments, runs the shortest cases."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         from . import run
@@ -386,7 +429,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("batch", type=int)
     parser.add_argument("tokens", type=int)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="one token of generation instead, by what it runs")
     args = parser.parse_args(argv)
+    if args.profile:
+        _profile(args.variant, args.shape)
+        return 0
     base = build(args.variant, args.shape)
     _dense.cache_clear()
     weights = sum(t.nbytes for t in (*base.parameters(), *base.buffers()))

@@ -21,7 +21,7 @@ def write(results: Path, page: Path = PAGE) -> str:
     rows = newest([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()])
     text = page.read_text(encoding="utf-8")
     made = tables(rows)
-    names = re.findall(r"<!-- (\w+) -->\n", text)
+    names = [name for name in re.findall(r"<!-- (\w+) -->\n", text) if name != "end"]
     for name in names:
         table = made.get(name, "*Not measured yet.*")
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"

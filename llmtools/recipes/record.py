@@ -6,12 +6,25 @@ import dataclasses
 import datetime
 import json
 import platform
+import shlex
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("llmtools", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "safetensors", "numpy")
+PACKAGES = (
+    "llmtools",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "numpy",
+)
 
 
 def record(command: str, recipe: Any, **more: Any) -> dict[str, Any]:
@@ -45,3 +58,26 @@ def versions() -> dict[str, str]:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented UTF-8 JSON; what JSON does not know is written as its string."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+
+
+def given(recipe: Any) -> dict[str, Any]:
+    """What of a recipe differs from its defaults, as JSON has it. An option that comes later changes nothing in it."""
+    found = {}
+    for each in dataclasses.fields(recipe):
+        default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
+        if (value := getattr(recipe, each.name)) != default:
+            found[each.name] = given(value) if dataclasses.is_dataclass(value) else value
+    return dict(json.loads(json.dumps(found, default=str)))
+
+
+def command(verb: str, recipe: Any) -> str:
+    """The command line of a recipe."""
+    return " ".join(["llmtools", verb, *_flags(given(recipe))])
+
+
+def _flags(options: dict[str, Any], name: str = "") -> Iterator[str]:
+    for key, value in options.items():
+        if isinstance(value, dict) and f"{name}{key}" in ("lora", "lora.options", "options", "training"):
+            yield from _flags(value, f"{name}{key}.")
+        else:
+            yield f"--{name}{key} {shlex.quote(value if isinstance(value, str) else json.dumps(value))}"

@@ -23,14 +23,15 @@ DATA = {name: ASSETS / name for name in TASKS}
 
 def built(name: str, *args: str) -> Any:
     """The recipe that a packaged YAML makes, with these arguments after it."""
-    verb = "quantize" if name.startswith("quantize_") else "finetune"
+    verb = next((verb for verb in ("quantize", "sweep") if name.startswith(f"{verb}_")), "finetune")
     options = getattr(importlib.import_module(f"llmtools.recipes.{verb}"), VERBS[verb].options)
     return _parse(_parser(verb, VERBS[verb], options), verb, options, with_packaged(["--config", name, *args]))
 
 
 def test_there_is_one_for_each_published_row() -> None:
     rows = {f"{task}_{method}" for task in TASKS for method in METHODS}
-    assert set(packaged()) == rows | {f"quantize_{method}" for method in METHODS[:3]}
+    models = {f"quantize_{method}" for method in METHODS[:3]}
+    assert {name for name in packaged() if not name.startswith("sweep_")} == rows | models
 
 
 @pytest.mark.parametrize("name", packaged())
@@ -48,6 +49,12 @@ def test_it_builds_and_says_how_it_is_run(name: str) -> None:
         module = importlib.import_module(f"llmtools.recipes.{verb}")
         known = {f"--{key}" for key in ("config", *module.__dict__[VERBS[verb].options].__dataclass_fields__)}
         assert {word.split(".")[0] for word in words if word.startswith("--")} <= known, command
+    if name.startswith("sweep_"):
+        from llmtools.recipes.sweep import _Run
+
+        assert all(command.startswith(f"llmtools sweep {name}") for command in commands)
+        assert len(_Run(recipe).cells()) >= 4
+        return
     if name.startswith("quantize_"):
         assert f"--config {name}" in commands[0]
         assert resolve_quantizer(recipe).bits == int(name[-4])

@@ -31,10 +31,8 @@ def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
     for name in small:
         m, trailing = reference.factor(name, y.device, y.dtype), trailing // order(name)
         m = m.T if transpose else m
-        if trailing == 1:  # a product of two matrices, where a batch of small ones is several times slower
-            y = y.reshape(-1, order(name)) @ m.T
-        else:
-            y = m @ y.reshape(-1, order(name), trailing)
+        # A product of two matrices, where there can be one: a batch of small ones is several times slower.
+        y = y.reshape(-1, order(name)) @ m.T if trailing == 1 else m @ y.reshape(-1, order(name), trailing)
     return y.reshape(x.shape).to(x.dtype)
 
 

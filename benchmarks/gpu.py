@@ -48,6 +48,8 @@ from llmtools.nn.swap import packed_bytes, set_module
 from llmtools.quant import Quantizer
 from llmtools.quant.materialize import few_tokens
 
+from .llama import config
+
 Record = dict[str, Any]
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 PEERS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "gptqmodel", "hqq")
@@ -60,16 +62,6 @@ QUANTIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "E8P 2": ("quip_sharp", {"bits": 2}),
     "E8P 3": ("quip_sharp", {"bits": 3}),
     "E8P 4": ("quip_sharp", {"bits": 4}),
-}
-# hidden, intermediate, layers, heads, heads of keys
-LLAMA = {
-    "160M": (768, 3072, 12, 12, 12),
-    "1.1B": (2048, 5632, 22, 32, 4),
-    "7B": (4096, 11008, 32, 32, 32),
-    "13B": (5120, 13824, 40, 40, 40),
-    "30B": (6656, 17920, 60, 52, 52),
-    "65B": (8192, 22016, 80, 64, 64),
-    "tiny": (64, 160, 2, 4, 2),
 }
 
 
@@ -406,21 +398,11 @@ def graphs(bench: Bench) -> None:
 
 def llama(name: str, quantizer: Quantizer | None, device: torch.device) -> Any:
     """A LLaMA of that size with random weights, made on the device: packed in its blocks, or all bfloat16."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM
 
-    hidden, intermediate, depth, heads, key_heads = LLAMA[name]
-    config = LlamaConfig(
-        vocab_size=512 if name == "tiny" else 32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
+    settings = config(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head" and quantizer is not None:
             set_module(model, path, layer_of(quantizer, module.out_features, module.in_features, device))
@@ -431,7 +413,7 @@ def llama(name: str, quantizer: Quantizer | None, device: torch.device) -> Any:
                 value.fill_(1.0) if parameter.ndim == 1 else value.normal_(std=0.02)
                 module._parameters[key] = nn.Parameter(value, requires_grad=False)
     with device:  # its tables are buffers, computed anew
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(settings)
     return model.eval()
 
 

@@ -46,19 +46,11 @@ from llmtools.nn import QuantizedLinear
 from llmtools.nn.loss import CausalLoss
 from llmtools.nn.swap import set_module
 
+from .llama import config
 from .peers import quiet
 from .run import Machine, Problem, Wanted, case
 
-SHAPES: dict[str, dict[str, int]] = {
-    "160M": {
-        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12,
-        "intermediate_size": 3072, "vocab_size": 32000,
-    },
-    "1.1B": {
-        "hidden_size": 2048, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "intermediate_size": 5632, "vocab_size": 32000,
-    },
-}  # fmt: skip
+SHAPES = ("160M", "1.1B")
 STEPS = (("160M", 1, 128), ("160M", 4, 512), ("1.1B", 1, 128), ("1.1B", 4, 512))
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "4 bits": ("rtn", {"bits": 4, "clip": False}),
@@ -83,13 +75,12 @@ def dense(shape: str, layers: int | None = None) -> nn.Module:
 
 @functools.cache
 def _dense(shape: str, layers: int | None) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    sizes = SHAPES[shape] | ({"num_hidden_layers": layers} if layers else {})
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=2048)).requires_grad_(False)
+        return LlamaForCausalLM(config(shape, depth=layers)).requires_grad_(False)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -130,9 +121,9 @@ def _hqq(linear: nn.Linear, bits: int) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     HQQLinear.set_backend(__import__("hqq.core.quantize", fromlist=["HQQBackend"]).HQQBackend.PYTORCH)
-    config = BaseQuantizeConfig(nbits=bits, group_size=64)
-    config["weight_quant_params"]["optimize"] = False  # the data-free fit takes minutes and changes no speed
-    return HQQLinear(linear, config, compute_dtype=torch.bfloat16, device="cpu", del_orig=False)  # type: ignore[no-any-return]
+    settings = BaseQuantizeConfig(nbits=bits, group_size=64)
+    settings["weight_quant_params"]["optimize"] = False  # the data-free fit takes minutes and changes no speed
+    return HQQLinear(linear, settings, compute_dtype=torch.bfloat16, device="cpu", del_orig=False)  # type: ignore[no-any-return]
 
 
 def _gptqmodel(linear: nn.Linear, bits: int) -> nn.Module:
@@ -176,8 +167,8 @@ def adapted(model: nn.Module, checkpointing: bool = False) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         llmtools.prepare_for_training(model, gradient_checkpointing=checkpointing)
-        config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
-        return peft.get_peft_model(model, config).train()
+        adapters = peft.LoraConfig(r=8, lora_alpha=32, target_modules=LINEARS, task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, adapters).train()
 
 
 def lean(variant: str) -> bool:

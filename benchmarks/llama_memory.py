@@ -19,16 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .llama import config
+
 PUBLISHED = {"7B": 3.2, "13B": 5.4, "30B": 11.4, "65B": 21.8}
 """GB at 2 bits: ModuLoRA, arXiv:2309.16119, table of memory."""
 AIMS = {"7B": 2.6, "13B": 4.4, "30B": 9.4, "65B": 18.5}
-# hidden, intermediate, layers, heads
-LLAMA = {
-    "7B": (4096, 11008, 32, 32),
-    "13B": (5120, 13824, 40, 40),
-    "30B": (6656, 17920, 60, 52),
-    "65B": (8192, 22016, 80, 64),
-}
 ALL, QV = "all-linear", ["q_proj", "v_proj"]
 ROWS: list[tuple[str | None, dict[str, Any], Any, str]] = [
     ("quip_sharp", {"bits": 2}, QV, "adamw_torch"),
@@ -42,22 +37,6 @@ ROWS: list[tuple[str | None, dict[str, Any], Any, str]] = [
     ("optq", {"bits": 4, "group_size": 128}, ALL, "adamw_torch"),
     ("nf4", {"double_quantization": True}, ALL, "adamw_torch"),
 ]
-
-
-def config(size: str) -> Any:
-    from transformers import LlamaConfig
-
-    hidden, intermediate, depth, heads = LLAMA[size]
-    return LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=depth,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
 
 
 def planned(size: str, quantizer: str | None, options: dict[str, Any], modules: Any, optim: str, device: str) -> Any:
@@ -182,9 +161,9 @@ def status(key: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.llama_memory")
-    parser.add_argument("--sizes", nargs="*", default=list(LLAMA), choices=list(LLAMA))
+    parser.add_argument("--sizes", nargs="*", default=list(PUBLISHED), choices=list(PUBLISHED))
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--measure", metavar="SIZE", choices=list(LLAMA), help="run a step of that size on the CPU")
+    parser.add_argument("--measure", metavar="SIZE", choices=list(PUBLISHED), help="run a step of that size on the CPU")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

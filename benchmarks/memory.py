@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import llmtools
 from llmtools.nn import QuantizedLinear
 from llmtools.quant import materialize_budget
+from llmtools.recipes.meter import most_allocated
 
 MIB = 2**20
 
@@ -52,13 +53,7 @@ def peak_growth(work: Callable[[], object]) -> int:
     """The most bytes that `work` has allocated at once on the CPU, from the profiler's record of the allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return most_allocated(profile)
 
 
 def ours(linear: nn.Linear) -> dict[str, nn.Module]:

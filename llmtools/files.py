@@ -1,14 +1,16 @@
-"""Writing a folder so that it appears whole or not at all."""
+"""Folders and files that appear whole or not at all, and JSON files as people write them."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -42,6 +44,23 @@ def writing(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         if (reason := _disk_says_no(error)) is not None:
             raise InputError(f"{folder}: cannot be written ({reason}); nothing was kept") from error
         raise
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file, or replaces it, whole or not at all."""
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)
+
+
+def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """A file's contents; {} where there is none. Raises `error` where it is no object in JSON."""
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as cause:
+        raise error(f"{path} is not JSON: {cause}") from cause
 
 
 def check_free(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

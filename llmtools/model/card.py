@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import read_json
 
 CARD = "README.md"
 MARK = "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
@@ -66,7 +67,7 @@ def card(
 
 
 def _model_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
-    note, run = _json(folder / "llmtools.json"), _json(folder / "run.json")
+    note, run = read_json(folder / "llmtools.json"), read_json(folder / "run.json")
     base = base_name or note.get("base_model")
     quantizers = _quantizers(folder)
     head = _head("transformers", base, "quantized" if quantizers else None, [spec["name"] for spec in quantizers])
@@ -92,12 +93,13 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 
 def _adapter_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
-    config, run = _json(folder / "adapter_config.json"), _json(folder / "run.json")
+    config, run = read_json(folder / "adapter_config.json"), read_json(folder / "run.json")
     base = base_name or config.get("base_model_name_or_path")
     under = Path(str(config.get("base_model_name_or_path") or "")).expanduser()  # the model here, if it is still here
     known = under.is_dir() and (under / "config.json").exists()
     quantizers = _quantizers(under) if known else []
-    note = _json(under / "llmtools.json") if known else {}
+    note = read_json(under / "llmtools.json") if known else {}
+    base_run = read_json(under / "run.json") if known else {}
     dense = "none: its weights are dense" if known else UNKNOWN
     kind = str(config.get("peft_type") or "LoRA").lower()
     called = _hub_name(base) or (Path(base).name if base else "…")
@@ -112,7 +114,7 @@ model = PeftModel.from_pretrained(model, "{name}")"""
         "base model": _called(base),
         "quantizer of the base model": "; ".join(map(_spec, quantizers)) or dense,
         "bits a weight of the base model": _bits(note) if quantizers else dense,
-        "calibration data of the base model": _calibration(note, _json(under / "run.json")) if quantizers else dense,
+        "calibration data of the base model": _calibration(note, base_run) if quantizers else dense,
         "adapters": _adapter(config),
         "trained on": _training(run),
         "losses": _losses(run),
@@ -193,7 +195,7 @@ def _details(result: Mapping[str, Any]) -> str:
 
 def _quantizers(folder: Path) -> list[dict[str, Any]]:
     """The quantizers that ``config.json`` lists: the truth about the weights, whoever wrote them."""
-    told = _json(folder / "config.json").get("quantization_config") or {}
+    told = read_json(folder / "config.json").get("quantization_config") or {}
     if told.get("quant_method") not in (None, "llmtools"):
         return [{"name": str(told["quant_method"]), **({"bits": told["bits"]} if "bits" in told else {})}]
     return [dict(spec) for spec in told.get("quantizers") or ()]
@@ -289,13 +291,3 @@ def _called(base: str | None) -> str:
 def _hub_name(base: str | None) -> str | None:
     """`base` if it is a name on the hub, and not a folder here."""
     return base if base and _HUB_NAME.match(base) and not Path(base).exists() else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A file's contents; {} where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error

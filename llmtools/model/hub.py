@@ -171,14 +171,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"{stored_path} is quantized in the checkpoint, but is a {type(linear).__name__} in this model"
                 )
-            layer = QuantizedLinear(
-                linear.in_features,
-                linear.out_features,
-                chosen,
-                bias=linear.bias is not None,
-                dtype=linear.weight.dtype,
-                device="meta",
-            )
+            layer = QuantizedLinear.empty(linear, chosen, device="meta")
             layer._is_hf_initialized = True
             set_module(model, path, layer)
             self.assigned[path] = chosen

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
+from ..files import read_json
 from .card import CARD, card, is_ours
 from .checkpoint import save
 
@@ -92,7 +93,7 @@ def texts_of(
         raise InputError(f"{folder / CARD} is in your own words; write the results into it, or delete it for a new one")
     path = folder / "adapter_config.json"
     if path.exists():
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         base = config.get("base_model_name_or_path")
         if base_name is not None:
             texts[path.name] = json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n"

@@ -52,6 +52,20 @@ class QuantizedLinear(nn.Linear):
             self.register_parameter("bias", None)
 
     @classmethod
+    def empty(
+        cls, linear: nn.Linear, quantizer: Quantizer, device: torch.device | str | None = None
+    ) -> QuantizedLinear:
+        """A layer of the shape and type of `linear`, with a bias if it has one; the values are to come."""
+        return cls(
+            linear.in_features,
+            linear.out_features,
+            quantizer,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+            device=device,
+        )
+
+    @classmethod
     def from_linear(cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None) -> QuantizedLinear:
         """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over."""
         return cls.from_packed(linear, quantizer, quantizer.quantize(linear.weight.detach(), hessian))

@@ -41,9 +41,10 @@ def suited_share(weight: Tensor, hessian: Tensor, grid: Grid) -> float:
 def row_gains(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
     """g [out]: the factor of each row of the approximation [out, in] that brings it closest to the weight's."""
     gains = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
+    hessian = hessian.to(weight)
     for start in range(0, len(weight), 64):
         rows = slice(start, start + 64)
-        seen = approximation[rows] @ hessian.to(weight)
+        seen = approximation[rows] @ hessian
         power, shared = (seen * approximation[rows]).sum(1), (seen * weight[rows]).sum(1)
         gains[rows] = torch.where(power > 0, shared / power, 1).clamp(0.5, 2)
     return gains

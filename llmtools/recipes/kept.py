@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import secrets
 import time
 import traceback
 from collections.abc import Callable
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import write_whole
+from .record import as_json
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Kept:
             log.debug("%s", made["traceback"])
         made = {"settings": settings, **made, "seconds": time.monotonic() - began}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write(file, json.dumps(made, indent=2, ensure_ascii=False, default=str) + "\n")
+        write_whole(file, as_json(made))
         self.made.add(file.stem)
         return made
 
@@ -69,13 +69,6 @@ def needed(result: Result | None, what: str) -> Result:
     if result is None or "failed" in result:
         raise InputError(f"{what}: {result['failed'] if result else 'it is not there'}")
     return result
-
-
-def write(file: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, file)
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

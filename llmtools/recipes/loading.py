@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from ..files import read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,8 +63,7 @@ def bitsandbytes_config(name: str, kind: str) -> Any:
         raise InputError(f"--load {kind}: nf4 or int8 is expected")
     if find_spec("bitsandbytes") is None:
         raise InputError(f"--load {kind} is done by bitsandbytes: pip install 'llmtools[bitsandbytes]'")
-    config = Path(name).expanduser() / "config.json"
-    if config.exists() and json.loads(config.read_text(encoding="utf-8")).get("quantization_config"):
+    if read_json(Path(name).expanduser() / "config.json").get("quantization_config"):
         raise InputError(f"--load {kind}: {name} is quantized already; give the plain model")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -89,13 +88,7 @@ def _use_plain_kernel(model: Any) -> None:
 
 def loaded_as(adapter: str | None) -> str | None:
     """How the base of an adapter was quantized while it was loaded (`--load`), by the adapter's run.json."""
-    if adapter is None:
-        return None
-    try:
-        run = json.loads((Path(adapter).expanduser() / "run.json").read_text(encoding="utf-8"))
-        return dict(run["recipe"]).get("load")
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    return dict(_run_of(adapter).get("recipe") or {}).get("load")
 
 
 def check_model(name: str) -> None:
@@ -118,10 +111,7 @@ def check_adapter(folder: str) -> dict[str, Any]:
     if not path.exists():
         what = "holds no adapter_config.json" if path.parent.is_dir() else "does not exist"
         raise InputError(f"adapter {folder!r} {what}; the folder that `llmtools finetune --out` wrote is expected")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
+    return read_json(path)
 
 
 def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str | None]:
@@ -138,14 +128,15 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
 
 def words_of(adapter: str | None) -> dict[str, Any]:
     """In which words an adapter was trained: ``{"form": …, "template": …}`` from its run.json, {} if it has none."""
-    if adapter is None:
-        return {}
-    path = Path(adapter).expanduser() / "run.json"
+    return dict(_run_of(adapter).get("words") or {})
+
+
+def _run_of(adapter: str | None) -> dict[str, Any]:
+    """How an adapter was trained, by its run.json; {} where there is none that can be read."""
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(Path(adapter).expanduser() / "run.json") if adapter is not None else {}
+    except (OSError, InputError):
         return {}
-    return dict(run.get("words") or {})
 
 
 def import_plugins(plugin: str | list[str] | None) -> None:

@@ -286,15 +286,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
         quantizers, name = _quantizers(model, config, recipe)
         if not dense:
             for path, quantizer in quantizers.items():
-                linear = model.get_submodule(path)
-                layer = QuantizedLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    quantizer,
-                    bias=linear.bias is not None,
-                    dtype=linear.weight.dtype,
-                )
-                set_module(model, path, layer)
+                set_module(model, path, QuantizedLinear.empty(model.get_submodule(path), quantizer))
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
             adapted = get_peft_model(model, _lora_config(Finetune(recipe.model, data="", out="", lora=recipe.lora)))

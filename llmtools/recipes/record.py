@@ -55,9 +55,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def as_json(value: Any) -> str:
+    """Indented JSON with an end of line; what JSON does not know is written as its string."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented UTF-8 JSON; what JSON does not know is written as its string."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    """Writes `value` as JSON in UTF-8."""
+    path.write_text(as_json(value), encoding="utf-8")
 
 
 def given(recipe: Any) -> dict[str, Any]:

@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, did_you_mean
+from ..files import write_whole
 from .evaluate import Evaluate
 from .finetune import Finetune, Lora
-from .kept import Kept, needed, write
+from .kept import Kept, needed
 from .quantize import Quantize
 from .record import command, given
 
@@ -141,7 +142,7 @@ def sweep(recipe: Sweep) -> Swept:
     quiet_libraries()
     if not recipe.report_only:
         run.out.mkdir(parents=True, exist_ok=True)
-        write(run.out / "sweep.yaml", as_yaml(recipe))
+        write_whole(run.out / "sweep.yaml", as_yaml(recipe))
     floors = {name: floor for name in recipe.tasks if (floor := run.floor(name))}
     found: dict[str, dict[str, Any]] = {}
     began, made = time.monotonic(), 0

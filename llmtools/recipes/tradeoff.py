@@ -149,7 +149,7 @@ def report(
     floors: dict[str, dict[str, Any]],
 ) -> str:
     """Writes `base`.md, .json and .html; returns the table of quality as text."""
-    from .kept import write
+    from ..files import write_whole
     from .sweep import as_yaml
 
     finished = {name: made for name, made in found.items() if "failed" not in made}
@@ -172,7 +172,7 @@ def report(
     text = blocks(story)
     base.parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".md", markdown(text)), (".json", as_json(story)), (".html", as_html(text, story))):
-        write(base.with_name(base.name + suffix), content)
+        write_whole(base.with_name(base.name + suffix), content)
     return "\n".join(plain(block) for block in text if block.kind == "table")
 
 

@@ -11,7 +11,6 @@ from benchmarks import llama_memory
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_memory, "LLAMA", {"tiny": (64, 160, 2, 4)})
     monkeypatch.setattr(llama_memory, "PUBLISHED", {"tiny": 1.0})
     monkeypatch.setattr(llama_memory, "AIMS", {"tiny": 1.0})
     monkeypatch.setattr(llama_memory, "ROWS", llama_memory.ROWS[:1])

@@ -11,7 +11,6 @@ transformers opens some of these formats as well, with the peers' packages, and 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from ...errors import CheckpointError, within
+from ...files import read_json
 from ...nn.linear import QuantizedLinear
 from ...nn.swap import quantized_linears
 from ...quant import Packed, Quantizer
@@ -52,7 +52,7 @@ def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
     folder = Path(name)
     if not folder.exists():
         return _from_hub(name, options)
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json", CheckpointError)
     told = quantization_config(config, folder)
     found = next((kind for kind in FORMATS if kind.recognise(told)), None) if told else None
     if found is not None:
@@ -71,7 +71,7 @@ def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -
     if config.get(QUIP_PARAMS):
         return {"quant_method": "quip_sharp", **config[QUIP_PARAMS]}
     for name in _SIDE_FILES if folder else ():
-        if folder and (side := _json(folder / name)):
+        if folder and (side := read_json(folder / name, CheckpointError)):
             method = "awq" if "w_bit" in side or str(side.get("version")).lower() in ("gemm", "gemv") else "gptq"
             return {"quant_method": method, **side}
     return {}
@@ -201,12 +201,3 @@ def _from_hub(name: str, options: Mapping[str, Any]) -> Foreign | None:
         return None
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
     return recognise(snapshot_download(name, allow_patterns=wanted, **told), options)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error

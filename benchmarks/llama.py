@@ -1,0 +1,44 @@
+"""The shapes of LLaMA models that the benchmarks build with random weights."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Shape(NamedTuple):
+    """Hidden size, intermediate size, blocks, heads, heads of keys and values, words in the vocabulary."""
+
+    hidden: int
+    intermediate: int
+    depth: int
+    heads: int
+    key_heads: int
+    vocabulary: int = 32000
+
+
+LLAMA = {
+    "tiny": Shape(64, 160, 2, 4, 2, 512),
+    "160M": Shape(768, 3072, 12, 12, 12),
+    "1.1B": Shape(2048, 5632, 22, 32, 4),
+    "7B": Shape(4096, 11008, 32, 32, 32),
+    "13B": Shape(5120, 13824, 40, 40, 40),
+    "30B": Shape(6656, 17920, 60, 52, 52),
+    "65B": Shape(8192, 22016, 80, 64, 64),
+}
+
+
+def config(name: str, *, depth: int | None = None) -> Any:
+    """transformers' LlamaConfig of that shape, embeddings and head apart, 2048 positions; `depth` blocks if given."""
+    from transformers import LlamaConfig
+
+    shape = LLAMA[name]
+    return LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=depth or shape.depth,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    )

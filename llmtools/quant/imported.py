@@ -17,6 +17,7 @@ Shapes: out, in — features; P = ceil(out / group_size) rows of scales of `affi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -65,7 +66,7 @@ class UniformGrid(Composed):
     def __post_init__(self) -> None:
         _ = self.grid
 
-    @property
+    @cached_property
     def grid(self) -> Affine:
         return Affine(self.bits, self.group_size, self.symmetric, False, self.scale_type, self.float_zeros)
 
@@ -73,7 +74,7 @@ class UniformGrid(Composed):
     def rounding(self) -> Rounding:
         return Nearest()
 
-    @property
+    @cached_property
     def basis(self) -> Basis | None:
         return Permutation() if self.permuted else None
 
@@ -100,7 +101,7 @@ class TableGrid(Composed):
                 raise InputError("codebook: a table is 16 numbers in rising order")
         check_group_size("codebook", self.group_size)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         table = TABLES[self.table] if isinstance(self.table, str) else self.table
         return Codebook(table, self.group_size, self.double_quantization)

@@ -21,6 +21,7 @@ Shapes: out, in — features; g — group size; G — groups in a row, the last 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +67,7 @@ class SignRound(Composed):
             raise InputError(f"{self.name}: batch={self.batch}; give at least 1 sequence a step")
         self.rounding  # checks the other options  # noqa: B018
 
-    @property
+    @cached_property
     def grid(self) -> Affine:
         return Affine(self.bits, self.group_size, self.symmetric, clip=True)
 

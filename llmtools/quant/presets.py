@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -51,7 +52,7 @@ class RTN(Composed):
     def __post_init__(self) -> None:
         _check(self.name, self.bits, self.group_size)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return Affine(self.bits, self.group_size, self.symmetric, self.clip)
 
@@ -73,7 +74,7 @@ class NF4(Composed):
     def __post_init__(self) -> None:
         check_group_size(self.name, self.group_size)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return Codebook(group_size=self.group_size, double_quantization=self.double_quantization)
 
@@ -110,7 +111,7 @@ class OPTQ(Composed):
         _check(self.name, self.bits, self.group_size)
         Sequential(self.damping, passes=self.passes)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return Affine(self.bits, self.group_size, self.symmetric, self.clip)
 
@@ -123,7 +124,7 @@ class OPTQ(Composed):
             passes=self.passes,
         )
 
-    @property
+    @cached_property
     def basis(self) -> Basis | None:
         return Permutation() if self.act_order and not self.static_groups else None
 
@@ -144,7 +145,7 @@ class HQQ(Composed):
         _check(self.name, self.bits, self.group_size)
         Proximal(self.iterations)
 
-    @property
+    @cached_property
     def grid(self) -> Affine:
         return Affine(self.bits, self.group_size, float_zeros=True)
 
@@ -175,7 +176,7 @@ class AWQ(Composed):
     def __post_init__(self) -> None:
         _check(self.name, self.bits, self.group_size)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return Affine(self.bits, self.group_size, self.symmetric)
 
@@ -183,7 +184,7 @@ class AWQ(Composed):
     def rounding(self) -> Rounding:
         return Clipped() if self.clip else Nearest()
 
-    @property
+    @cached_property
     def basis(self) -> Basis:
         return Rescale(self.grid)
 
@@ -217,7 +218,7 @@ class QuIP(Composed):
         Sequential(self.damping, passes=self.passes)
         SignedHadamard(rules=self.hadamard)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return Affine(self.bits, self.group_size, self.symmetric, self.clip)
 
@@ -225,7 +226,7 @@ class QuIP(Composed):
     def rounding(self) -> Rounding:
         return Sequential(self.damping, passes=self.passes)
 
-    @property
+    @cached_property
     def basis(self) -> Basis:
         return SignedHadamard(self.seed, rules=self.hadamard)
 
@@ -263,7 +264,7 @@ class QuIPSharp(Composed):
         Sequential(self.damping, passes=self.passes)
         SignedHadamard(scale=self.scale, rules=self.hadamard)
 
-    @property
+    @cached_property
     def grid(self) -> Grid:
         return Lattice(self.bits, self.residual_scale)
 
@@ -271,7 +272,7 @@ class QuIPSharp(Composed):
     def rounding(self) -> Sequential:
         return Sequential(self.damping, passes=self.passes)
 
-    @property
+    @cached_property
     def basis(self) -> SignedHadamard:
         scale = SCALE[self.bits] if self.scale is None else self.scale
         return SignedHadamard(self.seed, scale, rules=self.hadamard)

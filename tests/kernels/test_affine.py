@@ -17,7 +17,7 @@ from llmtools.kernels.bits import pack
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [  # out, in, group_size
     (5, 1, 1), (5, 7, 3), (4, 33, 33), (3, 64, 8), (6, 100, 32), (3, 129, 31), (2, 256, 64), (7, 515, 48),
-    (3, 4200, 128),
+    (3, 4200, 128), (4, 230, 96), (2, 2240, 32),
 ]  # fmt: skip
 
 
@@ -117,6 +117,23 @@ def test_few_tokens_are_multiplied_as_exactly_as_by_a_dense_layer(
             assert_as_exact_as_dense(multiply_transposed_affine(g, *weight), g, dense)
         else:
             assert multiply_affine(torch.empty(0, n, dtype=dtype), *weight).shape == (0, out)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_activations_of_any_size_are_multiplied(bits: int, dtype: torch.dtype) -> None:
+    weight = draw(6, 192, 64, bits)
+    dense = reference.dequantize_affine(*weight)
+    for tokens in (1, 5):
+        x = torch.randn(tokens, 192).to(dtype)
+        for change in (x * 1e-4, x * 1e4, torch.where(torch.rand_like(x) < 0.01, x * 1000, x), x * 0):
+            assert_as_exact_as_dense(multiply_affine(change, *weight), change, dense.T)
+        for odd in (float("inf"), float("nan")):
+            spoiled = x.clone()
+            spoiled[0, 70] = odd
+            got = multiply_affine(spoiled, *weight)
+            assert not torch.isfinite(got[0]).any()
+            assert tokens == 1 or torch.isfinite(got[1:]).all()
 
 
 def test_inputs_of_the_product_may_be_strided() -> None:

@@ -24,8 +24,6 @@ from ..native import TYPES, library
 
 WIDTHS = (2, 3, 4, 8)
 """Bits of a code that C knows."""
-MOST_TOKENS = 64
-"""Rows of x that one call of the C function takes."""
 _SMALL = 2**15  # weights; below, waking other threads costs more than they save
 
 
@@ -62,14 +60,12 @@ def multiply(x: Tensor, codes: Codes) -> Tensor | None:
     library, weight = _ready(codes, x.dtype)
     if weight is None or not x.is_cpu:
         return None
-    dtype, tokens, rows = x.dtype, x.shape[0], codes.qweight.shape[0]
-    x = x.to(torch.float32).contiguous()
-    y = x.new_empty((tokens, rows), dtype=dtype)
+    tokens, rows = x.shape[0], codes.qweight.shape[0]
+    x = x.contiguous()
+    y = x.new_empty((tokens, rows))
     threads = _threads(rows * codes.in_features * tokens)
-    for start in range(0, tokens, MOST_TOKENS):
-        count = min(MOST_TOKENS, tokens - start)
-        source, target = x.data_ptr() + 4 * start * codes.in_features, y.data_ptr() + start * rows * y.itemsize
-        library.multiply(weight, rows, source, count, TYPES[dtype], target, threads)
+    if not library.multiply(weight, rows, x.data_ptr(), tokens, TYPES[x.dtype], y.data_ptr(), threads):
+        raise MemoryError(f"no memory for {tokens} rows of {codes.in_features} activations")
     return y
 
 
@@ -140,8 +136,8 @@ def _functions() -> Any:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         weight = ctypes.POINTER(_Weight)
         found.dequantize.argtypes = [weight, size, number, pointer, number]
-        found.multiply.argtypes = [weight, size, pointer, number, number, pointer, number]
-        found.dequantize.restype = found.multiply.restype = None
+        found.multiply.argtypes = [weight, size, pointer, size, number, pointer, number]
+        found.dequantize.restype, found.multiply.restype = None, number
     return found
 
 

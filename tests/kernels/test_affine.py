@@ -183,4 +183,8 @@ def test_the_shortcut_past_the_dispatcher_is_for_plain_tensors_only() -> None:
         assert dequantize_affine(*fake, torch.float16).shape == (6, 70)
     meta = weight._replace(**{k: getattr(weight, k).to("meta") for k in ("qweight", "scales", "qzeros")})
     assert dequantize_affine(*meta).device.type == "meta"
-    assert affine.grouped.direct(dequantize_affine, torch.nn.Parameter(torch.empty(1))) is dequantize_affine
+    frozen, trained = (torch.nn.Parameter(torch.empty(1), requires_grad=wanted) for wanted in (False, True))
+    assert affine.direct(dequantize_affine, frozen) is dequantize_affine
+    assert affine.direct(dequantize_affine, trained) is None
+    with torch.no_grad():
+        assert affine.direct(dequantize_affine, trained) is dequantize_affine

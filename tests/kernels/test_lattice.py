@@ -20,6 +20,7 @@ from llmtools.kernels.lattice import (
     encode_e8p,
     encode_e81b,
     encode_lattice,
+    multiply_lattice,
     reference,
 )
 from llmtools.kernels.lattice.tables import e8p_magnitudes
@@ -297,3 +298,33 @@ def test_c_decoders_give_the_reference_bits(bits: int, dtype: torch.dtype) -> No
     for scale in (RESIDUAL_SCALE[bits], 1e5, 1e-3):
         values = dequantize_lattice(codes, residual, scale, dtype)
         assert torch.equal(values, reference.dequantize_lattice(codes, residual, scale, dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_few_tokens_are_multiplied_as_exactly_as_by_a_dense_layer(bits: int, dtype: torch.dtype) -> None:
+    for out, blocks in ((5, 1), (3, 63), (9, 64), (4, 65), (2, 200)):
+        codes = torch.randint(-(2**15), 2**15, (out, blocks), dtype=torch.int16)
+        residual = {
+            2: None,
+            3: torch.randint(0, 256, (out, blocks), dtype=torch.uint8),
+            4: torch.randint(-(2**15), 2**15, (out, blocks), dtype=torch.int16),
+        }[bits]
+        dense = dequantize_lattice(codes, residual, 2.5).double()
+        for tokens in (1, 3, 40):
+            for size in (1e-4, 1.0, 100.0):
+                x = (torch.randn(tokens, 8 * blocks) * size).to(dtype)
+                truth = x.double() @ dense.T
+                off = (multiply_lattice(x, codes, residual, 2.5).double() - truth).abs().max()
+                dense_off = (x @ dense.T.to(dtype) - truth).abs().max()
+                assert off <= 2 * dense_off + 8 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+def test_products_with_what_is_not_finite_are_not_finite() -> None:
+    codes = torch.randint(-(2**15), 2**15, (4, 9), dtype=torch.int16)
+    for odd in (float("inf"), float("nan")):
+        x = torch.randn(2, 72, dtype=torch.bfloat16)
+        x[0, 70] = odd
+        y = multiply_lattice(x, codes)
+        assert not y[0].isfinite().any() and y[1].isfinite().all()
+    assert multiply_lattice(torch.empty(0, 72, dtype=torch.bfloat16), codes).shape == (0, 4)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, grouped
+from ..native import direct
 from . import reference
 
 __all__ = ["dequantize_affine", "multiply_affine", "multiply_transposed_affine"]
@@ -33,7 +34,7 @@ def dequantize_affine(
     """The weight [out, in] of `dtype`; 1 ≤ group_size ≤ in_features."""
     if scales.requires_grad and torch.is_grad_enabled():  # block tuning trains them
         return reference.dequantize_affine(qweight, scales, qzeros, bits, group_size, in_features, dtype)
-    call = grouped.direct(_dequantize, qweight) or torch.ops.llmtools.dequantize_affine
+    call = direct(_dequantize, qweight) or torch.ops.llmtools.dequantize_affine
     result: Tensor = call(qweight, scales, qzeros, bits, group_size, in_features, dtype)
     return result
 
@@ -42,7 +43,7 @@ def multiply_affine(
     x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
 ) -> Tensor:
     """x [t, in] @ weight.T -> [t, out] of x's type. Not differentiable."""
-    call = grouped.direct(_multiply, x) or torch.ops.llmtools.multiply_affine
+    call = direct(_multiply, x) or torch.ops.llmtools.multiply_affine
     result: Tensor = call(x, qweight, scales, qzeros, bits, group_size, in_features)
     return result
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import gpu, grouped
+from ..native import direct
 from . import reference
 
 __all__ = ["dequantize_codebook", "multiply_codebook", "multiply_transposed_codebook"]
@@ -31,7 +32,7 @@ def dequantize_codebook(
     """The weight [out, in] of `dtype`; 1 ≤ group_size ≤ in_features."""
     if scales.requires_grad and torch.is_grad_enabled():  # block tuning trains them
         return reference.dequantize_codebook(qweight, scales, table, group_size, in_features, dtype)
-    call = grouped.direct(_dequantize, qweight) or torch.ops.llmtools.dequantize_codebook
+    call = direct(_dequantize, qweight) or torch.ops.llmtools.dequantize_codebook
     result: Tensor = call(qweight, scales, table, group_size, in_features, dtype)
     return result
 
@@ -40,7 +41,7 @@ def multiply_codebook(
     x: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
 ) -> Tensor:
     """x [t, in] @ weight.T -> [t, out] of x's type. Not differentiable."""
-    call = grouped.direct(_multiply, x) or torch.ops.llmtools.multiply_codebook
+    call = direct(_multiply, x) or torch.ops.llmtools.multiply_codebook
     result: Tensor = call(x, qweight, scales, table, group_size, in_features)
     return result
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from .. import gpu
 from ..compiling import constant_result
-from ..native import TYPES, library
+from ..native import TYPES, Op, library
 
 WIDTHS = (2, 3, 4, 8)
 """Bits of a code that C knows."""
@@ -69,9 +68,6 @@ def multiply(x: Tensor, codes: Codes) -> Tensor | None:
     return y
 
 
-Op = Callable[..., Tensor]
-
-
 def define(schema: str, *, reference: Op, fake: Op, cpu: Op | None = None, cuda: Op | None = None) -> None:
     """The op ``llmtools::<schema>``. The reference serves devices that get no implementation of their own."""
     name = f"llmtools::{schema[: schema.index('(')]}"
@@ -94,15 +90,6 @@ def decodes(device: torch.device, bits: int) -> bool:
 def multiplies(device: torch.device, transposed: bool) -> bool:
     """Whether that device has a product for few tokens: with the weight's transpose, or with the weight itself."""
     return device.type == "cuda" or (device.type == "cpu" and not transposed)
-
-
-def direct(implementation: Op, tensor: Tensor) -> Op | None:
-    """The CPU implementation itself, where nobody traces and the tensor is an ordinary one in memory; else None.
-
-    The way through the dispatcher to Python and back takes some 10 µs, as long as a small layer's product.
-    """
-    plain = type(tensor) is Tensor or type(tensor) is torch.nn.Parameter
-    return implementation if plain and tensor.is_cpu and not torch.compiler.is_compiling() else None
 
 
 class _Weight(ctypes.Structure):

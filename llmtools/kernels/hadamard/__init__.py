@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from .. import gpu
+from ..native import direct
 from . import native, reference
 from .matrices import matrix
 from .rules import rule_for
@@ -38,7 +39,7 @@ def hadamard(x: Tensor, rule: str, transpose: bool = False) -> Tensor:
     """
     if not x.is_floating_point() or x.dim() == 0:
         raise InputError(f"hadamard needs floating-point vectors, not {x.dtype} of shape {tuple(x.shape)}")
-    result: Tensor = _hadamard(x, rule, transpose)
+    result: Tensor = (direct(native.hadamard, x) or _hadamard)(x, rule, transpose)
     return result
 
 

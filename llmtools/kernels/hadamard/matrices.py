@@ -54,6 +54,7 @@ _WILLIAMSON = {
 WILLIAMSON_ORDERS = tuple(_WILLIAMSON)
 
 
+@cache
 def order(name: str) -> int:
     """How many rows the named matrix has. Raises InputError for a name that names nothing; builds nothing."""
     kind, number = _split(name)

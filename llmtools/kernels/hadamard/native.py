@@ -23,7 +23,7 @@ def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
         return reference.hadamard(x, rule, transpose)
     n = x.shape[-1]
     *small, sylvester = factors(rule, n)
-    y = torch.empty(x.shape, dtype=torch.float32).copy_(x)
+    y = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
     threads = max(1, min(torch.get_num_threads(), y.numel() // _FLOATS_A_THREAD))
     size = order(sylvester)
     library.hadamard_walsh(y.data_ptr(), y.numel() // size, size, reference.scale(rule, n), threads)

@@ -48,6 +48,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@cache
 def block_size(rule: str, n: int) -> int:
     """The length of the parts of a vector that are mixed with each other; n, except for block-diagonal rules."""
     size = 1

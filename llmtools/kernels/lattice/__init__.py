@@ -30,6 +30,7 @@ from torch import Tensor
 from ...errors import InputError
 from .. import gpu
 from ..compiling import constant_result
+from ..native import direct
 from . import native, reference
 from .tables import e8p_table, e81b_table
 
@@ -45,6 +46,7 @@ __all__ = [
     "encode_e8p",
     "encode_e81b",
     "encode_lattice",
+    "multiplies",
     "multiply_lattice",
 ]
 
@@ -69,7 +71,8 @@ def dequantize_lattice(
             )
         if not (isfinite(residual_scale) and residual_scale >= 1e-3):  # else sixteen bits might overflow
             raise InputError(f"residual_scale must be a number of at least 0.001, not {residual_scale}")
-    weights: Tensor = _dequantize_lattice(codes, residual, residual_scale, dtype)
+    call = direct(native.dequantize_lattice, codes) or _dequantize_lattice
+    weights: Tensor = call(codes, residual, residual_scale, dtype)
     return weights
 
 
@@ -81,7 +84,8 @@ def multiply_lattice(
     transposed: bool = False,
 ) -> Tensor:
     """x [t, 8b] @ weight.T -> [t, out] of x's type; or x [t, out] @ weight -> [t, 8b]. Not differentiable."""
-    product: Tensor = _multiply_lattice(x, codes, residual, residual_scale, transposed)
+    call = direct(native.multiply_lattice, x) or _multiply_lattice
+    product: Tensor = call(x, codes, residual, residual_scale, transposed)
     return product
 
 
@@ -89,6 +93,14 @@ def multiply_lattice(
 def decodes(device: torch.device) -> bool:
     """Whether rows are decoded on that device without memory beside the result's."""
     return gpu.usable(device) if device.type == "cuda" else native.usable(device)
+
+
+@constant_result
+def multiplies(device: torch.device, dtype: torch.dtype, transposed: bool) -> bool:
+    """Whether that device has a product for few tokens of that type: with the transpose, or with the weight itself."""
+    if device.type == "cuda":
+        return True
+    return native.usable(device) and not transposed and dtype in (torch.bfloat16, torch.float16)
 
 
 def encode_lattice(x: Tensor, bits: int, residual_scale: float | None = None) -> tuple[Tensor, Tensor | None]:
@@ -154,6 +166,7 @@ def _multiply_lattice(
     return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
 
 
+_multiply_lattice.register_kernel("cpu")(native.multiply_lattice)
 _multiply_lattice.register_kernel("cuda")(gpu.kernel(__name__, reference.multiply_lattice))
 
 

@@ -12,6 +12,7 @@ from .. import native
 from . import reference
 from .tables import e8p_magnitudes, e8p_parts, e81b_table
 
+_CHUNK = 64  # codes; as in native.c
 _ENCODED_A_THREAD, _DECODED_A_THREAD = 64, 1 << 12  # fewer vectors are done before a second thread has woken up
 
 
@@ -27,13 +28,43 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
         residual.data_ptr() if residual is not None else None,
         residual_scale,
         codes.numel(),
-        *(part.data_ptr() for part in e8p_parts()),
-        e81b_table().data_ptr() if residual is not None and residual.dtype == torch.uint8 else None,
+        *_tables(residual),
         native.TYPES[dtype],
         out.data_ptr(),
         _threads(codes.numel(), _DECODED_A_THREAD),
     )
     return out
+
+
+def multiply_lattice(
+    x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
+) -> Tensor:
+    """See the package's docstring. In C for half precision and not transposed; else, and where x is not finite, the
+    reference."""
+    library = _library()
+    if library is None or transposed or x.dtype not in (torch.bfloat16, torch.float16):
+        return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
+    rows, blocks, tokens = *codes.shape, x.shape[0]
+    wide, codes = x.to(torch.float32).contiguous(), codes.contiguous()
+    residual = residual.contiguous() if residual is not None else None
+    numbers = torch.empty(tokens, 8 * blocks, dtype=torch.int16, device="cpu")
+    places = torch.empty(tokens, -(-blocks // _CHUNK), dtype=torch.float32, device="cpu")
+    y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
+    finite = library.lattice_multiply(
+        codes.data_ptr(),
+        residual.data_ptr() if residual is not None else None,
+        residual_scale,
+        rows,
+        blocks,
+        *_tables(residual),
+        wide.data_ptr(),
+        tokens,
+        numbers.data_ptr(),
+        places.data_ptr(),
+        y.data_ptr(),
+        _threads(codes.numel() * tokens, _DECODED_A_THREAD),
+    )
+    return y.to(x.dtype) if finite else reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
 
 
 def encode_e8p(x: Tensor) -> Tensor:
@@ -63,6 +94,12 @@ def usable(device: torch.device) -> bool:
     return device.type == "cpu" and _library() is not None
 
 
+def _tables(residual: Tensor | None) -> tuple[int | None, ...]:
+    """Where e8p_parts() lie, and e81b_table() or None."""
+    second = e81b_table().data_ptr() if residual is not None and residual.dtype == torch.uint8 else None
+    return (*(part.data_ptr() for part in e8p_parts()), second)
+
+
 def _threads(vectors: int, vectors_a_thread: int) -> int:
     return max(1, min(torch.get_num_threads(), vectors // vectors_a_thread))
 
@@ -79,6 +116,12 @@ def _library() -> ctypes.CDLL | None:
             *(pointer, pointer, pointer, pointer),  # magnitudes, flips, offsets, table
             *(number, pointer, number),  # type, out, threads
         ]
+        library.lattice_multiply.argtypes = [
+            *(pointer, pointer, real, long, long),  # codes, residual, residual_scale, rows, blocks
+            *(pointer, pointer, pointer, pointer),  # magnitudes, flips, offsets, table
+            *(pointer, long, pointer, pointer, pointer, number),  # x, tokens, numbers, places, y, threads
+        ]
+        library.lattice_multiply.restype = number
         for function in (library.lattice_encode_e8p, library.lattice_encode_e81b, library.lattice_decode):
             function.restype = None
     return library

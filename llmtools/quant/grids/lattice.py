@@ -28,6 +28,7 @@ from ...kernels.lattice import (
     decodes,
     dequantize_lattice,
     encode_lattice,
+    multiplies,
     multiply_lattice,
 )
 from ..base import ALL, Packed, TensorSpec
@@ -99,6 +100,6 @@ class Lattice(Grid):
         return dtype.itemsize if decodes(device) else super().scratch_bytes(device, dtype)
 
     def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        if x.device.type != "cuda":
+        if not multiplies(x.device, x.dtype, transposed):
             return None
         return multiply_lattice(x, packed["codes"], packed.get("residual"), self._scale, transposed)

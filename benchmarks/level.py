@@ -201,13 +201,15 @@ def steps(machine: Machine) -> Iterator[Problem]:
     for shape, batch, tokens in STEPS:
         for checkpointing in (False, True):
             label = f"{shape} {batch}x{tokens}{', checkpointing' if checkpointing else ', all kept'}"
-            weights = _multiplied(shape)
+            linears = _linears(shape)
+            weights = sum(linear.weight.numel() for linear in linears.values())
+            again = weights - linears["lm_head"].weight.numel() if checkpointing else 0
             yield Problem(
                 label,
                 functools.partial(_check, shape),
                 {},
                 {},
-                (6 if checkpointing else 4) * weights * batch * tokens / machine.best_matmul_speed,
+                (4 * weights + 2 * again) * batch * tokens / machine.best_matmul_speed,
                 "the products with the weights",
                 make=functools.partial(_step_candidates, shape, batch, tokens, checkpointing),
                 about=functools.partial(_memory, shape, batch, tokens, checkpointing),
@@ -283,7 +285,7 @@ def generate(machine: Machine) -> Iterator[Problem]:
             functools.partial(_check_generation, shape),
             {},
             {},
-            (GENERATED - 1) * 2 * smallest / machine.copy_bandwidth,
+            (GENERATED - 1) * smallest / machine.copy_bandwidth,
             "reading the 2-bit model's weights",
             make=functools.partial(_generators, shape),
         )
@@ -329,11 +331,6 @@ def _linears(shape: str) -> dict[str, nn.Linear]:
     with torch.device("meta"):
         model = _dense.__wrapped__(shape, None)
     return {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-
-
-def _multiplied(shape: str) -> int:
-    """Weights that each token is multiplied with."""
-    return sum(linear.weight.numel() for linear in _linears(shape).values())
 
 
 def _bytes(variant: str, shape: str) -> int:

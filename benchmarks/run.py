@@ -1,7 +1,7 @@
 """Times the cases of the registry: ours, the baselines interleaved with it, and the limit that the machine sets.
 
     python -m benchmarks.run                    the cases that there are
-    python -m benchmarks.run ops --json         one line of JSON a measurement
+    python -m benchmarks.run decode multiply --json         one line of JSON a measurement
     python -m benchmarks.run layers --only 128  the problems whose label contains "128"
 
 Each problem is checked for correctness before it is timed. Candidates take turns, round after round, so that whatever
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         for problem in CASES[name](machine):
             if args.only in problem.label:
                 _report(
-                    measure(problem, args.rounds, lambda name: not names or name in names),
+                    measure(problem, args.rounds, lambda name: not names or name in names, args.more),
                     name,
                     where,
                     args.json,

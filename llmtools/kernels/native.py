@@ -1,8 +1,8 @@
 """The C files beside the kernels, as loaded libraries: built once, at first use, and kept.
 
-`library("affine")` compiles `affine/native.c` with the machine's C compiler for the machine's processor, in a second or
-so, and loads it with ctypes; later processes find it in a cache. Nothing here is necessary: without a compiler, and
-wherever a build fails, callers get None and compute in plain torch, and one log line says so and what to do about it.
+`library("grouped")` compiles `grouped/native.c` with the machine's C compiler for the machine's processor, in a few
+seconds, and loads it with ctypes; later processes find it in a cache. Nothing here is necessary: without a compiler,
+and wherever a build fails, callers get None and compute in plain torch, and one log line says so and what to do.
 
 A library in a cache is code that will run as the user, so the cache is a directory that only the user can write. It is
 $LLMTOOLS_CACHE, $XDG_CACHE_HOME/llmtools or ~/.cache/llmtools. A file is named after everything that went into it
@@ -54,9 +54,12 @@ def direct(implementation: Op, tensor: Tensor) -> Op | None:
 
     The way through the dispatcher to Python and back takes 10 to 20 µs, as long as a small layer's product.
     """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # by torch.func
+        return None
     plain = (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter) and tensor.is_cpu
-    recorded = tensor.requires_grad and torch.is_grad_enabled()
-    return implementation if plain and not recorded and not torch.compiler.is_compiling() else None
+    return implementation if plain and not (tensor.requires_grad and torch.is_grad_enabled()) else None
 
 
 @functools.cache

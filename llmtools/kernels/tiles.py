@@ -30,6 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..errors import InputError
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Types that the kernels read and write."""
 MOST_TOKENS = 64
@@ -77,6 +79,8 @@ def multiply_transposed(g: Tensor, weight: Weight) -> Tensor:
 
 def _product(x: Tensor, weight: Weight, kernel: Any, kept: int, summed: int) -> Tensor:
     """x [t, summed] -> [t, kept]."""
+    if x.dim() != 2 or x.shape[1] != summed:
+        raise InputError(f"a tensor of shape {list(x.shape)} does not fit a weight with {summed} to sum over")
     if x.shape[0] > MOST_TOKENS:
         return torch.cat([_product(part, weight, kernel, kept, summed) for part in x.split(MOST_TOKENS)])
     x, tokens = x.contiguous(), x.shape[0]

@@ -102,7 +102,10 @@ class CausalLoss:
 def chunked_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Loss:
     """The loss of ``head(hidden)`` against `labels`, hidden [..., d], labels [...] of the same tokens, not shifted."""
     kept = labels != IGNORED
-    rows, targets = hidden[kept], labels[kept]
+    if hidden.is_cpu:  # elsewhere the host would have to wait for how many they are
+        rows, targets = hidden[kept], labels[kept]
+    else:
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     total, correct = _ChunkedLoss.apply(rows, head.weight, head.bias, targets)
     return Loss(total, correct, kept.sum())
 
@@ -117,17 +120,18 @@ class _ChunkedLoss(torch.autograd.Function):
         step = max(1, LOGIT_BYTES // (4 * weight.shape[0]))
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(hidden), step):
-                chunk, target = hidden[start : start + step], labels[start : start + step, None]
+                chunk, label = hidden[start : start + step], labels[start : start + step, None]
+                kept, target = label != IGNORED, label.clamp_min(0)
                 logits = _logits(chunk, weight, bias)
                 at_label, most = logits.gather(1, target), logits.amax(1, keepdim=True)
                 chances = torch.softmax(logits, 1)
                 del logits
                 # The likeliest word has the chance 1 / Σ exp(logit − most), so its logarithm is what log Σ exp lacks.
-                total += (most - at_label - chances.amax(1, keepdim=True).log()).sum()
-                correct += (at_label == most).sum()
+                total += torch.where(kept, most - at_label - chances.amax(1, keepdim=True).log(), 0).sum()
+                correct += ((at_label == most) & kept).sum()
                 if grad is not None:
                     chances.scatter_add_(1, target, chances.new_full((), -1.0).expand_as(target))
-                    grad[start : start + step] = _gradient(chances, hidden.dtype, weight)
+                    grad[start : start + step] = torch.where(kept, _gradient(chances, hidden.dtype, weight), 0)
         ctx.save_for_backward(*(() if grad is None else (grad,)))
         ctx.mark_non_differentiable(correct)
         return total, correct

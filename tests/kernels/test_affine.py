@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmtools.errors import InputError
 from llmtools.kernels import affine
 from llmtools.kernels.affine import dequantize_affine, multiply_affine, multiply_transposed_affine, reference
 from llmtools.kernels.bits import pack
@@ -134,6 +135,28 @@ def test_activations_of_any_size_are_multiplied(bits: int, dtype: torch.dtype) -
             got = multiply_affine(spoiled, *weight)
             assert not torch.isfinite(got[0]).any()
             assert tokens == 1 or torch.isfinite(got[1:]).all()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_an_outlier_in_a_long_row_does_not_drown_the_rest(dtype: torch.dtype) -> None:
+    weight = draw(16, 11008, 11008, 4)
+    x = (torch.randn(2, 11008) * 0.05).to(dtype)
+    x[:, 4321] = 100
+    assert_as_exact_as_dense(multiply_affine(x, *weight), x, reference.dequantize_affine(*weight).T)
+
+
+def test_activations_of_another_width_are_refused() -> None:
+    weight = draw(8, 64, 32, 4)
+    for wrong in (torch.randn(2, 32), torch.randn(2, 128), torch.randn(64)):
+        with pytest.raises(InputError, match="64 inputs"):
+            multiply_affine(wrong, *weight)
+
+
+def test_function_transforms_go_through_the_dispatcher() -> None:
+    weight = draw(8, 64, 32, 4)
+    x = torch.randn(3, 2, 64)
+    each = torch.stack([multiply_affine(part, *weight) for part in x])
+    assert torch.equal(torch.vmap(lambda part: multiply_affine(part, *weight))(x), each)
 
 
 def test_inputs_of_the_product_may_be_strided() -> None:

@@ -328,3 +328,10 @@ def test_products_with_what_is_not_finite_are_not_finite() -> None:
         y = multiply_lattice(x, codes)
         assert not y[0].isfinite().any() and y[1].isfinite().all()
     assert multiply_lattice(torch.empty(0, 72, dtype=torch.bfloat16), codes).shape == (0, 4)
+
+
+def test_activations_of_another_width_are_refused() -> None:
+    codes = torch.zeros(4, 9, dtype=torch.int16)
+    for wrong in (torch.randn(2, 64), torch.randn(2, 80)):
+        with pytest.raises(InputError, match="72 inputs"):
+            multiply_lattice(wrong.bfloat16(), codes)

@@ -120,3 +120,18 @@ def test_a_head_that_is_trained_is_left_to_the_model() -> None:
 def test_without_labels_there_is_no_loss() -> None:
     base = model("Llama").requires_grad_(False)
     assert CausalLoss(base)(base, {"input_ids": torch.arange(8)[None]}) is None
+
+
+def test_ignored_labels_may_be_left_in() -> None:
+    """As where picking the others out would make the host wait for the device."""
+    head, labels = nn.Linear(16, 40, bias=False).requires_grad_(False), torch.randint(0, 40, (50,))
+    labels[::3] = losses.IGNORED
+    results = []
+    for kept in (labels != losses.IGNORED, torch.ones(50, dtype=torch.bool)):
+        torch.manual_seed(1)
+        hidden = torch.randn(50, 16, requires_grad=True)
+        total, correct = losses._ChunkedLoss.apply(hidden[kept], head.weight, None, labels[kept])
+        total.backward()
+        results.append((total.detach(), correct, hidden.grad))
+    for picked, whole in zip(*results, strict=True):
+        torch.testing.assert_close(whole, picked)

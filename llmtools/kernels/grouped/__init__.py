@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .. import gpu
 from ..compiling import constant_result
 from ..native import TYPES, Op, library
@@ -55,7 +56,13 @@ def dequantize(codes: Codes, dtype: torch.dtype) -> Tensor | None:
 
 
 def multiply(x: Tensor, codes: Codes) -> Tensor | None:
-    """x [t, in] @ weight.T -> [t, out] of x's type, summed in float32; each packed weight is read once."""
+    """x [t, in] @ weight.T -> [t, out] of x's type; each packed weight is read once.
+
+    Summed in float32, or, for x of half precision where the processor multiplies bytes, in integers, with x rounded to
+    16 bits beside the largest activation of its group (`integer.h`).
+    """
+    if x.dim() != 2 or x.shape[1] != codes.in_features:
+        raise InputError(f"activations of shape {list(x.shape)} do not fit a weight with {codes.in_features} inputs")
     library, weight = _ready(codes, x.dtype)
     if weight is None or not x.is_cpu:
         return None

@@ -24,8 +24,11 @@ enum { BLOCK = 64, TOGETHER = 4, AHEAD = 2048 }; /* columns; tokens; bytes that 
 
 static const float GREATEST = 32600; /* number of an activation; 127 · 256 + 127 is what two signed bytes can hold */
 
+enum { LONGEST = 512 }; /* group: in a longer one too many activations would be measured by one outlier */
+
 static int goes_by_integers(const Weight *w, int type) {
-    return type != FLOAT32 && (w->group % 32 == 0 || w->group >= w->columns);
+    const int64_t group = w->group < w->columns ? w->group : w->columns;
+    return type != FLOAT32 && group <= LONGEST && (w->group % 32 == 0 || w->group >= w->columns);
 }
 
 typedef struct {

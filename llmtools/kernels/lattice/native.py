@@ -8,6 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ...errors import InputError
 from .. import native
 from . import reference
 from .tables import e8p_magnitudes, e8p_parts, e81b_table
@@ -45,6 +46,8 @@ def multiply_lattice(
     if library is None or transposed or x.dtype not in (torch.bfloat16, torch.float16):
         return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
     rows, blocks, tokens = *codes.shape, x.shape[0]
+    if x.dim() != 2 or x.shape[1] != 8 * blocks:
+        raise InputError(f"activations of shape {list(x.shape)} do not fit a weight with {8 * blocks} inputs")
     wide, codes = x.to(torch.float32).contiguous(), codes.contiguous()
     residual = residual.contiguous() if residual is not None else None
     numbers = torch.empty(tokens, 8 * blocks, dtype=torch.int16, device="cpu")

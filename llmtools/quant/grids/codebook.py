@@ -84,10 +84,12 @@ class Codebook(Grid):
         if not self.double_quantization:
             return scales
         out_features, groups = packed["scales"].shape
-        index = torch.arange(*rows.indices(out_features), device=scales.device)[:, None] * groups
-        block = (index + torch.arange(groups, device=scales.device)) // _BLOCK
-        scales = constant(DYNAMIC, scales.device)[scales.int()] * packed["nested_scales"][block]
-        return scales + packed["nested_offset"]
+        start, stop, step = rows.indices(out_features)
+        first, last = start * groups, max(start, stop) * groups
+        nested = packed["nested_scales"][first // _BLOCK : -(-last // _BLOCK)].repeat_interleave(_BLOCK)
+        nested = nested[first % _BLOCK :][: last - first].reshape(-1, groups)[::step]
+        values = constant(DYNAMIC, scales.device).index_select(0, scales.flatten().int()).reshape(scales.shape)
+        return values.mul_(nested).add_(packed["nested_offset"])
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
         return dtype.itemsize if decodes(device, 4) else super().scratch_bytes(device, dtype)

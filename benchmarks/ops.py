@@ -1,4 +1,4 @@
-"""Kernels alone: decoding rows, and multiplying with few tokens, of one 5632 × 2048 weight (TinyLlama's up_proj).
+"""Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, products for few tokens, Hadamard.
 
 Decoding goes a block of rows at a time into one place, as in a layer, where the result stays in cache, and is held
 against writing as many bytes there. The product for few tokens is held against reading the packed bytes at the speed of
@@ -20,6 +20,10 @@ from llmtools.kernels.affine import reference as affine
 from llmtools.kernels.bits import pack
 from llmtools.kernels.codebook import dequantize_codebook, multiply_codebook
 from llmtools.kernels.codebook import reference as codebook
+from llmtools.kernels.hadamard import hadamard, rule_for
+from llmtools.kernels.hadamard import reference as rotated
+from llmtools.kernels.lattice import RESIDUAL_SCALE, dequantize_lattice, multiply_lattice
+from llmtools.kernels.lattice import reference as lattice
 from llmtools.quant.grids.codebook import NF4
 
 from .run import Machine, Problem, case, main
@@ -53,6 +57,12 @@ def by_blocks(dequantize: Callable[..., Tensor], weight: Weight, dtype: torch.dt
     return run
 
 
+def lattice_weight(bits: int) -> Weight:
+    codes = torch.randint(-(2**15), 2**15, (OUT, IN // 8), dtype=torch.int16)
+    residual = {2: None, 3: torch.randint(0, 256, codes.shape, dtype=torch.uint8), 4: codes.flip(0)}[bits]
+    return codes, residual, RESIDUAL_SCALE[bits]
+
+
 def packed_bytes(weight: Weight) -> int:
     return sum(part.nbytes for part in weight if isinstance(part, Tensor))
 
@@ -61,6 +71,14 @@ def kinds() -> Iterator[tuple[str, Weight, Any, Any, Any]]:
     for bits in (4, 3, 2, 8):
         yield f"{bits} bits", affine_weight(bits), dequantize_affine, multiply_affine, affine.dequantize_affine
     yield "nf4", codebook_weight(), dequantize_codebook, multiply_codebook, codebook.dequantize_codebook
+    for bits in (2, 3, 4):
+        yield (
+            f"lattice, {bits} bits",
+            lattice_weight(bits),
+            dequantize_lattice,
+            multiply_lattice,
+            lattice.dequantize_lattice,
+        )
 
 
 @case("decode")
@@ -108,5 +126,25 @@ def multiply(machine: Machine) -> Iterator[Problem]:
             )
 
 
+@case("hadamard")
+def rotation(machine: Machine) -> Iterator[Problem]:
+    """Rows of activations in float32, rotated, beside plain torch."""
+    for n in (2048, 4096, 5632):
+        for tokens in (1, 128):
+            x, rule = torch.randn(tokens, n), rule_for(n)
+
+            def check(x: Tensor = x, rule: str = rule) -> None:
+                torch.testing.assert_close(hadamard(x, rule), rotated.hadamard(x, rule, False), rtol=1e-4, atol=1e-4)
+
+            yield Problem(
+                f"{n} features, {tokens} tokens",
+                check,
+                {"native": lambda x=x, rule=rule: hadamard(x, rule)},
+                {"reference": lambda x=x, rule=rule: rotated.hadamard(x, rule, False)},
+                x.nbytes / machine.fill_bandwidth,
+                "writing the result, in cache",
+            )
+
+
 if __name__ == "__main__":
-    sys.exit(main(["decode", "multiply"]))
+    sys.exit(main(["decode", "multiply", "hadamard"]))

@@ -30,18 +30,20 @@ def complete(
     top_p: float = 1.0,
     seed: int = 0,
     stop: tuple[str, ...] = (),
+    chat: bool = False,
     batch_size: int = 1,
     on_step: OnStep | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt: greedy at temperature 0, else drawn with `seed`.
 
     It ends at the end-of-text token, before the first of the strings in `stop`, or after `max_new_tokens`. What is
-    drawn depends on the batch size, too.
+    drawn depends on the batch size, too. `chat`: the prompts are in the tokenizer's chat template, which writes special
+    tokens itself, so none are added.
 
     Raises InputError, before anything is generated, if a prompt and `max_new_tokens` do not fit into the model's
     positions.
     """
-    ids = [_prompt_ids(tokenizer, prompt, number) for number, prompt in enumerate(prompts, start=1)]
+    ids = [_prompt_ids(tokenizer, prompt, number, chat) for number, prompt in enumerate(prompts, start=1)]
     _check_room(model, ids, max_new_tokens)
     device = next(model.parameters()).device
     drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -156,14 +158,14 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(known or 0)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text, with one start token at most: a chat template may have written it already."""
-    begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = False) -> list[int]:
+    """Tokens of a text, with one start token at most; a chat has those of its template, as in training."""
+    begun = chat or (bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token)))
     return list(tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"])
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, number: int) -> list[int]:
-    ids = _ids(tokenizer, prompt)
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, number: int, chat: bool = False) -> list[int]:
+    ids = _ids(tokenizer, prompt, chat)
     if not ids:
         raise InputError(f"prompt {number} is empty and the tokenizer adds no start token; write some words")
     return ids

@@ -5,6 +5,9 @@
     Trainer(..., train_dataset=data.train_data, eval_dataset=data.val_data,
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
 
+Only the calls are the published ones, the words are those of the task: Stanford's. The published helper wrote every row
+with "### Input:", even an empty one, and began the answer on a new line after "### Response:".
+
 With that collator the whole text is learned, prompt included, as published; and where the pad token is the end-of-text
 token, as published too, the collator hides the end of the answer from the loss. ``llmtools finetune --task alpaca``
 learns the answers alone, their end included.
@@ -35,7 +38,7 @@ class TrainSAD:
     def __init__(
         self, dataset: str | None, val_set_size: float, tokenizer: PreTrainedTokenizerBase, cutoff_len: int
     ) -> None:
-        """dataset: a .json or .jsonl file of instruction, input, output; None for the published set on the hub.
+        """dataset: a .json or .jsonl file of instruction, input, output; None for tatsu-lab/alpaca on the hub.
 
         val_set_size: the share of the rows that is held out, or above 1 their number; 0 for none.
         cutoff_len: examples of more tokens are left out, for cut short they would lose their answer.

@@ -133,6 +133,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
     task, train, validation, words = _rows(recipe)
     quiet_libraries()
     _check_training(recipe.training)
+    _check_choosing(recipe.training, validation)
     config = _lora_config(recipe)
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
@@ -284,7 +285,6 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     """(task, training rows, validation rows, the words they are in), checked before anything is loaded."""
     from ..data.tasks import make_task, tasks
     from ..data.tasks.base import spread
-    from ..data.tasks.text import form_of
     from .loading import with_current_folder
 
     if ":" in recipe.task:
@@ -295,7 +295,7 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     train, validation = (spread(rows, recipe.limit) for rows in (task.train(), task.validation()))
     if not train:
         raise InputError(f"{recipe.data}: there is nothing to train on")
-    form = form_of(train[0])
+    form = _form(train[0])
     template = task.template
     words: dict[str, Any] | None
     if recipe.task == "text" and recipe.options.get("prompt") is not None:
@@ -305,6 +305,13 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     if form == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = _turns(train), _turns(validation)
     return task, train, validation, {"form": form, "template": words}
+
+
+def _form(row: Row) -> str:
+    """The form that a row is learned in. A record with an answer may have a text or messages of its own beside it."""
+    from ..data.tasks.text import FORMS, form_of
+
+    return "prompt" if all(key in row for key in FORMS["prompt"]) else form_of(row)
 
 
 def _turns(rows: list[Row]) -> list[Row]:
@@ -330,11 +337,12 @@ def _shortened(rows: list[Row], task: Any, tokenizer: Any, limit: int | None) ->
 
     short = []
     for row in rows:
-        if "prompt" in row and isinstance(row["prompt"], str):
+        form = _form(row)
+        if form == "prompt" and isinstance(row["prompt"], str):
             answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             with suppress(InputError):
                 row = task.fitted(row, tokenizer, limit and limit - len(answer) - 1)
-        short.append({key: row[key] for form in FORMS.values() for key in form if key in row})
+        short.append({key: row[key] for key in FORMS[form]})
     return short
 
 
@@ -347,7 +355,7 @@ def _fitting(rows: list[Row], tokenizer: Any, arguments: dict[str, Any], what: s
     plain = bool(rows) and "text" in rows[0]
     if limit is None or not rows or (plain and arguments["packing"] and arguments["packing_strategy"] == "wrapped"):
         return rows, 0
-    lengths = [_length(row, tokenizer) for row in rows]
+    lengths = [_length(row, tokenizer, f"{what} example {number}") for number, row in enumerate(rows, start=1)]
     long = [index for index, length in enumerate(lengths) if length > limit]
     if not long:
         return rows, 0
@@ -371,11 +379,13 @@ def _fitting(rows: list[Row], tokenizer: Any, arguments: dict[str, Any], what: s
     return [row for row, length in zip(rows, lengths, strict=True) if length <= limit], len(long)
 
 
-def _length(row: Row, tokenizer: Any) -> int:
+def _length(row: Row, tokenizer: Any, where: str) -> int:
     """Tokens of a row, as TRL writes it: with the end-of-text token, or in the chat template."""
+    from ..data.tasks.base import in_chat_template
+
     if "messages" in row or isinstance(row.get("prompt"), list):
         chat = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        return len(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"])
+        return len(in_chat_template(chat, tokenizer, where=where, tokenize=True, return_dict=True)["input_ids"])
     text = row["text"] if "text" in row else row["prompt"] + row["completion"]
     return len(tokenizer(text + tokenizer.eos_token, verbose=False)["input_ids"])
 
@@ -408,6 +418,16 @@ def _check_training(training: dict[str, Any]) -> None:
         kinds = set(re.findall(r"\b(int|float|bool|str|dict|list)\b", known[key]))
         if kinds and value is not None and type(value).__name__ not in kinds | ({"int"} if "float" in kinds else set()):
             raise InputError(f"training.{key}={value!r}: {' or '.join(sorted(kinds))} is expected")
+
+
+def _check_choosing(training: dict[str, Any], validation: list[Row]) -> None:
+    """Raises InputError for arguments that use validation rows where there are none."""
+    for key in ("load_best_model_at_end", "eval_strategy"):
+        if not validation and training.get(key) not in (None, False, "no"):
+            raise InputError(
+                f"training.{key}={training[key]}: there are no validation rows; pass --validation with a file, or the "
+                f"share of the data to hold out, such as 0.1"
+            )
 
 
 def _near(key: str, known: dict[str, str]) -> str:
@@ -520,6 +540,7 @@ def _trainer(
     """TRL's trainer with our record of what happens in place of its printing."""
     try:
         import datasets
+        from jinja2 import TemplateError
         from transformers import PrinterCallback
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
@@ -542,7 +563,7 @@ def _trainer(
             peft_config=config,
             callbacks=[_watch(metrics, checkpoint), *callbacks],
         )
-    except ValueError as error:  # a target module that is not there, arguments that exclude each other, …
+    except (ValueError, TemplateError) as error:  # no such target module, a chat template that refuses a role, …
         raise InputError(f"this cannot be trained: {error}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -92,6 +92,9 @@ def translated(verb: str, args: list[str], known: list[str]) -> list[str]:
         else:
             rest += given
     new = _replaced(verb, found, table)
+    said = {"data_type", "ds_type"} & set(found) or {"--task", "--config"} & {arg.partition("=")[0] for arg in rest}
+    if verb == "finetune" and "dataset" in found and not said:
+        new += ["--task", "alpaca"]  # what --dataset was, unless something else was said
     if verb == "generate" and "instruction" in found:
         new += ["--raw", "true"]
     if found:
@@ -137,8 +140,6 @@ def _replaced(verb: str, found: Mapping[str, str], table: Mapping[str, str]) -> 
         new += [f"--{today}", _value(verb, name, value, found)]
     if verb == "finetune" and "batch_size" in found and "mbatch_size" not in found:
         new += ["--training.per_device_train_batch_size", "1"]
-    if verb == "finetune" and "dataset" in found and not {"data_type", "ds_type"} & set(found):
-        new += ["--task", "alpaca"]  # what --dataset was, unless something else was said
     return new
 
 
@@ -146,7 +147,7 @@ def _value(verb: str, name: str, value: str, found: Mapping[str, str]) -> str:
     if name == "weights":
         return _folder_of(value)
     if name == "instruction":
-        from ..data.tasks.alpaca import ALONE  # the words that the published models were trained in
+        from ..data.tasks.alpaca import ALONE  # Stanford's words, which the task alpaca trains in
 
         return ALONE.prompt.format(instruction=value)
     if name == "batch_size":

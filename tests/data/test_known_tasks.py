@@ -7,6 +7,7 @@ import json
 import lzma
 from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from llmtools.data.generation import choose, complete
 from llmtools.data.metrics import rouge
 from llmtools.data.tasks import make_task
+from llmtools.data.tasks.base import answer, prompt_text
 from llmtools.data.tasks.bbh import without_reasoning
 from llmtools.errors import InputError
 
@@ -79,6 +81,23 @@ def test_mnli_is_modulora_s_template_with_words_or_digits(tmp_path: Path) -> Non
     assert [row["completion"] for row in rows("mnli", data=str(data), digits=True)] == [" 2", " 2"]
 
 
+def test_mnli_is_stripped_and_a_label_that_is_none_is_named(tmp_path: Path) -> None:
+    record = {"premise": " It rains. ", "hypothesis": "It is dry.\n", "label": 0, "genre": " travel"}
+    data = tmp_path / "dev_matched.jsonl"
+    data.write_text(json.dumps(record))
+    (row,) = rows("mnli", data=str(data))
+    assert row["prompt"] == "### Premise: It rains.\n ### Hypothesis: It is dry.\n ### Genre: travel ### Label:"
+    for label in (5, "Entailment", None):
+        data.write_text(json.dumps({**record, "label": label}))
+        with pytest.raises(InputError, match=rf"record 1: the label is {label!r}; entailment, neutral, contradiction"):
+            rows("mnli", data=str(data))
+
+
+def test_a_null_dialogue_is_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "test.json").write_text('[{"dialogue": null, "summary": "Hi."}]')
+    assert rows("samsum", data=str(tmp_path))[0]["prompt"] == "### Summarize this: \n ### Output:"
+
+
 def test_chain_of_thought_prompts_are_the_authors_files_to_the_byte() -> None:
     task = make_task("bbh_cot", data=DATA["bbh"])
     first = {}
@@ -115,6 +134,48 @@ def test_a_checkout_of_the_authors_is_read_too(tmp_path: Path) -> None:
     assert [row["task"] for row in rows("bbh", data=str(tmp_path))] == ["navigate"]
     with pytest.raises(InputError, match="did you mean 'navigate'"):
         rows("bbh", data=str(tmp_path), only="navigat")
+
+
+def test_three_shot_examples_come_from_the_hub_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    published: dict[str, list[dict[str, str]]] = {}
+    for line in (ASSETS / "bbh" / "bbh.jsonl").read_text().splitlines():
+        example = json.loads(line)
+        published.setdefault(example.pop("task"), []).append(example)
+
+    def load(path: str, *, name: str, split: str) -> list[dict[str, str]]:
+        assert (path, split) == ("lukaemon/bbh", "test")
+        return published[name]
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda path: list(published))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    some = {"only": "navigate,snarks"}
+    assert rows("bbh", data="bbh") == rows("bbh", data="lukaemon/bbh") == rows("bbh")
+    assert rows("bbh", data="bbh", **some) == rows("bbh", **some)
+    with pytest.raises(InputError, match="prompts are not on the hub"):
+        rows("bbh_cot", data="bbh")
+
+
+def test_broken_files_of_bbh_are_said(tmp_path: Path) -> None:
+    (tmp_path / "bbh").mkdir()
+    for text, says in (
+        ("{", "is not JSON"),
+        ("{}", '"examples" is expected'),
+        ('{"examples": [{}]}', "'input' is not"),
+    ):
+        (tmp_path / "bbh" / "navigate.json").write_text(text)
+        with pytest.raises(InputError, match=rf"navigate\.json.*{says}"):
+            rows("bbh", data=str(tmp_path))
+    (tmp_path / "bbh.jsonl").write_text('{"input": "1 is", "target": "True"}')
+    with pytest.raises(InputError, match=r"bbh\.jsonl:1: .*'task' is not there"):
+        rows("bbh", data=str(tmp_path))
+    with pytest.raises(InputError, match="there is no folder none"):
+        rows("bbh", data="none")
+
+
+def test_answers_have_the_room_that_they_need() -> None:
+    tokens = {name: make_task(name, data=DATA["bbh"]).max_new_tokens for name in ("bbh", "bbh_direct", "bbh_cot")}
+    assert tokens == {"bbh": 32, "bbh_direct": 128, "bbh_cot": 512}  # word_sorting has answers of 57
 
 
 # --------------------------------------------------------------------------------------------------------------- splits
@@ -189,6 +250,15 @@ def test_a_long_chat_loses_its_end_but_not_the_separator(tokenizer: Any) -> None
         longer = row["dialogue"][: len(chat) + 4]
         whole = task.template.fill({**row, "dialogue": longer})["prompt"]  # type: ignore[union-attr]
         assert len(tokenizer(whole, add_special_tokens=False)["input_ids"]) > 40 or longer == row["dialogue"]
+
+
+def test_an_input_cut_to_nothing_keeps_its_words(tokenizer: Any) -> None:
+    row = rows("alpaca")[1]
+    task = make_task("alpaca", data=f"{DATA['alpaca']}/alpaca.json")
+    prompt = row["prompt"].replace("3 and 4", "")
+    short = task.fitted(row, tokenizer, len(tokenizer(prompt)["input_ids"]))
+    assert short["prompt"] == prompt
+    assert "\n\n### Input:\n\n\n### Response:" in prompt
 
 
 def test_of_a_pair_the_premise_is_cut_before_the_hypothesis(tokenizer: Any) -> None:
@@ -266,6 +336,27 @@ def test_rouge_is_rouge_score_with_stemming() -> None:
     assert scores == {name: sum(one[name].fmeasure for one in each) / 3 for name in names}
     assert rouge(["The teams matched"], ["the team matches"])["rouge1"] == 1  # stems, not words
     assert task.score([""] * 3, judged)["rougeLsum"] == 0
+
+
+def test_rouge_of_a_hundred_pairs_is_the_mean_of_rouge_score_s() -> None:
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    draw = Random(0)
+    words = " ".join(row["dialogue"] + " " + row["summary"] for row in rows("samsum")).split()
+
+    def text(longest: int) -> str:
+        return "\n".join(" ".join(draw.choices(words, k=draw.randint(0, longest))) for _ in range(draw.randint(1, 3)))
+
+    references = [text(20) for _ in range(100)]
+    outputs = [f"{reference[: draw.randint(0, 60)]} {text(8)}" for reference in references]
+    names = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    scorer = rouge_scorer.RougeScorer(names, use_stemmer=True)
+    each = [scorer.score(reference, output) for reference, output in zip(references, outputs, strict=True)]
+    scores = rouge(outputs, references)
+    assert set(scores) == set(names)
+    for name in names:
+        assert scores[name] == pytest.approx(sum(one[name].fmeasure for one in each) / 100, abs=1e-12)
+        assert 0.1 < scores[name] < 0.9
+    assert scores["rougeL"] != scores["rougeLsum"]
 
 
 # ----------------------------------------------------------------------------------------------------- judging a model
@@ -360,6 +451,36 @@ def test_chats_have_one_start_token(model: Any, tokenizer: Any, tmp_path: Path) 
     assert _ids(chatty, text).count(chatty.bos_token_id) == 1
     assert task.evaluate(model, chatty)["examples"] == 1
     assert task.score(["Hello there"], task.validation())["rougeL"] == 1
+    refused = {"messages": [{"role": "user", "content": "Hi"}, chat[1]]}
+    chatty.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(InputError, match=r"row 7: .*roles user: no such role"):
+        prompt_text(refused, chatty, where="row 7")
     (tmp_path / "b.jsonl").write_text('{"text": "Hi"}\n')
     with pytest.raises(InputError, match=r'rows of "messages"'):
         make_task("chat", data=str(tmp_path / "b.jsonl")).train()
+
+
+def test_a_chat_is_asked_in_the_tokens_it_was_trained_in(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the template writes no start token; and a last turn of the user's is no answer."""
+    from transformers import AutoTokenizer
+
+    pytest.importorskip("rouge_score")
+    chatty = AutoTokenizer.from_pretrained(tokenizer.name_or_path)
+    chatty.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
+    row = {"messages": [*chat, {"role": "user", "content": "Thanks"}]}
+    assert answer(row) == "Hello there"
+    assert prompt_text(row, chatty) == "user: Hi\n"
+    with pytest.raises(InputError, match=r"row 1: .*no answer to judge by"):
+        prompt_text({"messages": chat[:1]}, chatty, where="row 1")
+
+    data = str(tmp_path / "a.jsonl")
+    Path(data).write_text(json.dumps(row) + "\n")
+    asked: list[Any] = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kw: asked.append(kw["input_ids"].tolist()) or generate(**kw))
+    make_task("chat", data=data, validation_data=data, max_new_tokens=2).evaluate(model, chatty)
+    trained = chatty.apply_chat_template(chat[:1], tokenize=True, return_dict=True, add_generation_prompt=True)
+    assert asked == [[trained["input_ids"]]]

@@ -117,5 +117,23 @@ def test_a_task_is_judged_by_generating(stories: Path, monkeypatch: pytest.Monke
     assert result == {"exact_match": 0.0, "examples": 2}
 
 
+def test_answers_to_ones_own_questions_may_be_longer(stories: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data = write(tmp_path / "a.jsonl", {"prompt": "Once", "completion": " upon a time"})
+    pair = AutoModelForCausalLM.from_pretrained(stories), AutoTokenizer.from_pretrained(stories)
+    written: list[str] = []
+    for tokens in (2, 80):
+        task = make_task("text", data=data, validation_data=data, max_new_tokens=tokens)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                TextTask, "score", lambda self, outputs, rows: written.extend(outputs) or {"exact_match": 0.0}
+            )
+            task.evaluate(*pair)
+    short, long = (len(pair[1](text, add_special_tokens=False)["input_ids"]) for text in written)
+    assert short <= 4
+    assert long > 64
+
+
 def test_the_tasks_are_known_by_name() -> None:
     assert {"perplexity", "text"} <= set(tasks.names())

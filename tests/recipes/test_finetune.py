@@ -159,6 +159,22 @@ def test_chats_train_in_the_tokenizers_own_template(stories: Path, tmp_path: Pat
     assert json.loads((tmp_path / "a" / "run.json").read_text())["words"]["form"] == "messages"
 
 
+@pytest.mark.parametrize("max_length", [48, None], ids=str)
+def test_a_chat_that_the_template_refuses_is_said(stories: Path, tmp_path: Path, max_length: int | None) -> None:
+    model = chat_model(stories, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template.write_text(refusal + template.read_text(encoding="utf-8"), encoding="utf-8")
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    data = tmp_path / "chat.jsonl"
+    rows = [chat, [{"role": "system", "content": "Be kind."}, *chat]]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(InputError, match="no system role") as said:
+        finetune(recipe(model, str(data), tmp_path / "a", training={**TRAINING, "max_length": max_length}))
+    assert ("training example 2" in str(said.value)) == (max_length is not None)
+    assert not (tmp_path / "a.training").exists()
+
+
 def test_the_loss_is_on_the_completion_alone(stories: Path, data: str, tmp_path: Path, monkeypatch: Any) -> None:
     from trl import SFTTrainer
 
@@ -230,6 +246,8 @@ def test_a_loss_that_is_no_number_stops_the_run(stories: Path, data: str, tmp_pa
         ({"training": {"max_steps": "many"}}, "int is expected"),
         ({"training": {"output_dir": "x"}}, "the output folder is --out"),
         ({"training": {"max_length": 4096}}, "512 positions"),
+        ({"training": {"load_best_model_at_end": True}}, "no validation rows; pass --validation"),
+        ({"training": {"eval_strategy": "epoch"}}, "no validation rows; pass --validation"),
         ({"validation": 1.5}, "from 0 to below 1"),
         ({"options": {"prompts": "x"}}, "did you mean 'prompt'"),
         ({"resume": True}, "there is no checkpoint"),

@@ -29,6 +29,9 @@ def test_every_old_word_becomes_todays() -> None:
         ("quantize", "--wbits=4", "--bits 4"),
         ("finetune", "--dataset d.json --adapter A", "--data d.json --out A --task alpaca"),
         ("finetune", "--dataset d.json --data-type samsum", "--data d.json --task samsum"),
+        ("finetune", "--dataset d.json --task samsum", "--task samsum --data d.json"),
+        ("finetune", "--task=samsum --dataset d.json", "--task=samsum --data d.json"),
+        ("finetune", "--config samsum_lora --dataset d.json", "--config samsum_lora --data d.json"),
         ("finetune", "--lora-out-dir A --ds_type alpaca", "--out A --task alpaca"),
         (
             "finetune",

@@ -53,6 +53,36 @@ def test_the_answer_and_the_end_are_learned_and_nothing_else(
     assert any((batch["attention_mask"] == 0).any() for batch in seen)
 
 
+def test_a_record_s_own_text_and_messages_are_not_what_is_learned(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the rows of tatsu-lab/alpaca, which have a "text" beside instruction and output."""
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    answers = ["An apple.", "A pear.", "A plum and " * 200]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = [{"instruction": "Name a fruit.", "input": "", "output": answer} for answer in answers]
+    data = tmp_path / "alpaca.json"
+    data.write_text(json.dumps([{**row, "text": f"Below is {row}", "messages": messages} for row in rows]))
+    seen: list[Any] = []
+    monkeypatch.setattr(SFTTrainer, "train", lambda self, **kw: seen.extend(self.get_train_dataloader()))
+    made = Finetune(
+        model=str(stories),
+        data=str(data),
+        out=str(tmp_path / "a"),
+        task="alpaca",
+        lora=Lora(r=2),
+        training={**TRAINING, "max_length": 300},
+    )
+    assert finetune(made).left_out == 1
+    tokenizer = AutoTokenizer.from_pretrained(stories)
+    (batch,) = seen
+    told = {tokenizer.decode(row[row != -100]) for row in batch["labels"]}
+    assert told == {answer + tokenizer.eos_token for answer in answers[:2]}
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["words"]["form"] == "prompt"
+
+
 def test_the_task_s_lengths_are_the_length_of_an_example(
     stories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -43,8 +43,8 @@ class Alpaca(DataTask):
     shorten: ClassVar[tuple[str, ...]] = ("input",)
 
     def row(self, record: Row, where: str = "row") -> Row:
-        template = WITH_INPUT if str(record.get("input") or "").strip() else ALONE
-        return {**record, **template.fill(record, where)}
+        given = record.get("with_input", bool(str(record.get("input") or "").strip()))  # even if shortened to nothing
+        return {**record, "with_input": given, **(WITH_INPUT if given else ALONE).fill(record, where)}
 
     def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
         return rouge(outputs, [str(row["output"]) for row in rows])

@@ -116,6 +116,7 @@ class Task(ABC):
             [prompt_text(row, tokenizer, where=f"row {index + 1}") for index, row in enumerate(rows)],
             max_new_tokens=self.max_new_tokens,
             stop=self.stop,
+            chat="prompt" not in rows[0],
             batch_size=batch_size,
             on_step=on_step,
         )
@@ -185,7 +186,7 @@ def answer(row: Row) -> str:
     if "completion" in row:
         return str(row["completion"])
     if "messages" in row:
-        return str(row["messages"][-1]["content"])
+        return str(row["messages"][_last_answer(row["messages"], "row")]["content"])
     raise InputError("a row of plain text has no answer to compare with; use --task perplexity")
 
 
@@ -194,9 +195,31 @@ def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, *, where: str = "r
     if "prompt" in row:
         return str(row["prompt"])
     if "messages" in row:
-        needs_chat_template(tokenizer)
-        return str(tokenizer.apply_chat_template(row["messages"][:-1], tokenize=False, add_generation_prompt=True))
+        chat = row["messages"][: _last_answer(row["messages"], where)]
+        return str(in_chat_template(chat, tokenizer, where=where, tokenize=False, add_generation_prompt=True))
     raise InputError(f"{where}: plain text has no prompt; use --task perplexity")
+
+
+def _last_answer(messages: list[Row], where: str) -> int:
+    """Where the last answer of a chat is; what the user says after it is left out."""
+    for index in range(len(messages) - 1, 0, -1):
+        if messages[index]["role"] == "assistant":
+            return index
+    raise InputError(f"{where}: no message of the role 'assistant' after another one, there is no answer to judge by")
+
+
+def in_chat_template(
+    messages: list[Row], tokenizer: PreTrainedTokenizerBase, *, where: str = "row", **options: Any
+) -> Any:
+    """A chat as `tokenizer.apply_chat_template` writes it. Raises InputError if its template refuses the chat."""
+    from jinja2 import TemplateError
+
+    needs_chat_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise InputError(f"{where}: the model's chat template refuses the roles {roles}: {error}") from error
 
 
 def needs_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:

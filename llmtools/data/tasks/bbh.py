@@ -7,22 +7,24 @@ Three published ways of asking, each with three worked examples before the quest
     bbh_direct  the authors' three examples with their answers alone
     bbh_cot     the authors' three examples with the reasoning that leads to the answer (chain of thought)
 
-The last two read the authors' files, byte for byte. Reported is exact match, the mean over tasks (the published
-average), over all examples, and each task's own; `prefix_match` is InstructEval's milder rule, that the output begins
-with the answer.
+The last two read the authors' files, byte for byte; for the first the examples do, which are on the hub, too. Reported
+is exact match, the mean over tasks (the published average), over all examples, and each task's own; `prefix_match` is
+InstructEval's milder rule, that the output begins with the answer.
 """
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError, did_you_mean
-from ..reading import Row, read_rows
+from ...files import read_json
+from ..reading import Row, enumerate_rows
 from .base import Task, tasks
+from .records import hub_configs, hub_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +39,13 @@ class Bbh(Task):
 
     data: str
     """folder with bbh.jsonl (task, input, target; .gz, .xz too) or bbh/*.json, and cot-prompts/*.txt: a checkout of
-    github.com/suzgunmirac/BIG-Bench-Hard"""
+    github.com/suzgunmirac/BIG-Bench-Hard; for bbh, which needs no prompts, also bbh: lukaemon/bbh from the hub"""
     only: str | None = None
     """some of the tasks: boolean_expressions,snarks"""
     max_new_tokens: int = 32
-    """tokens of an answer"""
+    """tokens of an answer; 32 is the published setting, though some answers (of word_sorting) are longer"""
 
+    hub: ClassVar[str | None] = "lukaemon/bbh"
     stop: ClassVar[tuple[str, ...]] = ("\n\n",)
     given: ClassVar[int] = SHOTS
     """The first so many examples of each task are given, not asked."""
@@ -95,29 +98,50 @@ class Bbh(Task):
 
     def _examples(self) -> dict[str, list[Row]]:
         """Each task's examples, {task, input, target}, in the order of the files."""
+        if self.hub is not None and self.data in (self.name, self.hub) and not Path(self.data).is_dir():
+            asked = self._asked(hub_configs(self.hub))
+            return {task: [{"task": task, **row} for row in hub_rows(self.hub, "test", task)] for task in asked}
         folder = self._folder()
         found: dict[str, list[Row]] = {}
         for file in sorted(folder.glob("bbh.jsonl*")):
-            for row in read_rows(file):
-                found.setdefault(row["task"], []).append(row)
+            for number, row in enumerate_rows(file):
+                found.setdefault(_checked(row, f"{file}:{number}")["task"], []).append(row)
         for file in sorted((folder / "bbh").glob("*.json")):
-            examples = json.loads(file.read_text(encoding="utf-8"))["examples"]
-            found[file.stem] = [{"task": file.stem, **example} for example in examples]
+            examples = read_json(file).get("examples")
+            if not isinstance(examples, list) or not all(isinstance(example, dict) for example in examples):
+                raise InputError(f'{file}: "examples" is expected, a list of {{"input": …, "target": …}}')
+            rows = [{"task": file.stem, **example} for example in examples]
+            found[file.stem] = [_checked(row, f"{file}, example {at}") for at, row in enumerate(rows, start=1)]
         if not found:
             raise InputError(f"{folder} holds neither bbh.jsonl (or .gz, .xz of it) nor bbh/*.json")
+        return {task: found[task] for task in self._asked(found)}
+
+    def _asked(self, known: Iterable[str]) -> list[str]:
+        """The names of the tasks to ask, of those that the data have."""
+        known = list(known)
         if self.only is None:
-            return found
+            return known
         names = [name.strip() for name in self.only.split(",")]
         for name in names:
-            if name not in found:
-                raise InputError(f"bbh has no task {name!r}; {did_you_mean(name, found)}")
-        return {name: found[name] for name in names}
+            if name not in known:
+                raise InputError(f"bbh has no task {name!r}; {did_you_mean(name, known)}")
+        return names
 
     def _folder(self) -> Path:
         folder = Path(self.data).expanduser()
         if not folder.is_dir():
-            raise InputError(f"there is no folder {folder}; git clone https://github.com/suzgunmirac/BIG-Bench-Hard")
+            hub = "the authors' prompts are not on the hub" if self.hub is None else f"or --data {self.name} (the hub)"
+            raise InputError(
+                f"there is no folder {folder}; git clone https://github.com/suzgunmirac/BIG-Bench-Hard ({hub})"
+            )
         return folder
+
+
+def _checked(row: Row, where: str) -> Row:
+    for key in ("task", "input", "target"):
+        if not isinstance(row.get(key), str):
+            raise InputError(f'{where}: "task", "input" and "target" are expected as strings; {key!r} is not there')
+    return row
 
 
 @tasks.register("bbh_cot")
@@ -128,6 +152,7 @@ class BbhCot(Bbh):
     max_new_tokens: int = 512
     """tokens of the reasoning and the answer"""
 
+    hub: ClassVar[str | None] = None  # where the authors' prompts are not
     stop: ClassVar[tuple[str, ...]] = ("\n\nQ:",)
     given: ClassVar[int] = 0
     opening: ClassVar[str] = "A: Let's think step by step."
@@ -152,7 +177,7 @@ class BbhCot(Bbh):
 class BbhDirect(BbhCot):
     """BIG-Bench-Hard with the authors' three examples, answers alone: exact match."""
 
-    max_new_tokens: int = 32
+    max_new_tokens: int = 128
     """tokens of an answer"""
 
     opening: ClassVar[str] = "A:"

@@ -1,7 +1,8 @@
 """MultiNLI: does a premise entail a hypothesis, contradict it, or neither? (Williams et al. 2018, arXiv:1704.05426)
 
-The words are those of ModuLoRA's scripts (arXiv:2309.16119), which write the label as a digit: `digits`. It is judged
-twice: by which label the model finds likeliest, and by what it writes.
+The words are those of ModuLoRA's scripts (arXiv:2309.16119), which strip premise, hypothesis and genre of white space
+and write the label as a digit: `digits`. It is judged twice: by which label the model finds likeliest, and by what it
+writes.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...errors import InputError
 from ..generation import choose
 from ..metrics import OnStep
 from ..reading import Row
 from .base import Template, answer, tasks
-from .records import DataTask, Split
+from .records import DataTask, Split, stripped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,12 +52,12 @@ class Mnli(DataTask):
 
     def row(self, record: Row, where: str = "row") -> Row:
         label = record.get("label")
-        record = {**record, "label": LABELS[label] if isinstance(label, int) else label}
-        if record["label"] not in LABELS:
-            template = self.template  # which says what is missing
-        else:
-            record["answer"] = LABELS.index(record["label"]) if self.digits else record["label"]
-            template = self.template if record.get("genre") else WITHOUT_GENRE
+        if isinstance(label, int) and 0 <= label < len(LABELS):
+            label = LABELS[label]
+        if label not in LABELS:
+            raise InputError(f"{where}: the label is {label!r}; {', '.join(LABELS)} (or 0, 1, 2) are expected")
+        record = stripped({**record, "label": label, "answer": self._answer(label)}, "premise", "hypothesis", "genre")
+        template = self.template if record.get("genre") else WITHOUT_GENRE
         return {**record, **template.fill(record, where)}
 
     def evaluate(

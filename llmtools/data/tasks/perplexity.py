@@ -6,6 +6,7 @@ mostly taken at 2048, some at 4096 tokens.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from .base import Task, tasks
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+
+log = logging.getLogger(__name__)
 
 
 @tasks.register("perplexity")
@@ -44,6 +48,8 @@ class PerplexityTask(Task):
         batch_size: int = 1,
         on_step: OnStep | None = None,
     ) -> dict[str, Any]:
+        if batch_size != 1:
+            log.warning("batch_size=%d changes nothing: perplexity is measured window by window", batch_size)
         context = self.context if self.context is not None else min(model_positions(model) or 2048, 2048)
         ids = self.ids(tokenizer, context)
         if limit is not None:

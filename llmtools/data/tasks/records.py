@@ -21,6 +21,8 @@ answer, stays, and so does the whole answer (the published scripts cut the end o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -159,15 +161,34 @@ def beginning(text: str, less: int, tokenizer: PreTrainedTokenizerBase) -> int:
     return len(text) * max(tokens - less, 0) // max(tokens, 1)
 
 
+def stripped(record: Row, *names: str) -> Row:
+    """The record with these fields, where it has them, stripped of white space at their ends; null is no text."""
+    texts = {name: record[name] for name in names if name in record}
+    return {**record, **{name: "" if text is None else str(text).strip() for name, text in texts.items()}}
+
+
 def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
     """The rows of a split of a data set on the hub, class labels as integers."""
+    options: dict[str, Any] = {} if config is None else {"name": config}
+    with _asking_the_hub(name) as datasets:
+        return [dict(row) for row in datasets.load_dataset(name, split=split, **options)]
+
+
+def hub_configs(name: str) -> list[str]:
+    """The names of the parts that a data set on the hub has."""
+    with _asking_the_hub(name) as datasets:
+        return sorted(datasets.get_dataset_config_names(name))
+
+
+@contextmanager
+def _asking_the_hub(name: str) -> Iterator[Any]:
+    """Gives `datasets`; whatever it raises becomes an InputError."""
     try:
         import datasets
     except ImportError as error:
         raise InputError(f"{name!r} is read with datasets: pip install 'llmtools[train]', or give a file") from error
-    options: dict[str, Any] = {} if config is None else {"name": config}
     try:
-        return [dict(row) for row in datasets.load_dataset(name, split=split, **options)]
+        yield datasets
     except Exception as error:  # the hub's client raises many types, all meaning: it could not be had
         raise InputError(
             f"there is no file or folder {name}, and no such data set could be read from the hub ({error}); "

@@ -12,7 +12,7 @@ from typing import ClassVar
 from ..metrics import rouge
 from ..reading import Row
 from .base import Template, tasks
-from .records import DataTask
+from .records import DataTask, stripped
 
 
 @tasks.register("samsum")
@@ -30,10 +30,7 @@ class Samsum(DataTask):
     shorten: ClassVar[tuple[str, ...]] = ("dialogue",)
 
     def row(self, record: Row, where: str = "row") -> Row:
-        return super().row({**record, **{key: str(record[key]).strip() for key in FIELDS if key in record}}, where)
+        return super().row(stripped(record, "dialogue", "summary"), where)
 
     def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
         return rouge(outputs, [str(row["summary"]) for row in rows])
-
-
-FIELDS = ("dialogue", "summary")

@@ -42,6 +42,8 @@ class TextTask(Task):
     """template of the completion, such as " {answer}" """
     seed: int = 0
     """of the choice of the rows that are held out"""
+    max_new_tokens: int = 64
+    """tokens of an answer in evaluate"""
 
     def train(self) -> list[Row]:
         if (halves := self._halves()) is not None:

@@ -22,6 +22,11 @@ from ..files import read_json
 CARD = "README.md"
 MARK = "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
 UNKNOWN = "unknown"
+NO_DATA = "none: the quantizer saw no data"
+_LOADED = {
+    "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
+    "int8": "load_in_8bit=True",
+}
 _PEFT_PLACEHOLDER = "[More Information Needed]"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -97,13 +102,24 @@ def _adapter_card(folder: Path, name: str, base_name: str | None, results: Seque
     base = base_name or config.get("base_model_name_or_path")
     under = Path(str(config.get("base_model_name_or_path") or "")).expanduser()  # the model here, if it is still here
     known = under.is_dir() and (under / "config.json").exists()
-    quantizers = _quantizers(under) if known else []
-    note = read_json(under / "llmtools.json") if known else {}
+    load = (run.get("recipe") or {}).get("load")  # of which the base's own files know nothing
+    quantizers = [{"name": load, "by": "bitsandbytes, while it loads"}] if load else _quantizers(under) if known else []
+    note = read_json(under / "llmtools.json") if known and not load else {}
     base_run = read_json(under / "run.json") if known else {}
     dense = "none: its weights are dense" if known else UNKNOWN
+    calibration = NO_DATA if load else _calibration(note, base_run) if quantizers else dense
     kind = str(config.get("peft_type") or "LoRA").lower()
     called = _hub_name(base) or (Path(base).name if base else "…")
-    use = f"""\
+    if load:
+        use = f"""\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+config = BitsAndBytesConfig({_LOADED.get(load, "…")})  # as when the adapter was trained
+model = AutoModelForCausalLM.from_pretrained("{called}", quantization_config=config)  # the base model
+model = PeftModel.from_pretrained(model, "{name}")"""
+    else:
+        use = f"""\
 import llmtools  # teaches transformers to open the quantized base model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -114,7 +130,7 @@ model = PeftModel.from_pretrained(model, "{name}")"""
         "base model": _called(base),
         "quantizer of the base model": "; ".join(map(_spec, quantizers)) or dense,
         "bits a weight of the base model": _bits(note) if quantizers else dense,
-        "calibration data of the base model": _calibration(note, base_run) if quantizers else dense,
+        "calibration data of the base model": calibration,
         "adapters": _adapter(config),
         "trained on": _training(run),
         "losses": _losses(run),
@@ -180,10 +196,7 @@ def _measures(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _details(result: Mapping[str, Any]) -> str:
-    told = {
-        **{key: Path(str(result[key])).name for key in ("data",) if result.get(key)},
-        **(result.get("details") or {}),
-    }
+    told = {**({"data": data} if (data := _data(result)) else {}), **(result.get("details") or {})}
     details = {key: value for key, value in told.items() if key != result["measure"]}
     shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in details.items()
              if isinstance(value, str | int | float)]  # fmt: skip
@@ -223,7 +236,7 @@ def _calibration(note: Mapping[str, Any], run: Mapping[str, Any]) -> str:
         seen = f", {max(t or 0 for t in tokens)} tokens" if tokens - {None} else ""
         return f"{Path(str(source)).name}: {recipe.get('samples', '?')} windows{seen}, seed {recipe.get('seed', '?')}"
     if tokens and tokens <= {None}:
-        return "none: the quantizer saw no data"
+        return NO_DATA
     if tokens:
         return f"{max(t or 0 for t in tokens)} tokens of a text that was not recorded"
     return UNKNOWN
@@ -245,7 +258,16 @@ def _totals(note: Mapping[str, Any]) -> dict[str, Any]:
 def _quality(results: Sequence[Mapping[str, Any]]) -> str:
     if not results:
         return f"{UNKNOWN}: no measurement was recorded"
-    return "; ".join(f"{result['measure']} {float(result['value']):.4f} on {result['task']}" for result in results)
+    return "; ".join(
+        f"{result['measure']} {float(result['value']):.4f} on {result['task']}"
+        f"{f' (data {data})' if (data := _data(result)) else ''}"
+        for result in results
+    )
+
+
+def _data(result: Mapping[str, Any]) -> str | None:
+    """What a measure was taken on; of a file or folder the last part alone, like all that is on this machine."""
+    return Path(str(result["data"])).name if result.get("data") else None
 
 
 def _adapter(config: Mapping[str, Any]) -> str:

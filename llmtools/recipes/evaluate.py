@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Evaluate:
     context: int | None = None
     """perplexity: tokens in a window; by default the model's positions, at most 2048; a result belongs to it"""
     options: dict[str, Any] = field(default_factory=dict)
-    """other options of the task, such as --options.seed 1; `llmtools list TASK` shows them"""
+    """other options of the task, such as --options.seed 1; `llmtools list TASK` shows them; by default those that the
+    adapter was trained with, if it was on this task"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
     trust_remote_code: bool = False
@@ -54,6 +58,8 @@ class Evaluation:
     """all measures of the task, and what they were taken on"""
     model: str
     adapter: str | None
+    data: str | None
+    """what the task was given to measure on; None for tasks of lm_eval, which name their own"""
     bits_per_weight: float
     """stored bits for each weight of the model's linear layers, scales included"""
     weight_bytes: int
@@ -83,9 +89,9 @@ def evaluate(recipe: Evaluate) -> Evaluation:
         raise InputError(f"limit={recipe.limit}, batch_size={recipe.batch_size}: at least 1 is expected")
     judge = _harness(recipe) if recipe.harness else _task(recipe)
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
-    load = recipe.load or (loaded_as(adapter) if recipe.model is None else None)
     quiet_libraries()
     import_plugins(recipe.plugin)
+    load = loaded_as(recipe.load, name, adapter)
     model, tokenizer = open_model(name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code)
     details = judge(model, tokenizer)
     measure = next(iter(details))
@@ -97,11 +103,15 @@ def evaluate(recipe: Evaluate) -> Evaluation:
         details=details,
         model=name,
         adapter=adapter,
+        data=None if recipe.harness else _data(recipe),
         bits_per_weight=bits,
         weight_bytes=size,
         seconds=time.monotonic() - began,
     )
 
+
+OWN_DATA = ("text", "chat")
+"""Tasks on the user's own data: what they judge is called their validation data."""
 
 Judge = Callable[[Any, Any], dict[str, Any]]
 """(model, tokenizer) -> measures, the one that counts first."""
@@ -111,17 +121,21 @@ def _task(recipe: Evaluate) -> Judge:
     """One of our tasks. What is wrong with its options or data is said here, before minutes of loading."""
     from ..data.tasks import make_task
     from ..progress import progress
-    from .loading import with_current_folder
+    from .loading import options_of, with_current_folder
 
     if ":" in recipe.task:
         with_current_folder()
     given: dict[str, Any] = {"data": recipe.data, "context": recipe.context}
-    if recipe.task in ("text", "chat") and "validation_data" not in recipe.options:
+    if recipe.task in OWN_DATA and "validation_data" not in recipe.options:
         given["validation_data"] = recipe.data
     for key in recipe.options:
         if given.get(key) is not None:
             raise InputError(f"{key!r} is given twice: as --{key} and among the options")
-    task = make_task(recipe.task, **{**{k: v for k, v in given.items() if v is not None}, **recipe.options})
+    trained = options_of(recipe.adapter, recipe.task)
+    if taken := [f"{key} {value!r}" for key, value in trained.items() if key not in recipe.options]:
+        log.info("options of the task as the adapter was trained: %s", ", ".join(taken))
+    options = {**trained, **{k: v for k, v in given.items() if v is not None}, **recipe.options}
+    task = make_task(recipe.task, **options)
     _check_data(recipe)
 
     def judge(model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -139,6 +153,8 @@ def _harness(recipe: Evaluate) -> Judge:
     for key in ("data", "context"):
         if getattr(recipe, key) is not None:
             raise InputError(f"--{key} does not go with --harness: tasks of lm_eval name their own data")
+    if recipe.task != Evaluate.task:
+        raise InputError(f"--task {recipe.task} does not go with --harness {recipe.harness}: give one of the two")
 
     def judge(model: Any, tokenizer: Any) -> dict[str, Any]:
         return harness(
@@ -158,12 +174,18 @@ def _names(harness: str | list[str] | None) -> list[str]:
     return [name.strip() for name in given if name.strip()]
 
 
+def _data(recipe: Evaluate) -> str | None:
+    """What is measured on, in the user's words."""
+    own = recipe.options.get("validation_data") if recipe.task in OWN_DATA else None
+    return own if isinstance(own, str) else recipe.data or recipe.options.get("data")
+
+
 def _check_data(recipe: Evaluate) -> None:
     """Finds a missing file before minutes of loading, for the tasks that read one."""
     from ..data.calibration import HUB
     from ..data.reading import existing_file
 
-    if recipe.task in ("perplexity", "wikitext2", "c4", "text", "chat") and recipe.data not in (None, *HUB):
+    if recipe.task in ("perplexity", "wikitext2", "c4", *OWN_DATA) and recipe.data not in (None, *HUB):
         existing_file(str(recipe.data))
     elif (
         recipe.data is not None

@@ -17,6 +17,8 @@ class Generate:
     """folder or hub name, quantized or not; by default what the adapter was trained on"""
     adapter: str | None = None
     """folder of an adapter"""
+    load: str | None = None
+    """nf4 or int8: quantize a plain model with bitsandbytes while it loads; by default as the adapter was trained"""
     prompt: str | None = None
     """the words to go on from"""
     prompts: str | None = None
@@ -67,12 +69,13 @@ def generate(recipe: Generate) -> Generated:
         )
     from ..data.generation import complete
     from ..progress import progress
-    from .loading import import_plugins, model_and_adapter, open_model, quiet_libraries, words_of
+    from .loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries, words_of
 
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
     quiet_libraries()
     import_plugins(recipe.plugin)
-    model, tokenizer = open_model(name, adapter=adapter, trust_remote_code=recipe.trust_remote_code)
+    load = loaded_as(recipe.load, name, adapter)
+    model, tokenizer = open_model(name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code)
     if not recipe.raw:
         words = words_of(adapter)
         prompts = [_in_words(prompt, words, tokenizer) for prompt in prompts]

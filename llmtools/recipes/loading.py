@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from ..files import read_json
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
@@ -63,7 +66,7 @@ def bitsandbytes_config(name: str, kind: str) -> Any:
         raise InputError(f"--load {kind}: nf4 or int8 is expected")
     if find_spec("bitsandbytes") is None:
         raise InputError(f"--load {kind} is done by bitsandbytes: pip install 'llmtools[bitsandbytes]'")
-    if read_json(Path(name).expanduser() / "config.json").get("quantization_config"):
+    if _is_quantized(name):
         raise InputError(f"--load {kind}: {name} is quantized already; give the plain model")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -86,9 +89,28 @@ def _use_plain_kernel(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def loaded_as(adapter: str | None) -> str | None:
-    """How the base of an adapter was quantized while it was loaded (`--load`), by the adapter's run.json."""
-    return dict(_run_of(adapter).get("recipe") or {}).get("load")
+def loaded_as(load: str | None, name: str, adapter: str | None) -> str | None:
+    """How to quantize a model while it loads: what the user says, else as under the adapter when it was trained.
+
+    A model that is quantized already stays as it is.
+    """
+    trained = _recipe_of(adapter).get("load")
+    if load is not None or trained is None or _is_quantized(name):
+        return load
+    log.info("the adapter was trained with --load %s, so %s is loaded like that, too", trained, name)
+    return str(trained)
+
+
+def _is_quantized(name: str) -> bool:
+    """Whether the configuration of a folder or hub name says so."""
+    from transformers import PreTrainedConfig
+
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return bool(read_json(folder / "config.json").get("quantization_config"))
+    with suppress(OSError):  # what cannot be had is said when it is opened
+        return bool(PreTrainedConfig.get_config_dict(name)[0].get("quantization_config"))
+    return False
 
 
 def check_model(name: str) -> None:
@@ -129,6 +151,21 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
 def words_of(adapter: str | None) -> dict[str, Any]:
     """In which words an adapter was trained: ``{"form": …, "template": …}`` from its run.json, {} if it has none."""
     return dict(_run_of(adapter).get("words") or {})
+
+
+def options_of(adapter: str | None, task: str) -> dict[str, Any]:
+    """The options of `task` that an adapter was trained with; {} where it was trained on another one."""
+    recipe = _recipe_of(adapter)
+    return without_data(recipe.get("options") or {}) if recipe.get("task") == task else {}
+
+
+def without_data(options: dict[str, Any]) -> dict[str, Any]:
+    """A task's options but for where its data lie."""
+    return {key: value for key, value in options.items() if key not in ("data", "validation_data")}
+
+
+def _recipe_of(adapter: str | None) -> dict[str, Any]:
+    return dict(_run_of(adapter).get("recipe") or {})
 
 
 def _run_of(adapter: str | None) -> dict[str, Any]:

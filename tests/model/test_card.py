@@ -117,6 +117,21 @@ def test_measures_and_training_are_told(adapter: Path) -> None:
     assert row(card(adapter), "quantizer of the base model") == "unknown"
 
 
+def test_a_base_that_was_quantized_for_the_training_alone_is_not_called_dense(adapter: Path, tmp_path: Path) -> None:
+    plain = llmtools.save(tiny_model(), None, tmp_path / "plain")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(plain)}))
+    assert row(card(adapter), "quantizer of the base model") == "none: its weights are dense"
+    for load, asked in (("nf4", 'bnb_4bit_quant_type="nf4"'), ("int8", "load_in_8bit=True")):
+        (adapter / "run.json").write_text(json.dumps({"command": "finetune", "recipe": {"load": load}}))
+        text = card(adapter)
+        assert row(text, "quantizer of the base model") == f"{load} (by bitsandbytes, while it loads)"
+        assert row(text, "bits a weight of the base model") == "unknown"
+        assert row(text, "calibration data of the base model") == "none: the quantizer saw no data"
+        assert load in head(text)["tags"]
+        assert asked in text and "dense" not in text
+
+
 def test_a_card_in_your_own_words_stays(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = quantized / "README.md"
     own.write_text(own.read_text(encoding="utf-8").replace(MARK, "Mine."), encoding="utf-8")

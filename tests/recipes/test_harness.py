@@ -64,6 +64,23 @@ def test_a_quantized_model_is_judged_by_the_harness(task: str, stories: Path, tm
         evaluate(Evaluate(model=str(tmp_path / "q"), harness=task, options={"num_few": 0}))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_judged_by_the_harness(task: str, stories: Path, tmp_path: Path) -> None:
+    """It is trained to answer "time" always, which is right for one row of four."""
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("trl")
+    from llmtools.recipes.finetune import Finetune, Lora, finetune
+
+    rows = tmp_path / "train.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": row["prompt"], "completion": " time"}) + "\n" for row in ROWS))
+    training = {"max_steps": 20, "per_device_train_batch_size": 4, "learning_rate": 0.02}
+    finetune(Finetune(model=str(stories), data=str(rows), out=str(tmp_path / "a"), lora=Lora(r=4), training=training))
+    assert evaluate(Evaluate(model=str(stories), harness=task)).value == 0.75
+    judged = evaluate(Evaluate(adapter=str(tmp_path / "a"), harness=task))
+    assert (judged.value, judged.adapter, judged.data) == (0.25, str(tmp_path / "a"), None)
+
+
 def test_what_does_not_go_with_the_harness_is_said(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmtools.recipes.harness.import_harness", lambda: None)
     with pytest.raises(InputError, match="--data does not go with --harness"):

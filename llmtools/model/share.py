@@ -47,8 +47,9 @@ def push_to_hub(
     results: measures for the card, each as ``llmtools evaluate --json`` prints it.
     token: the hub's; by default the one of ``hf auth login`` or HF_TOKEN.
 
-    Raises InputError for something that is no model or adapter, and OSError where the hub refuses.
+    Raises InputError for something that is no model or adapter, and OSError where the hub refuses or cannot be reached.
     """
+    check_repo(repo)
     if isinstance(what, nn.Module):
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / repo.rpartition("/")[2]
@@ -57,6 +58,7 @@ def push_to_hub(
                 folder, repo, private=private, base_name=base_name, results=results, token=token, message=message
             )
     from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(what).expanduser()
     texts = texts_of(folder, repo, base_name=base_name, results=results)
@@ -71,9 +73,26 @@ def push_to_hub(
         and path.relative_to(folder).parts[0] not in LEFT_OUT
     ]
     api = HfApi(token=token, library_name="llmtools")
-    api.create_repo(repo, private=private, exist_ok=True)
-    commit = api.create_commit(repo, operations, commit_message=message)
+    unreached: Any = HfHubHTTPError.__bases__  # HTTPError of the library beneath, whose name changes, and OSError
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.create_commit(repo, operations, commit_message=message)
+    except OSError:  # the hub's own words, or a file here
+        raise
+    except unreached as error:
+        raise ConnectionError(f"{api.endpoint} cannot be reached: {error}") from error
     return str(getattr(commit, "repo_url", None) or f"https://huggingface.co/{repo}")
+
+
+def check_repo(repo: str) -> None:
+    """Raises InputError unless `repo` may be a name on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"repo {repo!r}: owner/name on the Hugging Face hub is expected ({error})") from error
 
 
 def texts_of(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-
-_REPO = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,15 @@ class Pushed:
 
 def push(recipe: Push) -> Pushed:
     """Uploads the folder."""
-    if not _REPO.match(recipe.repo):
-        raise InputError(f"repo {recipe.repo!r}: owner/name on the Hugging Face hub is expected")
+    from ..model.card import CARD
+    from ..model.share import check_repo, push_to_hub, texts_of
+
+    check_repo(recipe.repo)
     folder = Path(recipe.folder).expanduser()
     if not folder.is_dir():
         raise InputError(f"there is no folder {folder} (looked in {Path.cwd()})")
     files = [recipe.results] if isinstance(recipe.results, str) else recipe.results or []
     results = [_result(Path(name).expanduser(), folder) for name in files]
-    from ..model.card import CARD
-    from ..model.share import push_to_hub, texts_of
-
     if recipe.dry_run:
         texts = texts_of(folder, recipe.repo, base_name=recipe.base_name, results=results)
         return Pushed(recipe.repo, None, texts.get(CARD) or (folder / CARD).read_text(encoding="utf-8"))

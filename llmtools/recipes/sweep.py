@@ -32,6 +32,7 @@ from ..files import write_whole
 from .evaluate import Evaluate
 from .finetune import Finetune, Lora
 from .kept import Kept, needed
+from .loading import without_data
 from .quantize import Quantize
 from .record import command, given
 
@@ -111,7 +112,8 @@ class Form(NamedTuple):
 
     @property
     def slug(self) -> str:
-        return re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")
+        label = re.sub(r"(?<= )-(?=[\d.])", "minus ", self.label.lower())
+        return re.sub(r"[^a-z0-9]+", "-", label).strip("-")
 
 
 class Cell(NamedTuple):
@@ -143,6 +145,7 @@ def sweep(recipe: Sweep) -> Swept:
     if not recipe.report_only:
         run.out.mkdir(parents=True, exist_ok=True)
         write_whole(run.out / "sweep.yaml", as_yaml(recipe))
+    lengths = {name: run.answer_tokens(name) for name in recipe.tasks}
     floors = {name: floor for name in recipe.tasks if (floor := run.floor(name))}
     found: dict[str, dict[str, Any]] = {}
     began, made = time.monotonic(), 0
@@ -167,7 +170,9 @@ def sweep(recipe: Sweep) -> Swept:
         )
     base = Path(recipe.report or run.out / "report").expanduser()
     original = run.original() or {}
-    table = report(recipe, base, [cell.name for cell in cells], found, left_out, original.get("parameters"), floors)
+    table = report(
+        recipe, base, [cell.name for cell in cells], found, left_out, original.get("parameters"), floors, lengths
+    )
     failed = {name: result["failed"] for name, result in found.items() if "failed" in result}
     return Swept(
         report=str(base),
@@ -312,6 +317,18 @@ class _Run:
         settings = {"model": self.recipe.model, "dtype": self.recipe.dtype}
         return self.kept.get(self.out / "models" / "original.json", settings, make, Path(self._original))
 
+    def answer_tokens(self, name: str) -> int | None:
+        """How long an answer may get, for tasks that have answers."""
+        from ..data.tasks import tasks
+        from .loading import with_current_folder
+
+        recipe = self.evaluate(Cell(Form("floor"), name, 1, 0))
+        if _has_no_answers(recipe):
+            return None
+        if ":" in recipe.task:
+            with_current_folder()
+        return int(recipe.options.get("max_new_tokens", tasks.get(recipe.task).max_new_tokens))
+
     def floor(self, name: str) -> dict[str, Any] | None:
         """What a constant answer scores: the commonest right one, for tasks that have answers."""
         from collections import Counter
@@ -328,7 +345,7 @@ class _Run:
             shown = constant if len(constant) <= 20 else f"{constant[:19]}…"
             return {"scores": task.score([constant] * len(rows), rows), "answer": shown}
 
-        if recipe.context is not None or recipe.task in ("perplexity", "wikitext2", "c4"):
+        if _has_no_answers(recipe):
             return None
         file = self.out / "before" / f"constant-answer.{name}.json"
         found = self.kept.get(file, {"evaluate": given(recipe)}, make)
@@ -384,14 +401,22 @@ class _Run:
         folder = str(self.out / "adapters" / cell.name) if adapter else None
         ours: dict[str, Any] = {"model": self._model(cell.form), "load": cell.form.load, "adapter": folder}
         ours["plugin"] = self.recipe.plugin
-        made: Evaluate = _built(Evaluate, ours, self._section(cell.task, "evaluate"), f"tasks.{cell.task}")
+        section, trained = (self._section(cell.task, verb) for verb in ("evaluate", "finetune"))
+        if section.get("task") == trained["task"]:  # in the words of the training, before it, too
+            section["options"] = {**without_data(trained.get("options", {})), **section.get("options", {})}
+        made: Evaluate = _built(Evaluate, ours, section, f"tasks.{cell.task}")
         return made
 
     def _section(self, name: str, verb: str) -> dict[str, Any]:
         task = dict(self.recipe.tasks[name])
         own = {"finetune": task.pop("finetune", {}), "evaluate": task.pop("evaluate", {})}[verb]
         data = {"data": self.recipe.data[name]} if name in self.recipe.data else {}
-        return {"task": name, **task, **own, **data}
+        named = {} if own.get("harness") else {"task": name}
+        return {**named, **task, **own, **data}
+
+
+def _has_no_answers(recipe: Evaluate) -> bool:
+    return bool(recipe.harness) or recipe.context is not None or recipe.task in ("perplexity", "wikitext2", "c4")
 
 
 def _free() -> None:
@@ -413,9 +438,20 @@ def _check(recipe: Sweep) -> None:
     for name in recipe.baselines:
         if name not in BASELINES:
             raise InputError(f"baselines: no baseline {name!r}; {did_you_mean(name, BASELINES)}")
-    for name in recipe.data:
+    for name, data in recipe.data.items():
         if name not in recipe.tasks:
             raise InputError(f"--data.{name}: no such task in this sweep; {did_you_mean(name, recipe.tasks)}")
+        own = [verb for verb in ("finetune", "evaluate") if "data" in recipe.tasks[name].get(verb, {})]
+        if own:
+            raise InputError(
+                f"--data.{name}: under {' and '.join(own)} this task names data of its own, lest it be judged by what "
+                f"it was trained on; change them in the YAML"
+            )
+        if Path(data).expanduser().is_file():
+            raise InputError(
+                f"--data.{name} {data}: a file would be trained on and judged by; a folder with a file for each split "
+                f"is expected, or a name on the hub"
+            )
     for name in recipe.tasks:
         if not re.fullmatch(r"[\w-]+", name):
             raise InputError(f"tasks: {name!r} becomes part of file names; letters, digits, - and _ are expected")
@@ -429,6 +465,10 @@ def _check(recipe: Sweep) -> None:
     for options in recipe.quantizers:
         if not isinstance(options.get("name"), str):
             raise InputError(f"quantizers: {{name: …, bits: …, options}} is expected, not {options!r}")
+        if empty := [key for key, value in options.items() if value == []]:
+            raise InputError(
+                f"quantizers: {options['name']} has {empty[0]}: [], of which no cell is made; give a value"
+            )
 
 
 def _unrolled(quantizers: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

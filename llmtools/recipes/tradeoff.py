@@ -115,6 +115,12 @@ class Story:
     """task → what a constant answer scores"""
     examples: dict[str, int]
     """task → how many examples were judged, where it counts them"""
+    shortened: dict[str, int]
+    """task → how many of these had a prompt too long for the task's limit or the model, which lost a part of it"""
+    answer_tokens: dict[str, int | None]
+    """task → where an answer ends, for tasks that have answers"""
+    trained: dict[str, tuple[int, int]]
+    """task → examples that were trained on, and left out, being too long"""
     contexts: dict[str, int]
     """task → tokens in a window, for perplexity"""
     left_out: list[str]
@@ -147,6 +153,7 @@ def report(
     left_out: list[str],
     parameters: int | None,
     floors: dict[str, dict[str, Any]],
+    answer_tokens: dict[str, int | None],
 ) -> str:
     """Writes `base`.md, .json and .html; returns the table of quality as text."""
     from ..files import write_whole
@@ -160,6 +167,11 @@ def report(
         parameters=parameters,
         floors=floors,
         examples={made["task"]: made["after"]["details"].get("examples", 0) for made in finished.values()},
+        shortened={made["task"]: made["after"]["details"].get("shortened_prompts", 0) for made in finished.values()},
+        answer_tokens=answer_tokens,
+        trained={
+            made["task"]: (made["trained"]["examples"], made["trained"]["left_out"]) for made in finished.values()
+        },
         contexts={made["task"]: made["after"]["details"].get("context", 0) for made in finished.values()},
         left_out=left_out,
         missing={
@@ -317,11 +329,19 @@ def limits(story: Story) -> str:
         if story.parameters and story.parameters < SMALL
         else ""
     )
-    judged = [f"{count} examples of {task}" for task, count in story.examples.items() if count]
+    judged = [
+        f"{count} examples of {task} ({story.shortened[task]} with a shortened prompt, answers of at most "
+        f"{story.answer_tokens.get(task)} tokens)"
+        for task, count in story.examples.items()
+        if count
+    ]
+    cut = "Right answers that are longer than these limits can be met in part alone. " if judged else ""
     judged += [f"{task} in windows of {length} tokens" for task, length in story.contexts.items() if length]
     was_judged = f"Judged were {', '.join(judged)}. " if judged else ""
+    long = [f"{out} of {kept + out} examples of {task}" for task, (kept, out) in story.trained.items() if out]
+    left_out = f"Left out of the training, being too long, were {', '.join(long)}. " if long else ""
     return (
-        f"{small}{was_judged}The spread is over seeds of training alone: it does not "
+        f"{small}{was_judged}{cut}{left_out}The spread is over seeds of training alone: it does not "
         f"count that other examples would have given other scores. Perplexities depend on the tokenizer and the window."
     )
 

@@ -169,7 +169,10 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"quantizers": [], "baselines": []}, "at least one"),
         ({"ranks": [0]}, "ranks"),
         ({"seeds": []}, "seeds"),
+        ({"quantizers": [{"name": "rtn", "bits": []}]}, "bits: []"),
         ({"data": {"dogs": "x"}}, "--data.dogs"),
+        ({"data": {"cats": "x"}}, "--data.cats: under finetune and evaluate this task names data of its own"),
+        ({"data": {"mnli": __file__}, "tasks": {"mnli": {"data": "x"}}}, "would be trained on and judged by"),
         ({"tasks": {"a/b": task}}, "'a/b'"),
         ({"tasks": {"cats": {**task, "evaluate": {"limits": 3}}}}, "did you mean 'limit'"),
         ({"tasks": {"cats": {**task, "finetune": {"seed": 3}}}}, "the sweep decides this"),
@@ -207,14 +210,35 @@ def test_lists_are_run_through_and_data_replaced(recipe: Sweep) -> None:
         quantizers=[{"name": "rtn", "bits": [4, 3, 2], "group_size": [32, 64]}, {"name": "nf4"}],
         ranks=[1, 2],
         seeds=[0, 1],
-        data={"cats": "other.jsonl"},
+        tasks={"mnli": {"data": "none", "options": {"digits": True}, "finetune": {"options": {"digits": False}}}},
+        data={"mnli": str(ASSETS / "mnli")},
     )
     run = module._Run(many)
     cells = run.cells()
     assert len(cells) == len({one.name for one in cells}) == (1 + 6 + 1) * 2 * 2
-    assert run.finetune(cells[0]).data == run.evaluate(cells[0]).data == "other.jsonl"
+    assert run.finetune(cells[0]).data == run.evaluate(cells[0]).data == str(ASSETS / "mnli")
     assert {run.finetune(one).lora.r for one in cells} == {1, 2}
     assert cells[0].seed == 0 and cells[-1].seed == 1  # seed by seed
+
+
+def test_a_sign_tells_names_apart() -> None:
+    values = ({"damping": 0.01}, {"damping": -0.01}, {"group_size": 1}, {"group_size": -1})
+    slugs = [module.Form(module._label({"name": "optq", "bits": 3, **more})).slug for more in values]
+    assert slugs[:2] == ["optq-3-bit-damping-0-01", "optq-3-bit-damping-minus-0-01"]
+    assert len(set(slugs)) == 4
+
+
+def test_a_model_is_judged_before_training_in_the_words_of_training(recipe: Sweep) -> None:
+    """What was left to the options of finetune goes for evaluate, too, as it does where it has the adapter."""
+    tasks = {"mnli": {"data": "x", "finetune": {"options": {"digits": True, "validation_data": "y"}}}}
+    run = module._Run(replace(recipe, tasks=tasks))
+    assert run.evaluate(run.cells()[0]).options == {"digits": True}
+    tasks["mnli"]["evaluate"] = {"options": {"digits": False}}
+    assert run.evaluate(run.cells()[0]).options == {"digits": False}
+    assert run.answer_tokens("mnli") == 4
+    tasks["mnli"] = {"finetune": {"data": "x"}, "evaluate": {"harness": "arc_easy"}}
+    assert run.evaluate(run.cells()[0]).task == Evaluate.task
+    assert run.answer_tokens("mnli") is run.floor("mnli") is None
 
 
 def test_a_command_says_the_recipe() -> None:
@@ -259,19 +283,19 @@ def test_the_html_holds_everything_and_loads_nothing(swept: module.Swept) -> Non
 def made_up(form: str, seed: int, value: float, rank: int = 8, task: str = "mnli", **more: Any) -> dict[str, Any]:
     """A cell with round figures."""
     measure = "perplexity" if task == "text" else "accuracy"
-    counts = {"context": 64} if task == "text" else {"examples": 100}
+    counts = {"context": 64} if task == "text" else {"examples": 100, "shortened_prompts": 79}
     return {
         "form": form,
         "task": task,
         "rank": rank,
         "seed": seed,
         "before": {"measure": measure, "value": 0.25},
-        "after": {"measure": measure, "value": value, "details": {measure: value, "other": 2 * value, **counts}},
+        "after": {"measure": measure, "value": value, "details": {measure: value, "other": 2 * value} | counts},
         "bits_per_weight": 4.5,
         "weight_bytes": 1000,
         "model_bytes": 2500,
         "peak_bytes": 4000 + 1000 * seed,
-        "trained": {"seconds": 10.0 + seed},
+        "trained": {"seconds": 10.0 + seed, "examples": 984, "left_out": 16 if task == "mnli" else 0},
         "versions": {"torch": "2"},
         "platform": "here",
         "commands": ["llmtools finetune"],
@@ -286,7 +310,8 @@ def told(recipe: Sweep, tmp_path: Path) -> Callable[..., tuple[str, dict[str, An
     def tell(cells: list[dict[str, Any]], **more: Any) -> tuple[str, dict[str, Any]]:
         found = {f"{number}": made for number, made in enumerate(cells)}
         floors = {"mnli": {"scores": {"accuracy": 0.4}, "answer": "no"}}
-        arguments = {"left_out": [], "parameters": 260_032, "floors": floors} | more
+        lengths = {"mnli": 4, "text": None}
+        arguments = {"left_out": [], "parameters": 260_032, "floors": floors, "answer_tokens": lengths} | more
         tradeoff.report(recipe, tmp_path / "r", list(found), found, **arguments)
         return (tmp_path / "r.md").read_text(), json.loads((tmp_path / "r.json").read_text())
 
@@ -329,6 +354,15 @@ def test_the_report_says_what_it_rests_on(told: Callable[..., tuple[str, dict[st
     empty, found = told([])
     assert found["rows"] == [] and "Quality" in empty and "Judged" not in empty
     assert "\n    model: " in empty  # the sweep itself
+
+
+def test_the_report_says_what_was_cut(told: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    text, _ = told([made_up("a", 0, 0.5), made_up("a", 0, 20.0, task="text")])
+    judged = "100 examples of mnli (79 with a shortened prompt, answers of at most 4 tokens), text in windows of 64"
+    assert f"Judged were {judged} tokens. Right answers that are longer" in text
+    assert "Left out of the training, being too long, were 16 of 1000 examples of mnli. " in text
+    text, _ = told([made_up("a", 0, 20.0, task="text")], floors={})
+    assert "Right answers" not in text and "Left out of the training" not in text
 
 
 def test_ranks_have_a_column_and_a_picture_of_their_own(

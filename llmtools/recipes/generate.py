@@ -76,8 +76,9 @@ def generate(recipe: Generate) -> Generated:
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
     model, tokenizer = open_model(name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code)
+    words = {} if recipe.raw else words_of(adapter)
+    chat = words.get("form") == "messages" and bool(tokenizer.chat_template)
     if not recipe.raw:
-        words = words_of(adapter)
         prompts = [_in_words(prompt, words, tokenizer) for prompt in prompts]
     with progress("generate", unit="prompts") as step:
         outputs = complete(
@@ -88,6 +89,7 @@ def generate(recipe: Generate) -> Generated:
             temperature=recipe.temperature,
             top_p=recipe.top_p,
             seed=recipe.seed,
+            chat=chat,
             on_step=step if len(prompts) > 1 else None,
         )
     completions = [Completion(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]

@@ -148,7 +148,7 @@ def test_an_outlier_in_a_long_row_does_not_drown_the_rest(dtype: torch.dtype) ->
 def test_activations_of_another_width_are_refused() -> None:
     weight = draw(8, 64, 32, 4)
     for wrong in (torch.randn(2, 32), torch.randn(2, 128), torch.randn(64)):
-        with pytest.raises(InputError, match="64 inputs"):
+        with pytest.raises(InputError, match="64 to sum"):
             multiply_affine(wrong, *weight)
 
 

@@ -52,7 +52,7 @@ def multiply_transposed_affine(
     g: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
 ) -> Tensor:
     """g [t, out] @ weight -> [t, in] of g's type: the gradient of `multiply_affine`. Not differentiable."""
-    call = torch.ops.llmtools.multiply_transposed_affine
+    call = direct(_multiply_transposed, g) or torch.ops.llmtools.multiply_transposed_affine
     result: Tensor = call(g, qweight, scales, qzeros, bits, group_size, in_features)
     return result
 
@@ -80,6 +80,16 @@ def _multiply(
     product = grouped.multiply(x, codes)
     if product is None:
         return reference.multiply_affine(x, qweight, scales, qzeros, bits, group_size, in_features)
+    return product
+
+
+def _multiply_transposed(
+    g: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> Tensor:
+    codes = grouped.Codes(qweight, scales, qzeros, 2.0 ** (bits - 1), None, bits, group_size, in_features)
+    product = grouped.multiply_transposed(g, codes)
+    if product is None:
+        return reference.multiply_transposed_affine(g, qweight, scales, qzeros, bits, group_size, in_features)
     return product
 
 
@@ -125,6 +135,7 @@ grouped.define(
 grouped.define(
     f"multiply_transposed_affine(Tensor g, {_WEIGHT}) -> Tensor",
     reference=reference.multiply_transposed_affine,
+    cpu=_multiply_transposed,
     cuda=gpu.kernel(__name__, reference.multiply_transposed_affine),
     fake=_multiply_transposed_fake,
 )

@@ -50,7 +50,7 @@ def multiply_transposed_codebook(
     g: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
 ) -> Tensor:
     """g [t, out] @ weight -> [t, in] of g's type: the gradient of `multiply_codebook`. Not differentiable."""
-    call = torch.ops.llmtools.multiply_transposed_codebook
+    call = direct(_multiply_transposed, g) or torch.ops.llmtools.multiply_transposed_codebook
     result: Tensor = call(g, qweight, scales, table, group_size, in_features)
     return result
 
@@ -73,6 +73,15 @@ def _multiply(x: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_s
     product = grouped.multiply(x, _codes(qweight, scales, table, group_size, in_features))
     if product is None:
         return reference.multiply_codebook(x, qweight, scales, table, group_size, in_features)
+    return product
+
+
+def _multiply_transposed(
+    g: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
+) -> Tensor:
+    product = grouped.multiply_transposed(g, _codes(qweight, scales, table, group_size, in_features))
+    if product is None:
+        return reference.multiply_transposed_codebook(g, qweight, scales, table, group_size, in_features)
     return product
 
 
@@ -112,6 +121,7 @@ grouped.define(
 grouped.define(
     f"multiply_transposed_codebook(Tensor g, {_WEIGHT}) -> Tensor",
     reference=reference.multiply_transposed_codebook,
+    cpu=_multiply_transposed,
     cuda=gpu.kernel(__name__, reference.multiply_transposed_codebook),
     fake=_multiply_transposed_fake,
 )

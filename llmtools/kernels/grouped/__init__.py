@@ -61,17 +61,28 @@ def multiply(x: Tensor, codes: Codes) -> Tensor | None:
     Summed in float32, or, for x of half precision where the processor multiplies bytes, in integers, with x rounded to
     16 bits beside the largest activation of its group (`integer.h`).
     """
-    if x.dim() != 2 or x.shape[1] != codes.in_features:
-        raise InputError(f"activations of shape {list(x.shape)} do not fit a weight with {codes.in_features} inputs")
+    return _product("multiply", x, codes, codes.in_features, codes.qweight.shape[0])
+
+
+def multiply_transposed(g: Tensor, codes: Codes) -> Tensor | None:
+    """g [t, out] @ weight -> [t, in] of g's type, summed in float32; each packed weight is read once."""
+    return _product("multiply_transposed", g, codes, codes.qweight.shape[0], codes.in_features)
+
+
+def _product(function: str, x: Tensor, codes: Codes, summed: int, kept: int) -> Tensor | None:
+    """x [t, summed] -> [t, kept]."""
+    if x.dim() != 2 or x.shape[1] != summed:
+        raise InputError(f"a tensor of shape {list(x.shape)} does not fit a weight with {summed} to sum over")
     library, weight = _ready(codes, x.dtype)
     if weight is None or not x.is_cpu:
         return None
     tokens, rows = x.shape[0], codes.qweight.shape[0]
     x = x.contiguous()
-    y = x.new_empty((tokens, rows))
+    y = x.new_empty((tokens, kept))
     threads = _threads(rows * codes.in_features * tokens)
-    if not library.multiply(weight, rows, x.data_ptr(), tokens, TYPES[x.dtype], y.data_ptr(), threads):
-        raise MemoryError(f"no memory for {tokens} rows of {codes.in_features} activations")
+    call = getattr(library, function)
+    if not call(weight, rows, x.data_ptr(), tokens, TYPES[x.dtype], y.data_ptr(), threads):
+        raise MemoryError(f"no memory for {tokens} rows of {summed} numbers")
     return y
 
 
@@ -94,9 +105,10 @@ def decodes(device: torch.device, bits: int) -> bool:
     return device.type == "cpu" and bits in WIDTHS and _functions() is not None
 
 
-def multiplies(device: torch.device, transposed: bool) -> bool:
-    """Whether that device has a product for few tokens: with the weight's transpose, or with the weight itself."""
-    return device.type == "cuda" or (device.type == "cpu" and not transposed)
+@constant_result
+def multiplies(device: torch.device, bits: int) -> bool:
+    """Whether that device has products for few tokens."""
+    return device.type == "cuda" or (device.type == "cpu" and decodes(device, bits))
 
 
 class _Weight(ctypes.Structure):
@@ -131,7 +143,8 @@ def _functions() -> Any:
         weight = ctypes.POINTER(_Weight)
         found.dequantize.argtypes = [weight, size, number, pointer, number]
         found.multiply.argtypes = [weight, size, pointer, size, number, pointer, number]
-        found.dequantize.restype, found.multiply.restype = None, number
+        found.multiply_transposed.argtypes = found.multiply.argtypes
+        found.dequantize.restype, found.multiply.restype, found.multiply_transposed.restype = None, number, number
     return found
 
 

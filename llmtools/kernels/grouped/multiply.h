@@ -1,8 +1,12 @@
-/* y = x Wᵀ for few tokens, each packed weight read once:   y[t, r] = Σ_c x[t, c] · weight[r, c].
+/* Products for few tokens, each packed weight read once:
+ *     y = x Wᵀ    y[t, r] = Σ_c x[t, c] · weight[r, c]
+ *     y = g W     y[t, c] = Σ_r g[t, r] · weight[r, c]        the gradient of the first
  *
- * By products of bytes where the processor has them (integer.h). Elsewhere four rows at a time, a chunk of columns is
+ * The first by products of bytes where the processor has them (integer.h). Elsewhere four rows at a time, a chunk of columns is
  * decoded into the first-level cache and multiplied with every token, four tokens at a time, so that each load of a weight
  * or an activation serves four products. Weights are float32 there, not rounded to the type of x.
+ *
+ * The second goes through the columns a strip at a time, whose sums and whose weights of four rows stay in that cache.
  *
  * Sums run in a fixed order, whatever the number of threads.
  */
@@ -11,7 +15,7 @@
 
 #include "integer.h"
 
-enum { ROWS = 4, TOKENS = 4, CHUNK = 2048, MOST_TOKENS = 64 }; /* four rows of a chunk are 32 KB */
+enum { ROWS = 4, TOKENS = 4, CHUNK = 2048, STRIP = 512, MOST_TOKENS = 64 }; /* four rows of a chunk are 32 KB */
 
 #if defined(__AVX512F__)
 typedef __m512 Lanes;
@@ -138,6 +142,42 @@ static int multiply_integers(const Weight *w, int64_t rows, const float *x, int 
 /* x [tokens, columns], y [tokens, rows] of `type`, contiguous. */
 static void multiply_rows(const Weight *w, int64_t rows, const float *x, int tokens, int type, void *y, int threads) {
     if (!multiply_integers(w, rows, x, tokens, type, y, threads)) multiply_floats(w, rows, x, tokens, type, y, threads);
+}
+
+/* sums [n] += the products of four weights, STRIP apart, with the gradients of their rows. */
+static ALWAYS_INLINE void add_rows(const float *weights, const float *g, int64_t n, float *sums) {
+    const Lanes none = {0}, a = none + g[0], b = none + g[1], c = none + g[2], d = none + g[3];
+    for (int64_t i = 0; i < n; i += WIDE) {
+        Lanes sum = load_lanes(sums + i, WIDE);
+        sum = add_product(sum, a, load_lanes(weights + i, WIDE));
+        sum = add_product(sum, b, load_lanes(weights + STRIP + i, WIDE));
+        sum = add_product(sum, c, load_lanes(weights + 2 * STRIP + i, WIDE));
+        sum = add_product(sum, d, load_lanes(weights + 3 * STRIP + i, WIDE));
+        memcpy(sums + i, &sum, sizeof sum);
+    }
+}
+
+/* g [tokens, rows] float32, y [tokens, columns] of `type`, contiguous. */
+static void multiply_columns(const Weight *w, int64_t rows, const float *g, int tokens, int type, void *y,
+                             int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t begin = 0; begin < w->columns; begin += STRIP) {
+        const int64_t n = w->columns - begin < STRIP ? w->columns - begin : STRIP;
+        float weights[ROWS * STRIP] = {0}, sums[MOST_TOKENS * STRIP];
+        memset(sums, 0, (size_t)tokens * STRIP * sizeof sums[0]);
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            const int64_t count = rows - row < ROWS ? rows - row : ROWS;
+            for (int64_t r = 0; r < count; r++) decode(w, row + r, begin, begin + n, FLOAT32, weights + r * STRIP);
+            if (count < ROWS) memset(weights + count * STRIP, 0, (size_t)(ROWS - count) * STRIP * sizeof weights[0]);
+            for (int t = 0; t < tokens; t++) {
+                float own[ROWS] = {0};
+                memcpy(own, g + t * rows + row, (size_t)count * sizeof own[0]);
+                add_rows(weights, own, n, sums + t * STRIP);
+            }
+        }
+        for (int t = 0; t < tokens; t++)
+            for (int64_t c = 0; c < n; c++) write(y, t * w->columns + begin + c, type, sums[t * STRIP + c]);
+    }
 }
 
 #endif

@@ -8,19 +8,32 @@ void dequantize(const Weight *given, int64_t rows, int type, void *out, int thre
     decode_rows(&w, rows, type, out, threads);
 }
 
-/* x [tokens, columns], y [tokens, rows] of `type`; contiguous; any number of tokens. Returns 0 where memory ran out. */
-int multiply(const Weight *given, int64_t rows, const void *x, int64_t tokens, int type, void *y, int threads) {
+/* By the weight's transpose, x [tokens, columns] to y [tokens, rows], or by the weight, x [tokens, rows] to
+ * y [tokens, columns]; of `type`, contiguous; any number of tokens. Returns 0 where memory ran out. */
+static int multiply_any(const Weight *given, int64_t rows, const void *x, int64_t tokens, int type, void *y, int threads,
+                        int by_weight) {
     Weight w = *given;
     prepare(&w);
-    const int64_t some = tokens < MOST_TOKENS ? tokens : MOST_TOKENS, size = type == FLOAT32 ? 4 : 2;
-    float *floats = type == FLOAT32 ? NULL : malloc((size_t)(some * w.columns) * sizeof *floats);
+    const int64_t in = by_weight ? rows : w.columns, out = by_weight ? w.columns : rows, size = type == FLOAT32 ? 4 : 2;
+    const int64_t some = tokens < MOST_TOKENS ? tokens : MOST_TOKENS;
+    float *floats = type == FLOAT32 ? NULL : malloc((size_t)(some * in) * sizeof *floats);
     if (type != FLOAT32 && !floats) return 0;
     for (int64_t t = 0; t < tokens; t += MOST_TOKENS) {
         const int count = (int)(tokens - t < MOST_TOKENS ? tokens - t : MOST_TOKENS);
-        const void *from = (const char *)x + t * w.columns * size;
-        if (type != FLOAT32) widen(from, count * w.columns, type, floats);
-        multiply_rows(&w, rows, floats ? floats : from, count, type, (char *)y + t * rows * size, threads);
+        const void *from = (const char *)x + t * in * size;
+        void *to = (char *)y + t * out * size;
+        if (type != FLOAT32) widen(from, count * in, type, floats);
+        if (by_weight) multiply_columns(&w, rows, floats ? floats : from, count, type, to, threads);
+        else multiply_rows(&w, rows, floats ? floats : from, count, type, to, threads);
     }
     free(floats);
     return 1;
+}
+
+int multiply(const Weight *w, int64_t rows, const void *x, int64_t tokens, int type, void *y, int threads) {
+    return multiply_any(w, rows, x, tokens, type, y, threads, 0);
+}
+
+int multiply_transposed(const Weight *w, int64_t rows, const void *g, int64_t tokens, int type, void *y, int threads) {
+    return multiply_any(w, rows, g, tokens, type, y, threads, 1);
 }

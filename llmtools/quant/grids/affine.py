@@ -148,7 +148,7 @@ class Affine(Grid):
         return dtype.itemsize if direct else super().scratch_bytes(device, dtype)
 
     def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        if self.float_zeros or not multiplies(x.device, transposed):
+        if self.float_zeros or not multiplies(x.device, self.bits):
             return None
         call = multiply_transposed_affine if transposed else multiply_affine
         in_features = columns(packed, self.bits)

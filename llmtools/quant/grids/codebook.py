@@ -95,7 +95,7 @@ class Codebook(Grid):
         return dtype.itemsize if decodes(device, 4) else super().scratch_bytes(device, dtype)
 
     def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        if not multiplies(x.device, transposed):
+        if not multiplies(x.device, 4):
             return None
         call = multiply_transposed_codebook if transposed else multiply_codebook
         in_features = columns(packed, 4)

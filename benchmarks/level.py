@@ -276,24 +276,46 @@ def _check(shape: str) -> None:
 
 @case("generate")
 def generate(machine: Machine) -> Iterator[Problem]:
-    """Greedy tokens one by one, after a prompt; the time is of all of them."""
+    """Greedy tokens one by one; the time is of all of them, with that of the prompt or without."""
     for shape in SHAPES:
-        label = f"{shape} {GENERATED} tokens after {PROMPT}"
         smallest = _bytes("2 bits", shape)
-        yield Problem(
-            label,
-            functools.partial(_check_generation, shape),
-            {},
-            {},
-            (GENERATED - 1) * smallest / machine.copy_bandwidth,
-            "reading the 2-bit model's weights",
-            make=functools.partial(_generators, shape),
-        )
+        for words, way in ((f"after {PROMPT}", following), (f"and their prompt of {PROMPT}", greedy)):
+            yield Problem(
+                f"{shape} {GENERATED} tokens {words}",
+                functools.partial(_check_generation, shape),
+                {},
+                {},
+                GENERATED * smallest / machine.copy_bandwidth,
+                "reading the 2-bit model's weights",
+                make=functools.partial(_generators, shape, way),
+            )
 
 
-def _generators(shape: str, wanted: Wanted) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
+def _generators(
+    shape: str, way: Callable[[nn.Module], Callable[[], Tensor]], wanted: Wanted
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Callable[[], Any]]]:
     ours, baselines = _candidates(shape, lambda model: model.eval(), wanted, (BASE,))
-    return tuple({name: greedy(model) for name, model in found.items()} for found in (ours, baselines))  # type: ignore[return-value]
+    return tuple({name: way(model) for name, model in found.items()} for found in (ours, baselines))  # type: ignore[return-value]
+
+
+def following(model: Any) -> Callable[[], Tensor]:
+    """Token by token, with a cache that holds a prompt."""
+    from transformers import DynamicCache
+
+    ids, cache = torch.randint(0, 32000, (1, PROMPT)), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def run() -> Tensor:
+        words = [ids[:, :1]]
+        with torch.no_grad():
+            for _ in range(GENERATED):
+                logits = model(input_ids=words[-1], past_key_values=cache, use_cache=True).logits
+                words.append(logits[:, -1:].argmax(-1))
+        cache.crop(PROMPT)
+        return torch.cat(words, 1)
+
+    return run
 
 
 def greedy(model: nn.Module) -> Callable[[], Tensor]:

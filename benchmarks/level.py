@@ -312,7 +312,7 @@ def following(model: Any) -> Callable[[], Tensor]:
             for _ in range(GENERATED):
                 logits = model(input_ids=words[-1], past_key_values=cache, use_cache=True).logits
                 words.append(logits[:, -1:].argmax(-1))
-        cache.crop(PROMPT)
+        cache.crop(-GENERATED)
         return torch.cat(words, 1)
 
     return run

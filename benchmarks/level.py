@@ -45,6 +45,7 @@ import llmtools
 from llmtools.nn import QuantizedLinear
 from llmtools.nn.loss import CausalLoss
 from llmtools.nn.swap import set_module
+from llmtools.recipes.heap import keep_large_blocks_apart
 
 from .llama import config
 from .peers import quiet
@@ -455,6 +456,8 @@ def main(argv: list[str] | None = None) -> int:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _resident("VmRSS")
+    if lean(args.variant):
+        keep_large_blocks_apart()
     run = step(args.variant, model, ids)
     for _ in range(2):
         run()

@@ -546,12 +546,14 @@ def _trainer(
     except ImportError as error:
         raise InputError(NEEDS_TRAIN.format(error=error)) from error
     from ..nn.adapters import prepare_for_training
+    from .heap import keep_large_blocks_apart
 
     try:
         args = SFTConfig(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"training: {error}") from error
     datasets.disable_progress_bars()
+    keep_large_blocks_apart()
     prepare_for_training(model, gradient_checkpointing=args.gradient_checkpointing)
     try:
         trainer = _lean(SFTTrainer)(

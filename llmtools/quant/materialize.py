@@ -31,9 +31,8 @@ DEVICE_MATERIALIZE_BYTES = 32 * 2**20
 """The same on other devices, where a block should fill the device."""
 FEW_TOKENS = {"cpu": 32, "cuda": 16}
 """Up to so many tokens `Rows.multiply` is used, by type of device. On a CPU with products of bytes (AVX-512 VNNI) it
-took 0.4 to 0.7 of the time of blocks at 16 tokens, 0.7 to 1.1 at 32, 1.0 to 1.5 at 64 (768 × 3072 and 2048 × 5632, 2
-and 4 bits, one thread); beside matrix units for half precision (AMX), not measured, it is
-`_FEW_BESIDE_MATRIX_UNITS`."""
+was faster than blocks at 16 tokens, even at 32 and slower at 64, forward and backward. Other CPUs were not measured;
+beside matrix units for half precision (AMX) it is `_FEW_BESIDE_MATRIX_UNITS`, a guess, as is the GPU's."""
 _FEW_BESIDE_MATRIX_UNITS = 4
 
 _budget: int | None = None

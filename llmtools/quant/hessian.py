@@ -19,6 +19,9 @@ from ..errors import InputError, where
 
 logger = logging.getLogger(__name__)
 
+STRIP = 1024
+"""Columns of activations that are multiplied with themselves and those after them: half the work of all with all."""
+
 
 class HessianSum:
     """Accumulates Σ x xᵀ over tokens, in float32 whatever the activations' type; `value` is the mean."""
@@ -35,7 +38,8 @@ class HessianSum:
                 f"{where()}NaN or inf in the activations of a calibration batch; "
                 "look at the model's outputs, or load it in bfloat16 or float32 if it is in float16"
             )
-        self._sum.addmm_(rows.T, rows)
+        for strip in _strips(len(self._sum)):  # what lies left of a strip's own block is its mirror image
+            self._sum[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
         self.tokens += rows.shape[0]
 
     def value(self) -> Tensor:
@@ -43,7 +47,13 @@ class HessianSum:
         if not self.tokens:
             raise InputError(f"{where()}no calibration token reached this layer")
         mean = self._sum / self.tokens
+        for strip in _strips(len(mean)):
+            mean[strip.stop :, strip] = mean[strip, strip.stop :].T
         return (mean + mean.T) / 2
+
+
+def _strips(size: int) -> list[slice]:
+    return [slice(start, min(start + STRIP, size)) for start in range(0, size, STRIP)]
 
 
 def proxy_loss(weight: Tensor, approximation: Tensor, hessian: Tensor) -> float:

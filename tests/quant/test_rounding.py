@@ -370,6 +370,18 @@ def test_the_sum_is_the_mean_over_tokens_whatever_the_batches(dtype: torch.dtype
     assert torch.equal(whole.value(), whole.value().T)
 
 
+def test_the_sum_by_strips_is_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(40, 23)
+    whole = HessianSum(23)
+    whole.add(x)
+    monkeypatch.setattr("llmtools.quant.hessian.STRIP", 5)
+    parts = HessianSum(23)
+    for part in x.split(13):
+        parts.add(part)
+    torch.testing.assert_close(parts.value(), whole.value())
+    assert torch.equal(parts.value(), parts.value().T)
+
+
 def test_large_half_precision_activations_do_not_overflow() -> None:
     total = HessianSum(4)
     total.add(torch.full((3, 4), 6e4, dtype=torch.float16))

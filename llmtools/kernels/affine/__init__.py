@@ -57,6 +57,12 @@ def multiply_transposed_affine(
     return result
 
 
+def _codes(
+    qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
+) -> grouped.Codes:
+    return grouped.Codes(qweight, scales, qzeros, 2.0 ** (bits - 1), None, bits, group_size, in_features)
+
+
 def _dequantize(
     qweight: Tensor,
     scales: Tensor,
@@ -66,31 +72,14 @@ def _dequantize(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    codes = grouped.Codes(qweight, scales, qzeros, 2.0 ** (bits - 1), None, bits, group_size, in_features)
-    weight = grouped.dequantize(codes, dtype)
+    weight = grouped.dequantize(_codes(qweight, scales, qzeros, bits, group_size, in_features), dtype)
     if weight is None:
         return reference.dequantize_affine(qweight, scales, qzeros, bits, group_size, in_features, dtype)
     return weight
 
 
-def _multiply(
-    x: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
-) -> Tensor:
-    codes = grouped.Codes(qweight, scales, qzeros, 2.0 ** (bits - 1), None, bits, group_size, in_features)
-    product = grouped.multiply(x, codes)
-    if product is None:
-        return reference.multiply_affine(x, qweight, scales, qzeros, bits, group_size, in_features)
-    return product
-
-
-def _multiply_transposed(
-    g: Tensor, qweight: Tensor, scales: Tensor, qzeros: Tensor | None, bits: int, group_size: int, in_features: int
-) -> Tensor:
-    codes = grouped.Codes(qweight, scales, qzeros, 2.0 ** (bits - 1), None, bits, group_size, in_features)
-    product = grouped.multiply_transposed(g, codes)
-    if product is None:
-        return reference.multiply_transposed_affine(g, qweight, scales, qzeros, bits, group_size, in_features)
-    return product
+_multiply = grouped.or_reference(grouped.multiply, _codes, reference.multiply_affine)
+_multiply_transposed = grouped.or_reference(grouped.multiply_transposed, _codes, reference.multiply_transposed_affine)
 
 
 def _dequantize_fake(

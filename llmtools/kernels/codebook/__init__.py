@@ -69,20 +69,8 @@ def _dequantize(
     return weight
 
 
-def _multiply(x: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int) -> Tensor:
-    product = grouped.multiply(x, _codes(qweight, scales, table, group_size, in_features))
-    if product is None:
-        return reference.multiply_codebook(x, qweight, scales, table, group_size, in_features)
-    return product
-
-
-def _multiply_transposed(
-    g: Tensor, qweight: Tensor, scales: Tensor, table: Tensor, group_size: int, in_features: int
-) -> Tensor:
-    product = grouped.multiply_transposed(g, _codes(qweight, scales, table, group_size, in_features))
-    if product is None:
-        return reference.multiply_transposed_codebook(g, qweight, scales, table, group_size, in_features)
-    return product
+_multiply = grouped.or_reference(grouped.multiply, _codes, reference.multiply_codebook)
+_multiply_transposed = grouped.or_reference(grouped.multiply_transposed, _codes, reference.multiply_transposed_codebook)
 
 
 def _dequantize_fake(

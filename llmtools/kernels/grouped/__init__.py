@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,17 @@ def _product(function: str, x: Tensor, codes: Codes, summed: int, kept: int) -> 
     return y
 
 
+def or_reference(product: Callable[[Tensor, Codes], Tensor | None], codes: Callable[..., Codes], reference: Op) -> Op:
+    """An op's CPU implementation: `product` of x and the weight's tensors, or the reference's where C cannot do it."""
+
+    def run(x: Tensor, *weight: Any) -> Tensor:
+        found = product(x, codes(*weight))
+        result: Tensor = reference(x, *weight) if found is None else found
+        return result
+
+    return run
+
+
 def define(schema: str, *, reference: Op, fake: Op, cpu: Op | None = None, cuda: Op | None = None) -> None:
     """The op ``llmtools::<schema>``. The reference serves devices that get no implementation of their own."""
     name = f"llmtools::{schema[: schema.index('(')]}"
@@ -108,7 +120,7 @@ def decodes(device: torch.device, bits: int) -> bool:
 @constant_result
 def multiplies(device: torch.device, bits: int) -> bool:
     """Whether that device has products for few tokens."""
-    return device.type == "cuda" or (device.type == "cpu" and decodes(device, bits))
+    return device.type == "cuda" or decodes(device, bits)
 
 
 class _Weight(ctypes.Structure):

@@ -2,9 +2,9 @@
  *     y = x Wᵀ    y[t, r] = Σ_c x[t, c] · weight[r, c]
  *     y = g W     y[t, c] = Σ_r g[t, r] · weight[r, c]        the gradient of the first
  *
- * The first by products of bytes where the processor has them (integer.h). Elsewhere four rows at a time, a chunk of columns is
- * decoded into the first-level cache and multiplied with every token, four tokens at a time, so that each load of a weight
- * or an activation serves four products. Weights are float32 there, not rounded to the type of x.
+ * The first by products of bytes where the processor has them (integer.h). Elsewhere four rows at a time, a chunk of
+ * columns is decoded into the first-level cache and multiplied with every token, four tokens at a time, so that each load
+ * of a weight or an activation serves four products. Weights are float32 there, not rounded to the type of x.
  *
  * The second goes through the columns a strip at a time, whose sums and whose weights of four rows stay in that cache.
  *

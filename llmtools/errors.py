@@ -28,6 +28,31 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}? {listing}" if near else listing
 
 
+@contextmanager
+def opening(what: str, remedy: str = "", error: type[InputError] = CheckpointError) -> Iterator[None]:
+    """Whatever another library raises over a damaged file becomes `error`, in one line that begins with `what`.
+
+    A library that parses a file may raise any type, a panic of compiled code too. Messages of ours, interrupts, and a
+    device that has no memory left pass through; the cause stays attached, for --debug.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as cause:
+        kind = type(cause).__name__
+        if kind == "OutOfMemoryError" or not (isinstance(cause, Exception) or kind == "PanicException"):
+            raise
+        told = first_line(cause)
+        said = told if isinstance(cause, OSError | ValueError) else f"{kind}: {told}"
+        raise error(f"{what}: {said}{f'; {remedy}' if remedy else ''}") from cause
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that follow the first; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 _where: ContextVar[str] = ContextVar("where", default="")
 
 

@@ -54,13 +54,16 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
-    """A file's contents; {} where there is none. Raises `error` where it is no object in JSON."""
+    """The object in a JSON file; {} where there is none. Raises `error` for anything else in it."""
     if not path.exists():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as cause:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not JSON: {cause}") from cause
+    if not isinstance(value, dict):
+        raise error(f"{path} is not a JSON object but {type(value).__name__}")
+    return value
 
 
 def check_free(folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

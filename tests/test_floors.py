@@ -21,6 +21,8 @@ FLOORS = {
     "quant": 3,
     "kernels": 2,
     "registry": 1,
+    "options": 1,
+    "limits": 1,
     "errors": 1,
     "files": 1,
     "progress": 1,
@@ -31,6 +33,8 @@ NEEDS: dict[str, set[str]] = {
     "quant": {"torch", "safetensors"},  # the law of the round trip writes a file
     "kernels": {"torch", "triton"},  # triton comes with the CUDA builds of torch; imported where it is there
     "registry": set(),
+    "options": set(),
+    "limits": set(),
     "errors": set(),
     "files": set(),
     "progress": {"rich"},

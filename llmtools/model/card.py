@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, opening
 from ..files import read_json
 
 CARD = "README.md"
@@ -64,10 +64,12 @@ def card(
     Raises InputError where the folder holds neither, or a file in it is not JSON.
     """
     name = name or folder.resolve().name
-    if (folder / "adapter_config.json").exists():
-        return _adapter_card(folder, name, base_name, results)
-    if (folder / "config.json").exists():
-        return _model_card(folder, name, base_name, results)
+    damaged = f"the card of {folder} cannot be written: what llmtools.json, run.json or a config says is damaged"
+    with opening(damaged, error=InputError):
+        if (folder / "adapter_config.json").exists():
+            return _adapter_card(folder, name, base_name, results)
+        if (folder / "config.json").exists():
+            return _model_card(folder, name, base_name, results)
     raise InputError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -22,13 +23,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import CheckpointError, InputError
-from ..files import check_free, writing
+from ..errors import CheckpointError, InputError, first_line, opening
+from ..files import check_free, read_json, writing
+from ..limits import TEMPLATE_SECONDS, bounded
 from ..nn.start import Start
 from ..nn.swap import packed_bytes, quantized_linears
+from .adapter_files import check_adapter, open_adapter
 from .card import write_card
 from .foreign import open_model, recognise
-from .hub import attach
+from .hub import METHOD, attach
+from .integrity import (
+    check_checksums,
+    check_config,
+    check_surplus,
+    check_values,
+    config_of,
+    read_headers,
+    refuse_pickles,
+    shards_of,
+)
 from .quantize import INCOMPLETE, Report
 
 NOTE = "llmtools.json"
@@ -78,55 +91,125 @@ def save(
     return Path(folder)
 
 
-def load(folder: str | PathLike[str], **options: Any) -> tuple[Any, Any]:
+def load(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -> tuple[Any, Any]:
     """Opens a folder that `save` wrote, any Hugging Face model, or a quantized checkpoint of others (`foreign`).
 
     Returns (model in eval mode, tokenizer).
 
+    verify: compare every byte with the checksums that `save` noted; without it, small files and headers alone.
     options go to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). Stricter than that: a
     tensor that is missing in the files is an error here, not a warning. ``trust_remote_code`` is off unless it is
-    among the options.
+    among the options: code that comes with a checkpoint is never run, nor asked about.
 
     Raises CheckpointError, saying what is wrong with the folder.
     """
     from transformers import AutoTokenizer
 
-    model = load_model(folder, **options)
+    model = load_model(folder, verify=verify, **options)
     name = _name_of(folder)
-    passed_on = {key: options[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in options}
-    try:
+    passed_on: dict[str, Any] = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
+    passed_on["trust_remote_code"] = bool(options.get("trust_remote_code", False))
+    remedy = "copy tokenizer.json and tokenizer_config.json from the base model into it"
+    with opening(f"{name} has no tokenizer that can be opened", remedy):
         tokenizer = AutoTokenizer.from_pretrained(name, **passed_on)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{name} has no tokenizer that can be opened ({_first_line(error)}); copy tokenizer.json and "
-            "tokenizer_config.json from the base model into it"
-        ) from error
+        _check_chat_template(tokenizer, name)
     return model, tokenizer
 
 
-def load_model(folder: str | PathLike[str], **options: Any) -> Any:
-    """The model alone, as `load` opens it: for a folder without a tokenizer."""
-    from transformers import AutoModelForCausalLM
+def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -> Any:
+    """The model alone, as `load` opens it: for a folder without a tokenizer.
 
+    The folder of an adapter is opened with the base model that it names.
+    """
     name = _name_of(folder)
     _check_loadable(name)
-    options = {"use_safetensors": True, **options}
+    options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
     options.pop("output_loading_info", None)
-    try:
-        foreign = recognise(name, options)
-        if foreign is not None:
-            model, info = open_model(foreign, options)
-        else:
-            model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
-    except (OSError, SafetensorError) as error:
-        where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
-        raise CheckpointError(f"{where}: {_first_line(error)}") from error
+    if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
+        return _load_with_adapter(Path(name), options)
+    _check_before(name, verify=verify)
+    where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
+    with opening(where):
+        model, info, strict = _opened(name, options)
     lacking = sorted(info["missing_keys"])
-    if lacking and not (Path(name) / "adapter_config.json").exists():
+    if lacking:
         raise CheckpointError(
             f"{name}: the weights of {', '.join(lacking[:4])}{' and more' if len(lacking) > 4 else ''} are missing"
         )
+    if not options.keys() & model.config.to_dict().keys():  # whoever asks for fewer layers gets them
+        check_surplus(model, info["unexpected_keys"], name, strict=strict)
+    if not strict:  # ours were looked at while they were loaded
+        check_values(model, name)
     return model
+
+
+def _opened(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
+    """(model, transformers' loading info, whether the files are ours and of this very architecture)."""
+    from transformers import AutoModelForCausalLM
+
+    foreign = recognise(name, options)
+    if foreign is not None:
+        return (*open_model(foreign, options), False)
+    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    ours = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
+    return model, info, bool(ours) and type(model).__name__ in (model.config.architectures or ())
+
+
+def _check_before(name: str, *, verify: bool) -> None:
+    """What can be seen to be wrong before anything is built, see `integrity.py`."""
+    folder = Path(name)
+    if not folder.exists():
+        if verify:
+            raise CheckpointError(f"{name}: only folders can be verified; the hub checks what it sends by itself")
+        with suppress(OSError, ValueError):  # what cannot be had is said when it is opened
+            from transformers import PreTrainedConfig
+
+            check_config(PreTrainedConfig.get_config_dict(name)[0], None, name)
+        return
+    config = config_of(folder)
+    refuse_pickles(folder)
+    check_config(config, read_headers(shards_of(folder)), name)
+    check_checksums(folder, read_json(folder / NOTE).get("checksums"), verify=verify)
+
+
+def _load_with_adapter(folder: Path, options: dict[str, Any]) -> Any:
+    config = check_adapter(folder)
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise CheckpointError(f"{folder} is an adapter that does not say what it was trained on; open that first")
+    return open_adapter(load_model(str(base), **options), folder)
+
+
+def _check_chat_template(tokenizer: Any, name: str) -> None:
+    """Raises CheckpointError for a chat template that does not end, or fills the memory: it is a program, too."""
+    if not getattr(tokenizer, "chat_template", None):
+        return
+    try:
+        with bounded(TEMPLATE_SECONDS):
+            tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except (TimeoutError, MemoryError, OverflowError) as error:
+        raise CheckpointError(
+            f"{name}: the chat template does not come to an end ({first_line(error)}); take it out of the folder "
+            "(chat_template.jinja, or chat_template in tokenizer_config.json), or copy the base model's"
+        ) from error
+    except Exception:  # it may refuse this chat; it is asked again about those that are wanted
+        return
+
+
+def skeleton(folder: str | PathLike[str]) -> Any:
+    """A folder's model without weights, on the meta device, its linears dense whatever they are in the files."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    name = _name_of(folder)
+    _check_loadable(name)
+    _check_before(name, verify=False)
+    with opening(name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
@@ -147,8 +230,8 @@ def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
         tensors = load_file(file)
         paths = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
         return {path: Start(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
-    except (SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{file} is damaged ({_first_line(error)}); quantize the model again") from error
+    except (SafetensorError, KeyError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged ({first_line(error)}); quantize the model again") from error
 
 
 def _check_savable(model: nn.Module) -> None:
@@ -217,7 +300,3 @@ def _version(package: str) -> str | None:
         from .. import __version__
 
         return __version__
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -26,7 +26,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -41,7 +40,9 @@ from ..errors import CheckpointError, InputError, within
 from ..nn.adapters import dequantize
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import quantized_linears, set_module
-from ..quant import Quantizer, from_spec
+from ..options import fits, type_name
+from ..quant import Quantizer, TensorSpec, from_spec
+from .integrity import Header, check_values, read_headers
 from .plan import Plan, base_quantizer
 
 METHOD = "llmtools"
@@ -79,10 +80,19 @@ class LLMToolsConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         **options: Any,
     ) -> None:
-        if not isinstance(version, int) or version > VERSION:
+        if isinstance(version, bool) or not isinstance(version, int) or version > VERSION:
             raise CheckpointError(
-                f"the checkpoint has format version {version}, this llmtools reads up to {VERSION}; upgrade llmtools"
+                f"the checkpoint has format version {version!r}, this llmtools reads up to {VERSION}; upgrade llmtools"
             )
+        if quant_method != METHOD:
+            raise CheckpointError(f"quantization_config: quant_method is {quant_method!r}, {METHOD!r} is expected")
+        for key, value, hint in (
+            ("quantizers", quantizers, list[dict[str, Any]]),
+            ("modules", modules, dict[str, int] | None),
+            ("origin", origin, dict[str, Any] | None),
+        ):
+            if not fits(value, hint):
+                raise CheckpointError(f"quantization_config: {key}={_shortened(value)}; {type_name(hint)} is expected")
         self.quant_method = METHOD
         self.version = VERSION
         self.quantizers = [dict(spec) for spec in quantizers]
@@ -119,7 +129,7 @@ class LLMToolsConfig(QuantizationConfigMixin):
         """Module path → quantizer. Raises CheckpointError where a quantizer is unknown or the table is inconsistent."""
         built = [_from_spec(spec) for spec in self.quantizers]
         for path, index in self.modules.items():
-            if not isinstance(index, int) or not 0 <= index < len(built):
+            if not 0 <= index < len(built):
                 raise CheckpointError(
                     f"config.json is damaged: {path} refers to quantizer {index!r}, and there are {len(built)}"
                 )
@@ -153,15 +163,19 @@ class LLMToolsHfQuantizer(HfQuantizer):
         _refuse_pickles(checkpoint_files)
         _refuse_tensor_parallel(model)
         if self.pre_quantized:
-            self._place_empty_layers(model, _read_headers(checkpoint_files))
+            self._place_empty_layers(model, read_headers(checkpoint_files))
         else:
             wish = self.quantization_config._wish
             assert wish is not None
             self.assigned = wish.assignment(model)
 
-    def _place_empty_layers(self, model: nn.Module, headers: Mapping[str, _Header]) -> None:
+    def _place_empty_layers(self, model: nn.Module, headers: Mapping[str, Header]) -> None:
         self.stored = frozenset(headers)
         problems: list[str] = []
+        of_module: dict[str, dict[str, Header]] = {}
+        for key, header in headers.items():
+            module, _, name = key.rpartition(".")
+            of_module.setdefault(module, {})[name] = header
         for stored_path, chosen in self.quantization_config.assignment().items():
             path = locate(model, stored_path)
             if path is None:
@@ -171,14 +185,15 @@ class LLMToolsHfQuantizer(HfQuantizer):
                 raise CheckpointError(
                     f"{stored_path} is quantized in the checkpoint, but is a {type(linear).__name__} in this model"
                 )
+            expected = chosen.layout(linear.out_features, linear.in_features)
+            wrong = _mismatches(stored_path, expected, linear.bias is not None, of_module.get(stored_path, {}))
+            problems += wrong
+            if wrong:
+                continue
             layer = QuantizedLinear.empty(linear, chosen, device="meta")
             layer._is_hf_initialized = True
             set_module(model, path, layer)
             self.assigned[path] = chosen
-            for name, spec in chosen.layout(linear.out_features, linear.in_features).items():
-                found = headers.get(f"{stored_path}.{name}")
-                if found is not None and (complaint := found.complaint(spec.shape, spec.dtype)):
-                    problems.append(f"{stored_path}.{name} {complaint}")
         _raise_for(problems)
         ignored = {re.escape(path) + rf"\.{SENTINEL}$" for path in self.assigned}
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
@@ -201,6 +216,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
                 problems.append(f"{path}.bias {complaint}")
             layer.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
         _raise_for(sorted(problems))
+        check_values(model, "the checkpoint")
         self.quantization_config.describe(model)
         return model
 
@@ -377,45 +393,25 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
 # ---- integrity -------------------------------------------------------------------------------------------------------
 
 
-class _Header(NamedTuple):
-    """What a safetensors file says about one of its tensors."""
-
-    shape: list[int]
-    dtype: str
-
-    def complaint(self, shape: Iterable[int], dtype: torch.dtype) -> str | None:
-        if self.shape != list(shape):
-            return f"has shape {self.shape}, expected {list(shape)}"
-        if self.dtype != _STORED_AS.get(dtype, self.dtype):
-            return f"is {self.dtype}, expected {_STORED_AS[dtype]}"
-        return None
-
-
-_STORED_AS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+def _mismatches(
+    path: str, expected: Mapping[str, TensorSpec], has_bias: bool, found: Mapping[str, Header]
+) -> list[str]:
+    """How the tensors of one module in the files differ from its quantizer's layout; those that lack are seen later."""
+    if not found:  # without files, as where a state dict is given
+        return []
+    wrong = [
+        f"{path}.{name} {mismatch}"
+        for name, spec in expected.items()
+        if name in found and (mismatch := found[name].mismatch(spec.shape, spec.dtype))
+    ]
+    known = {*expected, SENTINEL, *(["bias"] if has_bias else [])}
+    surplus = sorted(found.keys() - known)
+    return wrong + [f"{path}.{name} is in the file and not in the layout of its quantizer" for name in surplus]
 
 
-def _read_headers(files: Iterable[str] | None) -> dict[str, _Header]:
-    headers: dict[str, _Header] = {}
-    for file in files or ():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                    part = tensors.get_slice(key)
-                    headers[key] = _Header(list(part.get_shape()), str(part.get_dtype()))
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
-    return headers
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _refuse_pickles(files: Iterable[str] | None) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError
+from ..options import built
 from ..registry import Registry
 from .materialize import materialized_linear
 
@@ -62,6 +63,16 @@ class Quantizer(ABC):
     def out_features(self, packed: Packed) -> int:
         """Rows of the weight. By convention the first tensor of the layout has one row per output feature."""
         return next(iter(packed.values())).shape[0]
+
+    def check(self, packed: Packed) -> None:
+        """Raises InputError for values that no `quantize` gives, read off a file: by default NaN and infinities.
+
+        Names, shapes and types are those of `layout` already. Only small tensors are worth a look: codes are many, and
+        should decode to something whatever they are.
+        """
+        for name, tensor in packed.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise InputError(f"{name} holds NaN or infinite values")
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
         """Bytes that `dequantize` has in use per weight at its peak, its result included: bounds a block of rows."""
@@ -160,10 +171,4 @@ def from_spec(spec: dict[str, Any]) -> Quantizer:
 def _make(factory: type[Quantizer], name: str, options: dict[str, Any]) -> Quantizer:
     if not (isinstance(factory, type) and issubclass(factory, Quantizer)):
         raise InputError(f"quantizer {name!r}: {factory!r} is no subclass of llmtools.Quantizer")
-    known: list[str] = (
-        [field.name for field in dataclasses.fields(factory)] if dataclasses.is_dataclass(factory) else []
-    )
-    for option in options:
-        if option not in known:
-            raise InputError(f"{name}: no option {option!r}; {did_you_mean(option, known)}")
-    return factory(**options)
+    return built(name, factory, options)

@@ -42,6 +42,9 @@ class Basis(ABC):
     def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
         """The state for this weight."""
 
+    def check(self, state: Packed) -> None:  # noqa: B027 (most have nothing to look at)
+        """Raises InputError for a state, read off a file, that `draw` never gives; numbers are finite already."""
+
     @abstractmethod
     def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         """W, H -> W', H' in the new coordinates."""
@@ -73,6 +76,11 @@ class Permutation(Basis):
         if hessian is None:  # nothing tells the columns apart
             return {"perm": torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
         return {"perm": torch.argsort(hessian.diagonal(), descending=True, stable=True).to(torch.int32)}
+
+    def check(self, state: Packed) -> None:
+        perm = state["perm"].long()
+        if not torch.equal(perm.sort().values, torch.arange(len(perm), device=perm.device)):
+            raise InputError(f"perm is no permutation of {len(perm)} columns")
 
     def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         perm = state["perm"].long()

@@ -57,6 +57,11 @@ class Composed(Quantizer):
             raise InputError(f"{where()}{self.name} needs calibration data; give some, or choose rtn or nf4")
         return weight
 
+    def check(self, packed: Packed) -> None:
+        super().check(packed)
+        if self.basis is not None:
+            self.basis.check(packed)
+
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         if self.basis is None:
             return self.grid.dequantize(packed, rows, dtype)

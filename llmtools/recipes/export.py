@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense", "lora")
 
@@ -56,7 +60,8 @@ class ExportedModel:
 def export(recipe: Export) -> ExportedModel:
     """Writes the model or the adapter."""
     from ..files import check_free
-    from .loading import check_adapter, import_plugins, model_and_adapter, quiet_libraries
+    from ..model.adapter_files import check_adapter
+    from .loading import import_plugins, model_and_adapter, quiet_libraries
 
     if recipe.format not in FORMATS:
         raise InputError(f"no format {recipe.format!r}; {did_you_mean(recipe.format, FORMATS)}")
@@ -102,8 +107,21 @@ def _export_lora(recipe: Export) -> ExportedModel:
     from .loading import open_model
 
     assert recipe.adapter is not None
+    _check_against_base(recipe.adapter, recipe.model)
     base = None
     if recipe.model is not None:
         base, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     export_adapter(recipe.adapter, recipe.out, base=base, base_name=recipe.base_name, overwrite=recipe.overwrite)
     return ExportedModel(recipe.out, "lora", 0)
+
+
+def _check_against_base(adapter: str, model: str | None) -> None:
+    """Raises InputError unless the adapter has all tensors for its base model; a base that is not here is said."""
+    from ..model.adapter_files import check_adapter, check_fits
+    from ..model.checkpoint import skeleton
+
+    name = model or check_adapter(adapter).get("base_model_name_or_path")
+    if name and Path(name).expanduser().exists():
+        check_fits(skeleton(name), adapter)
+    else:
+        log.warning("the base model (%s) is not here, so it is not known whether the adapter is whole", name)

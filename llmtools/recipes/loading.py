@@ -12,8 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..files import read_json
+from ..options import fits
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,21 +26,27 @@ _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
 def open_model(
-    name: str, *, adapter: str | None = None, load: str | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    adapter: str | None = None,
+    load: str | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
 
-    Weights keep the type of the checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes
-    to the GPU if there is one.
+    With `verify` all bytes of both are compared with the checksums beside them. Weights keep the type of the
+    checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes to the GPU if there is one.
     """
     import torch
 
+    from ..model.adapter_files import check_adapter, open_adapter
     from ..model.checkpoint import load as load_checkpoint
 
     check_model(name)
     if adapter is not None:
         check_adapter(adapter)
-    options: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "verify": verify}
     if load is not None:
         options["quantization_config"] = bitsandbytes_config(name, load)
     try:
@@ -51,7 +58,7 @@ def open_model(
     if load == "nf4" and not torch.cuda.is_available():
         _use_plain_kernel(model)
     if adapter is not None:
-        model = _with_adapter(model, adapter)
+        model = open_adapter(model, adapter, verify=verify)
     model.eval()
     return model, tokenizer
 
@@ -127,17 +134,10 @@ def check_model(name: str) -> None:
         raise InputError(f"there is no folder {name} (looked in {Path.cwd()})")
 
 
-def check_adapter(folder: str) -> dict[str, Any]:
-    """An adapter's configuration. Raises InputError unless `folder` holds a PEFT adapter."""
-    path = Path(folder).expanduser() / "adapter_config.json"
-    if not path.exists():
-        what = "holds no adapter_config.json" if path.parent.is_dir() else "does not exist"
-        raise InputError(f"adapter {folder!r} {what}; the folder that `llmtools finetune --out` wrote is expected")
-    return read_json(path)
-
-
 def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str | None]:
     """The two as the user gave them; a missing model is the one that the adapter was trained on."""
+    from ..model.adapter_files import check_adapter
+
     if adapter is not None and model is None:
         base = check_adapter(adapter).get("base_model_name_or_path")
         if not base:
@@ -149,8 +149,14 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
 
 
 def words_of(adapter: str | None) -> dict[str, Any]:
-    """In which words an adapter was trained: ``{"form": …, "template": …}`` from its run.json, {} if it has none."""
-    return dict(_run_of(adapter).get("words") or {})
+    """The prompt template that an adapter was trained with, by its run.json; {} if it has none.
+
+    ``{"form": "prompt", "template": {"prompt": …, "completion": …}}``. Raises InputError for anything else.
+    """
+    told = _run_of(adapter).get("words") or {}
+    if not fits(told, dict[str, Any]) or not fits(told.get("template"), dict[str, str] | None):
+        raise _damaged_run(adapter, "words", told)
+    return dict(told)
 
 
 def options_of(adapter: str | None, task: str) -> dict[str, Any]:
@@ -165,15 +171,22 @@ def without_data(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_of(adapter: str | None) -> dict[str, Any]:
-    return dict(_run_of(adapter).get("recipe") or {})
+    told = _run_of(adapter).get("recipe") or {}
+    if not fits(told, dict[str, Any]) or not fits(told.get("options"), dict[str, Any] | None):
+        raise _damaged_run(adapter, "recipe", told)
+    return dict(told)
 
 
 def _run_of(adapter: str | None) -> dict[str, Any]:
-    """How an adapter was trained, by its run.json; {} where there is none that can be read."""
-    try:
-        return read_json(Path(adapter).expanduser() / "run.json") if adapter is not None else {}
-    except (OSError, InputError):
-        return {}
+    """How an adapter was trained, by its run.json; {} where there is none. Raises InputError for a damaged one."""
+    return {} if adapter is None else read_json(Path(adapter).expanduser() / "run.json")
+
+
+def _damaged_run(adapter: str | None, key: str, told: Any) -> InputError:
+    return InputError(
+        f"{Path(str(adapter)) / 'run.json'} is damaged: {key} is {str(told)[:60]!r}; copy it again, or delete it to go "
+        "on without the prompt template and the options that the adapter was trained with"
+    )
 
 
 def import_plugins(plugin: str | list[str] | None) -> None:
@@ -206,17 +219,6 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product of int8 layers
 
 
-def _with_adapter(model: Any, adapter: str) -> Any:
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, adapter)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"adapter {adapter!r} does not fit the model ({_first_line(error)}); was it trained on another one?"
-        ) from error
-
-
 def _unreadable(name: str, error: ValueError) -> InputError:
     if "trust_remote_code" in str(error):
         return InputError(f"{name} brings code of its own; if you trust it, pass --trust_remote_code true")
@@ -224,9 +226,4 @@ def _unreadable(name: str, error: ValueError) -> InputError:
         return InputError(f"there is no folder {name}, and no such model could be had from the hub ({error})")
     if isinstance(error, InputError):
         return error
-    return InputError(f"{name} cannot be opened as a language model: {_first_line(error)}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return InputError(f"{name} cannot be opened as a language model: {first_line(error)}")

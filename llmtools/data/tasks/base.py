@@ -35,6 +35,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...errors import InputError, did_you_mean
+from ...limits import TEMPLATE_SECONDS, bounded
+from ...options import built
 from ...registry import Registry
 from ..generation import complete
 from ..metrics import OnStep, model_positions
@@ -178,7 +180,7 @@ def make_task(name: str, **options: Any) -> Task:
         no_default = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if no_default and options.get(key) is None:
             raise InputError(f"task {name!r} needs {key!r}: pass --{key} (a field of the recipe or one of its options)")
-    return cls(**options)
+    return built(f"task {name!r}", cls, options)
 
 
 def answer(row: Row) -> str:
@@ -216,7 +218,10 @@ def in_chat_template(
 
     needs_chat_template(tokenizer)
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        with bounded(TEMPLATE_SECONDS):
+            return tokenizer.apply_chat_template(messages, **options)
+    except (TimeoutError, MemoryError, OverflowError) as error:
+        raise InputError(f"{where}: the model's chat template does not come to an end ({error})") from error
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise InputError(f"{where}: the model's chat template refuses the roles {roles}: {error}") from error
@@ -232,7 +237,13 @@ def needs_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _filled(template: str, fields: Row, where: str) -> str:
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
+    try:
+        parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise InputError(f"{where}: the template {template!r} is damaged ({error}); fields are {{name}}") from error
+    if odd := next((name for name, spec, how in parts if spec or how or not name), None):
+        raise InputError(f"{where}: {{{odd}}} in the template {template!r} has a format; fields are plain {{name}}")
+    names = [name for name, _, _ in parts]
     for name in names:
         if name not in fields:
             raise InputError(f"{where}: no field {name!r} for the template {template!r}; {did_you_mean(name, fields)}")

@@ -19,14 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from ...errors import CheckpointError, within
+from ...errors import CheckpointError, opening, within
 from ...files import read_json
 from ...nn.linear import QuantizedLinear
 from ...nn.swap import quantized_linears
 from ...quant import Packed, Quantizer
 from ..hub import METHOD, LLMToolsConfig, locate
+from ..integrity import config_of
 from .awq import AWQ
-from .base import Format
+from .base import Format, mapping
 from .bitsandbytes import BitsAndBytes
 from .compressed_tensors import CompressedTensors
 from .gptq import GPTQ
@@ -52,13 +53,13 @@ def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
     folder = Path(name)
     if not folder.exists():
         return _from_hub(name, options)
-    config = read_json(folder / "config.json", CheckpointError)
+    config = config_of(folder)
     told = quantization_config(config, folder)
     found = next((kind for kind in FORMATS if kind.recognise(told)), None) if told else None
     if found is not None:
         return Foreign(folder, found(told))
     method = told.get("quant_method") if told else METHOD
-    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(f"{folder} is quantized by {method!r}, which neither llmtools nor transformers can read")
     return None
 
@@ -67,9 +68,9 @@ def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -
     """What a model's config says about its quantization, or the file beside it; {} where nothing does."""
     told = config.get("quantization_config") or config.get("compression_config")
     if told:
-        return dict(told)
+        return mapping(told, "quantization_config")
     if config.get(QUIP_PARAMS):
-        return {"quant_method": "quip_sharp", **config[QUIP_PARAMS]}
+        return {"quant_method": "quip_sharp", **mapping(config[QUIP_PARAMS], QUIP_PARAMS)}
     for name in _SIDE_FILES if folder else ():
         if folder and (side := read_json(folder / name, CheckpointError)):
             method = "awq" if "w_bit" in side or str(side.get("version")).lower() in ("gemm", "gemv") else "gptq"
@@ -93,12 +94,10 @@ def open_model(found: Foreign, options: Mapping[str, Any]) -> tuple[Any, dict[st
     if "lm_head" in assigned:
         config.tie_word_embeddings = False
     config.quantization_config = _description(assigned, found.format.config).to_dict()
-    try:
+    with opening(f"{found.folder} does not fit its config.json"):
         model, info = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **options
         )
-    except RuntimeError as error:  # transformers' report of tensors that do not fit
-        raise CheckpointError(f"{found.folder} does not fit its config.json: {' '.join(str(error).split())}") from error
     _share(model)
     model.name_or_path = model.config.name_or_path = str(found.folder)
     if (found.folder / "generation_config.json").exists() and model.can_generate():
@@ -113,13 +112,18 @@ def translate(
     state: dict[str, Tensor] = {}
     assigned: dict[str, Quantizer] = {}
     paths = form.modules(tensors)
+    names_below: dict[str, list[str]] = {path: [] for path in paths}
+    for name in tensors:
+        for path in _parents(name):
+            if path in names_below:
+                names_below[path].append(name.removeprefix(f"{path}."))
     for stored_path in paths:
         stored = Module(tensors, stored_path)
         located = {path: locate(skeleton, path) for path in form.parts(stored_path)}
         linears = {path: _linear(skeleton, path, stored_path) for path in located.values() if path is not None}
         if len(linears) < len(located):
             continue
-        with within(stored_path):
+        with within(stored_path), opening(f"the checkpoint is damaged: {stored_path}"):
             converted = form.convert_parts(
                 stored, [linear.out_features for linear in linears.values()], next(iter(linears.values())).in_features
             )
@@ -129,6 +133,7 @@ def translate(
             state |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
         if "bias" in stored:
             state |= _bias(stored, linears)
+        _refuse_unread(stored, form, names_below.get(stored_path, []))
     if not assigned:
         raise CheckpointError(
             f"the config says that the model is quantized ({form.config.get('quant_method')}), but no module has a "
@@ -137,6 +142,16 @@ def translate(
     inside = set(paths)
     rest = (name for name in tensors if inside.isdisjoint(_parents(name)) and not name.endswith("rotary_emb.inv_freq"))
     return {name: tensors[name] for name in rest} | state, assigned
+
+
+def _refuse_unread(stored: Module, form: Format, names: list[str]) -> None:
+    """Raises CheckpointError for tensors of a quantized module that its translation did not look at."""
+    unread = sorted(name for name in names if name not in stored.seen and not name.startswith(form.unused))
+    if unread:
+        raise CheckpointError(
+            f"the checkpoint is damaged: {stored.path}.{unread[0]} is in the file, and "
+            f"{form.config.get('quant_method')} has no such tensor"
+        )
 
 
 def _parents(name: str) -> list[str]:

@@ -27,6 +27,8 @@ class Format(ABC):
 
     marker: ClassVar[str]
     """The name of a tensor that every quantized module has, and no other."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors that writers put beside the others, and that say nothing about the weight."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -132,3 +134,12 @@ def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> in
     if isinstance(value, bool) or not isinstance(value, int):
         raise CheckpointError(f"the quantization config says {key}={value!r}, an integer is expected")
     return value
+
+
+def mapping(value: Any, key: str) -> dict[str, Any]:
+    """A table of the config, {} for null. Raises CheckpointError for something else."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"the quantization config says {key}={value!r}, a table is expected")
+    return {str(name): each for name, each in value.items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...kernels.bits import unpack, words
 from ...quant import Packed, Quantizer
-from .base import FLOATS, Format, affine, columns_by_group
+from .base import FLOATS, Format, affine, columns_by_group, mapping, whole
 from .tensors import Module
 
 
@@ -30,16 +30,20 @@ class CompressedTensors(Format):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        weights = [
-            dict(group.get("weights") or {}) for group in dict(config.get("config_groups") or {}).values() if group
-        ]
-        for group in dict(config.get("config_groups") or {}).values():
-            if (group or {}).get("input_activations"):
+        told = mapping(config.get("config_groups"), "config_groups")
+        groups = [mapping(group, f"config_groups.{name}") for name, group in told.items()]
+        weights = [mapping(group.get("weights"), "weights") for group in groups if group]
+        for group in groups:
+            if group.get("input_activations"):
                 raise CheckpointError("compressed-tensors with quantized activations is not read; weights only are")
         if config.get("transform_config"):
             raise CheckpointError("compressed-tensors with transforms (Hadamard rotations) is not read")
-        self.widths = sorted({int(each["num_bits"]) for each in weights if each.get("num_bits")})
-        if not self.widths or any(each.get("type", "int") != "int" for each in weights):
+        self.widths = sorted({whole(each, "num_bits") for each in weights if each.get("num_bits")})
+        if (
+            not self.widths
+            or not set(self.widths) <= set(range(1, 9))
+            or any(each.get("type", "int") != "int" for each in weights)
+        ):
             raise CheckpointError("compressed-tensors: no config group with integer weights")
 
     @classmethod

@@ -16,17 +16,18 @@ in planes: of every 32 codes first the low bits, then the next, each plane a bit
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
 from ...kernels.bits import unpack, words
+from ...limits import PATTERN_SECONDS
 from ...quant import Packed, Quantizer
-from .base import FLOATS, Format, affine, columns_by_group, whole
+from .base import FLOATS, Format, affine, columns_by_group, mapping, whole
 from .tensors import Module
 
 log = logging.getLogger(__name__)
@@ -102,13 +103,24 @@ class GPTQ(Format):
     def _options(self, path: str) -> dict[str, Any]:
         """The config as it holds for one module."""
         options = dict(self.config)
-        for pattern, changes in dict(self.config.get("dynamic") or {}).items():
-            if re.match(str(pattern).removeprefix("+:").removeprefix("-:"), path):
-                if str(pattern).startswith("-:"):
+        for pattern, changes in mapping(self.config.get("dynamic"), "dynamic").items():
+            if _matches(pattern.removeprefix("+:").removeprefix("-:"), path):
+                if pattern.startswith("-:"):
                     raise CheckpointError(f"{path} is quantized, but the config's dynamic[{pattern!r}] leaves it dense")
-                return options | dict(changes or {})
-        extra = dict(self.config.get("extra_config") or {})  # AutoRound's way: by path
-        return options | {key: value for key, value in dict(extra.get(path) or {}).items() if value is not None}
+                return options | mapping(changes, f"dynamic[{pattern!r}]")
+        extra = mapping(self.config.get("extra_config"), "extra_config")  # AutoRound's way: by path
+        own = mapping(extra.get(path), f"extra_config[{path!r}]")
+        return options | {key: value for key, value in own.items() if value is not None}
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether the config's regular expression matches the beginning of a path. Raises CheckpointError for a bad one."""
+    try:
+        return regex.match(pattern, path, timeout=PATTERN_SECONDS) is not None
+    except TimeoutError as error:
+        raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] takes too long to match") from error
+    except (regex.error, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] is no regular expression ({error})") from error
 
 
 def _unpack_planes(stream: Tensor, planes: tuple[int, ...], count: int) -> Tensor:

@@ -29,6 +29,10 @@ _FIELDS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": 
 
 class HQQ(Format):
     marker = "W_q"
+    unused = (
+        "channel_wise", "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "round_zero",
+        "stores_quant_config", "unpack_view_dtype", "view_as_float",
+    )  # fmt: skip
 
     @classmethod
     def recognise(cls, config: Mapping[str, Any]) -> bool:

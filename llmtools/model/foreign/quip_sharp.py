@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ...options import fits
 from ...quant import FusedLattice, Packed, Quantizer
 from ...quant.presets import QuIPSharp
 from .base import Format
@@ -35,17 +36,20 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", 
 
 class QuIPSharpFiles(Format):
     marker = "Qidxs"
+    unused = ("scaleWH", "A", "B", "ocs_dupe_inds")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         book = config.get("codebook")
-        if book not in BOOKS:
+        if not isinstance(book, str) or book not in BOOKS:
             raise CheckpointError(f"QuIP# codebook {book!r} is not read; {', '.join(BOOKS)} are")
         for key in ("lora_rank", "rescale_WH", "outlier_channel_split"):
             if config.get(key):
                 raise CheckpointError(f"QuIP# with {key}={config[key]!r} is not read")
         self.bits, self.book_id = BOOKS[str(book)]
-        override = float(config.get("resid_scale_override", -1))
+        override = config.get("resid_scale_override", -1)
+        if not fits(override, float):
+            raise CheckpointError(f"QuIP# with resid_scale_override={override!r}; a number is expected")
         self.residual_scale = override if self.bits > 2 and override > 0 else None
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..integrity import refuse_pickles, shards_of
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -18,7 +18,8 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path) -> None:
         self._files = {}
-        for path in _files(folder):
+        refuse_pickles(folder)
+        for path in shards_of(folder):
             try:
                 file = safe_open(path, framework="pt")
                 names = list(file.keys())
@@ -38,16 +39,19 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class Module:
-    """The tensors of one module: those whose names begin with its path."""
+    """The tensors of one module: those whose names begin with its path. It remembers which were asked for."""
 
     def __init__(self, tensors: Mapping[str, Tensor], path: str) -> None:
         self._tensors, self.path = tensors, path
+        self.seen: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
+        self.seen.add(name)
         return f"{self.path}.{name}" in self._tensors
 
     def get(self, name: str, *shape: int | None, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
         """The tensor of that name. Raises CheckpointError unless shape (None: any size) and type are as expected."""
+        self.seen.add(name)
         full = f"{self.path}.{name}"
         if full not in self._tensors:
             raise CheckpointError(f"the checkpoint is damaged: {full} is missing")
@@ -65,28 +69,3 @@ class Module:
                 f"the checkpoint is damaged: {full} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}"
             )
         return tensor
-
-
-def _files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} is damaged: {error}") from error
-        missing = [name for name in names if not (folder / name).exists()]
-        if missing:
-            raise CheckpointError(f"{folder}: {', '.join(missing[:4])} of the index is missing; copy or download it")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
-    if found:
-        return found  # gptq_model-4bit-128g.safetensors and the like
-    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds {pickles[0]}, which is a pickle, and we unpickle nothing; convert it to safetensors where "
-            "you trust it"
-        )
-    raise CheckpointError(f"{folder} holds no *.safetensors file")

@@ -1,0 +1,71 @@
+"""Bounds on work that a file's text asks for, such as its regular expressions and templates."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+SPARE_BYTES = 2 * 2**30
+"""What a bounded block may allocate on top of what the process has, in bytes."""
+
+TEMPLATE_SECONDS, PATTERN_SECONDS = 10.0, 5.0
+"""How long a chat template may take for one chat, and the regular expressions of a file for all modules of a model."""
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    """Ends the block with TimeoutError after `seconds`, and with MemoryError where it takes `SPARE_BYTES` more.
+
+    For Python code and regular expressions, both of which look for signals while they run. Outside the main thread, and
+    where the system has neither signals nor limits, nothing is bounded. An alarm that was set already stays in force.
+    """
+    with _limited_memory(), _alarm(seconds):
+        yield
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+    if signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"not done in {seconds:g} seconds")
+
+    former = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as file:
+            present = int(file.read().split()[0]) * resource.getpagesize()
+        soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    limit: Any = present + SPARE_BYTES
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -1,0 +1,152 @@
+"""Opening the folder of a PEFT adapter on a model: all of it finds its place, or it is refused.
+
+PEFT is lenient. What is missing in a file keeps its random start, what has another name is ignored, and both leave only
+a warning; a file named ``adapter_model.bin`` is unpickled; regular expressions of the config are matched against every
+module, however long that takes; one option imports a module by its name. A file is data here, so these are looked at
+before PEFT is asked, and its result afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, InputError, opening
+from ..files import read_json
+from ..limits import PATTERN_SECONDS, bounded
+from .integrity import Header, check_checksums, read_headers
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_RUNS_CODE = {"megatron_config": (None,), "megatron_core": (None, "megatron.core"), "tokenizer_kwargs": (None,)}
+"""Options that make PEFT import a module, or open a tokenizer with code of its own, and the values that do not."""
+_PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
+
+
+def check_adapter(folder: str | PathLike[str]) -> dict[str, Any]:
+    """An adapter's configuration. Raises InputError unless `folder` holds a PEFT adapter that is safe to open."""
+    folder = Path(folder).expanduser()
+    path = folder / CONFIG
+    if not path.exists():
+        what = f"holds no {CONFIG}" if folder.is_dir() else "does not exist"
+        raise InputError(f"adapter {str(folder)!r} {what}; the folder that `llmtools finetune --out` wrote is expected")
+    config = read_json(path, CheckpointError)
+    for key, harmless in _RUNS_CODE.items():
+        if config.get(key) not in harmless:
+            raise CheckpointError(f"{path}: {key}={config[key]!r} would run code that the file names; it is not opened")
+    base = config.get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise CheckpointError(f"{path}: base_model_name_or_path={base!r}; a name is expected")
+    return config
+
+
+def open_adapter(model: Any, folder: str | PathLike[str], *, verify: bool = False) -> Any:
+    """The model with the adapter of `folder` on it, as `peft.PeftModel`, in eval mode.
+
+    verify: compare all bytes with the checksums in the adapter's run.json; without it, small files and headers alone.
+
+    Raises CheckpointError where a tensor of the file is missing, misshapen, no number, or finds no place.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    folder = Path(folder).expanduser()
+    config, stored = check_adapter(folder), _headers(folder)
+    _check_patterns(config, (name for name, _ in model.named_modules()), folder)
+    check_checksums(folder, read_json(folder / "run.json", CheckpointError).get("checksums"), verify=verify)
+    with opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"):
+        adapted = PeftModel.from_pretrained(model, str(folder))
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        known = set(adapted.state_dict())  # embeddings that were saved whole lie under their own names
+    _check_tensors(stored, expected, known, folder)
+    for name, tensor in expected.items():
+        if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{folder / WEIGHTS}: {name} holds NaN or infinite values; train the adapter again")
+    return adapted
+
+
+def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
+    """Raises CheckpointError unless the adapter's file has all tensors, and no other, for a model of this shape.
+
+    skeleton: the base model, which is used up; its weights may be on the meta device.
+    """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    folder = Path(folder).expanduser()
+    config, stored = check_adapter(folder), _headers(folder)
+    _check_patterns(config, (name for name, _ in skeleton.named_modules()), folder)
+    with opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"):
+        told: Any = PeftConfig.from_pretrained(str(folder))
+        if hasattr(told, "init_lora_weights"):
+            told.init_lora_weights = True  # where it began is of no interest, and may need the weights
+        told.inference_mode = True
+        adapted: Any = get_peft_model(skeleton, told)
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _check_tensors(stored, expected, set(adapted.state_dict()), folder)
+
+
+def _headers(folder: Path) -> dict[str, Header]:
+    if not (folder / WEIGHTS).exists():
+        if (folder / "adapter_model.bin").exists():
+            raise CheckpointError(
+                f"{folder} holds adapter_model.bin, which is a pickle, and nothing is ever unpickled here, since that "
+                "can run code; where you trust it, convert it once: load it with peft and save_pretrained"
+            )
+        raise CheckpointError(f"adapter {str(folder)!r} holds no {WEIGHTS}; copy or download it again")
+    return read_headers([folder / WEIGHTS])
+
+
+def _check_tensors(
+    stored: Mapping[str, Header], expected: Mapping[str, torch.Tensor], known: set[str], folder: Path
+) -> None:
+    lacking = sorted(expected.keys() - stored.keys())
+    surplus = sorted(stored.keys() - expected.keys() - known)
+    misshapen = [
+        f"{name} has shape {stored[name].shape}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in stored and stored[name].shape != list(tensor.shape)
+    ]
+    problems = [*(f"{name} is missing" for name in lacking), *(f"{name} has no place" for name in surplus), *misshapen]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"adapter {str(folder)!r} does not fit the model: {problems[0]}{more}; open it on the model that it was "
+            "trained on, or copy it again"
+        )
+
+
+def _check_patterns(config: Mapping[str, Any], names: Iterable[str], folder: Path) -> None:
+    """Raises CheckpointError for a regular expression of the config that is none, or takes too long on the modules."""
+    patterns = list(_patterns(config))
+    if not patterns:
+        return
+    every = list(names)
+    for pattern in patterns:
+        try:
+            with bounded(PATTERN_SECONDS):
+                compiled = re.compile(pattern)
+                for name in every:
+                    compiled.match(name)
+        except (TimeoutError, MemoryError) as error:
+            raise CheckpointError(
+                f"{folder / CONFIG}: the pattern {pattern[:60]!r} takes too long to match; name the modules instead"
+            ) from error
+        except (re.error, RecursionError, OverflowError) as error:
+            raise CheckpointError(f"{folder / CONFIG}: {pattern[:60]!r} is no regular expression ({error})") from error
+
+
+def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
+    """What PEFT matches as regular expressions: a string of target modules, the keys of patterns."""
+    for key in _PATTERNS:
+        told = config.get(key)
+        if isinstance(told, str) and key in ("target_modules", "exclude_modules"):
+            yield told
+        elif isinstance(told, Mapping):
+            yield from (rf"(.*\.)?({name})$" for name in map(str, told))
+        elif key == "layers_pattern" and told:
+            for pattern in [told] if isinstance(told, str) else told:
+                yield rf".*\.{pattern}\.(\d+)\.module$"

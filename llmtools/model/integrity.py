@@ -1,0 +1,308 @@
+"""What is checked when a checkpoint is opened: a damaged one is refused, instead of opening with other numbers.
+
+Before anything is built, `check_config` compares the counts and sizes that ``config.json`` asks for with the tensors in
+the files, since a hundred thousand layers take hours to build even without weights. After loading, `check_surplus` and
+`check_values` look at what no shape tells. `note_checksums` and `check_checksums` are about files that were changed
+since they were written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..errors import CheckpointError, InputError
+from ..files import read_json
+from ..nn.linear import QuantizedLinear
+
+log = logging.getLogger(__name__)
+
+MAX_LAYERS, MAX_EXPERTS = 10_000, 100_000
+"""More than any model has; the bounds where the files are not here to compare with."""
+_LAYERS = re.compile(r"(?:^|_)(?:layers?|blocks|depths?)$")
+_EXPERTS = re.compile(r"(?:^|_)(?:experts|labels)$")
+_SIZES = re.compile(r"(?:_size|_dim|_heads|_rank)$")
+_NOT_SIZES = ("window", "chunk", "image", "vocab")
+_CHEAP_LAYERS, _CHEAP_EXPERTS, _CHEAP_SIZE = 512, 4096, 2**20
+"""What is built in seconds whatever the files hold, so that loading itself may say what is missing."""
+
+
+class Header(NamedTuple):
+    """What a safetensors file says about one of its tensors."""
+
+    shape: list[int]
+    dtype: str
+
+    def mismatch(self, shape: Iterable[int], dtype: torch.dtype) -> str | None:
+        """How it differs from this shape and type, as the end of a sentence; None where it does not."""
+        if self.shape != list(shape):
+            return f"has shape {self.shape}, expected {list(shape)}"
+        if self.dtype != _STORED_AS.get(dtype, self.dtype):
+            return f"is {self.dtype}, expected {_STORED_AS[dtype]}"
+        return None
+
+
+_STORED_AS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def read_headers(files: Iterable[str | Path] | None) -> dict[str, Header]:
+    """Name → shape and type of the tensors in safetensors files. Raises CheckpointError for a damaged file."""
+    headers: dict[str, Header] = {}
+    for file in files or ():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                    part = tensors.get_slice(key)
+                    headers[key] = Header(list(part.get_shape()), str(part.get_dtype()))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+    return headers
+
+
+# ---- before a model is built -----------------------------------------------------------------------------------------
+
+
+def check_config(config: Mapping[str, Any], headers: Mapping[str, Header] | None, name: str) -> None:
+    """Raises CheckpointError where a config asks for more layers, experts or columns than its files can hold.
+
+    config: ``config.json`` as it was read. headers: the tensors in the files, None where they are not here yet.
+    """
+    _refuse_kernels(config, name)
+    layers = experts = largest = 0
+    if headers:
+        numbers = [int(part) for key in headers for part in key.split(".") if part.isascii() and part.isdigit()]
+        layers = 1 + max(numbers, default=-1)
+        experts = max([layers, *(size for header in headers.values() for size in header.shape)])
+        largest = max(torch.Size(header.shape).numel() for header in headers.values())
+    for key, value in _integers(config):
+        last = key.rpartition(".")[2]
+        if _LAYERS.search(last):
+            most, what = (max(layers, _CHEAP_LAYERS), f"{layers} layers") if headers else (MAX_LAYERS, "")
+        elif _EXPERTS.search(last):
+            most, what = (max(experts, _CHEAP_EXPERTS), f"at most {experts}") if headers else (MAX_EXPERTS, "")
+        elif headers and _SIZES.search(last) and not any(word in last for word in _NOT_SIZES):
+            most, what = max(largest, _CHEAP_SIZE), f"no tensor of more than {largest} numbers"
+        else:
+            continue
+        if value > most:
+            why = f"the files hold {what}" if what else f"no model has more than {most}"
+            raise CheckpointError(f"{name}: config.json says {key}={value}, and {why}; they do not belong together")
+
+
+def _refuse_kernels(config: Mapping[str, Any], name: str) -> None:
+    """transformers takes ``owner/name`` as an attention for a kernel on the hub, which is code."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key != "quantization_config":
+            _refuse_kernels(value, name)
+        elif ("implementation" in str(key) or "kernel" in str(key)) and isinstance(value, str) and "/" in value:
+            raise CheckpointError(f"{name}: config.json says {key}={value!r}, code from the hub; it is not run")
+
+
+def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """(path, number) of each integer in a config, those in lists under the list's key."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name != "quantization_config":
+                yield from _integers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _integers(inner, key)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield key, value
+
+
+# ---- after it was loaded ---------------------------------------------------------------------------------------------
+
+
+def check_surplus(model: nn.Module, surplus: Iterable[str], name: str, *, strict: bool) -> None:
+    """Raises CheckpointError for tensors of the files that found no place in the model, if that changes what it is.
+
+    strict: all of them, as in a checkpoint that we wrote. Else those of layers that the model does not have, and one
+    line of the log names the others.
+    """
+    others = sorted(surplus)
+    if not others:
+        return
+    beyond = next((key for key in others if _beyond(model, key)), None)
+    if strict or beyond:
+        raise CheckpointError(
+            f"{name}: {beyond or others[0]} is in the files and has no place in the model of config.json"
+            f"{f' (nor have {len(others) - 1} more tensors)' if len(others) > 1 else ''}; they do not belong together"
+        )
+    log.warning(
+        "%s: %d tensors of the files have no place in %s and are left out: %s%s",
+        name,
+        len(others),
+        type(model).__name__,
+        ", ".join(others[:3]),
+        ", …" if len(others) > 3 else "",
+    )
+
+
+def _beyond(model: nn.Module, key: str) -> bool:
+    """Whether a tensor belongs to a layer behind the last one of a list of layers."""
+    module: nn.Module | None = model
+    for part in key.split("."):
+        if isinstance(module, nn.ModuleList) and part.isascii() and part.isdigit():
+            if int(part) >= len(module):
+                return True
+            module = module[int(part)]
+        else:
+            module = getattr(module, part, None)
+        if not isinstance(module, nn.Module):
+            return False
+    return False
+
+
+def check_values(model: nn.Module, name: str) -> None:
+    """Raises CheckpointError for numbers that cannot be: NaN in scales, norms and biases, a permutation that is none.
+
+    Tensors on the meta device are not here to be looked at.
+    """
+    problems: list[str] = []
+    packed: set[int] = set()
+    for path, layer in model.named_modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        packed |= {id(tensor) for tensor in layer.packed.values()}
+        if any(tensor.is_meta for tensor in layer.packed.values()):
+            continue
+        try:
+            layer.quantizer.check(layer.packed)
+        except InputError as error:
+            problems.append(f"{path}.{error}")
+    problems += [
+        f"{path} holds NaN or infinite values"
+        for path, tensor in model.named_parameters()
+        if tensor.ndim <= 1 and tensor.is_floating_point() and id(tensor) not in packed and not tensor.is_meta
+        if not bool(torch.isfinite(tensor).all())
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{name} is damaged: {problems[0]}{more}; copy it again, or quantize again")
+
+
+# ---- files that were changed since -----------------------------------------------------------------------------------
+
+
+def note_checksums(folder: Path) -> dict[str, dict[str, str]]:
+    """File → {"sha256", and for safetensors "header"}: what `check_checksums` compares with. Names are sorted."""
+    return {file.name: _checksum(file) for file in sorted(folder.iterdir()) if _is_told(file)}
+
+
+def check_checksums(folder: Path, noted: Any, *, verify: bool = False) -> None:
+    """Compares a folder's files with what `note_checksums` said of them when they were written.
+
+    Small files and the headers of tensors are always compared, and a difference is one line of the log: people edit
+    config.json. With `verify` all bytes are read, and a difference is a CheckpointError; so is a folder of which
+    nothing was noted.
+    """
+    if not isinstance(noted, Mapping) or not noted:
+        if verify:
+            raise CheckpointError(f"{folder} has no checksums to verify; they come with folders that llmtools writes")
+        return
+    changed = []
+    for name, sums in noted.items():
+        file = folder / str(name)
+        if not isinstance(sums, Mapping) or file.parent != folder:
+            raise CheckpointError(f"{folder}: the checksum of {name!r} is damaged; delete the entry, or write it again")
+        if not file.is_file():
+            changed.append(f"{name} is missing")
+        elif verify or "header" not in sums:
+            changed += [f"{name} was changed"] * (_sha256(file) != sums.get("sha256"))
+        else:
+            changed += [f"the header of {name} was changed"] * (_header_sha256(file) != sums.get("header"))
+    if not changed:
+        return
+    told = f"{', '.join(changed)} since llmtools wrote {folder}"
+    if verify:
+        raise CheckpointError(f"{told}; copy or download the folder again")
+    log.warning("%s; if that was not you, copy the folder again (--verify looks at every byte)", told)
+
+
+def _is_told(file: Path) -> bool:
+    """Whether a file decides what a model computes: its tensors, configuration and tokenizer."""
+    kept = (".safetensors", ".json", ".jinja", ".txt", ".model")
+    notes = ("llmtools.json", "run.json", "README.md")
+    return file.is_file() and file.suffix in kept and file.name not in notes and not file.name.startswith(".")
+
+
+def _checksum(file: Path) -> dict[str, str]:
+    sums = {"sha256": _sha256(file)}
+    return sums | {"header": _header_sha256(file)} if file.suffix == ".safetensors" else sums
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _header_sha256(file: Path) -> str:
+    """Of the first bytes of a safetensors file, which say where each tensor lies: 8 bytes of length, then JSON."""
+    with file.open("rb") as stream:
+        length = stream.read(8)
+        size = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
+        return hashlib.sha256(length + stream.read(min(size, 100 * 2**20))).hexdigest()
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a folder. Raises CheckpointError where it is no JSON object."""
+    return read_json(folder / "config.json", CheckpointError)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The safetensors files of a model's folder, by its index if it has one; [] where there are none.
+
+    Raises CheckpointError for a damaged index, or one that names a file that is missing or lies elsewhere.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        told = read_json(index, CheckpointError).get("weight_map")
+        if not isinstance(told, Mapping) or not all(isinstance(name, str) for name in told.values()):
+            raise CheckpointError(f"{index} is damaged: its weight_map is no table of names; copy or download it again")
+        names = sorted(set(told.values()))
+        strange = [name for name in names if Path(name).name != name]
+        if strange:
+            raise CheckpointError(f"{index} names {json.dumps(strange[0])}, which is no file of this folder")
+        missing = [name for name in names if not (folder / name).exists()]
+        if missing:
+            raise CheckpointError(f"{folder}: {', '.join(missing[:4])} of the index is missing; copy or download it")
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith(("adapter_", "lora_")))
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises CheckpointError for a folder without safetensors, naming the pickle that is there instead, if one is."""
+    if shards_of(folder):
+        return
+    kinds = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+    found = [path.name for kind in kinds for path in sorted(folder.glob(kind)) if path.name != "training_args.bin"]
+    if found:
+        raise CheckpointError(
+            f"{folder} holds {found[0]}, which is a pickle, and we unpickle nothing, since that can run code; "
+            "where you trust it, convert it to safetensors once (AutoModelForCausalLM.from_pretrained, save_pretrained)"
+        )
+    raise CheckpointError(f"{folder}: there is no model.safetensors, nor any other safetensors file in it")

@@ -1,0 +1,93 @@
+"""Options of a registered class, checked by its declaration: the names, and the types as JSON and YAML have values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import InputError, did_you_mean
+
+T = TypeVar("T")
+
+
+def built(what: str, cls: type[T], options: Mapping[str, Any]) -> T:
+    """``cls(**options)`` of a dataclass. Raises InputError, led by `what`, for a name or a value that it does not take.
+
+    What the class itself says of a value comes first, since it knows more than the type.
+    """
+    known = [each.name for each in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
+    for option in options:
+        if option not in known:
+            raise InputError(f"{what}: no option {option!r}; {did_you_mean(str(option), known)}")
+    try:
+        made = cls(**options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        _check_types(what, cls, options)
+        raise InputError(f"{what}: {dict(options)} is refused ({error})") from error
+    _check_types(what, cls, options)
+    return made
+
+
+def _check_types(what: str, cls: type, options: Mapping[str, Any]) -> None:
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # an annotation that only a type checker can resolve
+        return
+    for option, value in options.items():
+        if option in hints and not fits(value, hints[option]):
+            raise InputError(f"{what}: {option}={value!r}; {type_name(hints[option])} is expected")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the type `hint`; true for hints that are not understood.
+
+    Stricter than Python: a bool is no number. As JSON has it: an int passes for a float, a list for a tuple.
+
+    >>> fits(True, int), fits(3, float | None), fits([1, 2.5], tuple[float, ...]), fits("4", int)
+    (False, True, True, False)
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(value == each and type(value) is type(each) for each in inner)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint is float:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(_float(value))
+    if hint is int:
+        return not isinstance(value, bool) and isinstance(value, int)
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if origin in (list, tuple, Sequence) or hint in (list, tuple):
+        if not isinstance(value, list | tuple):
+            return False
+        return not inner or all(fits(each, inner[0]) for each in value) or (origin is tuple and Ellipsis not in inner)
+    if origin in (dict, Mapping) or hint is dict:
+        if not isinstance(value, Mapping):
+            return False
+        return not inner or all(fits(key, inner[0]) and fits(each, inner[1]) for key, each in value.items())
+    return True
+
+
+def type_name(hint: Any) -> str:
+    """``"int or null"``: a declared type, as a message calls it."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(type_name(each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, get_args(hint)))
+    if hint is type(None):
+        return "null"
+    return str(getattr(hint, "__name__", hint))
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf

@@ -43,7 +43,8 @@ def opening(what: str, remedy: str = "", error: type[InputError] = CheckpointErr
         kind = type(cause).__name__
         if kind == "OutOfMemoryError" or not (isinstance(cause, Exception) or kind == "PanicException"):
             raise
-        told = first_line(cause)
+        told = " ".join(str(cause).split()) or kind
+        told = told if len(told) <= 300 else f"{told[:300]}…"
         said = told if isinstance(cause, OSError | ValueError) else f"{kind}: {told}"
         raise error(f"{what}: {said}{f'; {remedy}' if remedy else ''}") from cause
 

@@ -61,6 +61,8 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is not JSON: {cause}") from cause
+    except OSError as cause:
+        raise error(f"{path} cannot be read: {cause.strerror}") from cause
     if not isinstance(value, dict):
         raise error(f"{path} is not a JSON object but {type(value).__name__}")
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -25,6 +26,22 @@ def bounded(seconds: float) -> Iterator[None]:
     """
     with _limited_memory(), _alarm(seconds):
         yield
+
+
+def match(pattern: str, text: str, seconds: float) -> bool:
+    """Whether a file's regular expression matches the beginning of a text. Raises re.error, or TimeoutError.
+
+    By Python's own engine where it can be interrupted, else by that of the package `regex`, which has a time limit.
+    """
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
+        with bounded(seconds):
+            return re.match(pattern, text) is not None
+    import regex
+
+    try:
+        return regex.match(pattern, text, timeout=seconds) is not None
+    except regex.error as error:
+        raise re.error(str(error)) from error
 
 
 @contextmanager

@@ -34,7 +34,7 @@ NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},  # triton comes with the CUDA builds of torch; imported where it is there
     "registry": set(),
     "options": set(),
-    "limits": set(),
+    "limits": {"regex"},
     "errors": set(),
     "files": set(),
     "progress": {"rich"},

@@ -9,6 +9,7 @@ before PEFT is asked, and its result afterwards.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, opening
 from ..files import read_json
-from ..limits import PATTERN_SECONDS, bounded
-from .integrity import Header, check_checksums, read_headers
+from ..limits import PATTERN_SECONDS, match
+from ..options import fits
+from .integrity import Header, check_checksums, integers, read_headers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _RUNS_CODE = {"megatron_config": (None,), "megatron_core": (None, "megatron.core"), "tokenizer_kwargs": (None,)}
@@ -39,6 +41,11 @@ def check_adapter(folder: str | PathLike[str]) -> dict[str, Any]:
     for key, harmless in _RUNS_CODE.items():
         if config.get(key) not in harmless:
             raise CheckpointError(f"{path}: {key}={config[key]!r} would run code that the file names; it is not opened")
+    for key, value in integers(config):
+        if abs(value) >= 2**31:
+            raise CheckpointError(f"{path}: {key}={value} is out of range")
+    if not fits(config.get("alora_invocation_tokens"), list[int] | None):
+        raise CheckpointError(f"{path}: alora_invocation_tokens are no list of numbers of tokens")
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise CheckpointError(f"{path}: base_model_name_or_path={base!r}; a name is expected")
@@ -57,8 +64,12 @@ def open_adapter(model: Any, folder: str | PathLike[str], *, verify: bool = Fals
     folder = Path(folder).expanduser()
     config, stored = check_adapter(folder), _headers(folder)
     _check_patterns(config, (name for name, _ in model.named_modules()), folder)
-    check_checksums(folder, read_json(folder / "run.json", CheckpointError).get("checksums"), verify=verify)
-    with opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"):
+    check_checksums(folder, "run.json", verify=verify)
+    with (
+        opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # about tensors that lack or have no place: an error below
         adapted = PeftModel.from_pretrained(model, str(folder))
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         known = set(adapted.state_dict())  # embeddings that were saved whole lie under their own names
@@ -127,10 +138,8 @@ def _check_patterns(config: Mapping[str, Any], names: Iterable[str], folder: Pat
     every = list(names)
     for pattern in patterns:
         try:
-            with bounded(PATTERN_SECONDS):
-                compiled = re.compile(pattern)
-                for name in every:
-                    compiled.match(name)
+            for name in every:
+                match(pattern, name, PATTERN_SECONDS)
         except (TimeoutError, MemoryError) as error:
             raise CheckpointError(
                 f"{folder / CONFIG}: the pattern {pattern[:60]!r} takes too long to match; name the modules instead"

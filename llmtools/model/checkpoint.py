@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
-from ..files import check_free, read_json, writing
+from ..files import check_free, writing
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..nn.start import Start
 from ..nn.swap import packed_bytes, quantized_linears
@@ -35,9 +35,11 @@ from .hub import METHOD, attach
 from .integrity import (
     check_checksums,
     check_config,
+    check_generation,
     check_surplus,
     check_values,
     config_of,
+    note_checksums,
     read_headers,
     refuse_pickles,
     shards_of,
@@ -76,7 +78,6 @@ def save(
         told.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        (partial / NOTE).write_text(json.dumps(_note(model, report), indent=2, default=str) + "\n")
         if isinstance(report, Report) and report.starts:
             save_file(
                 {
@@ -87,6 +88,9 @@ def save(
                 partial / STARTS,
                 metadata={"format": "pt"},
             )
+        note = _note(model, report)
+        note["checksums"] = note_checksums(partial, note)
+        (partial / NOTE).write_text(json.dumps(note, indent=2, default=str) + "\n", encoding="utf-8")
         write_card(partial, name=Path(folder).name)
     return Path(folder)
 
@@ -110,8 +114,9 @@ def load(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -
     passed_on: dict[str, Any] = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
     passed_on["trust_remote_code"] = bool(options.get("trust_remote_code", False))
     remedy = "copy tokenizer.json and tokenizer_config.json from the base model into it"
-    with opening(f"{name} has no tokenizer that can be opened", remedy):
+    with opening(f"{name} has no tokenizer that can be opened", remedy), _named(name):
         tokenizer = AutoTokenizer.from_pretrained(name, **passed_on)
+        check_generation(model, tokenizer, name)
         _check_chat_template(tokenizer, name)
     return model, tokenizer
 
@@ -123,20 +128,25 @@ def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: 
     """
     name = _name_of(folder)
     _check_loadable(name)
+    asked = set(options)
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
     options.pop("output_loading_info", None)
     if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
         return _load_with_adapter(Path(name), options)
     _check_before(name, verify=verify)
     where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
-    with opening(where):
+    lenient = bool(options.setdefault("ignore_mismatched_sizes", True)) and "ignore_mismatched_sizes" in asked
+    with opening(where), _named(name):
         model, info, strict = _opened(name, options)
+    if info.get("mismatched_keys") and not lenient:
+        raise CheckpointError(f"{name} does not fit its config.json: {_misshapen(info['mismatched_keys'])}")
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise CheckpointError(
             f"{name}: the weights of {', '.join(lacking[:4])}{' and more' if len(lacking) > 4 else ''} are missing"
         )
-    if not options.keys() & model.config.to_dict().keys():  # whoever asks for fewer layers gets them
+    passed = options.keys() - {"dtype", "torch_dtype", "quantization_config"}
+    if not passed & model.config.to_dict().keys():  # whoever asks for fewer layers gets them
         check_surplus(model, info["unexpected_keys"], name, strict=strict)
     if not strict:  # ours were looked at while they were loaded
         check_values(model, name)
@@ -155,6 +165,28 @@ def _opened(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any], bo
     return model, info, bool(ours) and type(model).__name__ in (model.config.architectures or ())
 
 
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Messages name the folder; a checkpoint that brings code of its own is one of them, and no question on stdin."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise error if name in str(error) else CheckpointError(f"{name}: {error}") from error
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{name} brings code of its own, which is not run; if you trust it, pass --trust_remote_code true "
+            "(trust_remote_code=True)"
+        ) from error
+
+
+def _misshapen(mismatched: Iterable[Any]) -> str:
+    """transformers' (name, shape in the file, shape in the model), the first of them in words."""
+    name, found, expected = sorted(mismatched)[0]
+    return f"{name} has shape {list(found)} in the files, expected {list(expected)}"
+
+
 def _check_before(name: str, *, verify: bool) -> None:
     """What can be seen to be wrong before anything is built, see `integrity.py`."""
     folder = Path(name)
@@ -169,7 +201,7 @@ def _check_before(name: str, *, verify: bool) -> None:
     config = config_of(folder)
     refuse_pickles(folder)
     check_config(config, read_headers(shards_of(folder)), name)
-    check_checksums(folder, read_json(folder / NOTE).get("checksums"), verify=verify)
+    check_checksums(folder, NOTE, verify=verify)
 
 
 def _load_with_adapter(folder: Path, options: dict[str, Any]) -> Any:

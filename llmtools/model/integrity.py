@@ -24,6 +24,7 @@ from torch import nn
 from ..errors import CheckpointError, InputError
 from ..files import read_json
 from ..nn.linear import QuantizedLinear
+from ..options import fits, type_name
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ def check_config(config: Mapping[str, Any], headers: Mapping[str, Header] | None
         layers = 1 + max(numbers, default=-1)
         experts = max([layers, *(size for header in headers.values() for size in header.shape)])
         largest = max(torch.Size(header.shape).numel() for header in headers.values())
-    for key, value in _integers(config):
+    for key, value in integers(config):
         last = key.rpartition(".")[2]
         if _LAYERS.search(last):
             most, what = (max(layers, _CHEAP_LAYERS), f"{layers} layers") if headers else (MAX_LAYERS, "")
@@ -119,15 +120,15 @@ def _refuse_kernels(config: Mapping[str, Any], name: str) -> None:
             raise CheckpointError(f"{name}: config.json says {key}={value!r}, code from the hub; it is not run")
 
 
-def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+def integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
     """(path, number) of each integer in a config, those in lists under the list's key."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if name != "quantization_config":
-                yield from _integers(inner, f"{key}.{name}" if key else str(name))
+                yield from integers(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list):
         for inner in value:
-            yield from _integers(inner, key)
+            yield from integers(inner, key)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield key, value
 
@@ -176,7 +177,7 @@ def _beyond(model: nn.Module, key: str) -> bool:
 
 
 def check_values(model: nn.Module, name: str) -> None:
-    """Raises CheckpointError for numbers that cannot be: NaN in scales, norms and biases, a permutation that is none.
+    """Raises CheckpointError for numbers that cannot be: NaN and infinity, a permutation that is none.
 
     Tensors on the meta device are not here to be looked at.
     """
@@ -195,39 +196,75 @@ def check_values(model: nn.Module, name: str) -> None:
     problems += [
         f"{path} holds NaN or infinite values"
         for path, tensor in model.named_parameters()
-        if tensor.ndim <= 1 and tensor.is_floating_point() and id(tensor) not in packed and not tensor.is_meta
-        if not bool(torch.isfinite(tensor).all())
+        if id(tensor) not in packed and tensor.is_floating_point() and not tensor.is_meta and tensor.numel()
+        if not all(bool(torch.isfinite(end)) for end in tensor.detach().aminmax())
     ]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(f"{name} is damaged: {problems[0]}{more}; copy it again, or quantize again")
 
 
+def check_generation(model: Any, tokenizer: Any, name: str) -> None:
+    """Raises CheckpointError for settings of another type than theirs, which fail only when something is generated."""
+    config = getattr(model, "generation_config", None)
+    if config is not None:
+        usual = type(config)().to_dict()
+        for key, value in config.to_dict().items():
+            hint: Any = int | list[int] | None if key.endswith("token_id") else None
+            if isinstance(usual.get(key), bool) or key.startswith(("output_", "return_", "use_", "do_")):
+                hint = bool | None
+            elif hint is None and isinstance(usual.get(key), int | float):
+                hint = float | None
+            if hint is not None and not fits(value, hint):
+                raise CheckpointError(f"{name}: generation config: {key}={value!r}; {type_name(hint)} is expected")
+            if key.endswith("token_id") and value is not None:
+                _check_numbers(value, f"{name}: generation config: {key}")
+    longest = getattr(tokenizer, "model_max_length", None)
+    if not fits(longest, float | None):
+        raise CheckpointError(f"{name}: tokenizer_config.json: model_max_length={longest!r}; a number is expected")
+
+
+def _check_numbers(value: int | list[int], what: str) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if not -1 <= number < 2**31:
+            raise CheckpointError(f"{what}={number}; a token's number is expected")
+
+
 # ---- files that were changed since -----------------------------------------------------------------------------------
 
 
-def note_checksums(folder: Path) -> dict[str, dict[str, str]]:
-    """File → {"sha256", and for safetensors "header"}: what `check_checksums` compares with. Names are sorted."""
-    return {file.name: _checksum(file) for file in sorted(folder.iterdir()) if _is_told(file)}
+def note_checksums(folder: Path, note: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """File → {"sha256", and for safetensors "header"}: what `check_checksums` compares with. Names are sorted.
+
+    note: the contents of the JSON file that is going to hold them under "checksums", told of itself under "".
+    """
+    files = {file.name: _checksum(file) for file in sorted(folder.iterdir()) if _is_told(file)}
+    return files | {"": {"sha256": _sha256_of(note)}}
 
 
-def check_checksums(folder: Path, noted: Any, *, verify: bool = False) -> None:
-    """Compares a folder's files with what `note_checksums` said of them when they were written.
+def check_checksums(folder: Path, note_file: str, *, verify: bool = False) -> None:
+    """Compares a folder's files with what `note_checksums` said of them, in `note_file`, when they were written.
 
     Small files and the headers of tensors are always compared, and a difference is one line of the log: people edit
     config.json. With `verify` all bytes are read, and a difference is a CheckpointError; so is a folder of which
     nothing was noted.
     """
-    if not isinstance(noted, Mapping) or not noted:
+    note = read_json(folder / note_file, CheckpointError)
+    noted = note.get("checksums") or {}
+    if not fits(noted, dict[str, dict[str, str]]) or any(Path(name).name != name for name in noted):
+        raise CheckpointError(
+            f"{folder / note_file}: its checksums are damaged; take them out, or copy the folder again"
+        )
+    if not noted:
         if verify:
             raise CheckpointError(f"{folder} has no checksums to verify; they come with folders that llmtools writes")
         return
     changed = []
     for name, sums in noted.items():
-        file = folder / str(name)
-        if not isinstance(sums, Mapping) or file.parent != folder:
-            raise CheckpointError(f"{folder}: the checksum of {name!r} is damaged; delete the entry, or write it again")
-        if not file.is_file():
+        file = folder / name
+        if not name:
+            changed += [f"{note_file} was changed"] * (_sha256_of(note) != sums.get("sha256"))
+        elif not file.is_file():
             changed.append(f"{name} is missing")
         elif verify or "header" not in sums:
             changed += [f"{name} was changed"] * (_sha256(file) != sums.get("sha256"))
@@ -239,6 +276,13 @@ def check_checksums(folder: Path, noted: Any, *, verify: bool = False) -> None:
     if verify:
         raise CheckpointError(f"{told}; copy or download the folder again")
     log.warning("%s; if that was not you, copy the folder again (--verify looks at every byte)", told)
+
+
+def _sha256_of(note: Mapping[str, Any]) -> str:
+    """Of the contents of a JSON file, but for its checksums."""
+    rest = {key: value for key, value in note.items() if key != "checksums"}
+    text = json.dumps(json.loads(json.dumps(rest, default=str)), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
 def _is_told(file: Path) -> bool:
@@ -282,9 +326,9 @@ def shards_of(folder: Path) -> list[Path]:
         if not isinstance(told, Mapping) or not all(isinstance(name, str) for name in told.values()):
             raise CheckpointError(f"{index} is damaged: its weight_map is no table of names; copy or download it again")
         names = sorted(set(told.values()))
-        strange = [name for name in names if Path(name).name != name]
+        strange = [name for name in names if Path(name).name != name or len(name) > 255 or "\0" in name]
         if strange:
-            raise CheckpointError(f"{index} names {json.dumps(strange[0])}, which is no file of this folder")
+            raise CheckpointError(f"{index} names {json.dumps(strange[0][:60])}, which is no file of this folder")
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder}: {', '.join(missing[:4])} of the index is missing; copy or download it")

@@ -119,6 +119,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
     from ..files import check_free, writing
     from ..model.card import write_card
     from ..model.checkpoint import load_starts
+    from ..model.integrity import note_checksums
     from ..nn.start import start_adapters
     from .loading import check_model, import_plugins, open_model, quiet_libraries
     from .record import record, write_json
@@ -176,7 +177,8 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
                 trainer.model.save_pretrained(folder)
                 if (work / "metrics.jsonl").exists():
                     shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-                write_json(folder / "run.json", {**run, "result": asdict(result)})
+                told = {**run, "result": asdict(result)}
+                write_json(folder / "run.json", {**told, "checksums": note_checksums(folder, told)})
                 write_card(folder, name=out.name)  # in place of PEFT's empty form
                 if (last := _last_checkpoint(work)) is not None:
                     shutil.copytree(last, folder / "checkpoints" / last.name)

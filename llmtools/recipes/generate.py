@@ -119,14 +119,14 @@ def _prompts(recipe: Generate) -> list[str]:
 
 def _in_words(prompt: str, words: dict[str, Any], tokenizer: Any) -> str:
     """The prompt in the words that the adapter was trained with: its template's only field, or a chat's first turn."""
-    import string
+    from ..data.tasks.base import in_chat_template, template_fields
 
     if words.get("form") == "messages" and tokenizer.chat_template:
         turn = [{"role": "user", "content": prompt}]
-        return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return str(in_chat_template(turn, tokenizer, where="prompt", tokenize=False, add_generation_prompt=True))
     template = (words.get("template") or {}).get("prompt")
     if template:
-        fields = {name for _, name, _, _ in string.Formatter().parse(template) if name}
+        fields = set(template_fields(template, "the adapter's run.json"))
         if len(fields) == 1:
             return str(template.format_map({fields.pop(): prompt}))
     return prompt

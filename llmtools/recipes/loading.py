@@ -220,8 +220,6 @@ def quiet_libraries() -> None:
 
 
 def _unreadable(name: str, error: ValueError) -> InputError:
-    if "trust_remote_code" in str(error):
-        return InputError(f"{name} brings code of its own; if you trust it, pass --trust_remote_code true")
     if not Path(name).expanduser().exists():
         return InputError(f"there is no folder {name}, and no such model could be had from the hub ({error})")
     if isinstance(error, InputError):

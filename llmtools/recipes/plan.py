@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..errors import InputError, did_you_mean
+from ..errors import InputError, did_you_mean, opening
 from .finetune import Lora
 
 OPTIMIZERS = {
@@ -207,26 +207,23 @@ def plan_for(config: Any, recipe: Plan) -> Planned:
 
 def read_config(recipe: Plan) -> Any:
     """The model's configuration, from a folder, a file or the hub."""
-    import json
+    from transformers import AutoConfig, PreTrainedConfig
 
-    from transformers import AutoConfig
-
+    from ..files import read_json
+    from ..model.integrity import check_config
     from .loading import check_model
 
     path = Path(recipe.model).expanduser()
     if path.is_file():
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+        with opening(f"{path} is no config.json of a model that transformers knows", error=InputError):
+            values = read_json(path)
+            check_config(values, None, str(path))
             return AutoConfig.for_model(**values)
-        except (ValueError, TypeError, KeyError) as error:
-            raise InputError(f"{path} is no config.json of a model that transformers knows ({error})") from error
     check_model(recipe.model)
-    try:
-        options = {"trust_remote_code": True} if recipe.trust_remote_code else {}
-        return AutoConfig.from_pretrained(str(path) if path.is_dir() else recipe.model, **options)
-    except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{recipe.model}: its configuration cannot be had ({first})") from error
+    name = str(path) if path.is_dir() else recipe.model
+    with opening(f"{recipe.model}: its configuration cannot be had", error=InputError):
+        check_config(PreTrainedConfig.get_config_dict(name)[0], None, name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=recipe.trust_remote_code)
 
 
 def size(count: float) -> str:
@@ -306,9 +303,7 @@ def _empty(config: Any, recipe: Plan, attention: str) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     dtype = recipe.dtype or str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
-    if recipe.trust_remote_code:
-        options["trust_remote_code"] = True
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "trust_remote_code": recipe.trust_remote_code}
     try:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options)
     except (ValueError, ImportError):

@@ -236,14 +236,24 @@ def needs_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _filled(template: str, fields: Row, where: str) -> str:
+def template_fields(template: str, where: str = "template") -> list[str]:
+    """The names of a template's fields, in order. Raises InputError unless each is a plain ``{name}``.
+
+    A template may come from a file, and Python's formats can do more than fill in: reach into objects, or ask for a
+    width of gigabytes.
+    """
     try:
         parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise InputError(f"{where}: the template {template!r} is damaged ({error}); fields are {{name}}") from error
-    if odd := next((name for name, spec, how in parts if spec or how or not name), None):
-        raise InputError(f"{where}: {{{odd}}} in the template {template!r} has a format; fields are plain {{name}}")
-    names = [name for name, _, _ in parts]
+    for name, spec, how in parts:
+        if spec or how or not name or set(name) & set(".["):
+            raise InputError(f"{where}: {{{name}}} in the template {template!r} is no plain field such as {{question}}")
+    return [name for name, _, _ in parts]
+
+
+def _filled(template: str, fields: Row, where: str) -> str:
+    names = template_fields(template, where)
     for name in names:
         if name not in fields:
             raise InputError(f"{where}: no field {name!r} for the template {template!r}; {did_you_mean(name, fields)}")

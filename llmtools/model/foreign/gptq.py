@@ -16,16 +16,16 @@ in planes: of every 32 codes first the low bits, then the next, each plane a bit
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
-import regex
 import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
 from ...kernels.bits import unpack, words
-from ...limits import PATTERN_SECONDS
+from ...limits import PATTERN_SECONDS, match
 from ...quant import Packed, Quantizer
 from .base import FLOATS, Format, affine, columns_by_group, mapping, whole
 from .tensors import Module
@@ -116,10 +116,10 @@ class GPTQ(Format):
 def _matches(pattern: str, path: str) -> bool:
     """Whether the config's regular expression matches the beginning of a path. Raises CheckpointError for a bad one."""
     try:
-        return regex.match(pattern, path, timeout=PATTERN_SECONDS) is not None
+        return match(pattern, path, PATTERN_SECONDS) is not None
     except TimeoutError as error:
         raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] takes too long to match") from error
-    except (regex.error, RecursionError, MemoryError) as error:
+    except (re.error, RecursionError, MemoryError) as error:
         raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] is no regular expression ({error})") from error
 
 

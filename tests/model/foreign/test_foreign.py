@@ -155,3 +155,49 @@ def test_methods_that_nobody_knows_are_refused(gptq: Path) -> None:
     (gptq / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="quantized by 'squeezed', which neither"):
         llmtools.load(gptq)
+
+
+SCALE_OF = {
+    "gptq": "scales",
+    "awq": "scales",
+    "bitsandbytes": "weight.nested_absmax",
+    "hqq": "zero",
+    "hqq axis 0": "scale",
+    "compressed-tensors": "weight_scale",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_none_and_tensors_too_many_are_refused(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "theirs", *KINDS[kind])
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    path = "model.layers.1.mlp.down_proj"
+    scales = tensors[f"{path}.{SCALE_OF[kind]}"].clone()
+    scales.view(-1)[-1] = float("nan")
+    for changed, message in (
+        ({f"{path}.{SCALE_OF[kind]}": scales}, "NaN or infinite"),
+        ({f"{path}.more": torch.zeros(2)}, r"down_proj\.more is in the file"),
+    ):
+        save_file(tensors | changed, tmp_path / "theirs" / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            llmtools.load(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        5, [], "gptq", {"quant_method": ["gptq"]}, {"quant_method": "nobody"},
+        {"quant_method": "gptq", "bits": 3, "dynamic": {"(a+)+$": 5}}, {"quant_method": "gptq", "bits": "x"},
+        {"quant_method": "gptq", "bits": 3, "dynamic": [1]}, {"quant_method": "awq", "bits": 4, "version": 5},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": 5}},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {"weights": [4]}}},
+        {"quant_method": "quip_sharp", "codebook": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_quantization_config_is_one_line(damage: Any, gptq: Path) -> None:
+    config = json.loads((gptq / "config.json").read_text()) | {"quantization_config": damage}
+    (gptq / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as said:
+        llmtools.load(gptq)
+    assert "\n" not in str(said.value)

@@ -6,7 +6,9 @@ faster; prompts are padded on the left and the padding is masked, so answers are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +21,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class Written(NamedTuple):
+    """What a model wrote after a prompt."""
+
+    text: str
+    """without the prompt, special tokens, and what follows a stop string"""
+    tokens: int
+    """number of tokens generated, an end-of-text token included"""
+
+
+def complete(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **options: Any) -> list[str]:
+    """The texts of `write`, with its options."""
+    return [written.text for written in write(model, tokenizer, prompts, **options)]
+
+
 @torch.no_grad()
-def complete(
+def write(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
@@ -33,12 +49,13 @@ def complete(
     chat: bool = False,
     batch_size: int = 1,
     on_step: OnStep | None = None,
-) -> list[str]:
-    """What the model writes after each prompt, without the prompt: greedy at temperature 0, else drawn with `seed`.
+) -> list[Written]:
+    """What the model generates after each prompt: greedy at temperature 0, else sampled with `seed`.
 
-    It ends at the end-of-text token, before the first of the strings in `stop`, or after `max_new_tokens`. What is
-    drawn depends on the batch size, too. `chat`: the prompts are in the tokenizer's chat template, which writes special
-    tokens itself, so none are added.
+    It ends at an end-of-text token, before the first of the strings in `stop`, or after `max_new_tokens`. Of the
+    model's own generation config only the special tokens count, so that greedy is greedy for every model. What is
+    sampled depends on the batch size, too. `chat`: the prompts are in the tokenizer's chat template, which writes
+    special tokens itself, so none are added.
 
     Raises InputError, before anything is generated, if a prompt and `max_new_tokens` do not fit into the model's
     positions.
@@ -46,12 +63,13 @@ def complete(
     ids = [_prompt_ids(tokenizer, prompt, number, chat) for number, prompt in enumerate(prompts, start=1)]
     _check_room(model, ids, max_new_tokens)
     device = next(model.parameters()).device
-    drawn: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    drawn: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    outputs = [""] * len(prompts)
+    outputs = [Written("", 0)] * len(prompts)
+    ends_of_text = _ends_of_text(model, tokenizer)
     done = 0
-    with _evaluating(model):
+    with _evaluating(model), _plain_generation(model, ends_of_text):
         for batch in _batches([len(each) for each in ids], batch_size):
             inputs, mask = _padded([ids[index] for index in batch], _padding(tokenizer), left=True)
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -65,9 +83,10 @@ def complete(
                     **_stopping(tokenizer, stop, inputs.shape[1]),
                 )
             for index, row in zip(batch, written[:, inputs.shape[1] :].tolist(), strict=True):
-                text = _text_after(tokenizer, ids[index] + row, len(ids[index]))
+                count = next((at + 1 for at, token in enumerate(row) if token in ends_of_text), len(row))
+                text = _text_after(tokenizer, ids[index] + row[:count], len(ids[index]))
                 ends = [at for at in map(text.find, stop) if at >= 0]
-                outputs[index] = text[: min(ends)] if ends else text
+                outputs[index] = Written(text[: min(ends)] if ends else text, count)
             done += len(batch)
             if on_step is not None:
                 on_step(done, len(prompts))
@@ -107,6 +126,35 @@ def choose(
             if on_step is not None:
                 on_step(done, len(prompts))
     return chosen
+
+
+def _ends_of_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: those of the model's generation config, else the tokenizer's."""
+    told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = told if isinstance(told, list) else [told if told is not None else tokenizer.eos_token_id]
+    return [int(each) for each in ids if each is not None]
+
+
+@contextmanager
+def _plain_generation(model: Any, ends_of_text: list[int]) -> Iterator[None]:
+    """The model with a generation config that has its special tokens and nothing else, and afterwards with its own.
+
+    transformers fills whatever a call leaves open from the model's config: penalties, suppressed tokens, stop strings.
+    """
+    from transformers import GenerationConfig
+
+    owners = [model]  # a PEFT model has one of its own, and that of its base
+    if hasattr(model, "get_base_model"):
+        owners.append(model.get_base_model())
+    former = [owner.generation_config for owner in owners]
+    kept = {key: getattr(former[-1], key, None) for key in ("bos_token_id", "decoder_start_token_id")}
+    for owner in owners:
+        owner.generation_config = GenerationConfig(eos_token_id=ends_of_text or None, **kept)
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, former, strict=True):
+            owner.generation_config = config
 
 
 class _evaluating:
@@ -159,9 +207,19 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool = False) -> list[int]:
-    """Tokens of a text, with one start token at most; a chat has those of its template, as in training."""
+    """Tokens of a text, with one start token at most, and no end that is not in the text; a chat has its template's."""
     begun = chat or (bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token)))
-    return list(tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=not begun, verbose=False)["input_ids"])
+    if not chat and tokenizer.eos_token:  # a tokenizer may end every text; here the text goes on
+        own = int(text.endswith(str(tokenizer.eos_token)))
+        while ids[-1 - own :] == [tokenizer.eos_token_id] * (1 + own):
+            ids.pop()
+    return ids
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, *texts: str) -> list[list[int]]:
+    """The ids of each text as generation and evaluation have them: one start token at most, no end token."""
+    return [_ids(tokenizer, text) for text in texts]
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, number: int, chat: bool = False) -> list[int]:

@@ -1,13 +1,15 @@
 """Text off the disk: documents for calibration and perplexity, rows for finetuning.
 
-Two kinds of file are read, plain or packed (``.gz``, ``.xz``). A ``.txt`` is text; where a line says only
+Text and tables are read, plain or packed (``.gz``, ``.xz``). A ``.txt`` is text; where a line says only
 ``<|endoftext|>`` one document ends and the next begins, and without such lines the file is one document. A ``.jsonl``
-holds one JSON object a line, a ``.json`` an array of objects. Everything that can be wrong with a line is said with the
+holds one JSON object a line, a ``.json`` an array of objects (or lines, too), a ``.csv`` or ``.tsv`` a row a line under
+the names in its first, a ``.parquet`` a table. Everything that can be wrong with a line is said with the
 file and the line number (in an array, the number of the object), because that is what one then opens.
 """
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import lzma
@@ -53,10 +55,22 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def enumerate_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(line number from 1, object) for each line of a JSONL file that is not blank, or each object of a JSON array."""
-    if kind(path) == "json":
-        yield from _enumerate_array(path)
-        return
+    """(number from 1, row) of each row of a table: a line of JSONL or CSV, an object of a JSON array, a Parquet row."""
+    kind_of_file = kind(path)
+    if kind_of_file == "json" and _begins_with_bracket(path):
+        rows = _enumerate_array(path)
+    elif kind_of_file in ("csv", "tsv"):
+        rows = _enumerate_csv(path, "," if kind_of_file == "csv" else "\t")
+    elif kind_of_file == "parquet":
+        rows = _enumerate_parquet(path)
+    else:
+        rows = _enumerate_lines(path)
+    for number, row in rows:
+        _check_encodable(row, f"{path}:{number}")
+        yield number, row
+
+
+def _enumerate_lines(path: Path) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(lines_of(path), start=1):
         if not line.strip():
             continue
@@ -67,6 +81,8 @@ def enumerate_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 f"{path}:{number}: this line is not JSON ({error.msg} at column {error.colno}); "
                 f"one JSON object a line is expected, it begins with {_shortened(line)}"
             ) from error
+        except (RecursionError, ValueError) as error:
+            raise InputError(f"{path}:{number}: this line cannot be read ({error})") from error
         if not isinstance(row, dict):
             raise InputError(
                 f'{path}:{number}: a JSON object is expected, such as {{"text": "…"}}, not {_shortened(line)}'
@@ -79,16 +95,72 @@ def _enumerate_array(path: Path) -> Iterator[tuple[int, Row]]:
         rows = json.loads("".join(lines_of(path)))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}:{error.lineno}: this file is not JSON ({error.msg})") from error
+    except (RecursionError, ValueError) as error:
+        raise InputError(f"{path}: this file cannot be read ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: an array of JSON objects is expected")
     yield from enumerate(rows, start=1)
+
+
+def _begins_with_bracket(path: Path) -> bool:
+    """Whether a .json file is an array; many hold an object a line."""
+    return next((line.lstrip()[:1] == "[" for line in lines_of(path) if line.strip()), True)
+
+
+def _enumerate_csv(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+    """The rows under a CSV file's header, every value a string."""
+    reader = csv.DictReader(lines_of(path), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise InputError(
+                    f"{path}:{reader.line_num}: this row has not the {len(reader.fieldnames or ())} columns of the "
+                    f"first line ({', '.join(reader.fieldnames or ())})"
+                )
+            yield reader.line_num, dict(row)
+    except csv.Error as error:
+        raise InputError(f"{path}:{reader.line_num}: this is not CSV ({error})") from error
+
+
+def _enumerate_parquet(path: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise InputError(f"{path}: Parquet is read by pyarrow ({error}): pip install 'llmtools[train]'") from error
+    try:
+        with ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, row
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a whole Parquet file: {error}") from error
+
+
+def _check_encodable(value: Any, where: str) -> None:
+    """Raises InputError for half of a surrogate pair, as texts cut in their middle have: no tokenizer takes it."""
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: {_shortened(value)} holds half a character ({error.reason}); mend it"
+            ) from error
+    elif isinstance(value, dict):
+        for inner in value.values():
+            _check_encodable(inner, where)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_encodable(inner, where)
 
 
 def existing_file(path: str | Path) -> Path:
     """`path` as a Path, if there is a file; InputError otherwise."""
     path = Path(path).expanduser()
     if path.is_dir():
-        raise InputError(f"{path} is a folder; a .txt, .jsonl or .json file (or .gz, .xz of one) is expected")
+        raise InputError(f"{path} is a folder; a file is expected, such as .jsonl or .txt")
     if not path.exists():
         raise InputError(f"there is no file {path} (looked in {Path.cwd()})")
     kind(path)
@@ -96,16 +168,21 @@ def existing_file(path: str | Path) -> Path:
 
 
 def kind(path: Path) -> str:
-    """``"txt"``, ``"jsonl"`` or ``"json"``, by the name of the file without ``.gz`` or ``.xz``."""
-    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".xz")]
+    """``"txt"``, ``"jsonl"``, ``"json"``, ``"csv"``, ``"tsv"`` or ``"parquet"``, by the name without ``.gz``."""
+    suffixes = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in (".gz", ".xz")]
     suffix = suffixes[-1] if suffixes else ""
+    if suffix in (".csv", ".tsv", ".parquet"):
+        return suffix[1:]
     if suffix in (".jsonl", ".ndjson"):
         return "jsonl"
     if suffix == ".json":
         return "json"
     if suffix in (".txt", ".raw", ".tokens", ".text", ".md"):
         return "txt"
-    raise InputError(f"{path}: the name should end in .txt or .jsonl or .json (or .gz, .xz of these), not {suffix!r}")
+    raise InputError(
+        f"{path}: the name should end in .txt, .jsonl, .json, .csv, .tsv or .parquet (or .gz, .xz of these), "
+        f"not {suffix!r}"
+    )
 
 
 def _split(path: Path) -> Iterator[str]:
@@ -142,11 +219,12 @@ def lines_of(path: Path) -> Iterator[str]:
 
 
 def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+    """With or without a byte order mark, as Windows programs write one."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    if path.suffix.lower() == ".xz":
+        return lzma.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
 
 
 def _shortened(line: str) -> str:

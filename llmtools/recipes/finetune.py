@@ -146,8 +146,10 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
         raise InputError(f"{recipe.model}: its tokenizer has no end-of-text token, which training teaches to write")
     arguments = _arguments(recipe, work, model, words["form"], bool(validation), task.max_length())
     train, validation = (_shortened(rows, task, tokenizer, arguments["max_length"]) for rows in (train, validation))
-    train, left_out = _fitting(train, tokenizer, arguments, "training")
-    validation, _ = _fitting(validation, tokenizer, arguments, "validation")
+    train, left_out = _examples(train, tokenizer, arguments, "training")
+    validation, _ = _examples(validation, tokenizer, arguments, "validation")
+    if "completion_mask" in train[0]:
+        arguments.setdefault("completion_only_loss", True)
 
     with _working(recipe, out, work) as checkpoint:
         run = record("finetune", recipe, words=words, training=arguments, base_model=_lasting_name(recipe.model))
@@ -306,7 +308,16 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
         words = template._asdict() if template is not None else None
     if form == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = _turns(train), _turns(validation)
-    return task, train, validation, {"form": form, "template": words}
+    told = {"form": form, "template": words}
+    if form == "messages" and (system := _system_prompt(task.train())) is not None:
+        told["system"] = system
+    return task, train, validation, told
+
+
+def _system_prompt(rows: list[Row]) -> str | None:
+    """The system prompt that all chats begin with; None where they differ, or have none."""
+    first = {row["messages"][0]["content"] if row["messages"][0]["role"] == "system" else None for row in rows}
+    return str(first.pop()) if len(first) == 1 and None not in first else None
 
 
 def _form(row: Row) -> str:
@@ -322,20 +333,26 @@ def _turns(rows: list[Row]) -> list[Row]:
     The loss is on the answers alone, with any chat template. (TRL can do it in one example where the template marks
     the answers: --training.assistant_only_loss true.)
     """
+    from ..data.tasks.text import is_learned
+
     return [
-        {"prompt": row["messages"][:index], "completion": [message]}
+        {
+            "prompt": row["messages"][:index],
+            "completion": [message],
+            "tools": row.get("tools"),
+        }
         for row in rows
         for index, message in enumerate(row["messages"])
-        if message["role"] == "assistant" and index > 0
+        if is_learned(message) and index > 0
     ]
 
 
 def _shortened(rows: list[Row], task: Any, tokenizer: Any, limit: int | None) -> list[Row]:
     """Rows with nothing but the fields of their form, prompts shortened as the task does it, with room for the answer.
 
-    A prompt that cannot be short enough stays as it is; `_fitting` leaves it out.
+    A prompt that cannot be short enough stays as it is; `_examples` leaves it out.
     """
-    from ..data.tasks.text import FORMS
+    from ..data.tasks.text import BESIDE, FORMS
 
     short = []
     for row in rows:
@@ -344,52 +361,62 @@ def _shortened(rows: list[Row], task: Any, tokenizer: Any, limit: int | None) ->
             answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             with suppress(InputError):
                 row = task.fitted(row, tokenizer, limit and limit - len(answer) - 1)
-        short.append({key: row[key] for key in FORMS[form]})
+        kept = (*FORMS[form], *BESIDE["messages"])
+        short.append({key: row[key] for key in kept if row.get(key) is not None})
     return short
 
 
-def _fitting(rows: list[Row], tokenizer: Any, arguments: dict[str, Any], what: str) -> tuple[list[Row], int]:
-    """(rows that fit into max_length, how many did not). TRL would cut the end of these, which is the answer.
+def _examples(rows: list[Row], tokenizer: Any, arguments: dict[str, Any], what: str) -> tuple[list[Row], int]:
+    """(rows as token ids for SFTTrainer, how many did not fit into max_length). It would cut the end of these, which is
+    the answer.
 
-    Plain text has no answer; packed and wrapped, the default, it is cut into windows and nothing of it is lost.
+    Plain text has no answer; packed and wrapped, the default, it is cut into windows and nothing of it is lost. Chats
+    whose answers the template marks itself (--training.assistant_only_loss) are left to the trainer.
     """
-    limit = arguments["max_length"]
-    plain = bool(rows) and "text" in rows[0]
-    if limit is None or not rows or (plain and arguments["packing"] and arguments["packing_strategy"] == "wrapped"):
+    from ..data.tokens import tokenized
+
+    if not rows or "messages" in rows[0]:
         return rows, 0
-    lengths = [_length(row, tokenizer, f"{what} example {number}") for number, row in enumerate(rows, start=1)]
-    long = [index for index, length in enumerate(lengths) if length > limit]
-    if not long:
-        return rows, 0
-    if len(long) == len(rows) and not plain:
+    limit, plain = arguments["max_length"], "text" in rows[0]
+    found = [tokenized(row, tokenizer, f"{what} example {number}") for number, row in enumerate(rows, start=1)]
+    if appended := sum(example.end_appended for example in found):
+        log.warning(
+            "the chat template writes no end token after the answers of %d %s examples; %r is appended, so that "
+            "the model learns to stop",
+            appended,
+            what,
+            tokenizer.eos_token,
+        )
+    wrapped = plain and arguments["packing"] and arguments["packing_strategy"] == "wrapped"
+    long = [index for index, each in enumerate(found) if limit and len(each.input_ids) > limit and not wrapped]
+    if long and len(long) == len(rows) and not plain:
         raise InputError(
             f"all {len(rows)} {what} examples are longer than max_length={limit} tokens (the shortest has "
-            f"{min(lengths)}); raise --training.max_length, or shorten them"
+            f"{min(len(each.input_ids) for each in found)}); raise --training.max_length, or shorten them"
         )
-    log.warning(
-        "%d of %d %s examples are longer than max_length=%d tokens and %s: %s%s",
-        len(long),
-        len(rows),
-        what,
-        limit,
-        "lose their end (not with --training.packing true)" if plain else "left out, so that no answer is cut",
-        ", ".join(f"number {index + 1} ({lengths[index]} tokens)" for index in long[:3]),
-        ", …" if len(long) > 3 else "",
-    )
-    if plain:
-        return rows, 0
-    return [row for row, length in zip(rows, lengths, strict=True) if length <= limit], len(long)
+    if long:
+        log.warning(
+            "%d of %d %s examples are longer than max_length=%d tokens and %s: %s%s",
+            len(long),
+            len(rows),
+            what,
+            limit,
+            "lose their end (not with --training.packing true)" if plain else "left out, so that no answer is cut",
+            ", ".join(f"number {index + 1} ({len(found[index].input_ids)} tokens)" for index in long[:3]),
+            ", …" if len(long) > 3 else "",
+        )
+    left_out = set() if plain else set(long)
+    return [_fed(each) for index, each in enumerate(found) if index not in left_out], len(left_out)
 
 
-def _length(row: Row, tokenizer: Any, where: str) -> int:
-    """Tokens of a row, as TRL writes it: with the end-of-text token, or in the chat template."""
-    from ..data.tasks.base import in_chat_template
+def _fed(example: Any) -> Row:
+    """An example as a row of the trainer's data set; numpy's integers take a tenth of the memory of Python's."""
+    import numpy as np
 
-    if "messages" in row or isinstance(row.get("prompt"), list):
-        chat = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        return len(in_chat_template(chat, tokenizer, where=where, tokenize=True, return_dict=True)["input_ids"])
-    text = row["text"] if "text" in row else row["prompt"] + row["completion"]
-    return len(tokenizer(text + tokenizer.eos_token, verbose=False)["input_ids"])
+    fed = {"input_ids": np.asarray(example.input_ids, dtype=np.int32)}
+    if example.completion_mask is not None:
+        fed["completion_mask"] = np.asarray(example.completion_mask, dtype=np.int8)
+    return fed
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments

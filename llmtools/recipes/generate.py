@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Generate:
-    """What follows a prompt, from a model with or without an adapter."""
+    """Generate text from a prompt, with or without an adapter; a chat model answers in its chat template."""
 
     model: str | None = None
     """folder or hub name, quantized or not; by default what the adapter was trained on"""
@@ -20,7 +23,9 @@ class Generate:
     load: str | None = None
     """nf4 or int8: quantize a plain model with bitsandbytes while it loads; by default as the adapter was trained"""
     prompt: str | None = None
-    """the words to go on from"""
+    """the prompt: a question to a chat model, or the beginning of a text"""
+    system: str | None = None
+    """system prompt of a chat model; by default the one that all chats had which the adapter was trained on"""
     prompts: str | None = None
     """a .txt or .jsonl file of prompts instead: one a line, or the "prompt" of each row"""
     max_new_tokens: int = 128
@@ -32,7 +37,7 @@ class Generate:
     seed: int = 0
     """of the drawing"""
     raw: bool = False
-    """take the prompt as it stands, even if the adapter was trained with a template or on chats"""
+    """take the prompt as it stands: no chat template, and no prompt template that the adapter was trained with"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
     trust_remote_code: bool = False
@@ -41,22 +46,26 @@ class Generate:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt, as the model saw it, and what it wrote."""
+    """A prompt, as the model saw it, and what it generated."""
 
     prompt: str
     completion: str
+    tokens: int
+    """number of tokens generated, an end-of-text token included"""
+    chat: bool = False
+    """whether the prompt is in the chat template"""
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Everything that was written."""
+    """Everything that was generated."""
 
     model: str
     adapter: str | None
     completions: list[Completion]
 
     def __str__(self) -> str:
-        return "\n\n".join(f"{one.prompt}{one.completion}" for one in self.completions)
+        return "\n\n".join(one.completion if one.chat else f"{one.prompt}{one.completion}" for one in self.completions)
 
 
 def generate(recipe: Generate) -> Generated:
@@ -67,7 +76,7 @@ def generate(recipe: Generate) -> Generated:
             f"temperature={recipe.temperature}, top_p={recipe.top_p}, max_new_tokens={recipe.max_new_tokens}: "
             f"at least 0, above 0 and at most 1, and at least 1 are expected"
         )
-    from ..data.generation import complete
+    from ..data.generation import write
     from ..progress import progress
     from .loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries, words_of
 
@@ -76,12 +85,21 @@ def generate(recipe: Generate) -> Generated:
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
     model, tokenizer = open_model(name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code)
-    words = {} if recipe.raw else words_of(adapter)
-    chat = words.get("form") == "messages" and bool(tokenizer.chat_template)
-    if not recipe.raw:
-        prompts = [_in_words(prompt, words, tokenizer) for prompt in prompts]
+    template = {} if recipe.raw else words_of(adapter)
+    chat = not recipe.raw and _is_chat(template, adapter, tokenizer)
+    system = recipe.system if recipe.system is not None else template.get("system")
+    if recipe.system is not None and not chat:
+        raise InputError(
+            "--system goes with a chat template, which this model or adapter is not asked in; leave it out"
+        )
+    if recipe.system is not None and template.get("system") not in (None, recipe.system):
+        log.warning("the adapter was trained with another system prompt: %r", template["system"])
+    if chat:
+        prompts = [_as_chat(prompt, system, tokenizer) for prompt in prompts]
+    elif not recipe.raw:
+        prompts = [_in_template(prompt, template) for prompt in prompts]
     with progress("generate", unit="prompts") as step:
-        outputs = complete(
+        outputs = write(
             model,
             tokenizer,
             prompts,
@@ -92,7 +110,18 @@ def generate(recipe: Generate) -> Generated:
             chat=chat,
             on_step=step if len(prompts) > 1 else None,
         )
-    completions = [Completion(prompt, output) for prompt, output in zip(prompts, outputs, strict=True)]
+    total = sum(output.tokens for output in outputs)
+    log.info("%d token%s generated", total, "s" * (total != 1))
+    if silent := sum(not output.text.strip() for output in outputs):
+        log.warning(
+            "%d of %d answers are empty: the model ended the text at once%s",
+            silent,
+            len(outputs),
+            "" if chat or not tokenizer.chat_template else "; without --raw it is asked in its chat template",
+        )
+    completions = [
+        Completion(prompt, output.text, output.tokens, chat) for prompt, output in zip(prompts, outputs, strict=True)
+    ]
     return Generated(name, adapter, completions)
 
 
@@ -117,16 +146,27 @@ def _prompts(recipe: Generate) -> list[str]:
     return prompts
 
 
-def _in_words(prompt: str, words: dict[str, Any], tokenizer: Any) -> str:
-    """The prompt in the words that the adapter was trained with: its template's only field, or a chat's first turn."""
-    from ..data.tasks.base import in_chat_template, template_fields
+def _is_chat(template: dict[str, Any], adapter: str | None, tokenizer: Any) -> bool:
+    """Whether prompts go through the chat template: with an adapter if it was trained on chats."""
+    if not tokenizer.chat_template:
+        return False
+    form = template.get("form")
+    return form == "messages" if adapter is not None and form is not None else True
 
-    if words.get("form") == "messages" and tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        return str(in_chat_template(turn, tokenizer, where="prompt", tokenize=False, add_generation_prompt=True))
-    template = (words.get("template") or {}).get("prompt")
-    if template:
-        fields = set(template_fields(template, "the adapter's run.json"))
-        if len(fields) == 1:
-            return str(template.format_map({fields.pop(): prompt}))
-    return prompt
+
+def _as_chat(prompt: str, system: str | None, tokenizer: Any) -> str:
+    """The prompt as a user's message, opened for an answer."""
+    from ..data.tasks.base import in_chat_template
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    return str(in_chat_template(messages, tokenizer, where="prompt", tokenize=False, add_generation_prompt=True))
+
+
+def _in_template(prompt: str, template: dict[str, Any]) -> str:
+    """The prompt in the template that the adapter was trained with, if that has one field to put it in."""
+    from ..data.tasks.base import template_fields
+
+    text = (template.get("template") or {}).get("prompt")
+    fields = set(template_fields(text, "the adapter's run.json")) if text else set()
+    return str(text).format_map({fields.pop(): prompt}) if len(fields) == 1 else prompt

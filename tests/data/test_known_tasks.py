@@ -229,7 +229,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is no file"):
         rows("samsum", data=str(tmp_path / "tset.json"))
     with pytest.raises(InputError, match="an array of JSON objects"):
-        (tmp_path / "test.json").write_text('{"a": 1}')
+        (tmp_path / "test.json").write_text('[{"a": 1}, 2]')
         rows("samsum", data=str(tmp_path))
     with pytest.raises(InputError, match=r"give a \.json or \.jsonl file"):  # the name is looked for on the hub
         rows("samsum", data="samsum")

@@ -35,7 +35,7 @@ def test_gzipped_files_read_like_plain_ones(tmp_path: Path) -> None:
         ("a.jsonl", '{"txt": "x"}\n', r"a\.jsonl:1: .*txt"),
         ("a.jsonl", "", "holds no text"),
         ("a.txt", " \n", "holds no text"),
-        ("a.csv", "x", r"\.txt or \.jsonl"),
+        ("a.doc", "x", r"\.txt, \.jsonl"),
         ("a.txt.gz", "no gzip", "gzip"),
     ],
     ids=["no JSON", "no object", "no field", "empty jsonl", "empty text", "another kind", "no gzip"],

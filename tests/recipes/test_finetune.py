@@ -171,7 +171,7 @@ def test_a_chat_that_the_template_refuses_is_said(stories: Path, tmp_path: Path,
     data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
     with pytest.raises(InputError, match="no system role") as said:
         finetune(recipe(model, str(data), tmp_path / "a", training={**TRAINING, "max_length": max_length}))
-    assert ("training example 2" in str(said.value)) == (max_length is not None)
+    assert "training example 2" in str(said.value)
     assert not (tmp_path / "a.training").exists()
 
 

@@ -49,6 +49,10 @@ if TYPE_CHECKING:
 tasks: Registry[Task] = Registry("task", "llmtools.tasks")
 
 
+class NullField(InputError):
+    """A row has null where its template needs a text: nothing to learn from, and never the word "None"."""
+
+
 class Template(NamedTuple):
     """The words around a row's fields: ``Template("Q: {question}\\nA:", " {answer}")``. Saved beside an adapter."""
 
@@ -257,4 +261,6 @@ def _filled(template: str, fields: Row, where: str) -> str:
     for name in names:
         if name not in fields:
             raise InputError(f"{where}: no field {name!r} for the template {template!r}; {did_you_mean(name, fields)}")
+        if fields[name] is None:
+            raise NullField(f"{where}: {name!r} is null; leave the row out, or give it a text")
     return template.format_map({name: fields[name] for name in names})

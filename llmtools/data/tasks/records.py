@@ -21,6 +21,7 @@ answer, stays, and so does the whole answer (the published scripts cut the end o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,10 +31,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ...errors import InputError
 from ..reading import Row, read_rows
-from .base import Task, Template, held_out
+from .base import NullField, Task, Template, held_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
@@ -132,7 +135,30 @@ class DataTask(Task):
         return None if self.source_tokens is None else self.source_tokens + self.max_new_tokens + 2
 
     def _filled(self, records: list[Row], where: str) -> list[Row]:
-        return [self.row(record, f"{where}, record {number}") for number, record in enumerate(records, start=1)]
+        rows, out = [], []
+        for number, record in enumerate(records, start=1):
+            try:
+                row = self.row(record, f"{where}, record {number}")
+            except NullField:
+                out.append(number)
+                continue
+            if str(row.get("completion", "?")).strip():
+                rows.append(row)
+            else:
+                out.append(number)
+        if out:
+            more = ", …" if len(out) > 3 else ""
+            log.warning(
+                "%s: %d of %d records have null or an empty answer and are left out: %s%s",
+                where,
+                len(out),
+                len(records),
+                ", ".join(map(str, out[:3])),
+                more,
+            )
+        if records and not rows:
+            raise InputError(f"{where}: every record has null or an empty answer; nothing is left")
+        return rows
 
     def _share(self) -> float:
         return 0.0 if isinstance(self.validation_data, str) else self.validation_data
@@ -197,4 +223,5 @@ def _asking_the_hub(name: str) -> Iterator[Any]:
 
 
 def _looks_like_a_file(path: Path) -> bool:
-    return any(suffix in (".json", ".jsonl", ".ndjson") for suffix in path.suffixes)
+    known = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+    return any(suffix.lower() in known for suffix in path.suffixes)

@@ -1,10 +1,15 @@
 """The user's own data: a text to go on like, questions with answers, or chats.
 
-A ``.txt`` file is learned as it stands. The rows of a ``.jsonl`` file have one form throughout:
+A ``.txt`` file is learned as it stands. The rows of a table (``.jsonl``, ``.json``, ``.csv``, ``.parquet``) have one
+form throughout:
 
     {"text": "…"}                                                         every token is learned
     {"prompt": "…", "completion": "…"}                                    the completion is learned
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}     a chat
+
+A chat may also be ShareGPT's ``{"conversations": [{"from": "human", "value": "…"}, …]}``, a ``prompt`` and a
+``completion`` that are lists of messages, have text in OpenAI's parts, ``"weight": 0`` on answers that are not to be
+learned, calls of tools, and their definitions in ``tools`` beside the messages.
 
 Rows with other fields become questions and answers by a template: ``--options.prompt "Q: {question}\\nA:"
 --options.completion " {answer}"``.
@@ -12,6 +17,7 @@ Rows with other fields become questions and answers by a template: ``--options.p
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +31,10 @@ FORMS: dict[str, tuple[str, ...]] = {
     "prompt": ("prompt", "completion"),
     "messages": ("messages",),
 }
+
+
+BESIDE: dict[str, tuple[str, ...]] = {"messages": ("tools",)}
+"""What may stand beside the fields of a form, and is written with it."""
 
 
 @tasks.register("text")
@@ -119,15 +129,61 @@ def rows_of_one_form(path: str | Path) -> list[Row]:
     form = ""
     for number, row in enumerate_rows(file):
         where = f"{file}:{number}"
+        row = as_messages(row, where)
         found = form_of(row, where)
         if form and found != form:
             raise InputError(f"{where}: a row of the form {found!r} among rows of the form {form!r}; keep to one")
         form = found
         _check(row, form, where)
-        rows.append({key: row[key] for key in FORMS[form]})
+        rows.append({key: row[key] for key in (*FORMS[form], *BESIDE.get(form, ())) if key in row})
     if not rows:
         raise InputError(f"{file} is empty; one JSON object a line is expected")
     return rows
+
+
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    "bard": "assistant", "model": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}  # fmt: skip
+"""What ShareGPT's files and their kin call a role → what chat templates call it."""
+
+
+def as_messages(row: Row, where: str = "row") -> Row:
+    """A row with its chat as plain messages, if it is one in another spelling; other rows as they are."""
+    if "messages" not in row and isinstance(row.get("conversations"), list):
+        row = {**row, "messages": [_from_sharegpt(turn, where) for turn in row["conversations"]]}
+    elif isinstance(row.get("prompt"), list):
+        completion = row.get("completion")
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        if not isinstance(answer, list):
+            raise InputError(f'{where}: a "prompt" of messages needs a "completion", a string or messages')
+        before = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in row["prompt"]]
+        row = {"messages": [*before, *answer], **{key: row[key] for key in BESIDE["messages"] if key in row}}
+    if not isinstance(row.get("messages"), list):
+        return row
+    return {**row, "messages": [_with_text(message, where) for message in row["messages"]]}
+
+
+def _from_sharegpt(turn: object, where: str) -> object:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    role = _ROLES.get(str(turn["from"]).lower())
+    if role is None:
+        raise InputError(f"{where}: nobody knows a speaker {turn['from']!r}; {did_you_mean(str(turn['from']), _ROLES)}")
+    return {"role": role, "content": turn.get("value")}
+
+
+def _with_text(message: object, where: str) -> object:
+    """A message whose content, in OpenAI's parts, is joined; what is no text is refused."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    parts = message["content"]
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            raise InputError(f"{where}: only parts of text are read, not {str(part)[:60]!r}")
+    return {**message, "content": "".join(part["text"] for part in parts)}
 
 
 def form_of(row: Row, where: str = "row") -> str:
@@ -135,10 +191,20 @@ def form_of(row: Row, where: str = "row") -> str:
     for form in ("messages", "prompt", "text"):
         if all(key in row for key in FORMS[form]):
             return form
-    near = did_you_mean(next(iter(row), ""), ["text", "prompt", "completion", "messages"])
+    known = ["text", "prompt", "completion", "messages", "conversations"]
+    misspelt = next((key for key in row if difflib.get_close_matches(key, known, n=1, cutoff=0.75)), None)
+    if misspelt is not None and misspelt not in known:
+        hint = f"{misspelt!r}: {did_you_mean(misspelt, known)}"
+    elif {"instruction", "output"} <= set(row):
+        hint = "Alpaca's fields are read by --task alpaca"
+    elif len(row) >= 2:
+        first, second = list(row)[:2]
+        hint = f'say which are asked and learned: --options.prompt "{{{first}}}" --options.completion " {{{second}}}"'
+    else:
+        hint = did_you_mean(next(iter(row), ""), known)
     raise InputError(
         f'{where}: a row needs "text", or "prompt" and "completion", or "messages"; this one has '
-        f"{', '.join(map(repr, row)) or 'nothing'}; {near}"
+        f"{', '.join(map(repr, row)) or 'nothing'}; {hint}"
     )
 
 
@@ -160,11 +226,19 @@ def _check_messages(messages: object, where: str) -> None:
             f'{where}: "messages" should be a list of {{"role": …, "content": …}} with strings, and not be empty'
         )
     assert isinstance(messages, list)
-    if not any(message["role"] == "assistant" for message in messages[1:]):
+    if not any(is_learned(message) for message in messages[1:]):
         raise InputError(f"{where}: no message of the role 'assistant' after another one, there is no answer to learn")
 
 
+def is_learned(message: Row) -> bool:
+    """Whether a message is an answer, and not one that its weight takes out of the loss (OpenAI's format)."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def _is_message(message: object) -> bool:
-    return (
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    """A role and a text; an answer that only calls tools may have none."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or (
+        message.get("content") is None and bool(message.get("tool_calls"))
     )

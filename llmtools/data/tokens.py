@@ -1,0 +1,82 @@
+"""A training example as token ids: one way for all forms of rows, with the start and end tokens that inference has.
+
+    text                  ids of the text, then the end-of-text token; all are learned
+    prompt, completion    ids of both together, then the end-of-text token; what follows the prompt is learned
+    chat                  as the tokenizer's chat template writes it; what it adds for the answer is learned
+
+There is one start token at most, whether the row or the tokenizer writes it, and one end token at the end. A chat
+template that writes no end token after an answer would teach a model that never stops; one is appended then.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import InputError
+from .generation import text_ids
+from .reading import Row
+from .tasks.base import in_chat_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Example(NamedTuple):
+    """Token ids of a training example."""
+
+    input_ids: list[int]
+    completion_mask: list[int] | None
+    """1 where a token is learned, as `trl.SFTTrainer` has it; None where all are"""
+    end_appended: bool = False
+    """whether the chat template wrote no end token, and one was appended"""
+
+
+def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "row") -> Example:
+    """The token ids of a row ``{"text"}``, ``{"prompt", "completion"}`` (strings, or lists of messages with ``tools``).
+
+    Raises InputError, led by `where`, for a chat that the template refuses, or a row in which nothing is learned.
+    """
+    end = tokenizer.eos_token_id
+    if "text" in row:
+        return Example(_ended(text_ids(tokenizer, row["text"])[0], end), None)
+    if isinstance(row["prompt"], str):
+        prompt, whole = text_ids(tokenizer, row["prompt"], row["prompt"] + row["completion"])
+        ids, appended = _ended(whole, end), False
+    else:
+        prompt, ids = _chat(row, tokenizer, where)
+        ids, appended = _ended_chat(ids, len(prompt), tokenizer)
+    begin = common_length(prompt, ids)
+    if begin == len(ids):
+        raise InputError(f"{where}: there is no token to learn in it")
+    return Example(ids, [0] * begin + [1] * (len(ids) - begin), appended)
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _ended(ids: list[int], end: int | None) -> list[int]:
+    return ids if end is None or ids[-1:] == [end] else [*ids, end]
+
+
+def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
+    """(ids of the prompt with the opening of an answer, ids of the whole chat)."""
+    tools = row.get("tools")
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True, "where": where}
+    if tools:
+        options["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+    prompt = in_chat_template(row["prompt"], tokenizer, add_generation_prompt=True, **options)["input_ids"]
+    whole = in_chat_template([*row["prompt"], *row["completion"]], tokenizer, **options)["input_ids"]
+    return list(prompt), list(whole)
+
+
+def _ended_chat(ids: list[int], begin: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
+    """The ids, and whether an end-of-text token had to be appended: none of the answer's tokens is a special one."""
+    special = {tokenizer.eos_token_id, *tokenizer.all_special_ids}
+    special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if tokenizer.eos_token_id is None or special.intersection(ids[begin:]):
+        return ids, False
+    return [*ids, tokenizer.eos_token_id], True

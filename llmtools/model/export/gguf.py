@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ...errors import InputError
 from ...files import writing
 from ...nn.swap import quantized_linears
+from .pretokenizer import rule_of
 from .uniform import Limits, Uniform, round_again, uniform_of
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ BLOCK = 32
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """model_type → llama.cpp's architecture."""
 _LOSSY = Limits(bits=(4,))
-_PRE = {"llama": "llama-bpe", "qwen2": "qwen2", "qwen3": "qwen2"}
-"""model_type → how llama.cpp cuts words before byte-level BPE."""
 
 
 def export(
@@ -243,9 +242,7 @@ def _write_words(gguf: Any, writer: Any, tokenizer: Any, folder: Path, config: A
     writer.add_token_list(words)
     writer.add_token_types(kinds)
     if byte_level:
-        pre = _PRE.get(config.model_type, "default")
-        log.info("GGUF: words are cut as llama.cpp's %r does; check this if the tokenizer is an unusual one", pre)
-        writer.add_tokenizer_pre(pre)
+        writer.add_tokenizer_pre(rule_of(told))
         writer.add_token_merges(merges)
     else:
         writer.add_tokenizer_pre("default")

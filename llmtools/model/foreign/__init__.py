@@ -59,6 +59,8 @@ def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
     if found is not None:
         return Foreign(folder, found(told))
     method = told.get("quant_method") if told else METHOD
+    if method == "bitsandbytes":  # int8; transformers lists it by the width
+        method = "bitsandbytes_8bit" if told.get("load_in_8bit", told.get("_load_in_8bit")) else "bitsandbytes_4bit"
     if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(f"{folder} is quantized by {method!r}, which neither llmtools nor transformers can read")
     return None

@@ -116,7 +116,7 @@ class GPTQ(Format):
 def _matches(pattern: str, path: str) -> bool:
     """Whether the config's regular expression matches the beginning of a path. Raises CheckpointError for a bad one."""
     try:
-        return match(pattern, path, PATTERN_SECONDS) is not None
+        return match(pattern, path, PATTERN_SECONDS)
     except TimeoutError as error:
         raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] takes too long to match") from error
     except (re.error, RecursionError, MemoryError) as error:

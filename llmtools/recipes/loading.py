@@ -57,6 +57,7 @@ def open_model(
         model = model.to("cuda")
     if load == "nf4" and not torch.cuda.is_available():
         _use_plain_kernel(model)
+        _decode_ourselves(model)
     if adapter is not None:
         model = open_adapter(model, adapter, verify=verify)
     model.eval()
@@ -94,6 +95,49 @@ def _use_plain_kernel(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _decode_ourselves(model: Any) -> None:
+    """Has our layers multiply where bitsandbytes' CPU kernel decodes other numbers than its GPU kernels and its files.
+
+    As of 0.50 that restarts the blocks of 64 in every row, where rows are multiples of 16 and not of 64; in the format
+    blocks run on over the ends of rows. The modules stay bitsandbytes', with the tensors that they save.
+    """
+    import torch
+    from bitsandbytes.nn import Linear4bit
+
+    from ..model.foreign.bitsandbytes import BitsAndBytes
+    from ..model.foreign.tensors import Module
+    from ..nn.swap import set_module
+
+    class Decoded(Linear4bit):
+        """A Linear4bit that multiplies by `QuantizedLinear`'s way, from a translation of its own bits."""
+
+        def forward(self, x: Any) -> Any:
+            y = self.quantizer.linear(x, self.translated)
+            return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    misread = [
+        (path, layer)
+        for path, layer in model.named_modules()
+        if isinstance(layer, Linear4bit) and layer.in_features % 64 and not layer.in_features % 16
+    ]
+    for path, layer in misread:
+        stored = {f"{path}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        with torch.device("meta"):
+            decoded = Decoded(layer.in_features, layer.out_features, bias=False, quant_type=layer.weight.quant_type)
+        decoded.weight, decoded.bias, decoded.quant_state = layer.weight, layer.bias, layer.quant_state
+        shape = layer.out_features, layer.in_features
+        decoded.quantizer, decoded.translated = BitsAndBytes({}).convert(Module(stored, path), *shape)
+        set_module(model, path, decoded.train(layer.training))
+    if misread:
+        log.warning(
+            "%d layers of bitsandbytes are multiplied by llmtools, with the same bits: its CPU kernel decodes rows of "
+            "%s wrongly (such as %s)",
+            len(misread),
+            " or ".join(sorted({str(layer.in_features) for _, layer in misread})),
+            misread[0][0],
+        )
 
 
 def loaded_as(load: str | None, name: str, adapter: str | None) -> str | None:

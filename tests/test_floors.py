@@ -24,6 +24,7 @@ FLOORS = {
     "errors": 1,
     "files": 1,
     "progress": 1,
+    "redaction": 1,
     "_hook": 1,
 }
 NEEDS: dict[str, set[str]] = {
@@ -33,6 +34,7 @@ NEEDS: dict[str, set[str]] = {
     "registry": set(),
     "errors": set(),
     "files": set(),
+    "redaction": set(),
     "progress": {"rich"},
     "_hook": set(),
 }

@@ -344,7 +344,9 @@ def _made(options: type[Any], parsed: Any, open_options: dict[str, Any], prefix:
         value, name = parsed[field.name], f"{prefix}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]):
             value = _made(hints[field.name], value, open_options, f"{name}.")
-        values[field.name] = open_options.get(name, value)
+        elif name in open_options and isinstance(open_options[name], type(value)):
+            value = open_options[name]
+        values[field.name] = value
     return options(**values)
 
 

@@ -43,14 +43,14 @@ def read_arguments(args: list[str], options: type[Any]) -> Arguments:
     """
     words = list(_words(args, options))
     flags = {word[2:]: value for word, value in words if value is not None and word.startswith("--")}
-    spelled = {leaf for key, text in flags.items() if key != "config" for _, leaf in leaves(read_value(text))}
+    spelled = {each for key, text in flags.items() if key != "config" for each in _strings(text)}
     trusted = flags.get("trust_plugins", "false").lower() == "true"
     secretive = any(word.startswith("--print_config") for word, _ in words)
     reader = _Reader(options)
 
     def checked(file: Path, contents: dict[str, Any]) -> dict[str, Any]:
         if not trusted:
-            without_code(contents, file, flags.keys(), {str(each) for each in spelled})
+            without_code(contents, file, flags.keys(), spelled)
         return dict(redacted(contents)) if secretive else contents
 
     for word, text in words:
@@ -147,6 +147,14 @@ def _words(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | Non
         else:
             taken = True
             yield word, after
+
+
+def _strings(text: str) -> set[str]:
+    """The texts that a flag's value names: itself, or those in a list or mapping."""
+    try:
+        return {str(each) for _, each in leaves(read_value(text))}
+    except InputError:
+        return set()
 
 
 def _hints(options: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

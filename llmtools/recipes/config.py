@@ -137,13 +137,14 @@ def without_code(contents: dict[str, Any], where: Path, given: Collection[str], 
             does = CODE[last]
         elif last in CLASSES and ":" in str(value):
             does = "imports a module"
-        elif last == "harness" and str(value).endswith((".yaml", ".yml")):
+        elif last == "harness" and re.search(r"\.ya?ml\s*(,|$)", str(value)):
             does = "runs code that comes with a task of lm_eval"
         else:
             continue
+        itself = "" if "." in key else f"--{key} {value}, or "
         raise InputError(
-            f"{where}: {key}: {shown(value)} {does}, which a YAML cannot ask for; give it on the command line "
-            f"(--{key} {value}), or pass --trust_plugins true if you trust this file"
+            f"{where}: {key}: {shown(value)} {does}, which takes more than a YAML: pass {itself}--trust_plugins true "
+            f"if you trust this file"
         )
 
 
@@ -179,23 +180,26 @@ def read_value(text: str) -> Any:
         for pattern, make in ((_INT, _int), (_FLOAT, _float), (_BOOL, _bool), (_NULL, _null)):
             if pattern.match(bare):
                 return make(bare)
-        if (bare[:1], bare[-1:]) not in (("[", "]"), ("{", "}")):
+        if (bare[:1], bare[-1:]) not in (("[", "]"), ("{", "}")) or _names_fields(bare):
             _measure(bare)  # for an option that is a number jsonargparse reads the text as YAML, too
             return text
         found = _parsed(bare)
-        return text if _is_prose(bare) else found
+        return text if _goes_on(bare) else found
     except _Refused as error:
         raise InputError(f"{shown(text)}: {error}") from error
     except (yaml.YAMLError, ValueError):
         return text
 
 
-def _is_prose(text: str) -> bool:
-    """Whether a text in brackets is neither list nor mapping: ``{question}``, or a list and more after it."""
+def _names_fields(text: str) -> bool:
+    """Whether there is a ``{question}`` in a text and nothing of a mapping."""
+    return ":" not in text and re.search(r"\{\s*[^\s}]", text) is not None
+
+
+def _goes_on(text: str) -> bool:
+    """Whether YAML is done before the end of a text, because of a comment."""
     import yaml
 
-    if ":" not in text and re.search(r"\{\s*[^\s}]", text):
-        return True
     with suppress(ValueError):
         return not isinstance(json.loads(text), list | dict)
     last = [event for event in yaml.parse(text, Loader=_loader()) if isinstance(event, yaml.CollectionEndEvent)][-1]

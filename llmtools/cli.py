@@ -193,7 +193,8 @@ def _main(args: list[str]) -> int:
         if debug:
             traceback.print_exc()
         code, line = _said(error)
-        print(f"llmtools{'' if code == 130 else f' {args[0]}'}: {line}", file=sys.stderr)
+        command = "llmtools" if isinstance(error, KeyboardInterrupt) else f"llmtools {args[0]}"
+        print(f"{command}: {line}", file=sys.stderr)
         return code
     finally:
         logging.getLogger("llmtools").removeHandler(handler)
@@ -204,7 +205,7 @@ def _main(args: list[str]) -> int:
 def _said(error: BaseException) -> tuple[int, str]:
     """The exit code that an exception ends in, and the line that says it."""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped"
+        return int(getattr(error, "exit_code", 130)), str(error) or "stopped"
     if isinstance(error, (InputError, OSError, ImportError, MemoryError)):
         return 2, _one_line(error)
     if type(error).__name__ == "OutOfMemoryError":

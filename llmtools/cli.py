@@ -169,14 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: list[str]) -> int:
     debug = "--debug" in args or os.environ.get("LLMTOOLS_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0 if args else 2
-    if args[0] in ("-V", "--version"):
-        from . import __version__
-
-        print(__version__)
-        return 0
     former = os.environ.get("LLMTOOLS_DEBUG")
     if debug:
         os.environ["LLMTOOLS_DEBUG"] = "1"
@@ -185,7 +177,7 @@ def _main(args: list[str]) -> int:
         with warnings.catch_warnings():
             if not debug:  # libraries on each other's future names
                 warnings.simplefilter("ignore", FutureWarning)
-            return _run(args[0], args[1:])
+            return _run(args)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
@@ -193,7 +185,8 @@ def _main(args: list[str]) -> int:
         if debug:
             traceback.print_exc()
         code, line = _said(error)
-        command = "llmtools" if isinstance(error, KeyboardInterrupt) else f"llmtools {args[0]}"
+        named = args and not isinstance(error, KeyboardInterrupt) and not args[0].startswith("-")
+        command = f"llmtools {args[0]}" if named else "llmtools"
         print(f"{command}: {line}", file=sys.stderr)
         return code
     finally:
@@ -235,8 +228,17 @@ def _is_unicode(stream: Any) -> bool:
     return str(getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
 
 
-def _run(name: str, args: list[str]) -> int:
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview(), flush=True)
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        from . import __version__
+
+        print(__version__, flush=True)
+        return 0
     _check_text(args)
+    name, *args = args
     if name in BORROWED:
         return borrowed(name, args)
     if name not in VERBS:

@@ -44,12 +44,14 @@ def read_arguments(args: list[str], options: type[Any]) -> Arguments:
     words = list(_words(args, options))
     flags = {word[2:]: value for word, value in words if value is not None and word.startswith("--")}
     spelled = {each for key, text in flags.items() if key != "config" for each in _strings(text)}
-    trusted = flags.get("trust_plugins", "false").lower() == "true"
+    trust = flags.pop("trust_plugins", "false").lower()
+    if trust not in ("true", "false"):
+        raise InputError(f"--trust_plugins {trust}: true or false is expected")
     secretive = any(word.startswith("--print_config") for word, _ in words)
     reader = _Reader(options)
 
     def checked(file: Path, contents: dict[str, Any]) -> dict[str, Any]:
-        if not trusted:
+        if trust == "false":
             without_code(contents, file, flags.keys(), spelled)
         return dict(redacted(contents)) if secretive else contents
 
@@ -57,16 +59,13 @@ def read_arguments(args: list[str], options: type[Any]) -> Arguments:
         name = word.removeprefix("--")
         if text is None:
             reader.args.append(word)
-        elif name == "trust_plugins":
-            if text.lower() not in ("true", "false"):
-                raise InputError(f"--trust_plugins {text}: true or false is expected")
         elif name == "config":
             for file, contents in read_config(Path(text).expanduser()):
                 reader.mapping("config", checked(file, contents), str(file))
         elif name in reader.groups and os.path.isfile(os.path.expanduser(text)):
             file = Path(text).expanduser()
             reader.mapping(name, checked(file, {name: read_yaml(file)})[name], str(file))
-        elif not (secretive and is_secret(name.rpartition(".")[2])):
+        elif name != "trust_plugins" and not (secretive and is_secret(name.rpartition(".")[2])):
             reader.flag(name, text)
     return Arguments(reader.args, reader.open_options, flags)
 
@@ -152,7 +151,7 @@ def _words(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | Non
 def _strings(text: str) -> set[str]:
     """The texts that a flag's value names: itself, or those in a list or mapping."""
     try:
-        return {str(each) for _, each in leaves(read_value(text))}
+        return {each for _, each in leaves(read_value(text)) if isinstance(each, str)}
     except InputError:
         return set()
 

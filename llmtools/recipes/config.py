@@ -32,8 +32,9 @@ CODE = {
     "trust_remote_code": "runs code that comes with a model or data set",
     "confirm_run_unsafe_code": "runs what a model writes",
     "megatron_core": "imports a module",
+    "use_cache": "unpickles a file",
 }
-"""options, of recipes and of the libraries beneath, that have code run"""
+"""options, of recipes and of the libraries beneath (PEFT, lm_eval), that have code run"""
 
 CLASSES = ("quantizer", "task", "name")
 """options that may be ``module:Class``, which imports the module"""
@@ -130,14 +131,14 @@ def without_code(contents: dict[str, Any], where: Path, given: Collection[str], 
     for key in CODE.keys() & set(given) & contents.keys():
         del contents[key]
     for key, value in leaves(contents):
-        last = key.rpartition(".")[2]
-        if value in (None, False, "") or (isinstance(value, str) and value in spelled):
+        last, named = key.rpartition(".")[2], isinstance(value, str) and value in spelled
+        if value in (None, False, "") or (last == "use_cache" and value is True):
             continue
-        if last in CODE:
+        if last in CODE and not (last == "plugin" and named):
             does = CODE[last]
-        elif last in CLASSES and ":" in str(value):
+        elif last in CLASSES and ":" in str(value) and not named:
             does = "imports a module"
-        elif last == "harness" and re.search(r"\.ya?ml\s*(,|$)", str(value)):
+        elif last == "harness" and re.search(r"\.ya?ml\s*(,|$)", str(value)) and not named:
             does = "runs code that comes with a task of lm_eval"
         else:
             continue

@@ -203,8 +203,8 @@ def _goes_on(text: str) -> bool:
 
     with suppress(ValueError):
         return not isinstance(json.loads(text), list | dict)
-    last = [event for event in yaml.parse(text, Loader=_loader()) if isinstance(event, yaml.CollectionEndEvent)][-1]
-    return bool(last.end_mark.index != len(text))
+    ends: list[Any] = [each for each in yaml.parse(text, Loader=_loader()) if isinstance(each, yaml.CollectionEndEvent)]
+    return bool(ends[-1].end_mark.index != len(text))
 
 
 def shown(value: Any) -> str:
@@ -242,8 +242,8 @@ def _measure(text: str) -> None:
     known: dict[str, tuple[int, int]] = {}  # anchor -> (nodes, depth) of what it stands for
     within: list[tuple[str | None, int, int]] = []  # each open collection: anchor, nodes before it, depth so far
     for event in yaml.parse(text, Loader=_loader()):
-        if getattr(event, "tag", None) not in (None, "!", "tag:yaml.org,2002:str"):
-            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+        if (tag := getattr(event, "tag", None)) not in (None, "!", "tag:yaml.org,2002:str"):
+            tag = str(tag).replace("tag:yaml.org,2002:", "!!")
             raise _NotPlain(f"{tag}: plain strings, numbers, lists and mappings are expected, without tags")
         anchor, size, depth = getattr(event, "anchor", None), 1, 0
         if isinstance(event, yaml.CollectionStartEvent):

@@ -7,8 +7,10 @@ imported for help.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
+import io
 import json
 import logging
 import os
@@ -16,13 +18,17 @@ import re
 import sys
 import textwrap
 import traceback
+import typing
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from .errors import InputError, did_you_mean
+from .recipes.arguments import check_numbers, read_arguments, with_declared
 from .recipes.borrowed import SUMMARIES as BORROWED
 from .recipes.borrowed import run as borrowed
+from .recipes.config import read_value, shown
 from .recipes.oldwords import translated
 from .recipes.packaged import with_packaged
 
@@ -151,18 +157,18 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 1: a check failed; 2: something the user can mend, said in one line; 130: Ctrl-C."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Runs one command.
+
+    0: done; 1: a check failed; 2: something the user can mend, said in one line; 70: a mistake of ours, in one line;
+    130: Ctrl-C.
+    """
+    with _streams():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(args: list[str]) -> int:
     debug = "--debug" in args or os.environ.get("LLMTOOLS_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0 if args else 2
-    if args[0] in ("-V", "--version"):
-        from . import __version__
-
-        print(__version__)
-        return 0
     former = os.environ.get("LLMTOOLS_DEBUG")
     if debug:
         os.environ["LLMTOOLS_DEBUG"] = "1"
@@ -171,34 +177,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not debug:  # libraries on each other's future names
                 warnings.simplefilter("ignore", FutureWarning)
-            return _run(args[0], args[1:])
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
-        print("llmtools: stopped", file=sys.stderr)
-        return 130
+            return _run(args)
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
-    except (InputError, OSError, ImportError, MemoryError) as error:
+    except (KeyboardInterrupt, Exception) as error:
         if debug:
             traceback.print_exc()
-        print(f"llmtools {args[0]}: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
-            raise  # a mistake of ours, with its traceback
-        if debug:
-            traceback.print_exc()
-        print(f"llmtools {args[0]}: not enough memory on the device: {_one_line(error)}", file=sys.stderr)
-        return 2
+        code, line = _said(error)
+        named = args and not isinstance(error, KeyboardInterrupt) and not args[0].startswith("-")
+        command = f"llmtools {args[0]}" if named else "llmtools"
+        print(f"{command}: {line}", file=sys.stderr)
+        return code
     finally:
         logging.getLogger("llmtools").removeHandler(handler)
         if debug and former is None:
             del os.environ["LLMTOOLS_DEBUG"]
 
 
-def _run(name: str, args: list[str]) -> int:
+def _said(error: BaseException) -> tuple[int, str]:
+    """The exit code that an exception ends in, and the line that says it."""
+    if isinstance(error, KeyboardInterrupt):
+        return int(getattr(error, "exit_code", 130)), str(error) or "stopped"
+    if isinstance(error, (InputError, OSError, ImportError, MemoryError)):
+        return 2, _one_line(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return 2, f"not enough memory on the device: {_one_line(error)}"
+    return 70, f"unexpected {type(error).__name__}: {_one_line(error)} (please report; --debug shows the traceback)"
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Sees to it that there are outputs, and that whatever we print can be written in the user's locale."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us; another file would get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    former = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace" if _is_unicode(stream) else "replace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, former, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+
+def _is_unicode(stream: Any) -> bool:
+    return str(getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview(), flush=True)
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        from . import __version__
+
+        print(__version__, flush=True)
+        return 0
+    _check_text(args)
+    name, *args = args
     if name in BORROWED:
         return borrowed(name, args)
     if name not in VERBS:
@@ -210,28 +250,44 @@ def _run(name: str, args: list[str]) -> int:
         args = [f"--{verb.positional}", *args]
     as_json = "--json" in args
     args = with_packaged(translated(name, args, _names(options)))
-    parser = _parser(name, verb, options)
-    recipe = _parse(parser, name, options, _flags([arg for arg in args if arg != "--json"], options))
+    recipe = _parse(_parser(name, verb, options), name, options, [arg for arg in args if arg != "--json"])
     if recipe is None:
         return 0
     result = getattr(module, verb.function)(recipe)
     if as_json:
-        print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False, default=str))
+        ascii_only = not _is_unicode(sys.stdout)
+        print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=ascii_only, default=str))
     else:
         print(result)
     sys.stdout.flush()
     return int(getattr(result, "exit_code", 0))
 
 
+def _check_text(args: list[str]) -> None:
+    """Raises InputError for an argument that is no text: the system's bytes may be anything but NUL."""
+    for arg in args:
+        try:
+            arg.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{arg!a} is no text in this locale's encoding ({sys.getfilesystemencoding()}); set a UTF-8 "
+                f"locale (LC_ALL=C.UTF-8), or rename the file"
+            ) from error
+        if "\0" in arg:
+            raise InputError(f"{shown(arg)} holds a NUL character, which no text or name of a file has")
+
+
 def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
-    from jsonargparse import ArgumentParser, set_parsing_settings
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("llmtools", read_value)
     parser = ArgumentParser(
         prog=f"llmtools {name}",
         description=(options.__doc__ or "").strip(),
         epilog="examples:\n" + textwrap.indent(verb.example, "  "),
         formatter_class=_Help(),
+        parser_mode="llmtools",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -239,6 +295,12 @@ def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
         "--config", action="config", help="a YAML of these options, or the name of a packaged one; flags override it"
     )
     parser.add_class_arguments(options, as_group=False)
+    parser.add_argument(
+        "--trust_plugins",
+        type=bool,
+        default=argparse.SUPPRESS,
+        help="take what runs code (plugin, module:Class, trust_remote_code) from the YAML, too",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
@@ -259,24 +321,36 @@ def _Help() -> Any:  # a class made on demand, so that jsonargparse is not impor
 
 
 def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
-    """The recipe that the arguments make; None where help or the configuration was asked for and printed."""
-    import argparse
+    """The recipe that the arguments make; None where help or the configuration was asked for and printed.
 
+    What a recipe holds as a mapping of anything comes as we read it, and is not read a second time by jsonargparse.
+    """
+    given = read_arguments(args, options)
     try:
-        parsed = parser.parse_args(args)
+        parsed = parser.parse_args(given.args, env=False)
     except SystemExit as stopped:
         if stopped.code in (0, None):
             return None
         raise InputError("these arguments cannot be read; see --help") from stopped
     except (argparse.ArgumentError, argparse.ArgumentTypeError, TypeError, ValueError) as error:
         raise InputError(_readable(str(error), name, options)) from error
-    for extra in ("json", "debug", "config"):
-        parsed.pop(extra, None)
-    return options(**_values(parser.instantiate(parsed), options))
+    recipe = _made(options, parsed, given.open_options)
+    check_numbers(dataclasses.asdict(recipe))
+    return with_declared(recipe, given.texts)
 
 
-def _values(parsed: Any, options: type[Any]) -> dict[str, Any]:
-    return {field.name: parsed[field.name] for field in dataclasses.fields(options)}
+def _made(options: type[Any], parsed: Any, open_options: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass of the parsed values. (jsonargparse would make objects of classes that a value names.)"""
+    hints = typing.get_type_hints(options)
+    values = {}
+    for field in dataclasses.fields(options):
+        value, name = parsed[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            value = _made(hints[field.name], value, open_options, f"{name}.")
+        elif name in open_options and isinstance(open_options[name], type(value)):
+            value = open_options[name]
+        values[field.name] = value
+    return options(**values)
 
 
 def _readable(message: str, name: str, options: type[Any]) -> str:
@@ -310,8 +384,6 @@ def _near(word: str, known: list[str]) -> str:
 
 def _names(options: type[Any], prefix: str = "") -> list[str]:
     """Every option's name, nested ones with dots; those that take any key end in ``.*``."""
-    import typing
-
     hints = typing.get_type_hints(options)
     names: list[str] = []
     for field in dataclasses.fields(options):
@@ -321,16 +393,6 @@ def _names(options: type[Any], prefix: str = "") -> list[str]:
         else:
             names.append(name)
     return names
-
-
-def _flags(args: list[str], options: type[Any]) -> list[str]:
-    """``--resume`` alone means true: boolean options may go without a value."""
-    booleans = {f"--{field.name}" for field in dataclasses.fields(options) if field.type in ("bool", "bool | None")}
-    following = [*args, ""][1:]
-    return [
-        f"{arg}=true" if arg in booleans and after.lower() not in ("true", "false") else arg
-        for arg, after in zip(args, following, strict=True)
-    ]
 
 
 def _overview() -> str:

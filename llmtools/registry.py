@@ -85,6 +85,8 @@ class Registry(Generic[T]):
             raise InputError(
                 f"{self.kind} {name!r}: no {attribute!r} in {module_name!r}; {did_you_mean(attribute, public)}"
             ) from error
+        except Exception as error:  # whatever it is that the module does when it is imported
+            raise InputError(f"{self.kind} {name!r}: its module raises {type(error).__name__}: {error}") from error
         if not isinstance(found, type):
             raise InputError(f"{self.kind} {name!r} is not a class but {type(found).__name__}")
         self._entries[name] = found

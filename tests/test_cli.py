@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -252,3 +253,137 @@ def test_every_option_has_a_word_of_help(capsys: pytest.CaptureFixture[str]) -> 
         options = getattr(importlib.import_module(f"llmtools.recipes.{verb.module}"), verb.options)
         docs = field_docs(options)
         assert {field.name for field in dataclasses.fields(options)} == {name for name, doc in docs.items() if doc}
+
+
+BUG = """
+import sys
+import llmtools.recipes.env
+from llmtools.cli import main
+
+def deep():
+    deep()
+
+def bug(recipe):
+    {bug}
+
+llmtools.recipes.env.env = bug
+sys.exit(main(["env", *sys.argv[1:]]))
+"""
+
+
+def program(code: str, *args: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(
+    "bug, says",
+    [
+        ("[][1]", "IndexError: list index out of range"),
+        ("raise KeyError('x')", "KeyError: 'x'"),
+        ("deep()", "RecursionError: maximum recursion depth exceeded"),
+        ("'\\udcff'.encode()", "UnicodeEncodeError: 'utf-8' codec"),
+        ("raise RuntimeError('a\\nb')", "RuntimeError: a b"),
+        ("assert False", "AssertionError: AssertionError"),
+    ],
+)
+def test_a_mistake_of_ours_is_one_line_and_another_code(bug: str, says: str) -> None:
+    done = program(BUG.format(bug=bug))
+    assert done.returncode == 70 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"llmtools env: unexpected {says}")
+    assert line.endswith("(please report; --debug shows the traceback)")
+
+
+def test_debug_shows_where_a_mistake_of_ours_is() -> None:
+    done = program(BUG.format(bug="[][1]"), "--debug")
+    assert done.returncode == 70 and "Traceback" in done.stderr and "in bug" in done.stderr
+
+
+LIST = "import sys; from llmtools.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("closed, code", [((1,), 0), ((0,), 0), ((0, 1, 2), 0), ((2,), 2)])
+def test_a_closed_stream_is_no_mistake(closed: tuple[int, ...], code: int) -> None:
+    shell = f'exec "$@" {" ".join(f"{number}>&-" for number in closed)}'
+    words = ["list"] if code == 0 else ["nothing"]
+    command = ["sh", "-c", shell, "sh", sys.executable, "-c", LIST, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stderr == ""
+    assert (done.stdout == "") == (1 in closed or code != 0)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["list"]])
+def test_an_output_that_is_full_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", LIST, *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "No space left on device" in done.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["list", "--json"]])
+def test_what_is_printed_can_be_printed_in_any_locale(words: list[str]) -> None:
+    ascii_only = {
+        **os.environ,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    done = program(LIST, *words, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, "")
+    if "--json" in words:
+        assert json.loads(done.stdout) == json.loads(program(LIST, *words).stdout)
+
+
+def test_an_argument_that_is_no_text_is_one_line(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text, says in (("a\udcff", "a\\udcff' is no text"), ("a\0b", "NUL")):
+        for words in (("generate", "--model", stories, "--prompt", text), ("check", text), ("list", f"--name={text}")):
+            assert says in fails(capsys, *words)
+        assert says in fails(capsys, "quantize", "--model", stories, "--out", text, "--options.x", text)
+
+
+@pytest.mark.parametrize("verb", ["quantize", "finetune", "generate", "check", "sweep"])
+def test_a_seed_that_no_generator_takes_is_one_line(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"quantize": "--model m --out o", "finetune": "--model m --data d --out o", "generate": "--prompt p"}
+    words = {**needed, "check": "rtn", "sweep": '--model m --tasks {"t":{"data":"x"}}'}[verb].split()
+    name, shown = ("--seeds", "[{}]") if verb == "sweep" else ("--seed", "{}")
+    for seed in (2**70, -1, 2**32):
+        assert f"{name} {seed}: a whole number from 0 to 4294967295" in fails(
+            capsys, verb, *words, name, shown.format(seed)
+        )
+    (tmp_path / "r.yaml").write_text(f"{name[2:]}: {shown.format(2**70)}\n")
+    assert "a whole number from 0" in fails(capsys, verb, *words, "--config", tmp_path / "r.yaml")
+
+
+def test_numbers_that_no_option_can_have_are_one_line(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        (("quantize", "--model", "m", "--out", "o", "--samples", 2**64), "below 2^63"),
+        (("check", "rtn", "--options.bits", -(2**64)), "below 2^63"),
+        (("check", "rtn", "--options.a.seed", 2**64), "a whole number from 0"),
+        (("finetune", "--model", "m", "--data", "d", "--out", "o", "--lora.alpha", "nan"), "--lora.alpha"),
+        (("finetune", "--model", "m", "--data", "d", "--out", "o", "--training.learning_rate", ".nan"), "a number is"),
+        (("generate", "--model", stories, "--prompt", "a", "--temperature", "1e-300"), "0 (the likeliest token"),
+        (("generate", "--model", stories, "--prompt", "a", "--temperature", ".inf"), "temperature=inf"),
+    ):
+        assert says in fails(capsys, *words)
+
+
+def test_names_that_no_file_can_have_are_one_line(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("x" * 256, "x/" * 3000):
+        for words in (
+            ("generate", "--model", f"./{name}", "--prompt", "a"),
+            ("generate", "--model", stories, "--prompts", f"{name}.txt"),
+            ("generate", "--model", stories, "--adapter", name, "--prompt", "a"),
+            ("evaluate", "--model", stories, "--data", f"{name}.txt"),
+            ("quantize", "--model", stories, "--quantizer", "rtn", "--out", name),
+            ("finetune", "--model", stories, "--data", f"{name}.jsonl", "--out", "o"),
+            ("list", "--config", name),
+            ("push", name, "--repo", "a/b"),
+            ("chat", name),
+        ):
+            assert "name too long" in fails(capsys, *words) or words[0] == "chat"

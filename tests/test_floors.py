@@ -26,6 +26,7 @@ FLOORS = {
     "errors": 1,
     "files": 1,
     "progress": 1,
+    "redaction": 1,
     "_hook": 1,
 }
 NEEDS: dict[str, set[str]] = {
@@ -37,6 +38,7 @@ NEEDS: dict[str, set[str]] = {
     "limits": {"regex"},
     "errors": set(),
     "files": set(),
+    "redaction": set(),
     "progress": {"rich"},
     "_hook": set(),
 }

@@ -6,6 +6,7 @@ faster; prompts are padded on the left and the padding is masked, so answers are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,10 @@ from .metrics import OnStep, model_positions
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+
+LEAST_TEMPERATURE = 1e-5
+"""below, and above 0, logits become infinite"""
 
 
 class Written(NamedTuple):
@@ -58,8 +63,12 @@ def write(
     special tokens itself, so none are added.
 
     Raises InputError, before anything is generated, if a prompt and `max_new_tokens` do not fit into the model's
-    positions.
+    positions, and for a temperature by which no logits can be divided.
     """
+    if temperature != 0 and not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise InputError(
+            f"temperature={temperature}: 0 (the likeliest token each time), or from {LEAST_TEMPERATURE} is expected"
+        )
     ids = [_prompt_ids(tokenizer, prompt, number, chat) for number, prompt in enumerate(prompts, start=1)]
     _check_room(model, ids, max_new_tokens)
     device = next(model.parameters()).device

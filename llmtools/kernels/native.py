@@ -6,7 +6,10 @@ and wherever a build fails, callers get None and compute in plain torch, and one
 
 A library in a cache is code that will run as the user, so the cache is a directory that only the user can write. It is
 $LLMTOOLS_CACHE, $XDG_CACHE_HOME/llmtools or ~/.cache/llmtools. A file is named after everything that went into it
-(source, compiler, flags, processor), appears by renaming, and is never changed, so processes cannot disturb each other.
+(source, compiler, flags, processor) and after its contents, appears by renaming, and is never changed, so processes
+cannot disturb each other; of those that start together one builds. Loading what a power cut left of a library would
+end the process, so the contents are compared with the name first. Where a build failed, a note beside the libraries
+says so, and nobody tries again for some hours.
 
 Environment: CC names the compiler (default: cc, gcc or clang, whichever is found first); LLMTOOLS_NATIVE=0 turns C off.
 """
@@ -24,7 +27,9 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -43,6 +48,8 @@ _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-
 # Linking against OpenMP resolves to the runtime that torch has loaded, so both share one pool of threads.
 _VARIANTS = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 _BUILD_SECONDS = 120
+_VERSION_SECONDS = 10
+_RETRY_SECONDS = 3 * 3600
 
 
 class _Unavailable(Exception):
@@ -88,43 +95,136 @@ def _load(source: Path) -> ctypes.CDLL:
     texts = [path.read_bytes() for path in (source, *headers)]
     ingredients = [*texts, _version(compiler).encode(), repr((compiler, _FLAGS, _VARIANTS)).encode(), _processor()]
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in ingredients)).hexdigest()
-    path = folder / f"{source.parent.name}-{digest[:32]}.so"
-    if path.exists():
-        _check_private(path)
+    stem = folder / f"{source.parent.name}-{digest[:32]}"
+    if (found := _kept(stem)) is not None:
+        return found
+    with _alone(folder):
+        if (found := _kept(stem)) is not None:  # another process has built it in the meantime
+            return found
+        _check_not_failed(stem)
+        path = _build(compiler, source, stem)
         try:
             return ctypes.CDLL(str(path))
-        except OSError as error:  # made by this user on another system, say with a newer libc
+        except OSError as error:
+            raise _failed(
+                stem,
+                f"{path} was built and does not load ({error}); if its disk forbids execution, "
+                "set LLMTOOLS_CACHE to a folder on another",
+            ) from error
+
+
+def _kept(stem: Path) -> ctypes.CDLL | None:
+    """The library of an earlier build, if it is there and whole."""
+    for path in _files(stem):
+        try:
+            _check_private(path)
+            if path.stem.rpartition("-")[2] == _sum(path):
+                return ctypes.CDLL(str(path))
+            log.debug("%s is damaged and is built anew", path)
+        except OSError as error:  # made by this user on another system, say with a newer libc; or just replaced
             log.debug("%s does not load and is built anew: %s", path, error)
-    _build(compiler, source, path)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise _Unavailable(
-            f"{path} was built and does not load ({error}); if its disk forbids execution, "
-            "set LLMTOOLS_CACHE to a folder on another"
-        ) from error
+    return None
 
 
-def _build(compiler: tuple[str, ...], source: Path, path: Path) -> None:
-    """Compiles to a folder of its own in the cache, then renames the result to `path`."""
+def _files(stem: Path) -> list[Path]:
+    return sorted(stem.parent.glob(f"{stem.name}-*.so"))
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Lets one process at a time into the block; where the disk knows no locks, or another takes too long, all."""
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
+        until = time.monotonic() + 2 * _BUILD_SECONDS
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() < until:
+                    time.sleep(0.05)
+                    continue
+            except OSError as error:
+                log.debug("%s cannot be locked: %s", folder, error)
+            break
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _build(compiler: tuple[str, ...], source: Path, stem: Path) -> Path:
+    """Compiles in a folder of its own in the cache, and renames the result once it is on the disk; returns its path."""
+    try:
+        with tempfile.TemporaryDirectory(dir=stem.parent) as folder:
+            made = Path(folder) / f"{stem.name}.so"
             for variant in _VARIANTS:
                 command = [*compiler, *_FLAGS, *variant, "-o", str(made), str(source), "-lm"]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_BUILD_SECONDS)
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_BUILD_SECONDS)
                 if done.returncode == 0:
-                    made.chmod(0o700)
-                    made.replace(path)
-                    return
+                    return _put(made, stem)
                 log.debug("%s\n%s", shlex.join(command), done.stderr)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise _Unavailable(f"building {source.parent.name}/native.c in {path.parent} failed: {error}") from error
+    except subprocess.TimeoutExpired as error:
+        raise _failed(stem, f"building {source.parent.name}/native.c in {stem.parent} failed: {error}") from error
+    except OSError as error:
+        raise _Unavailable(f"building {source.parent.name}/native.c in {stem.parent} failed: {error}") from error
     first = done.stderr.strip().splitlines()[:1]
-    raise _Unavailable(
+    raise _failed(
+        stem,
         f"{shlex.join(compiler)} could not compile {source} ({''.join(first) or 'no message'}); "
-        "name another compiler in CC"
+        "name another compiler in CC",
     )
+
+
+def _put(made: Path, stem: Path) -> Path:
+    """Renames a library to its place in the cache, in place of damaged ones."""
+    path = stem.with_name(f"{stem.name}-{_sum(made)}.so")
+    former = _files(stem)
+    made.chmod(0o700)
+    _sync(made)
+    made.replace(path)
+    _sync(path.parent)
+    for each in (*former, _note(stem)):
+        if each != path:
+            with suppress(OSError):
+                each.unlink()
+    return path
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _note(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}.failed")
+
+
+def _failed(stem: Path, reason: str) -> _Unavailable:
+    """The error of a failed build, after a note of it for those who come later."""
+    with suppress(OSError), tempfile.TemporaryDirectory(dir=stem.parent) as folder:
+        written = Path(folder) / "note"
+        written.write_text(reason, encoding="utf-8")
+        written.replace(_note(stem))
+    return _Unavailable(reason)
+
+
+def _check_not_failed(stem: Path) -> None:
+    """Raises the reason of a build that failed lately, with the same compiler, flags and processor."""
+    try:
+        age = time.time() - _note(stem).stat().st_mtime
+        reason = _note(stem).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    if 0 <= age < _RETRY_SECONDS:
+        raise _Unavailable(f"{' '.join(reason.split())}; tried again in some hours, or without {_note(stem)}")
 
 
 def _compiler() -> tuple[str, ...]:
@@ -144,7 +244,9 @@ def _compiler() -> tuple[str, ...]:
 
 def _version(compiler: tuple[str, ...]) -> str:
     try:
-        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_BUILD_SECONDS)
+        done = subprocess.run(
+            [*compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=_VERSION_SECONDS
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _Unavailable(f"{shlex.join(compiler)} does not run ({error}); name another compiler in CC") from error
     return done.stdout

@@ -6,10 +6,10 @@ transformers'; see ``llmtools serve --help``.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -32,7 +32,7 @@ def run(command: str, args: Sequence[str]) -> int:
     if missing:
         raise InputError(f"{command} needs {', '.join(missing)}: pip install 'llmtools[serve]'")
     for arg in args:
-        if (Path(arg) / "adapter_config.json").exists() and not (Path(arg) / "config.json").exists():
+        if _holds(arg, "adapter_config.json") and not _holds(arg, "config.json"):
             raise InputError(
                 f"{arg} is an adapter, and {command} takes whole models; merge it first: llmtools export "
                 f"--adapter {arg} --format dense --out MERGED"
@@ -48,6 +48,10 @@ def run(command: str, args: Sequence[str]) -> int:
     finally:
         sys.excepthook = hook  # typer replaces it
     return 0
+
+
+def _holds(folder: str, name: str) -> bool:
+    return os.path.exists(os.path.join(folder, name))  # false, too, for prose that no folder can be called
 
 
 def _app(command: str) -> Any:

@@ -260,12 +260,14 @@ def _last_checkpoint(work: Path) -> Path | None:
 
 def _check_same(recipe: Finetune, run: Path) -> None:
     """A run goes on with the model, data and adapter it began with; only the training arguments may change."""
+    from .record import as_json
+
     try:
         before = json.loads(run.read_text(encoding="utf-8"))["recipe"]
     except (OSError, ValueError, KeyError):
         log.warning("%s cannot be read; whether the recipe is still the same is not known", run)
         return
-    now = json.loads(json.dumps(asdict(recipe), default=str))
+    now = json.loads(as_json(asdict(recipe)))  # without secrets, as what was written
     for key in ("model", "load", "data", "validation", "limit", "lora", "task", "options", "seed"):
         if before.get(key) != now[key]:
             raise InputError(

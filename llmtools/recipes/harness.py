@@ -68,7 +68,12 @@ def measures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _named(file: Path) -> str:
     import yaml
 
-    content = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    from .config import read_text
+
+    try:
+        content = yaml.load(read_text(file), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "task" not in content:
         raise InputError(f"{file} is no task of lm_eval: it names no `task`")
     return str(content["task"])

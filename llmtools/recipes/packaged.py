@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "configs"
@@ -35,4 +36,4 @@ def with_packaged(args: list[str]) -> list[str]:
 
 
 def _is_name(word: str) -> bool:
-    return bool(word) and not Path(word).exists()
+    return bool(word) and not os.path.exists(word)  # unlike Path's, also of names that no file can have

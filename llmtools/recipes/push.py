@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Push:
     message: str = "Upload with llmtools"
     """of the commit"""
     dry_run: bool = False
-    """print the card and upload nothing"""
+    """print the card and the names of the files that would go, and upload nothing"""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,23 @@ class Pushed:
     """None where nothing was uploaded"""
     card: str | None = None
     """of a dry run"""
+    files: list[str] = field(default_factory=list)
+    """those that would go, of a dry run"""
+    left_out: list[str] = field(default_factory=list)
+    """what would stay here, of a dry run"""
 
     def __str__(self) -> str:
-        return self.card or f"{self.repo}: {self.url}"
+        if self.card is None:
+            return f"{self.repo}: {self.url}"
+        lines = [f"{self.repo} would get: {', '.join(self.files)}"]
+        lines += [f"these would stay here: {', '.join(self.left_out)}"] if self.left_out else []
+        return "\n".join([self.card, *lines])
 
 
 def push(recipe: Push) -> Pushed:
     """Uploads the folder."""
     from ..model.card import CARD
-    from ..model.share import check_repo, push_to_hub, texts_of
+    from ..model.share import check_repo, files_of, push_to_hub, texts_of
 
     check_repo(recipe.repo)
     folder = Path(recipe.folder).expanduser()
@@ -57,7 +65,9 @@ def push(recipe: Push) -> Pushed:
     results = [_result(Path(name).expanduser(), folder) for name in files]
     if recipe.dry_run:
         texts = texts_of(folder, recipe.repo, base_name=recipe.base_name, results=results)
-        return Pushed(recipe.repo, None, texts.get(CARD) or (folder / CARD).read_text(encoding="utf-8"))
+        kept, left = files_of(folder)
+        card = texts.get(CARD) or (folder / CARD).read_text(encoding="utf-8")
+        return Pushed(recipe.repo, None, card, sorted({*kept, *texts}), left)
     url = push_to_hub(
         folder,
         recipe.repo,
@@ -73,7 +83,7 @@ def _result(path: Path, folder: Path) -> dict[str, Any]:
     """One measurement. Raises InputError unless it is one, and of this folder."""
     try:
         result = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is not what `llmtools evaluate --json` prints: {error}") from error
     if not {"task", "measure", "value", "model"} <= set(result):
         raise InputError(

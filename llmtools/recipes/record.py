@@ -1,4 +1,7 @@
-"""What was run, written beside its result: the resolved recipe, versions, platform, time."""
+"""What was run, written beside its result: the resolved recipe, versions, platform, time.
+
+Secrets among the options (a hub token) are left out of all of it, see `redaction`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from ..redaction import redacted
 
 PACKAGES = (
     "llmtools",
@@ -29,7 +34,7 @@ PACKAGES = (
 
 def record(command: str, recipe: Any, **more: Any) -> dict[str, Any]:
     """One run as JSON: ``{"command", "recipe", "versions", "python", "platform", "started", …}`` and `more`."""
-    return {
+    run = {
         "command": command,
         "recipe": dataclasses.asdict(recipe),
         "versions": versions(),
@@ -38,6 +43,7 @@ def record(command: str, recipe: Any, **more: Any) -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **more,
     }
+    return dict(redacted(run))
 
 
 def versions() -> dict[str, str]:
@@ -56,8 +62,9 @@ def versions() -> dict[str, str]:
 
 
 def as_json(value: Any) -> str:
-    """Indented JSON with an end of line; what JSON does not know is written as its string."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+    """Indented JSON with an end of line, without secrets; what JSON does not know is written as its string."""
+    text = json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name may hold what is no text
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,13 +73,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def given(recipe: Any) -> dict[str, Any]:
-    """What of a recipe differs from its defaults, as JSON has it. An option that comes later changes nothing in it."""
+    """What of a recipe differs from its defaults, as JSON has it, without secrets.
+
+    An option that comes later changes nothing in it.
+    """
     found = {}
     for each in dataclasses.fields(recipe):
         default = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
         if (value := getattr(recipe, each.name)) != default:
             found[each.name] = given(value) if dataclasses.is_dataclass(value) else value
-    return dict(json.loads(json.dumps(found, default=str)))
+    return dict(json.loads(json.dumps(redacted(found), default=str)))
 
 
 def command(verb: str, recipe: Any) -> str:

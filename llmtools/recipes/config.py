@@ -1,0 +1,322 @@
+"""What a YAML and the text of a flag are read as: plain data. Nothing here makes an object or imports a module.
+
+A recipe is a file that people pass on: it says what is to be done, and brings no code along. So every text that a user
+gives is read here: the files of ``--config`` by `read_config`, the value of a flag by `read_value`, which is also the
+loader of our jsonargparse parsers (its own has any class imported that a ``class_path`` names). A text that is made to
+exhaust memory or the stack, by aliases of aliases or brackets without end, is refused before anything is made of it.
+
+What has code run (`CODE`) counts on the command line alone, unless that says ``--trust_plugins true``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import InputError
+
+MOST_BYTES = 2**20
+"""of a file"""
+MOST_NODES = 100_000
+"""scalars, lists and mappings of a text, with its aliases written out"""
+DEEPEST = 50
+"""lists and mappings in each other"""
+
+CODE = {
+    "plugin": "imports a module",
+    "trust_remote_code": "runs code that comes with a model or data set",
+    "confirm_run_unsafe_code": "runs what a model writes",
+    "megatron_core": "imports a module",
+    "use_cache": "unpickles a file",
+}
+"""options, of recipes and of the libraries beneath (PEFT, lm_eval), that have code run"""
+
+CLASSES = ("quantizer", "task", "name")
+"""options that may be ``module:Class``, which imports the module"""
+
+_INT = re.compile(r"[-+]?[0-9][0-9_]*$")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN))$"
+)
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
+_NULL = re.compile(r"(?:null|Null|NULL)$")
+_YES = re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")  # in YAML 1.1, so in files, not in flags
+
+
+class _Refused(InputError):
+    """A text that is turned away whatever it was meant to be."""
+
+
+class _NotPlain(ValueError):
+    """YAML that is more than strings, numbers, truths, null, lists, and mappings from strings."""
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def read_config(path: Path, under: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """(file, what it says) of a configuration, the one that it is based on (its own key ``config``) before it.
+
+    Raises InputError, in one line with the file's name, where this is no mapping of plain values.
+    """
+    contents = read_yaml(path)
+    base = contents.pop("config", None)
+    if base is not None:
+        if not isinstance(base, str):
+            raise InputError(f"{path}: config: the path of another YAML is expected, not {shown(base)}")
+        chain = (*under, path.resolve())
+        if (path.parent / base).resolve() in chain:
+            raise InputError(f"{path}: config: {base} is based on this file itself")
+        yield from read_config(path.parent / base, chain)
+    yield path, contents
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML or JSON file holds. Raises InputError, with the file's name, where it holds none."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a YAML file is expected")
+    if not path.exists():
+        raise InputError(f"{path} does not exist (looked in {Path.cwd()})")
+    contents = parse_yaml(read_text(path), str(path))
+    if not isinstance(contents, dict):
+        raise InputError(f"{path}: a mapping (key: value) is expected, not {shown(contents)}")
+    return contents
+
+
+def read_text(path: Path) -> str:
+    """The text of a small file. Raises InputError where it is large, or not UTF-8."""
+    with path.open("rb") as file:
+        raw = file.read(MOST_BYTES + 1)
+    if len(raw) > MOST_BYTES:
+        raise InputError(f"{path} has more than {MOST_BYTES} bytes, too many for a file of options")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8: {error}") from error
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The plain value that a text in YAML or JSON stands for. Raises InputError, which opens with `where`."""
+    import yaml
+
+    try:
+        return _parsed(text)
+    except (_Refused, _NotPlain) as error:
+        raise InputError(f"{where}: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+        raise InputError(f"{where} is not YAML: {place}{reason}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def without_code(contents: dict[str, Any], where: Path, given: Collection[str], spelled: Collection[str]) -> None:
+    """Checks that a configuration has no code run but what the command line names.
+
+    given: the options that the command line gives; of those in `CODE` it has the last word, so they go from `contents`.
+    spelled: the strings that are values on the command line.
+
+    Raises InputError for others of `CODE`, for ``module:Class``, and for files of lm_eval, which may hold code.
+    """
+    if "trust_plugins" in contents:
+        raise InputError(f"{where}: trust_plugins can be given on the command line only")
+    for key in CODE.keys() & set(given) & contents.keys():
+        del contents[key]
+    for key, value in leaves(contents):
+        last, named = key.rpartition(".")[2], isinstance(value, str) and value in spelled
+        if value in (None, False, "") or (last == "use_cache" and value is True):
+            continue
+        if last in CODE and not (last == "plugin" and named):
+            does = CODE[last]
+        elif last in CLASSES and ":" in str(value) and not named:
+            does = "imports a module"
+        elif last == "harness" and re.search(r"\.ya?ml\s*(,|$)", str(value)) and not named:
+            does = "runs code that comes with a task of lm_eval"
+        else:
+            continue
+        itself = "" if "." in key else f"--{key} {value}, or "
+        raise InputError(
+            f"{where}: {key}: {shown(value)} {does}, which takes more than a YAML: pass {itself}--trust_plugins true "
+            f"if you trust this file"
+        )
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of what is neither a mapping nor a list; the items of a list have the list's name."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from leaves(each, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for each in value:
+            yield from leaves(each, name)
+    else:
+        yield name, value
+
+
+# --------------------------------------------------------------------------------------------------------------- flags
+
+
+def read_value(text: str) -> Any:
+    """What a flag's text says: a number, true, false, null, a [list], a {mapping: …}; anything else is text.
+
+    Prose stays as it was typed, where YAML would see a mapping, a comment or a truth, too.
+
+    >>> [read_value(text) for text in ("1e-4", "true", "[a, b]", "{a: 1}", "Q: {q}", "{q}", "# {q}", "no")]
+    [0.0001, True, ['a', 'b'], {'a': 1}, 'Q: {q}', '{q}', '# {q}', 'no']
+
+    Raises InputError for what can only do harm: a ``class_path``, brackets without end.
+    """
+    import yaml
+
+    bare = text.strip()
+    try:
+        for pattern, make in ((_INT, _int), (_FLOAT, _float), (_BOOL, _bool), (_NULL, _null)):
+            if pattern.match(bare):
+                return make(bare)
+        if (bare[:1], bare[-1:]) not in (("[", "]"), ("{", "}")) or _names_fields(bare):
+            _measure(bare)  # for an option that is a number jsonargparse reads the text as YAML, too
+            return text
+        found = _parsed(bare)
+        return text if _goes_on(bare) else found
+    except _Refused as error:
+        raise InputError(f"{shown(text)}: {error}") from error
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
+def _names_fields(text: str) -> bool:
+    """Whether there is a ``{question}`` in a text and nothing of a mapping."""
+    return ":" not in text and re.search(r"\{\s*[^\s}]", text) is not None
+
+
+def _goes_on(text: str) -> bool:
+    """Whether YAML is done before the end of a text, because of a comment."""
+    import yaml
+
+    with suppress(ValueError):
+        return not isinstance(json.loads(text), list | dict)
+    ends: list[Any] = [each for each in yaml.parse(text, Loader=_loader()) if isinstance(each, yaml.CollectionEndEvent)]
+    return bool(ends[-1].end_mark.index != len(text))
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: not too long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+# ---------------------------------------------------------------------------------------------------------------- YAML
+
+
+def _parsed(text: str) -> Any:
+    """The plain value that a text stands for. Raises YAMLError or ValueError (_Refused, _NotPlain) if it is none."""
+    import yaml
+
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            pass  # YAML, perhaps
+        else:
+            return _plain(found)
+    _measure(text)
+    return _plain(yaml.load(text, Loader=_loader()))
+
+
+def _measure(text: str) -> None:
+    """Raises _Refused for a text of insane size, all aliases written out, and _NotPlain for one with tags.
+
+    The parser's events come one at a time, so nothing is built of what is refused.
+    """
+    import yaml
+
+    nodes = 0
+    known: dict[str, tuple[int, int]] = {}  # anchor -> (nodes, depth) of what it stands for
+    within: list[tuple[str | None, int, int]] = []  # each open collection: anchor, nodes before it, depth so far
+    for event in yaml.parse(text, Loader=_loader()):
+        if (tag := getattr(event, "tag", None)) not in (None, "!", "tag:yaml.org,2002:str"):
+            tag = str(tag).replace("tag:yaml.org,2002:", "!!")
+            raise _NotPlain(f"{tag}: plain strings, numbers, lists and mappings are expected, without tags")
+        anchor, size, depth = getattr(event, "anchor", None), 1, 0
+        if isinstance(event, yaml.CollectionStartEvent):
+            within.append((anchor, nodes, 0))
+            anchor = None
+        elif isinstance(event, yaml.AliasEvent):
+            size, depth = known.get(anchor or "", (1, 0))
+            anchor = None
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before, depth = within.pop()
+            size, depth = 0, depth + 1
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        nodes += size
+        if anchor is not None:
+            known[anchor] = (nodes - before, depth) if size == 0 else (1, 0)
+        if within:
+            outer, start, deepest = within[-1]
+            within[-1] = (outer, start, max(deepest, depth))
+        if len(within) + depth > DEEPEST:
+            raise _Refused(f"more than {DEEPEST} lists and mappings in each other")
+        if nodes > MOST_NODES:
+            raise _Refused(f"more than {MOST_NODES} values (with its aliases written out)")
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """The value itself, if it may be passed on."""
+    if depth > DEEPEST:
+        raise _Refused(f"more than {DEEPEST} lists and mappings in each other")
+    if isinstance(value, str) and "\0" in value:
+        raise _Refused("a text with a NUL character")
+    if isinstance(value, dict):
+        for key, each in value.items():
+            if not isinstance(key, str):
+                raise _NotPlain(f"the key {shown(key)} is no name; put it in quotes")
+            if "class_path" in key.split("."):
+                raise _Refused(f"{key} is no option: data make no objects of classes that they name")
+            _plain(each, depth + 1)
+    elif isinstance(value, list):
+        for each in value:
+            _plain(each, depth + 1)
+    return value
+
+
+@functools.cache
+def _loader() -> Any:
+    """PyYAML's safe loader for plain data alone, with the numbers of JSON (1e-4) and without dates and clock times."""
+    import yaml
+
+    class Plain(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    kinds = (("null", _NULL), ("bool", _BOOL), ("bool", _YES), ("int", _INT), ("float", _FLOAT))
+    for kind, pattern in (*kinds, ("null", re.compile("~?$")), ("merge", re.compile("<<$"))):
+        Plain.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, None)
+    for kind, make in (("int", _int), ("float", _float)):
+        Plain.add_constructor(
+            f"tag:yaml.org,2002:{kind}", lambda loader, node, make=make: make(loader.construct_scalar(node))
+        )
+    return Plain
+
+
+def _bool(text: str) -> bool:
+    return text.lower() == "true"
+
+
+def _null(text: str) -> None:
+    return None
+
+
+def _int(text: str) -> int:
+    return int(text.replace("_", ""))
+
+
+def _float(text: str) -> float:
+    return float(text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))

@@ -22,6 +22,8 @@ FLOORS = {
     "kernels": 2,
     "registry": 1,
     "errors": 1,
+    "signals": 1,
+    "content": 1,
     "files": 1,
     "progress": 1,
     "_hook": 1,
@@ -32,6 +34,8 @@ NEEDS: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},  # triton comes with the CUDA builds of torch; imported where it is there
     "registry": set(),
     "errors": set(),
+    "signals": set(),
+    "content": set(),
     "files": set(),
     "progress": {"rich"},
     "_hook": set(),

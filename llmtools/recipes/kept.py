@@ -7,9 +7,11 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..content import model_content
 from ..errors import InputError
 from ..files import write_whole
 from .record import as_json
@@ -62,6 +64,18 @@ class Kept:
         write_whole(file, as_json(made))
         self.made.add(file.stem)
         return made
+
+
+def content_of_model(name: str) -> dict[str, str]:
+    """What a model is, whatever its folder is called: the hashes of its parts, or its revision on the hub."""
+    if Path(name).expanduser().is_dir():
+        return model_content(name)
+    from transformers.utils import cached_file
+
+    with suppress(OSError, ValueError):
+        parts = Path(cached_file(name, "config.json")).parts
+        return {"model's revision on the hub": parts[parts.index("snapshots") + 1]}
+    return {}
 
 
 def needed(result: Result | None, what: str) -> Result:

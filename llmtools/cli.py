@@ -151,7 +151,8 @@ log = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. 0: done; 1: a check failed; 2: something the user can mend, said in one line; 130: Ctrl-C."""
+    """Runs one command. 0: done; 1: a check failed; 2: something the user can mend, said in one line; 130: Ctrl-C,
+    143: SIGTERM."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args or os.environ.get("LLMTOOLS_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
@@ -172,11 +173,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not debug:  # libraries on each other's future names
                 warnings.simplefilter("ignore", FutureWarning)
             return _run(args[0], args[1:])
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if debug:
             traceback.print_exc()
-        print("llmtools: stopped", file=sys.stderr)
-        return 130
+        print(f"llmtools: {str(stopped) or 'stopped'}", file=sys.stderr)
+        return int(getattr(stopped, "exit_code", 130))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0

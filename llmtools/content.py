@@ -30,10 +30,10 @@ _CONFIG = ("config.json", "generation_config.json", "quantize_config.json", "ada
 
 def content(path: str | os.PathLike[str]) -> str | None:
     """The hash of a file, or of a folder's files with their names; None where there is neither."""
-    path = Path(path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(path))
+    if os.path.isfile(path):
         return _file(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
         return _joined((file.relative_to(path).as_posix(), _file(file)) for file in files)
     return None
@@ -44,9 +44,9 @@ def model_content(folder: str | os.PathLike[str]) -> dict[str, str]:
 
     Cards, notes and what else lies beside them do not count.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     parts: dict[str, list[Path]] = {"model's configuration": [], "model's weights": [], "tokenizer": []}
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+    for file in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
         if file.is_file() and (part := _part(file.name)) is not None:
             parts[part].append(file)
     return {part: _joined((file.name, _file(file)) for file in files) for part, files in parts.items() if files}

@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 MARK = "llmtools.json"
 """what makes a folder one of ours, with the list of its ``files``"""
 
+_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}")
+"""what a kill leaves of `write_whole`"""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _OF_EARLIER_VERSIONS = (
@@ -98,17 +100,20 @@ def claim(
     overwrite: bool = False,
     reads: Iterable[str | os.PathLike[str] | None] = (),
     called: str | os.PathLike[str] | None = None,
+    adding: bool = False,
 ) -> Iterator[None]:
     """Keeps an output folder to this run for the length of the block, in which SIGTERM cleans up as Ctrl-C does.
 
     To be entered before hours of work; `writing` within finds the claim there. What killed runs of the same output left
     is cleared away. called: what the run writes to, if not `folder` itself, for the one who is refused.
+    adding: the run replaces nothing, and `folder` may be there.
 
-    Raises InputError where another run writes there, and where `check_free` does.
+    Raises InputError where another run writes there, and where `check_free` does, unless `adding`.
     """
     folder = Path(folder).expanduser()
     reads = list(reads)
-    check_free(folder, overwrite=overwrite, reads=reads)
+    if not adding:
+        check_free(folder, overwrite=overwrite, reads=reads)
     target = folder.resolve()
     if target in _held.get():
         yield
@@ -123,7 +128,8 @@ def claim(
                 if (reason := _disk_says_no(error)) is not None:
                     raise InputError(f"{folder}: cannot be written ({reason})") from error
                 raise
-            check_free(folder, overwrite=overwrite, reads=reads)  # what was restored counts, too
+            if not adding:
+                check_free(folder, overwrite=overwrite, reads=reads)  # what was restored counts, too
             yield
     finally:
         for parent in parents:
@@ -198,6 +204,13 @@ def remove(folder: Path, *, of: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def clear_unfinished(folder: Path) -> None:
+    """Deletes what kills left of `write_whole` in a folder that this run has claimed."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if _UNFINISHED.fullmatch(file.name):
+            file.unlink(missing_ok=True)
+
+
 def write_whole(file: Path, text: str) -> None:
     """Writes a file, or replaces it, whole or not at all: it is on the disk before it gets its name."""
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
@@ -239,8 +252,8 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
 def _within(target: Path, reads: Iterable[str | os.PathLike[str] | None]) -> Iterator[Path]:
     """Those of the inputs that lie in `target`, or whose files do, by whatever links."""
     for each in reads:
-        path = Path(each).expanduser() if each is not None else None
-        if path is None or not path.exists():
+        path = Path(os.path.expanduser(each or ""))
+        if not each or not os.path.exists(path):
             continue
         if any(one.resolve().is_relative_to(target) for one in (path, *(path.iterdir() if path.is_dir() else ()))):
             yield path
@@ -251,7 +264,7 @@ def _is_ours(name: str, known: list[Any] | None) -> bool:
     place, _, last = name.rpartition("/")
     if last == ".DS_Store":
         return True
-    if unfinished := re.fullmatch(r"\.(.+)\.[0-9a-f]{8}", last):  # what a kill leaves of `write_whole`
+    if unfinished := _UNFINISHED.fullmatch(last):
         name = f"{place}/{unfinished[1]}".lstrip("/")
     if known is not None:
         return name in known

@@ -317,10 +317,13 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path
 
 def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path:
     """The checkpoint to go on from, in `work`; what a finished run kept is brought there."""
-    from .checkpoints import last_whole, put_aside, steps_of
+    from .checkpoints import SEAL, last_whole, put_aside, seal, steps_of
 
     former = _run(work) or _run(out)
-    if out.exists() and any(out.iterdir()) and _run(out).get("id") != former.get("id") and not recipe.overwrite:
+    allowed = recipe.overwrite or bool((former.get("recipe") or {}).get("overwrite"))  # now, or when it began
+    if "recipe" in run:
+        run["recipe"]["overwrite"] = allowed
+    if out.exists() and any(out.iterdir()) and _run(out).get("id") != former.get("id") and not allowed:
         raise InputError(
             f"--resume: {out} is of another run than the one in {work}; pass --overwrite, too, to replace it at the end"
         )
@@ -340,6 +343,8 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> P
     if kept is not None:
         checkpoint = _brought(kept, out, work)
     assert checkpoint is not None
+    if not (checkpoint / SEAL).exists():  # the run was killed a moment too early for it
+        seal(checkpoint)
     put_aside(work / "checkpoints", steps_of(checkpoint))
     log.info("going on from %s", checkpoint)
     return checkpoint

@@ -111,13 +111,12 @@ def claim(
     Raises InputError where another run writes there, and where `check_free` does, unless `adding`.
     """
     folder = Path(folder).expanduser()
-    reads = list(reads)
-    if not adding:
-        check_free(folder, overwrite=overwrite, reads=reads)
-    target = folder.resolve()
-    if target in _held.get():
+    target, reads = folder.resolve(), list(reads)
+    if target in _held.get():  # and what became of `folder` since then, `_put` will see
         yield
         return
+    if not adding:
+        check_free(folder, overwrite=overwrite, reads=reads)
     parents = [parent for parent in target.parents if not parent.exists()]  # made here, so unmade here
     try:
         with interruptible(), ExitStack() as stack:
@@ -205,7 +204,7 @@ def remove(folder: Path, *, of: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Deletes what kills left of `write_whole` in a folder that this run has claimed."""
+    """Deletes what kills left of `write_whole` in a folder that no other run writes to."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if _UNFINISHED.fullmatch(file.name):
             file.unlink(missing_ok=True)

@@ -324,7 +324,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", metavar="SCENARIO", help=", ".join(each.name for each in SCENARIOS))
     parser.add_argument("--every", type=int, default=1, help="one point in so many")
+    parser.add_argument("--points", type=int, help="so many points of each scenario, spread over all")
     asked = parser.parse_args()
+
+    def points(events: int) -> list[int]:
+        if asked.points is None:
+            return list(range(1, events + 1, asked.every))
+        return sorted({1 + index * (events - 1) // max(asked.points - 1, 1) for index in range(asked.points)})
+
     warm_up()
     bad = 0
     for scenario in SCENARIOS:
@@ -333,7 +340,7 @@ def main() -> int:
         counts: Counter[str] = Counter()
         wrong: Counter[str] = Counter()
         with tempfile.TemporaryDirectory() as place:
-            for outcome in outcomes(scenario, Path(place), lambda n: list(range(1, n + 1, asked.every))):
+            for outcome in outcomes(scenario, Path(place), points):
                 counts[outcome.what] += 1
                 wrong.update(outcome.wrong)
                 bad += bool(outcome.wrong)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import read_json, sync, write_whole
+from ..files import clear_unfinished, read_json, sync, write_whole
 from ..signals import Request
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ SECONDS = 300.0
 def seal(checkpoint: Path) -> None:
     """Has a finished checkpoint on the disk, and writes down what it consists of."""
     (checkpoint / ARGUMENTS).unlink(missing_ok=True)
+    clear_unfinished(checkpoint)
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != SEAL]
     for file in [*files, checkpoint]:
         sync(file)

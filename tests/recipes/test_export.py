@@ -66,15 +66,13 @@ def test_an_adapter_alone(adapter: Path, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "me/model"
 
 
-FORMATS = ["compressed-tensors", "gptq", "gptq_v2", "gguf", "dense", "merged", "lora"]
+FORMATS = ["compressed-tensors", "gptq", "gptq_v2", "dense", "merged", "lora"]
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_export_is_the_same_bytes_and_replaces_itself_alone(
     form: str, checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if form == "gguf":
-        pytest.importorskip("gguf")
     out = tmp_path / "out"
     source = ("--adapter", str(adapter)) if form in ("lora", "merged") else ("--model", str(checkpoint))
     command = (*source, "--format", "dense" if form == "merged" else form, "--out", str(out), "--lossy")

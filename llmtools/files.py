@@ -41,6 +41,8 @@ MARK = "llmtools.json"
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}")
 """what a kill leaves of `write_whole`"""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_OF_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+"""how torch.save says that a file cannot be written"""
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _OF_EARLIER_VERSIONS = (
     *("llmtools.json", "run.json", "metrics.jsonl", "README.md", "checkpoints/*"),
@@ -81,14 +83,13 @@ def writing(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
         try:
             partial.mkdir(parents=True)
             yield partial
-            for file in partial.rglob("*.safetensors"):
-                _sort_metadata(file)
+            sort_metadata(partial)
             _list_files(partial)
             _sync(partial)
             _put(partial, folder, target, overwrite=overwrite)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)  # of an exchange that was interrupted: the former folder
-            if (reason := _disk_says_no(error)) is not None:
+            if (reason := disk_says_no(error)) is not None:
                 raise InputError(f"{folder}: cannot be written ({reason}); nothing was kept") from error
             raise
 
@@ -124,7 +125,7 @@ def claim(
                 if stack.enter_context(_lock(target, called or folder)):
                     _clear(target)
             except OSError as error:
-                if (reason := _disk_says_no(error)) is not None:
+                if (reason := disk_says_no(error)) is not None:
                     raise InputError(f"{folder}: cannot be written ({reason})") from error
                 raise
             if not adding:
@@ -191,9 +192,24 @@ def strangers(folder: Path) -> list[str] | None:
     return sorted(name for name in found if not _is_ours(name, known))
 
 
+def files_of(folder: Path, *to_come: str) -> list[str]:
+    """The list of an output's files for its ``llmtools.json``, with those that are written later."""
+    found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
+    return sorted({*found, *to_come, MARK})
+
+
 def partial_of(target: Path) -> Path:
     """A name beside an output for what is not finished, or about to go: the output's next run clears it away."""
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(2)}.partial")
+
+
+def sort_metadata(folder: Path) -> None:
+    """Puts the metadata of a folder's .safetensors files in order: their library writes them in another one each time.
+
+    A header keeps its length, so nothing else in the file moves.
+    """
+    for file in folder.rglob("*.safetensors"):
+        _sort_metadata(file)
 
 
 def remove(folder: Path, *, of: Path) -> None:
@@ -208,6 +224,22 @@ def clear_unfinished(folder: Path) -> None:
     for file in folder.iterdir() if folder.is_dir() else ():
         if _UNFINISHED.fullmatch(file.name):
             file.unlink(missing_ok=True)
+
+
+def disk_says_no(error: BaseException) -> str | None:
+    """What the disk said, if it is the disk that refused: out of space, read-only, no permission.
+
+    The libraries that write files report the system's errors in words of their own, hence the look at the text.
+    """
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return "no space left on the device"
+    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
+        return str(error.strerror).lower()
+    if type(error).__name__ in ("SafetensorError", "Error") and "No space left" in str(error):  # of shutil, too
+        return "no space left on the device"
+    if isinstance(error, RuntimeError) and any(said in str(error) for said in _OF_TORCH):
+        return "the disk refuses a file; is there space left?"
+    return None
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -278,10 +310,11 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _list_files(folder: Path) -> None:
-    """Writes the names of a folder's files into its ``llmtools.json``, beside what that says already."""
-    files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()} | {MARK}
-    note = {**read_json(folder / MARK), "files": sorted(files)}
-    (folder / MARK).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Has the folder's ``llmtools.json`` list its files, if it does not yet."""
+    note = read_json(folder / MARK)
+    if "files" not in note:
+        note["files"] = files_of(folder)
+        (folder / MARK).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- one run at a time
@@ -427,31 +460,12 @@ def _sync(folder: Path) -> None:
 
 
 def _sort_metadata(file: Path) -> None:
-    """Puts the metadata of a .safetensors file in order: its library writes them in another one each time.
-
-    The header keeps its length, so nothing else in the file moves.
-    """
     with file.open("r+b") as stream, suppress(ValueError, TypeError, AttributeError):  # not one of that library's
         length = min(int.from_bytes(stream.read(8), "little"), file.stat().st_size)
-        told = json.loads(stream.read(length))
-        metadata = dict(sorted(told.get("__metadata__", {}).items()))
-        ordered = json.dumps(
-            {**told, "__metadata__": metadata} if metadata else told, ensure_ascii=False, separators=(",", ":")
-        ).encode()
-        if len(metadata) > 1 and len(ordered) <= length:
+        header = stream.read(length)
+        told = json.loads(header)
+        told["__metadata__"] = dict(sorted(told["__metadata__"].items())) if "__metadata__" in told else {}
+        ordered = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if told["__metadata__"] and ordered != header and len(ordered) == length:
             stream.seek(8)
-            stream.write(ordered.ljust(length))
-
-
-def _disk_says_no(error: BaseException) -> str | None:
-    """What the disk said, if it is the disk that refused: out of space, read-only, no permission.
-
-    The safetensors library reports the system's errors in words of its own, hence the look at the text.
-    """
-    if isinstance(error, OSError) and error.errno in _NO_SPACE:
-        return "no space left on the device"
-    if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
-        return str(error.strerror).lower()
-    if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-        return "no space left on the device"
-    return None
+            stream.write(ordered)

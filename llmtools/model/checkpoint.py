@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, InputError
-from ..files import MARK, writing
+from ..files import MARK, files_of, sort_metadata, writing
 from ..nn.start import Start
 from ..nn.swap import packed_bytes, quantized_linears
 from .card import write_card
@@ -76,7 +76,6 @@ def write(
     told.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    (folder / NOTE).write_text(json.dumps(_note(model, report), indent=2, default=str) + "\n")
     if isinstance(report, Report) and report.starts:
         save_file(
             {
@@ -87,6 +86,9 @@ def write(
             folder / STARTS,
             metadata={"format": "pt"},
         )
+    sort_metadata(folder)
+    note = {**_note(model, report), "files": files_of(folder, "README.md", "run.json")}
+    (folder / NOTE).write_text(json.dumps(note, indent=2, default=str) + "\n")
 
 
 def load(folder: str | PathLike[str], **options: Any) -> tuple[Any, Any]:

@@ -137,7 +137,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
 def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
     from ..content import rows_content
     from ..data.tasks.base import needs_chat_template
-    from ..files import NameTaken, remove, writing
+    from ..files import NameTaken, remove, sort_metadata, writing
     from ..model.card import write_card
     from ..model.checkpoint import load_starts
     from ..nn.start import start_adapters
@@ -200,6 +200,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             try:
                 with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
                     trainer.model.save_pretrained(folder)
+                    sort_metadata(folder)
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
                     write_json(folder / "run.json", {**run, "result": asdict(result)})
@@ -209,6 +210,10 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             except NameTaken:
                 remove(work, of=out)
                 raise
+            except InputError as error:
+                if not checkpoints.all_in(work / "checkpoints"):
+                    raise
+                raise InputError(f"{error} but the checkpoints in {work}; --resume writes it from them") from error
         _together()  # nobody goes on, or ends, before the adapter is on the disk
     if _is_first():
         _done(work, out)
@@ -217,7 +222,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
 
 def _train(trainer: Any, checkpoint: Path | None) -> None:
     """Trains from the beginning or a checkpoint; one that has all steps is only loaded, as it would be at their end."""
-    from .checkpoints import Finished
+    from ..files import disk_says_no
+    from .checkpoints import Finished, all_in
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -227,6 +233,12 @@ def _train(trainer: Any, checkpoint: Path | None) -> None:
         best = getattr(trainer.state, "best_global_step", None)
         if trainer.args.load_best_model_at_end and best:
             trainer.model.load_adapter(str(checkpoint.with_name(f"checkpoint-{best}")), "default", is_trainable=True)
+    except Exception as error:  # of the libraries that write checkpoints, each has its own
+        if (reason := disk_says_no(error)) is None:
+            raise
+        place = Path(trainer.args.output_dir)
+        left = "--resume goes on from the last whole one" if all_in(place) else "nothing was kept"
+        raise InputError(f"{place}: cannot be written ({reason}); {left}") from error
 
 
 def _told() -> None:

@@ -396,6 +396,28 @@ def test_another_run_of_the_same_output_is_refused_and_a_result_kept(stories: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.1", "train.jsonl"]
 
 
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(
+    at: int, stories: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = torch.save, []
+
+    def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        saved.append(1) if "optimizer" in str(file) else None
+        if len(saved) == at:
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+        save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    left = "nothing was kept" if at == 1 else "--resume goes on from the last whole one"
+    with pytest.raises(InputError, match=f"cannot be written .*is there space left.*{left}"):
+        finetune(recipe(stories, data, tmp_path / "a", training=SAVED))
+    monkeypatch.undo()
+    assert (tmp_path / "a.training").exists() == (at == 3)
+    if at == 3:
+        assert finetune(recipe(stories, data, tmp_path / "a", training=SAVED, resume=True)).steps == 4
+
+
 def test_a_result_of_another_run_is_not_replaced_by_going_on(killed: Path, stories: Path) -> None:
     copy(killed / "whole", killed / "a")
     run = json.loads((killed / "a" / "run.json").read_text())

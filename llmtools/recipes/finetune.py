@@ -420,8 +420,11 @@ def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -
         log.warning("run.json has no hashes of the data and the model; whether they are still the same is not known")
     elif changed:
         raise InputError(f"--resume: the {changed[0]} changed since this run began; {way_out}")
-    if before.get("training") != now["training"]:
-        log.warning("training arguments changed from %s to %s", before.get("training"), now["training"])
+    former_arguments, arguments = before.get("training") or {}, now["training"]
+    for key in dict.fromkeys([*former_arguments, *arguments]):
+        was, is_now = former_arguments.get(key), arguments.get(key)
+        if was != is_now and "token" not in key:  # of the hub, which is nobody's to read
+            log.warning("training.%s was %r and is %r", key, was, is_now)
 
 
 def _lasting_name(model: str) -> str:

@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     0: done; 1: a check failed; 2: something the user can mend, said in one line; 70: a mistake of ours, in one line;
-    130: Ctrl-C.
+    130: Ctrl-C; 143: SIGTERM.
     """
     with _streams():
         return _main(list(sys.argv[1:] if argv is None else argv))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,15 @@ _PEFT_PLACEHOLDER = "[More Information Needed]"
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
-def write_card(folder: Path, *, name: str | None = None) -> None:
+def write_card(folder: Path, *, name: str | None = None, former: Path | None = None) -> None:
     """Writes the card of what lies in `folder`, unless there is one in somebody's own words.
 
     name: what the card calls the thing; by default the folder's name.
+    former: the folder that this one is going to replace. A card in somebody's own words is taken over from there.
     """
     path = folder / CARD
+    if former is not None and (former / CARD).is_file() and not is_ours(former / CARD):
+        shutil.copy(former / CARD, path)
     if is_ours(path):
         path.write_text(card(folder, name=name), encoding="utf-8")
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
-from ..files import check_free, writing
+from ..files import MARK, files_of, sort_metadata, writing
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..nn.start import Start
 from ..nn.swap import packed_bytes, quantized_linears
@@ -46,7 +46,7 @@ from .integrity import (
 )
 from .quantize import INCOMPLETE, Report
 
-NOTE = "llmtools.json"
+NOTE = MARK
 STARTS = "lora_start.safetensors"
 _PACKAGES = ("llmtools", "torch", "transformers", "safetensors", "peft")
 
@@ -66,33 +66,45 @@ def save(
     adapters that it may hold in ``lora_start.safetensors``. A dense model (after
     `llmtools.merge`) is written as an ordinary folder.
 
-    Raises InputError where the folder exists (unless `overwrite`), the model carries adapters or is half quantized,
-    or the disk refuses; nothing is left behind then.
+    Raises InputError where the folder exists (unless `overwrite`, and then where it is none of ours or holds what we
+    did not write), another run writes there, the model carries adapters or is half quantized, or the disk refuses;
+    nothing is left behind then.
+    """
+    _check_savable(model)
+    with writing(folder, overwrite=overwrite) as partial:
+        write(model, tokenizer, partial, report=report, max_shard_size=max_shard_size)
+        write_card(partial, name=Path(folder).name, former=Path(folder).expanduser())
+    return Path(folder)
+
+
+def write(
+    model: nn.Module, tokenizer: Any, folder: Path, *, report: Any = None, max_shard_size: str | int = "5GB"
+) -> None:
+    """Writes the files of `save` but for the card into a folder that is there; for what writes more beside them.
+
+    Raises InputError where the model carries adapters or is half quantized.
     """
     told: Any = model
     _check_savable(model)
-    check_free(folder, overwrite=overwrite)
     if getattr(model, "hf_quantizer", None) is None:
         attach(model)
-    with writing(folder, overwrite=overwrite) as partial:
-        told.save_pretrained(partial, max_shard_size=max_shard_size)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if isinstance(report, Report) and report.starts:
-            save_file(
-                {
-                    f"{path}.lora_{side.upper()}": tensor.contiguous()
-                    for path, start in report.starts.items()
-                    for side, tensor in start._asdict().items()
-                },
-                partial / STARTS,
-                metadata={"format": "pt"},
-            )
-        note = _note(model, report)
-        note["checksums"] = note_checksums(partial, note)
-        (partial / NOTE).write_text(json.dumps(note, indent=2, default=str) + "\n", encoding="utf-8")
-        write_card(partial, name=Path(folder).name)
-    return Path(folder)
+    told.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if isinstance(report, Report) and report.starts:
+        save_file(
+            {
+                f"{path}.lora_{side.upper()}": tensor.contiguous()
+                for path, start in report.starts.items()
+                for side, tensor in start._asdict().items()
+            },
+            folder / STARTS,
+            metadata={"format": "pt"},
+        )
+    sort_metadata(folder)
+    note = {**_note(model, report), "files": files_of(folder, "README.md", "run.json")}
+    note["checksums"] = note_checksums(folder, note)
+    (folder / NOTE).write_text(json.dumps(note, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def load(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -> tuple[Any, Any]:

@@ -59,7 +59,7 @@ class ExportedModel:
 
 def export(recipe: Export) -> ExportedModel:
     """Writes the model or the adapter."""
-    from ..files import check_free
+    from ..files import claim
     from ..model.adapter_files import check_adapter
     from .loading import import_plugins, model_and_adapter, quiet_libraries
 
@@ -70,16 +70,21 @@ def export(recipe: Export) -> ExportedModel:
             f"an adapter cannot be merged into packed weights (format {recipe.format}); use --format dense for a "
             "merged model, or serve the adapter beside the quantized model: --format lora"
         )
-    check_free(recipe.out, overwrite=recipe.overwrite)
-    quiet_libraries()
-    import_plugins(recipe.plugin)
+    name: str | None
+    adapter: str | None
     if recipe.format == "lora":
         if recipe.adapter is None:
             raise InputError("no adapter: pass --adapter, a folder that `llmtools finetune --out` wrote")
         check_adapter(recipe.adapter)
-        return _export_lora(recipe)
-    name, adapter = model_and_adapter(recipe.model, recipe.adapter)
-    return _export_model(recipe, name, adapter)
+        name, adapter = recipe.model, recipe.adapter
+    else:
+        name, adapter = model_and_adapter(recipe.model, recipe.adapter)
+    with claim(recipe.out, overwrite=recipe.overwrite, reads=[name, adapter]):
+        quiet_libraries()
+        import_plugins(recipe.plugin)
+        if name is None or recipe.format == "lora":
+            return _export_lora(recipe)
+        return _export_model(recipe, name, adapter)
 
 
 def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedModel:

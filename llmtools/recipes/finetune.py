@@ -1,8 +1,9 @@
 """Finetune adapters on a model, quantized or not. Adapters are PEFT's, training is TRL's SFTTrainer.
 
 Work goes on in a folder beside the output, ``OUT.training``: checkpoints, ``metrics.jsonl``, ``run.json``. At the end
-the adapter is written to ``OUT`` in one piece, with the last checkpoint for a later ``--resume``, and the work folder
-goes. A run that was stopped is continued by ``--resume``; it ends with the same bits as one that was not.
+the adapter is written to ``OUT`` in one piece, with the last checkpoints for a later ``--resume``, and the work folder
+goes. A run that was stopped is continued by ``--resume``; it ends with the same bits as one that was not. It goes on
+with what it began with: ``run.json`` holds hashes of the rows, the model and the tokenizer.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import logging
 import math
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, did_you_mean
+from ..signals import Request, Stopped, interruptible, put_off
 
 log = logging.getLogger(__name__)
 
@@ -115,23 +118,38 @@ class Finetuned:
 
 def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
     """Trains adapters and writes them as a PEFT folder; `callbacks` are told of each step, as the Trainer's are."""
-    from ..data.tasks.base import needs_chat_template
-    from ..files import check_free, writing
-    from ..model.card import write_card
-    from ..model.checkpoint import load_starts
-    from ..model.integrity import note_checksums
-    from ..nn.start import start_adapters
-    from .loading import check_model, import_plugins, open_model, quiet_libraries
-    from .record import record, write_json
+    from ..files import claim
+    from .loading import check_model
 
-    began = time.monotonic()
     recipe = replace(recipe, training={key: _yes_or_no(key, value) for key, value in recipe.training.items()})
     out = Path(recipe.out).expanduser()
     work = out.with_name(f"{out.name}.training")
     check_model(recipe.model)
-    if not recipe.resume and _is_first():
-        check_free(out, overwrite=recipe.overwrite)
+    if not _is_first():
+        with interruptible():
+            return _finetune(recipe, out, work, callbacks)
+    reads = [recipe.model, recipe.data, recipe.validation if isinstance(recipe.validation, str) else None]
+    reads += [value for value in recipe.options.values() if isinstance(value, str)]
+    with claim(out, overwrite=recipe.overwrite or recipe.resume, reads=reads, called=work):
+        return _finetune(recipe, out, work, callbacks)
+
+
+def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
+    from ..content import rows_content
+    from ..data.tasks.base import needs_chat_template
+    from ..files import NameTaken, remove, sort_metadata, writing
+    from ..model.card import write_card
+    from ..model.checkpoint import load_starts
+    from ..model.integrity import note_checksums
+    from ..nn.start import start_adapters
+    from . import checkpoints
+    from .kept import content_of_model
+    from .loading import import_plugins, open_model, quiet_libraries
+    from .record import record, write_json
+
+    began = time.monotonic()
     task, train, validation, words = _rows(recipe)
+    inputs = {"training data": rows_content(train), "validation data": rows_content(validation)}
     quiet_libraries()
     _check_training(recipe.training)
     _check_choosing(recipe.training, validation)
@@ -140,6 +158,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
 
     import_plugins(recipe.plugin)
     model, tokenizer = open_model(recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code)
+    inputs |= content_of_model(recipe.model)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
     if tokenizer.eos_token is None:
@@ -151,18 +170,24 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
     if "completion_mask" in train[0]:
         arguments.setdefault("completion_only_loss", True)
 
-    with _working(recipe, out, work) as checkpoint:
-        run = record("finetune", recipe, words=words, training=arguments, base_model=_lasting_name(recipe.model))
-        if _is_first():
-            write_json(work / "run.json", run)
-        trainer = _trainer(
-            model, tokenizer, arguments, config, train, validation, work / "metrics.jsonl", checkpoint, callbacks
-        )
+    run = record("finetune", recipe, words=words, training=arguments, base_model=_lasting_name(recipe.model))
+    run["inputs"] = inputs
+    with _working(recipe, out, work, run) as checkpoint:
+        request = Request()
+        keeper = checkpoints.keeper(request, _seconds(recipe.training), also=[work / "metrics.jsonl"])
+        watch = _watch(work / "metrics.jsonl", checkpoint, keeper)
+        trainer = _trainer(model, tokenizer, arguments, config, train, validation, [watch, keeper, *callbacks])
         if starts is not None and checkpoint is None:
             start_adapters(trainer.model, starts)
         for adapter in trainer.model.peft_config.values():
             adapter.base_model_name_or_path = run["base_model"]
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            for names in ("target_modules", "exclude_modules"):  # sets, which are written in another order each time
+                if isinstance(found := getattr(adapter, names, None), set):
+                    setattr(adapter, names, sorted(found))
+        with put_off(request, _told) if arguments["save_strategy"] != "no" else nullcontext():
+            _train(trainer, checkpoint)
+        if keeper.stopped:
+            raise Stopped(exit_code=request.exit_code)
         history = trainer.state.log_history
         result = Finetuned(
             out=recipe.out,
@@ -175,46 +200,100 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
             seconds=time.monotonic() - began,
         )
         if _is_first():
-            with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
-                trainer.model.save_pretrained(folder)
-                if (work / "metrics.jsonl").exists():
-                    shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-                told = {**run, "result": asdict(result)}
-                write_json(folder / "run.json", {**told, "checksums": note_checksums(folder, told)})
-                write_card(folder, name=out.name)  # in place of PEFT's empty form
-                if (last := _last_checkpoint(work)) is not None:
-                    shutil.copytree(last, folder / "checkpoints" / last.name)
+            try:
+                with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
+                    trainer.model.save_pretrained(folder)
+                    sort_metadata(folder)
+                    if (work / "metrics.jsonl").exists():
+                        shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
+                    told = {**run, "result": asdict(result)}
+                    write_json(folder / "run.json", {**told, "checksums": note_checksums(folder, told)})
+                    write_card(folder, name=out.name, former=out)  # in place of PEFT's empty form
+                    best = getattr(trainer.state, "best_global_step", None)
+                    checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
+            except NameTaken:
+                remove(work, of=out)
+                raise
+            except InputError as error:
+                if not checkpoints.all_in(work / "checkpoints"):
+                    raise
+                raise InputError(f"{error} but the checkpoints in {work}; --resume writes it from them") from error
         _together()  # nobody goes on, or ends, before the adapter is on the disk
     if _is_first():
-        shutil.rmtree(work, ignore_errors=True)
+        _done(work, out)
     return result
+
+
+def _train(trainer: Any, checkpoint: Path | None) -> None:
+    """Trains from the beginning or a checkpoint; one that has all steps is only loaded, as it would be at their end."""
+    from ..files import disk_says_no
+    from .checkpoints import Finished, all_in
+
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Finished:
+        assert checkpoint is not None
+        log.info("%s has all %d steps already; nothing is trained", checkpoint, trainer.state.global_step)
+        best = getattr(trainer.state, "best_global_step", None)
+        if trainer.args.load_best_model_at_end and best:
+            trainer.model.load_adapter(str(checkpoint.with_name(f"checkpoint-{best}")), "default", is_trainable=True)
+    except Exception as error:  # of the libraries that write checkpoints, each has its own
+        if (reason := disk_says_no(error)) is None:
+            raise
+        place = Path(trainer.args.output_dir)
+        left = "--resume goes on from the last whole one" if all_in(place) else "nothing was kept"
+        raise InputError(f"{place}: cannot be written ({reason}); {left}") from error
+
+
+def _told() -> None:
+    log.warning("this step is finished and saved first; the same again stops at once")
+
+
+def _seconds(training: dict[str, Any]) -> float | None:
+    """Of work that may be lost; None where the user said when to save."""
+    from .checkpoints import SECONDS
+
+    return None if training.keys() & {"save_steps", "save_strategy"} else SECONDS
 
 
 # ------------------------------------------------------------------------------------------------ where, and from where
 
 
 @contextmanager
-def _working(recipe: Finetune, out: Path, work: Path) -> Iterator[Path | None]:
+def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None = None) -> Iterator[Path | None]:
     """Makes the folder to work in ready, and gives the checkpoint to go on from, if any.
 
+    run: what its ``run.json`` is to say; gets the ``id`` of the run that goes on.
     A run that ends early leaves its folder if there is a checkpoint in it, and nothing otherwise. Of several processes
     the first makes and clears folders, and the others wait for it.
     """
-    checkpoint = _begin(recipe, out, work) if _is_first() else None
+    from .checkpoints import all_in
+
+    checkpoint = _begin(recipe, out, work, {} if run is None else run) if _is_first() else None
     _together()
     if recipe.resume and not _is_first():
-        checkpoint = _last_checkpoint(work)
+        checkpoint = next(iter(all_in(work / "checkpoints")), None)  # what is damaged, the first has put aside
     try:
         yield checkpoint
     except BaseException as error:
         if not _is_first():
             raise
-        last = _last_checkpoint(work)
+        last = next(iter(all_in(work / "checkpoints")), None)
         if last is None:
-            shutil.rmtree(work, ignore_errors=True)
+            _done(work, out)
         elif isinstance(error, KeyboardInterrupt):
-            log.warning("stopped; --resume goes on from %s", last)
+            raise Stopped(f"stopped; --resume goes on from {last}", getattr(error, "exit_code", 130)) from error
         raise
+
+
+def _done(work: Path, out: Path) -> None:
+    """Takes the work folder away, unless somebody has put something of theirs into it."""
+    from ..files import remove, strangers
+
+    if (others := strangers(work)) == []:
+        remove(work, of=out)
+    else:
+        log.warning("%s stays, because it holds something that is not of this run: %s", work, (others or ["?"])[0])
 
 
 def _is_first() -> bool:
@@ -230,52 +309,128 @@ def _together() -> None:
         PartialState().wait_for_everyone()
 
 
-def _begin(recipe: Finetune, out: Path, work: Path) -> Path | None:
+def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path | None:
+    from ..files import remove, strangers, write_whole
+    from .checkpoints import all_in
+    from .record import as_json
+
+    others = strangers(work) if work.exists() else []
+    if others or others is None:
+        what = "is no folder of such a run" if others is None else f"holds {others[0]}, which llmtools did not write"
+        raise InputError(f"this run would work in {work}, which {what}; move that away, or choose another --out")
     if recipe.resume:
-        if not work.exists() and (out / "checkpoints").is_dir():
-            shutil.copytree(out / "checkpoints", work / "checkpoints")
-            for name in ("run.json", "metrics.jsonl"):
-                if (out / name).exists():
-                    shutil.copy(out / name, work / name)
-        last = _last_checkpoint(work)
-        if last is None:
-            raise InputError(
-                f"--resume: there is no checkpoint in {work} or {out / 'checkpoints'}; start without --resume"
-            )
-        _check_same(recipe, work / "run.json")
-        log.info("going on from %s", last)
-        return last
-    if _last_checkpoint(work) is not None and not recipe.overwrite:
+        checkpoint = _going_on(recipe, out, work, run)
+        run["id"] = _run(work).get("id")
+        write_whole(work / "run.json", as_json(run))
+        return checkpoint
+    if all_in(work / "checkpoints") and not recipe.overwrite:
         raise InputError(f"{work} holds a run that was stopped; --resume goes on with it, --overwrite begins anew")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    remove(work, of=out)
+    run["id"] = secrets.token_hex(8)
+    _appear(work, out, {"run.json": as_json(run)})
     return None
 
 
-def _last_checkpoint(work: Path) -> Path | None:
-    """The checkpoint with the most steps that is whole: the Trainer writes trainer_state.json last."""
-    found = [path for path in (work / "checkpoints").glob("checkpoint-*") if (path / "trainer_state.json").exists()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path:
+    """The checkpoint to go on from, in `work`; what a finished run kept is brought there."""
+    from .checkpoints import SEAL, last_whole, put_aside, seal, steps_of
+
+    former = _run(work) or _run(out)
+    allowed = recipe.overwrite or bool((former.get("recipe") or {}).get("overwrite"))  # now, or when it began
+    if "recipe" in run:
+        run["recipe"]["overwrite"] = allowed
+    if out.exists() and any(out.iterdir()) and _run(out).get("id") != former.get("id") and not allowed:
+        raise InputError(
+            f"--resume: {out} is of another run than the one in {work}; pass --overwrite, too, to replace it at the end"
+        )
+    _check_same(recipe, former, run)
+    checkpoint, complaints = last_whole(work / "checkpoints")
+    kept = None
+    if checkpoint is None and _run(out).get("id") == former.get("id"):
+        kept, more = last_whole(out / "checkpoints")
+        complaints += more
+    if checkpoint is None and kept is None:
+        where = f"in {work} or {out / 'checkpoints'}"
+        if complaints:
+            raise InputError(f"--resume: no checkpoint {where} is whole: {complaints[0]}; begin anew with --overwrite")
+        raise InputError(f"--resume: there is no checkpoint {where}; start without --resume")
+    for complaint in complaints:
+        log.warning("%s; going on from %s", complaint, checkpoint or kept)
+    if kept is not None:
+        checkpoint = _brought(kept, out, work)
+    assert checkpoint is not None
+    if not (checkpoint / SEAL).exists():  # the run was killed a moment too early for it
+        seal(checkpoint)
+    put_aside(work / "checkpoints", steps_of(checkpoint))
+    log.info("going on from %s", checkpoint)
+    return checkpoint
 
 
-def _check_same(recipe: Finetune, run: Path) -> None:
+def _brought(kept: Path, out: Path, work: Path) -> Path:
+    """The checkpoint in the work folder, with what else a finished run kept, beside whatever is damaged there."""
+    from .checkpoints import put_aside
+
+    if not work.exists():
+        _appear(work, out, {name: out / name for name in ("run.json", "metrics.jsonl")})
+    put_aside(work / "checkpoints", -1)
+    shutil.copytree(kept.parent, work / "checkpoints", dirs_exist_ok=True)
+    return work / "checkpoints" / kept.name
+
+
+def _appear(work: Path, out: Path, files: dict[str, Path | str]) -> None:
+    """Makes the work folder, never without what says whose it is. files: a text, or a file to copy, by its name."""
+    from ..files import partial_of, write_whole
+
+    fresh = work.with_name(partial_of(out).name)
+    fresh.mkdir(parents=True)
+    for name, content in files.items():
+        if isinstance(content, str):
+            write_whole(fresh / name, content)
+        elif content.exists():
+            shutil.copy(content, fresh / name)
+    fresh.rename(work)
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """What ``run.json`` says; {} where it is not there or damaged."""
+    try:
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+ROWS = ("training data", "validation data")
+"""names of the hashes of rows in ``inputs`` of run.json; the others are of the model"""
+
+
+def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -> None:
     """A run goes on with the model, data and adapter it began with; only the training arguments may change."""
     from .record import as_json
 
-    try:
-        before = json.loads(run.read_text(encoding="utf-8"))["recipe"]
-    except (OSError, ValueError, KeyError):
-        log.warning("%s cannot be read; whether the recipe is still the same is not known", run)
+    before, inputs = former.get("recipe"), former.get("inputs") or {}
+    if not isinstance(before, dict):
+        log.warning("run.json cannot be read; whether the recipe is still the same is not known")
         return
+    way_out = "go on with the same, or begin anew with --overwrite"
     now = json.loads(as_json(asdict(recipe)))  # without secrets, as what was written
+    changed = [key for key in {**inputs, **run["inputs"]} if inputs.get(key) != run["inputs"].get(key)]
+    moved = {  # the same from another place is the same
+        "data": not {*ROWS} & {*changed},
+        "validation": not {*ROWS} & {*changed},
+        "model": not {*changed} - {*ROWS},
+    }
     for key in ("model", "load", "data", "validation", "limit", "lora", "task", "options", "seed"):
-        if before.get(key) != now[key]:
-            raise InputError(
-                f"--resume: {key} was {before.get(key)!r} and is {now[key]!r}; go on with the same, or begin anew with "
-                f"--overwrite"
-            )
-    if before.get("training") != now["training"]:
-        log.warning("training arguments changed from %s to %s", before.get("training"), now["training"])
+        if before.get(key) != now[key] and not moved.get(key):
+            raise InputError(f"--resume: {key} was {before.get(key)!r} and is {now[key]!r}; {way_out}")
+    if not inputs:
+        log.warning("run.json has no hashes of the data and the model; whether they are still the same is not known")
+    elif changed:
+        raise InputError(f"--resume: the {changed[0]} changed since this run began; {way_out}")
+    former_arguments, arguments = before.get("training") or {}, now["training"]
+    for key in dict.fromkeys([*former_arguments, *arguments]):
+        was, is_now = former_arguments.get(key), arguments.get(key)
+        if was != is_now and "token" not in key:  # of the hub, which is nobody's to read
+            log.warning("training.%s was %r and is %r", key, was, is_now)
 
 
 def _lasting_name(model: str) -> str:
@@ -564,11 +719,9 @@ def _trainer(
     config: Any,
     train: list[Row],
     validation: list[Row],
-    metrics: Path,
-    checkpoint: Path | None,
-    callbacks: Sequence[Any] = (),
+    callbacks: Sequence[Any],
 ) -> Any:
-    """TRL's trainer with our record of what happens in place of its printing."""
+    """TRL's trainer without its printing."""
     try:
         import datasets
         from jinja2 import TemplateError
@@ -594,7 +747,7 @@ def _trainer(
             eval_dataset=datasets.Dataset.from_list(validation) if validation else None,
             processing_class=tokenizer,
             peft_config=config,
-            callbacks=[_watch(metrics, checkpoint), *callbacks],
+            callbacks=list(callbacks),
         )
     except (ValueError, TemplateError) as error:  # no such target module, a chat template that refuses a role, …
         raise InputError(f"this cannot be trained: {error}") from error
@@ -650,7 +803,7 @@ def _lean(trainer: type) -> type:
     return Lean
 
 
-def _watch(metrics: Path, checkpoint: Path | None) -> Any:
+def _watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
     """The callback that shows progress, writes one JSON line a record, and stops where the loss is no number."""
     from contextlib import ExitStack
 
@@ -664,6 +817,8 @@ def _watch(metrics: Path, checkpoint: Path | None) -> Any:
 
     class Watch(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step >= state.max_steps:
+                return
             self.stack = ExitStack()
             self.step = self.stack.enter_context(progress("finetune", unit="steps"))
             self.note = ""
@@ -675,6 +830,8 @@ def _watch(metrics: Path, checkpoint: Path | None) -> Any:
             self.stack.close()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
+            if keeper.stopped:  # a summary of what has not come to its end
+                return
             numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
             bad = {key: value for key, value in numbers.items() if not math.isfinite(value)}
             if any(key in bad for key in ("loss", "eval_loss", "grad_norm")):
@@ -696,12 +853,17 @@ def _watch(metrics: Path, checkpoint: Path | None) -> Any:
 
 
 def _forget_after(metrics: Path, step: int) -> None:
-    """Takes out the records of steps that are going to be made again."""
+    """Takes out the records of steps that are going to be made again, and what a kill left of a line."""
+    from ..files import write_whole
+
     if not metrics.exists():
         return
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.strip() and json.loads(line)["step"] <= step]
-    metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    kept = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, TypeError, KeyError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_whole(metrics, "".join(f"{line}\n" for line in kept))
 
 
 def _last(history: list[dict[str, Any]], key: str) -> float | None:

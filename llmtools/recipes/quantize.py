@@ -76,19 +76,25 @@ class Quantized:
 
 def quantize(recipe: Quantize) -> Quantized:
     """Quantizes the linear layers of a model and writes the checkpoint."""
+    from ..files import claim
+
+    with claim(recipe.out, overwrite=recipe.overwrite, reads=[recipe.model, recipe.calibration]):
+        return _quantize(recipe)
+
+
+def _quantize(recipe: Quantize) -> Quantized:
     from ..data.calibration import HUB, calibration
     from ..data.metrics import model_positions
     from ..data.reading import existing_file
-    from ..files import check_free
+    from ..files import writing
     from ..model.card import write_card
-    from ..model.checkpoint import save
+    from ..model.checkpoint import write
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
     from .loading import check_model, import_plugins, open_model, quiet_libraries
     from .record import record, write_json
 
     began = time.monotonic()
-    check_free(recipe.out, overwrite=recipe.overwrite)
     check_model(recipe.model)
     import_plugins(recipe.plugin)
     quantizer = resolve_quantizer(recipe)
@@ -120,8 +126,12 @@ def quantize(recipe: Quantize) -> Quantized:
             adapter_rank=recipe.adapter_rank,
             on_step=step,
         )
-    save(model, tokenizer, recipe.out, overwrite=recipe.overwrite, report=report)
-    result = Quantized(
+    out = Path(recipe.out).expanduser()
+    with writing(out, overwrite=recipe.overwrite) as folder:
+        write(model, tokenizer, folder, report=report)
+        write_json(folder / "run.json", record("quantize", recipe, report=report.to_json()))
+        write_card(folder, name=out.resolve().name, former=out)
+    return Quantized(
         out=recipe.out,
         quantizer=quantizer.spec(),
         modules=len(report.rows),
@@ -131,9 +141,6 @@ def quantize(recipe: Quantize) -> Quantized:
         report=report.to_json(),
         table=report.table(),
     )
-    write_json(Path(recipe.out) / "run.json", record("quantize", recipe, report=result.report))
-    write_card(Path(recipe.out))  # anew: now it knows the calibration text
-    return result
 
 
 def resolve_quantizer(recipe: Quantize) -> Any:

@@ -11,8 +11,9 @@ measured in small JSON files, each written whole or not at all, with the setting
     OUT/report.md, .json, .html        see `tradeoff`
 
 A file whose settings are still the same is not made again, so a sweep that was stopped is run again as it is, and a
-changed option makes those cells again that it concerns. A cell that failed says why, stops no other, and is tried again
-the next time.
+changed option makes those cells again that it concerns. So does changed data, a changed model under the same name, and
+a folder of models or adapters that is gone: settings hold hashes of what is read, and results of what was made. A cell
+that failed says why, stops no other, and is tried again the next time.
 """
 
 from __future__ import annotations
@@ -23,22 +24,25 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError, did_you_mean
-from ..files import write_whole
+from ..files import MARK, claim, clear_unfinished, read_json, write_whole
+from ..signals import Stopped
 from .evaluate import Evaluate
 from .finetune import Finetune, Lora
-from .kept import Kept, needed
+from .kept import Kept, content_of_model, contents, needed
 from .loading import without_data
 from .quantize import Quantize
-from .record import command, given
+from .record import as_json, command, given, versions
 
 log = logging.getLogger(__name__)
 
 LORA = Lora()
+HEADER = "# Written by llmtools sweep, with all its flags, and written anew each time.\n"
 BASELINES = {"lora": "LoRA, not quantized", "nf4": "NF4, bitsandbytes", "int8": "int8, bitsandbytes"}
 
 
@@ -131,9 +135,7 @@ class Cell(NamedTuple):
 
 def sweep(recipe: Sweep) -> Swept:
     """Runs the cells that are missing, and draws the report."""
-    from ..progress import duration
     from .loading import check_model, import_plugins, quiet_libraries
-    from .tradeoff import report
 
     check_model(recipe.model)
     import_plugins(recipe.plugin)
@@ -142,9 +144,51 @@ def sweep(recipe: Sweep) -> Swept:
     for line in left_out:
         log.warning("%s", line)
     quiet_libraries()
-    if not recipe.report_only:
-        run.out.mkdir(parents=True, exist_ok=True)
-        write_whole(run.out / "sweep.yaml", as_yaml(recipe))
+    _check_report(_report_of(recipe))
+    if recipe.report_only:
+        return _swept(recipe, run, cells, left_out)
+    with claim(run.out, adding=True):
+        _prepare(recipe, run.out)
+        try:
+            return _swept(recipe, run, cells, left_out)
+        except KeyboardInterrupt as stopped:
+            text = "stopped; the same command makes what is missing"
+            raise Stopped(text, getattr(stopped, "exit_code", 130)) from stopped
+
+
+def _prepare(recipe: Sweep, out: Path) -> None:
+    """Makes the folder ready, and says in it whose it is."""
+    note = read_json(out / MARK)
+    if note and note.get("command") != "sweep":
+        raise InputError(f"{out} is a model or an adapter that llmtools wrote; choose another folder for the sweep")
+    out.mkdir(parents=True, exist_ok=True)
+    if not note:
+        write_whole(out / MARK, as_json({"command": "sweep", "versions": versions()}))
+    own = out / "sweep.yaml"
+    if own.exists() and not own.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
+        log.info("%s is your own and stays as it is", own)
+    else:
+        write_whole(own, HEADER + as_yaml(recipe))
+    for folder in (out, out / "models", out / "before", out / "cells"):
+        clear_unfinished(folder)
+
+
+def _report_of(recipe: Sweep) -> Path:
+    return Path(recipe.report or Path(recipe.out) / "report").expanduser()
+
+
+def _check_report(base: Path) -> None:
+    """Raises InputError where a report would replace files that are none."""
+    there = [file for suffix in (".md", ".html", ".json") if (file := base.with_name(base.name + suffix)).exists()]
+    told = read_json(base.with_name(f"{base.name}.json")) if there else {}
+    if there and not {"recipe", "sweep", "rows"} <= told.keys():
+        raise InputError(f"{there[0]} is no report of a sweep and is not going to be replaced; choose another --report")
+
+
+def _swept(recipe: Sweep, run: _Run, cells: list[Cell], left_out: list[str]) -> Swept:
+    from ..progress import duration
+    from .tradeoff import report
+
     lengths = {name: run.answer_tokens(name) for name in recipe.tasks}
     floors = {name: floor for name in recipe.tasks if (floor := run.floor(name))}
     found: dict[str, dict[str, Any]] = {}
@@ -168,7 +212,7 @@ def sweep(recipe: Sweep) -> Swept:
             if fresh
             else " (finished before)",
         )
-    base = Path(recipe.report or run.out / "report").expanduser()
+    base = _report_of(recipe)
     original = run.original() or {}
     table = report(
         recipe, base, [cell.name for cell in cells], found, left_out, original.get("parameters"), floors, lengths
@@ -224,9 +268,15 @@ class _Run:
     def cell(self, cell: Cell) -> dict[str, Any] | None:
         """What was measured, now or before; None where nothing is to be made and nothing is there."""
         finetune, after = self.finetune(cell), self.evaluate(cell, adapter=True)
-        settings = {**self._form_settings(cell.form), "finetune": given(finetune), "evaluate": given(after)}
+        settings = {
+            **self._form_settings(cell.form),
+            "finetune": given(finetune),
+            "evaluate": given(after),
+            "finetune reads": contents(finetune),
+            "evaluate reads": contents(after),
+        }
         file = self.out / "cells" / f"{cell.name}.json"
-        return self.kept.get(file, settings, lambda: self._make_cell(cell, finetune, after))
+        return self.kept.get(file, settings, lambda: self._make_cell(cell, finetune, after), Path(finetune.out))
 
     def _make_cell(self, cell: Cell, finetune: Finetune, after: Evaluate) -> dict[str, Any]:
         from .evaluate import evaluate
@@ -275,7 +325,7 @@ class _Run:
         recipe = self.evaluate(cell)
         return self.kept.get(
             self.out / "before" / f"{cell.form.slug}.{cell.task}.json",
-            {**self._form_settings(cell.form), "evaluate": given(recipe)},
+            {**self._form_settings(cell.form), "evaluate": given(recipe), "evaluate reads": contents(recipe)},
             lambda: {"evaluation": asdict(evaluate(recipe))},
         )
 
@@ -301,21 +351,21 @@ class _Run:
 
         def make() -> dict[str, Any]:
             import torch
-            from transformers import AutoConfig, AutoModelForCausalLM
 
-            from ..model.checkpoint import load, save
+            from ..model.checkpoint import load, save, skeleton
 
-            with torch.device("meta"):
-                empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(self.recipe.model))
+            empty = skeleton(self.recipe.model)
             if self.recipe.dtype is not None:
                 kind = getattr(torch, self.recipe.dtype, None)
                 if not isinstance(kind, torch.dtype):
                     raise InputError(f"dtype={self.recipe.dtype!r}: bfloat16, float16 or float32 is expected")
-                save(*load(self.recipe.model, dtype=kind), self._original, overwrite=True)
+                with claim(self._original, overwrite=True, reads=[self.recipe.model]):
+                    save(*load(self.recipe.model, dtype=kind), self._original, overwrite=True)
             return {"parameters": sum(p.numel() for p in empty.parameters()), "commands": []}
 
-        settings = {"model": self.recipe.model, "dtype": self.recipe.dtype}
-        return self.kept.get(self.out / "models" / "original.json", settings, make, Path(self._original))
+        settings = {"model": self.recipe.model, "dtype": self.recipe.dtype, "model reads": self._model_content}
+        folder = None if self.recipe.dtype is None else Path(self._original)
+        return self.kept.get(self.out / "models" / "original.json", settings, make, folder)
 
     def answer_tokens(self, name: str) -> int | None:
         """How long an answer may get, for tasks that have answers."""
@@ -348,7 +398,7 @@ class _Run:
         if _has_no_answers(recipe):
             return None
         file = self.out / "before" / f"constant-answer.{name}.json"
-        found = self.kept.get(file, {"evaluate": given(recipe)}, make)
+        found = self.kept.get(file, {"evaluate": given(recipe), "evaluate reads": contents(recipe)}, make)
         return None if found is None or "failed" in found else found
 
     # ------------------------------------------------------------------------------------------------------ recipes
@@ -367,7 +417,13 @@ class _Run:
             "dtype": self.recipe.dtype,
             "load": form.load,
             "quantize": recipe and given(recipe),
+            "model reads": self._model_content,
+            "quantize reads": recipe and contents(recipe),
         }
+
+    @cached_property
+    def _model_content(self) -> dict[str, str]:
+        return content_of_model(self.recipe.model)
 
     def quantize(self, form: Form) -> Quantize | None:
         from .quantize import resolve_quantizer

@@ -183,7 +183,7 @@ def report(
     )
     text = blocks(story)
     base.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".md", markdown(text)), (".json", as_json(story)), (".html", as_html(text, story))):
+    for suffix, content in ((".json", as_json(story)), (".md", markdown(text)), (".html", as_html(text, story))):
         write_whole(base.with_name(base.name + suffix), content)
     return "\n".join(plain(block) for block in text if block.kind == "table")
 

@@ -40,6 +40,19 @@ def test_every_tensor_is_the_same(family: str, options: dict[str, Any], tmp_path
     assert ("output.weight" in stored) == (not model.config.tie_word_embeddings)
 
 
+def test_a_file_is_the_same_bytes_and_replaces_itself_alone(tmp_path: Path) -> None:
+    model = tiny_model()
+    llmtools.quantize(model, "rtn", bits=4, group_size=32)
+    written = set()
+    for overwrite in (False, True, True):
+        export(model, None, tmp_path / "out", "gguf", overwrite=overwrite)
+        written.add((tmp_path / "out" / "model.gguf").read_bytes())
+    assert len(written) == 1
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(llmtools.InputError, match=r"holds thesis\.tex"):
+        export(model, None, tmp_path / "out", "gguf", overwrite=True)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_transformers_reads_the_same_model(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import llmtools
-from llmtools import CheckpointError, InputError
+from llmtools import CheckpointError, InputError, files
 from llmtools.files import writing
+from llmtools.model.card import MARK
 from llmtools.nn.swap import quantized_linears
 from tests.models import VOCABULARY, tiny_ids, tiny_model
 
@@ -89,10 +90,10 @@ def test_an_existing_folder_is_refused_and_kept(model: Any, tokenizer: Any, tmp_
 
 
 def test_overwriting_replaces_the_folder_as_a_whole(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "q").mkdir()
-    (tmp_path / "q" / "model-00001-of-00002.safetensors").write_text("old")
+    llmtools.save(model, tokenizer, tmp_path / "q", max_shard_size="50KB")
+    assert len(list((tmp_path / "q").glob("model-*-of-*.safetensors"))) > 1
     llmtools.save(model, tokenizer, tmp_path / "q", overwrite=True)
-    assert not (tmp_path / "q" / "model-00001-of-00002.safetensors").exists()
+    assert [path.name for path in (tmp_path / "q").glob("*.safetensors*")] == ["model.safetensors"]
     assert torch.equal(logits(llmtools.load(tmp_path / "q")[0]), logits(model))
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
@@ -131,8 +132,9 @@ def test_whatever_ends_the_writing_leaves_nothing_behind(
 
 
 def test_a_rename_that_fails_puts_the_former_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    with writing(tmp_path / "out") as partial:
+        (partial / "old").touch()
+    monkeypatch.setattr(files, "_swapped", lambda *_: False)  # a system that cannot exchange two names
     rename = Path.rename
 
     def refuse_the_new_one(self: Path, target: Path) -> Path:
@@ -143,7 +145,7 @@ def test_a_rename_that_fails_puts_the_former_folder_back(tmp_path: Path, monkeyp
     monkeypatch.setattr(Path, "rename", refuse_the_new_one)
     with pytest.raises(KeyboardInterrupt), writing(tmp_path / "out", overwrite=True) as partial:
         (partial / "new").touch()
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["llmtools.json", "old", "out"]
 
 
 def test_folders_that_hold_more_than_a_result_are_never_overwritten(
@@ -169,6 +171,25 @@ def test_a_folder_has_the_usual_permissions(tmp_path: Path) -> None:
     with writing(tmp_path / "ours") as partial:
         (partial / "file").touch()
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_the_same_model_is_the_same_bytes(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """The order of a file's metadata comes from a hash table with a seed of its own, in the safetensors library."""
+    folders = [llmtools.save(model, tokenizer, tmp_path / f"q{number}") for number in range(5)]
+    written = [
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".md"} for folder in folders
+    ]
+    assert all(each == written[0] for each in written)
+
+
+def test_a_card_in_ones_own_words_outlives_the_folder(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    llmtools.save(model, tokenizer, tmp_path / "q")
+    (tmp_path / "q" / "README.md").write_text("my own words")
+    llmtools.save(model, tokenizer, tmp_path / "q", overwrite=True)
+    assert (tmp_path / "q" / "README.md").read_text() == "my own words"
+    (tmp_path / "q" / "README.md").write_text(f"{MARK}\nold")
+    llmtools.save(model, tokenizer, tmp_path / "q", overwrite=True)
+    assert "old" not in (tmp_path / "q" / "README.md").read_text().splitlines()
 
 
 def test_a_model_with_adapters_is_refused(model: Any, tokenizer: Any, tmp_path: Path) -> None:

@@ -66,6 +66,40 @@ def test_an_adapter_alone(adapter: Path, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "me/model"
 
 
+FORMATS = ["compressed-tensors", "gptq", "gptq_v2", "dense", "merged", "lora"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_is_the_same_bytes_and_replaces_itself_alone(
+    form: str, checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    source = ("--adapter", str(adapter)) if form in ("lora", "merged") else ("--model", str(checkpoint))
+    command = (*source, "--format", "dense" if form == "merged" else form, "--out", str(out), "--lossy")
+    run(*command)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    run(*command, "--overwrite")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    (out / "thesis.tex").write_text("years of work")
+    run(*command, "--overwrite", code=2)
+    assert "holds thesis.tex, which llmtools did not write" in capsys.readouterr().err
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_an_export_never_replaces_what_it_reads(
+    checkpoint: Path, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (checkpoint / "model.safetensors").read_bytes()
+    for words in (
+        ("--model", str(checkpoint), "--format", "gptq_v2", "--out", str(checkpoint)),
+        ("--adapter", str(adapter), "--format", "dense", "--out", str(checkpoint)),  # the base that the adapter names
+        ("--adapter", str(adapter), "--format", "lora", "--out", str(adapter)),
+    ):
+        run(*words, "--overwrite", code=2)
+        assert "is an input of this run" in capsys.readouterr().err
+    assert (checkpoint / "model.safetensors").read_bytes() == before
+
+
 def test_what_cannot_be_is_said(
     checkpoint: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

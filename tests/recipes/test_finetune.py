@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 pytest.importorskip("trl")
 
 from llmtools.errors import InputError
-from llmtools.recipes.finetune import Finetune, Lora, finetune
+from llmtools.recipes.finetune import Finetune, Finetuned, Lora, finetune
 
 TRAINING = {
     "max_steps": 4,
@@ -114,6 +118,313 @@ def test_a_finished_run_goes_on_with_more_steps(stories: Path, data: str, tmp_pa
     finetune(recipe(stories, data, tmp_path / "a", training=training))
     result = finetune(recipe(stories, data, tmp_path / "a", training={**training, "max_steps": 3}, resume=True))
     assert result.steps == 3
+
+
+@pytest.mark.parametrize("how", ["finished", "killed before the end", "fewer steps", "epochs"])
+def test_a_run_that_has_its_steps_is_written_and_not_trained(
+    how: str, stories: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Trainer
+
+    training = {**TRAINING, "max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"}
+    if how == "epochs":
+        training = {**training, "num_train_epochs": 0.4}  # 2 of 4 steps
+        del training["max_steps"]
+    finetune(recipe(stories, data, tmp_path / "a", training=training))
+    former, checkpoints = adapter(tmp_path / "a"), sorted((tmp_path / "a" / "checkpoints").iterdir())
+    if how == "killed before the end":
+        (tmp_path / "a").rename(tmp_path / "a.training")
+        for name in ("adapter_model.safetensors", "adapter_config.json", "llmtools.json", "README.md"):
+            (tmp_path / "a.training" / name).unlink()
+    elif how == "fewer steps":
+        training["max_steps"] = 1
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("a step was trained")
+
+    monkeypatch.setattr(Trainer, "training_step", never)
+    result = finetune(recipe(stories, data, tmp_path / "a", training=training, resume=True))
+    assert result.steps == 2
+    again = adapter(tmp_path / "a")
+    assert all(torch.equal(again[key], former[key]) for key in former)
+    assert sorted((tmp_path / "a" / "checkpoints").iterdir()) == checkpoints
+    assert [step for step, _ in losses(tmp_path / "a")] == [1, 2]
+
+
+def test_the_best_checkpoint_is_still_the_best_when_a_finished_run_is_resumed(
+    stories: Path, data: str, tmp_path: Path
+) -> None:
+    """The first of five, because the largest loss is asked for; it is kept beside the last two."""
+    training = {**TRAINING, "max_steps": 5, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    training |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    training |= {"learning_rate": 1e-2}
+    finetune(recipe(stories, data, tmp_path / "a", training=training, validation=0.25))
+    former = adapter(tmp_path / "a")
+    kept = sorted(path.name for path in (tmp_path / "a" / "checkpoints").iterdir())
+    assert kept == ["checkpoint-1", "checkpoint-5"]  # save_total_limit is 2
+    finetune(recipe(stories, data, tmp_path / "a", training=training, validation=0.25, resume=True))
+    again = adapter(tmp_path / "a")
+    assert all(torch.equal(again[key], former[key]) for key in former)
+
+
+def test_a_run_goes_on_with_what_it_began_with(stories: Path, data: str, tmp_path: Path) -> None:
+    import shutil
+
+    model, validation = chat_model(stories, tmp_path / "model"), tmp_path / "validation.jsonl"
+    shutil.copy(data, validation)
+    training = {**TRAINING, "max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"}
+    asked = recipe(model, data, tmp_path / "a", training=training, validation=str(validation))
+    finetune(asked)
+    former, more = adapter(tmp_path / "a"), {"resume": True, "training": {**training, "max_steps": 3}}
+    changes = {
+        data: "training data",
+        str(validation): "validation data",
+        f"{model}/chat_template.jinja": "tokenizer",
+        f"{model}/model.safetensors": "model's weights",
+        f"{model}/config.json": "model's configuration",
+    }
+    for file, name in changes.items():
+        bytes_ = Path(file).read_bytes()
+        if file.endswith(".jsonl"):
+            Path(file).write_text(bytes_.decode().replace("Tom had 3", "Tim had 3"), encoding="utf-8")
+        elif file.endswith(".safetensors"):
+            Path(file).write_bytes(bytes_[:-1] + bytes([bytes_[-1] ^ 1]))
+        else:
+            Path(file).write_bytes(bytes_ + b"\n")
+        with pytest.raises(InputError, match=f"--resume: the {name} changed since this run began"):
+            finetune(replace(asked, **more))
+        Path(file).write_bytes(bytes_)
+    assert all(torch.equal(tensor, former[key]) for key, tensor in adapter(tmp_path / "a").items())
+    assert not (tmp_path / "a.training").exists()
+    shutil.move(
+        data, tmp_path / "elsewhere.jsonl"
+    )  # the same rows are the same data, and the same files the same model
+    shutil.move(model, tmp_path / "moved")
+    moved = replace(asked, data=str(tmp_path / "elsewhere.jsonl"), model=str(tmp_path / "moved"), **more)
+    assert finetune(moved).steps == 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_that_is_asked_to_end_saves_its_step_and_says_how_to_go_on(
+    number: int, stories: Path, data: str, tmp_path: Path
+) -> None:
+    from transformers import TrainerCallback
+
+    training = {**TRAINING, "max_steps": 6, "save_steps": 6}
+    finetune(recipe(stories, data, tmp_path / "whole", training=training))
+
+    class Kill(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt, match=r"stopped; --resume goes on from .*checkpoint-4") as ended:
+        finetune(recipe(stories, data, tmp_path / "a", training=training), callbacks=[Kill()])
+    assert ended.value.exit_code == 128 + number  # type: ignore[attr-defined]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.training", "train.jsonl", "whole"]
+    finetune(recipe(stories, data, tmp_path / "a", training=training, resume=True))
+    whole, broken = adapter(tmp_path / "whole"), adapter(tmp_path / "a")
+    assert all(torch.equal(whole[key], broken[key]) for key in whole)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "a")
+    records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "train_runtime" in record] == [6]
+
+
+@pytest.fixture(scope="module")
+def stopped(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, an unbroken run of four steps in `whole`, and in `a.training` one killed at its end."""
+    place = tmp_path_factory.mktemp("stopped")
+    rows = ({"prompt": f"Tom had {n} cats.", "completion": f" He gave {n} balls to them."} for n in range(8))
+    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    finetune(recipe(stories, str(place / "train.jsonl"), place / "whole", training=SAVED))
+    (place / "a.training").mkdir()
+    for name in ("checkpoints", "run.json", "metrics.jsonl"):
+        copy(place / "whole" / name, place / "a.training" / name)
+    return place
+
+
+SAVED = {**TRAINING, "save_steps": 1}
+
+
+def copy(source: Path, target: Path) -> None:
+    import shutil
+
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+
+
+@pytest.fixture
+def killed(stopped: Path, tmp_path: Path) -> Path:
+    copy(stopped, tmp_path / "x")
+    return tmp_path / "x"
+
+
+def go_on(place: Path, stories: Path, **changes: Any) -> Finetuned:
+    asked = recipe(stories, str(place / "train.jsonl"), place / "a", training=SAVED, resume=True)
+    return finetune(replace(asked, **changes))
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    killed: Path, stories: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = killed / "a.training" / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with (killed / "a.training" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 4, "lo')  # a power cut
+    go_on(killed, stories)
+    assert "optimizer.pt is damaged (1000 bytes of" in caplog.text
+    assert re.search(r"going on from .*a\.training/checkpoints/checkpoint-3", caplog.text)
+    whole, mended = adapter(killed / "whole"), adapter(killed / "a")
+    assert all(torch.equal(whole[key], mended[key]) for key in whole)
+    assert losses(killed / "a") == losses(killed / "whole")
+    assert sorted(path.name for path in killed.iterdir()) == ["a", "train.jsonl", "whole"]
+
+
+def test_a_finished_run_helps_its_damaged_continuation(
+    killed: Path, stories: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on(killed, stories)
+    more = {**SAVED, "max_steps": 5}
+    copy(killed / "a", killed / "a.training")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "llmtools.json", "README.md"):
+        (killed / "a.training" / name).unlink()
+    for state in (killed / "a.training").rglob("trainer_state.json"):
+        state.write_text("{")
+    assert go_on(killed, stories, training=more).steps == 5
+    assert "trainer_state.json is damaged" in caplog.text
+    assert not (killed / "a.training").exists()
+
+
+def test_where_no_checkpoint_is_whole_the_damaged_file_is_named(killed: Path, stories: Path) -> None:
+    for file in (killed / "a.training").rglob("adapter_model.safetensors"):
+        file.unlink()
+    with pytest.raises(
+        InputError, match=r"no checkpoint .* is whole: .*checkpoint-4/adapter_model.* is missing; begin"
+    ):
+        go_on(killed, stories)
+    assert len(list((killed / "a.training" / "checkpoints").iterdir())) == 2
+
+
+PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "adapter_model.bin", "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("file", [*PICKLES, "training_args.bin"])
+def test_nothing_is_ever_unpickled(file: str, killed: Path, stories: Path) -> None:
+    from llmtools.recipes.checkpoints import SEAL, seal
+
+    canary = killed / "canary"
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return (canary.touch, ())
+
+    for sealed in (False, True):
+        for checkpoint in (killed / "a.training" / "checkpoints").iterdir():
+            torch.save(Hostile(), checkpoint / file)
+            if file == "training_args.bin" or not sealed:
+                (checkpoint / SEAL).unlink(missing_ok=True)
+            else:
+                seal(checkpoint)  # by whoever wrote the file
+        if file == "training_args.bin":
+            continue
+        with pytest.raises(InputError, match=f"{file} is damaged, or holds more than tensors and plain values"):
+            go_on(killed, stories)
+    if file == "training_args.bin":  # which nobody reads, and which goes
+        go_on(killed, stories, training={**SAVED, "max_steps": 5})
+        assert not list(killed.rglob("training_args.bin"))
+    assert not canary.exists()
+
+
+def test_what_a_run_keeps_holds_no_pickled_arguments(stopped: Path) -> None:
+    assert list(stopped.rglob("optimizer.pt")) and not list(stopped.rglob("training_args.bin"))
+
+
+def test_the_adapters_targets_are_in_order(stopped: Path) -> None:
+    """PEFT keeps them in a set, whose order is another one in each process."""
+    for file in stopped.rglob("adapter_config.json"):
+        targets = json.loads(file.read_text())["target_modules"]
+        assert len(targets) == 7 and targets == sorted(targets)
+
+
+def test_the_work_folder_is_not_somebody_elses(killed: Path, stories: Path, data: str) -> None:
+    (killed / "b.training" / "checkpoints").mkdir(parents=True)
+    precious = killed / "b.training" / "checkpoints" / "thesis.tex"
+    precious.write_text("years of work")
+    asked = recipe(stories, data, killed / "b")
+    for changes in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(InputError, match=r"would work in .*b\.training, which is no folder of such a run"):
+            finetune(replace(asked, **changes))
+    (killed / "a.training" / "thesis.tex").write_text("years of work")
+    for changes in ({"resume": False, "overwrite": True}, {"resume": True}):
+        with pytest.raises(InputError, match=r"holds thesis\.tex, which llmtools did not write"):
+            go_on(killed, stories, **changes)
+    (killed / "a.training" / "thesis.tex").unlink()
+
+    from transformers import TrainerCallback
+
+    class Put(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            (killed / "a.training" / "thesis.tex").write_text("years of work")
+
+    more = recipe(stories, str(killed / "train.jsonl"), killed / "a", training={**SAVED, "max_steps": 5}, resume=True)
+    finetune(more, callbacks=[Put()])
+    assert (killed / "a.training" / "thesis.tex").read_text() == precious.read_text() == "years of work"
+
+
+def test_another_run_of_the_same_output_is_refused_and_a_result_kept(stories: Path, data: str, tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    refused: list[str] = []
+
+    class Meanwhile(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            def other_run() -> None:
+                try:
+                    finetune(recipe(stories, data, tmp_path / "a", overwrite=True))
+                except InputError as error:
+                    refused.append(str(error))
+
+            thread = threading.Thread(target=other_run)
+            thread.start()
+            thread.join()
+            (tmp_path / "a").mkdir()
+            (tmp_path / "a" / "x").touch()
+
+    with pytest.raises(InputError, match=r"a appeared while this ran; the finished work is kept as .*a\.1"):
+        finetune(recipe(stories, data, tmp_path / "a"), callbacks=[Meanwhile()])
+    assert len(refused) == 1 and re.search(rf"another run \(pid {os.getpid()}\) writes to .*a\.training", refused[0])
+    assert adapter(tmp_path / "a.1") and [path.name for path in (tmp_path / "a").iterdir()] == ["x"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.1", "train.jsonl"]
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_full_disk_is_one_line_and_what_was_saved_stays(
+    at: int, stories: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = torch.save, []
+
+    def full(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        saved.append(1) if "optimizer" in str(file) else None
+        if len(saved) == at:
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+        save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    left = "nothing was kept" if at == 1 else "--resume goes on from the last whole one"
+    with pytest.raises(InputError, match=f"cannot be written .*is there space left.*{left}"):
+        finetune(recipe(stories, data, tmp_path / "a", training=SAVED))
+    monkeypatch.undo()
+    assert (tmp_path / "a.training").exists() == (at == 3)
+    if at == 3:
+        assert finetune(recipe(stories, data, tmp_path / "a", training=SAVED, resume=True)).steps == 4
+
+
+def test_a_result_of_another_run_is_not_replaced_by_going_on(killed: Path, stories: Path) -> None:
+    copy(killed / "whole", killed / "a")
+    run = json.loads((killed / "a" / "run.json").read_text())
+    (killed / "a" / "run.json").write_text(json.dumps({**run, "id": "another"}))
+    with pytest.raises(InputError, match=r"is of another run than the one in .*; pass --overwrite, too"):
+        go_on(killed, stories)
+    assert go_on(killed, stories, overwrite=True).steps == 4
 
 
 @pytest.mark.parametrize("form", ["text", "txt", "packed prompts"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from llmtools.recipes import pictures, tradeoff
 from llmtools.recipes import sweep as module
 from llmtools.recipes.evaluate import Evaluate
 from llmtools.recipes.finetune import Finetune, Lora
+from llmtools.recipes.kept import contents
 from llmtools.recipes.meter import meter
 from llmtools.recipes.quantize import Quantize
 from llmtools.recipes.record import command, given
@@ -137,6 +139,107 @@ def test_changed_settings_are_noticed_and_concern_their_cells_alone(
     assert cell(changed, CELLS[1])["trained"]["steps"] == 1
     stale = sweep(replace(here, report_only=True))  # with the former settings
     assert stale.missing == [CELLS[1]]
+
+
+@pytest.fixture
+def moved(recipe: Sweep, swept: module.Swept, stories: Path, data: Path, tmp_path: Path) -> Sweep:
+    """The finished sweep with its model and its data in a folder of its own."""
+    import shutil
+
+    places = {recipe.out: tmp_path / "s", str(stories): tmp_path / "model", str(data): tmp_path / "data"}
+    for source, target in places.items():
+        shutil.copytree(source, target)
+    for file in (*(tmp_path / "s").rglob("*.json"), tmp_path / "s" / "sweep.yaml"):
+        text = file.read_text()
+        for source, target in places.items():
+            text = text.replace(str(source), str(target))
+        file.write_text(text)
+    tasks = json.loads(json.dumps(recipe.tasks).replace(str(data), str(tmp_path / "data")))
+    return replace(recipe, out=str(tmp_path / "s"), model=str(tmp_path / "model"), tasks=tasks, report_only=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("data/train.jsonl", "finetune reads.data changed"),
+        ("data/text.txt", "evaluate reads.data changed"),
+        ("model/model.safetensors", "model reads.model's weights changed"),
+        ("model/config.json", "model reads.model's configuration changed"),
+        ("model/tokenizer.json", "model reads.tokenizer changed"),
+    ],
+)
+def test_a_cell_is_kept_only_with_what_it_was_made_from(
+    file: str, said: str, moved: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="llmtools")
+    assert sweep(moved).missing == []
+    bytes_ = (tmp_path / file).read_bytes()
+    os.utime(tmp_path / file, (1, 1))
+    assert sweep(moved).missing == []
+    (tmp_path / file).write_bytes(bytes_[:-1] + bytes([bytes_[-1] ^ 1]))  # as long, and as old
+    os.utime(tmp_path / file, (1, 1))
+    assert sweep(moved).missing == list(CELLS)
+    assert said in caplog.text
+    (tmp_path / file).write_bytes(bytes_)
+    assert sweep(moved).missing == []
+
+
+def test_a_cell_is_kept_only_with_the_adapter_that_it_made(moved: Sweep, tmp_path: Path) -> None:
+    dense, packed = (tmp_path / "s" / "adapters" / name / "adapter_model.safetensors" for name in CELLS)
+    dense.unlink()
+    assert sweep(moved).missing == [CELLS[0]]
+    packed.write_bytes(packed.read_bytes()[:-1] + b"!")
+    assert sweep(moved).missing == list(CELLS)
+
+
+def test_code_and_calibration_text_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_quantizer.py").write_text("X = 1\n")
+    (tmp_path / "text.txt").write_text("one")
+    made = Quantize(model="m", out="o", quantizer="own_quantizer:X", calibration=str(tmp_path / "text.txt"))
+    before = contents(made)
+    assert before.keys() == {"own_quantizer:X", "calibration"}
+    (tmp_path / "own_quantizer.py").write_text("X = 2\n")
+    (tmp_path / "text.txt").write_text("two")
+    assert not before.items() & contents(made).items()
+    asked = Evaluate(
+        model="m", task="text", data=str(tmp_path), options={"prompt": "x" * 5000, "n": 3, "data": "hub/d"}
+    )
+    assert contents(asked).keys() == {"data"}
+
+
+def test_a_sweep_replaces_nothing_that_is_not_its_own(recipe: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "llmtools.json").write_text('{"versions": {}, "files": []}')
+    with pytest.raises(InputError, match="is a model or an adapter"):
+        sweep(replace(recipe, out=str(tmp_path / "q")))
+    (tmp_path / "thesis.md").write_text("years of work")
+    with pytest.raises(InputError, match=r"thesis\.md is no report of a sweep"):
+        sweep(replace(recipe, out=str(tmp_path / "s"), report=str(tmp_path / "thesis"), report_only=True))
+    (tmp_path / "sweep.yaml").write_text("model: mine  # with a comment\n")
+    module._prepare(recipe, tmp_path)
+    assert (tmp_path / "sweep.yaml").read_text() == "model: mine  # with a comment\n"
+    assert (tmp_path / "thesis.md").read_text() == "years of work"
+
+
+def test_two_sweeps_do_not_write_to_one_folder(recipe: Sweep, tmp_path: Path) -> None:
+    import threading
+
+    from llmtools.files import claim
+
+    said: list[str] = []
+
+    def second() -> None:
+        try:
+            sweep(replace(recipe, out=str(tmp_path / "s")))
+        except InputError as error:
+            said.append(str(error))
+
+    with claim(tmp_path / "s", adding=True):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    assert len(said) == 1 and f"another run (pid {os.getpid()}) writes to {tmp_path / 's'}" in said[0]
 
 
 def test_a_cell_that_fails_says_why_and_stops_no_other(recipe: Sweep, data: Path, tmp_path: Path) -> None:

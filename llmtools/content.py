@@ -1,0 +1,115 @@
+"""What files hold, as short hashes: to tell whether an input is still the same, wherever it lies and whenever it was
+written.
+
+A file of data is hashed as a whole. Files of weights are large: above `WHOLE` bytes their hash is over the header,
+which names every tensor with its type and shape, and over pieces of every tensor. A model that was trained further,
+quantized in another way, or replaced differs in each of its tensors; a change of a few numbers in one large tensor may
+be missed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+WHOLE = 1 << 28
+"""bytes up to which a file of weights is hashed as a whole"""
+PIECE, PIECES = 4096, 16
+"""bytes of a piece, and how many of a tensor are read"""
+LONGEST_HEADER = 100_000_000
+"""bytes of a .safetensors header, by the library's own limit"""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_WORDS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
+_CONFIG = ("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json")
+
+
+def content(path: str | os.PathLike[str]) -> str | None:
+    """The hash of a file, or of a folder's files with their names; None where there is neither."""
+    path = Path(os.path.expanduser(path))
+    if os.path.isfile(path):
+        return _file(path)
+    if os.path.isdir(path):
+        files = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
+        return _joined((file.relative_to(path).as_posix(), _file(file)) for file in files)
+    return None
+
+
+def model_content(folder: str | os.PathLike[str]) -> dict[str, str]:
+    """The hashes of a model's configuration, weights and tokenizer, by these names; {} where `folder` is none.
+
+    Cards, notes and what else lies beside them do not count.
+    """
+    folder = Path(os.path.expanduser(folder))
+    parts: dict[str, list[Path]] = {"model's configuration": [], "model's weights": [], "tokenizer": []}
+    for file in sorted(folder.iterdir()) if os.path.isdir(folder) else ():
+        if file.is_file() and (part := _part(file.name)) is not None:
+            parts[part].append(file)
+    return {part: _joined((file.name, _file(file)) for file in files) for part, files in parts.items() if files}
+
+
+def rows_content(rows: Iterable[Any]) -> str:
+    """The hash of rows of data, one after the other, whatever file they came from."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return f"sha256:{found.hexdigest()}"
+
+
+def _part(name: str) -> str | None:
+    """Which part of a model a file is."""
+    if name.startswith(_WORDS) or name.endswith((".model", ".tiktoken")):
+        return "tokenizer"
+    if name in _CONFIG or name.endswith(".py"):
+        return "model's configuration"
+    return "model's weights" if name.endswith(_WEIGHTS) else None
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _joined(named: Iterable[tuple[str, str]]) -> str:
+    found = hashlib.sha256()
+    for name, each in named:
+        found.update(f"{name}\0{each}\n".encode())
+    return f"sha256:{found.hexdigest()}"
+
+
+def _file(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= WHOLE or not path.name.endswith(_WEIGHTS):
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        found = hashlib.sha256(str(size).encode())
+        for begin, end in _spans(file, size):
+            for at in _pieces(begin, end):
+                file.seek(at)
+                found.update(file.read(min(PIECE, end - at)))
+        return f"sampled:{found.hexdigest()}"
+
+
+def _spans(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """(begin, end) of parts of a file: the header and each tensor of a .safetensors, else the whole in 4096 parts."""
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+            raise ValueError
+        told = json.loads(file.read(length))
+        offsets = sorted(entry["data_offsets"] for name, entry in told.items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        step = max(size // 4096, PIECE)
+        yield from ((at, min(at + step, size)) for at in range(0, size, step))
+        return
+    yield from ((at, min(at + PIECE, 8 + length)) for at in range(0, 8 + length, PIECE))
+    yield from ((8 + length + begin, 8 + length + end) for begin, end in offsets)
+
+
+def _pieces(begin: int, end: int) -> Iterator[int]:
+    """Where to read between two places: the first piece, the last, and some between them."""
+    last = max(begin, end - PIECE)
+    yield from dict.fromkeys(begin + (last - begin) * index // (PIECES - 1) for index in range(PIECES))

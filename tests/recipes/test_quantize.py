@@ -1,0 +1,67 @@
+"""`quantize` as a run: what it replaces, what it leaves when it is ended, and that it gives the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llmtools.errors import InputError
+from llmtools.model import quantize as walked
+from llmtools.recipes.quantize import Quantize, quantize
+from llmtools.signals import Stopped
+
+
+@pytest.fixture(scope="module")
+def packed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "q"
+    quantize(Quantize(model=str(stories), out=str(out), quantizer="rtn", bits=4))
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Of the files that do not say how long it took."""
+    timed = ("run.json", "llmtools.json")
+    return {path.name: b"" if path.name in timed else path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_same_command_gives_the_same_bytes(packed: Path, stories: Path, tmp_path: Path) -> None:
+    for _ in range(3):
+        quantize(Quantize(model=str(stories), out=str(tmp_path / "q"), quantizer="rtn", bits=4, overwrite=True))
+        assert contents(tmp_path / "q") == contents(packed)
+
+
+def test_inputs_are_never_replaced(packed: Path, tinystories: Path, tmp_path: Path) -> None:
+    (packed / "text.txt").write_text((tinystories / "held_out.txt").read_text()[:2000])
+    before = contents(packed)
+    asked = Quantize(model=str(packed), out=str(packed), quantizer="rtn", overwrite=True)
+    with pytest.raises(InputError, match="is an input of this run"):
+        quantize(asked)
+    with pytest.raises(InputError, match="which is an input of this run"):
+        quantize(replace(asked, out=str(packed.parent)))
+    with pytest.raises(InputError, match=r"text\.txt, which is an input of this run"):
+        quantize(replace(asked, model="owner/name", quantizer="optq", calibration=str(packed / "text.txt")))
+    assert contents(packed) == before
+    (packed / "text.txt").unlink()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_run_that_is_ended_leaves_nothing(
+    number: int, packed: Path, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize_one, done = walked.quantize, []
+
+    def ended(*args: object, **kwargs: object) -> object:
+        done.append(sorted(path.name for path in (tmp_path / "deep").iterdir()))
+        os.kill(os.getpid(), number)
+        return quantize_one(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(walked, "quantize", ended)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        quantize(Quantize(model=str(stories), out=str(tmp_path / "deep" / "q"), quantizer="rtn"))
+    assert done == [[".q.lock"]]
+    assert isinstance(stopped.value, Stopped) == (number == signal.SIGTERM)
+    assert not any(tmp_path.iterdir())

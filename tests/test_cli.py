@@ -295,6 +295,26 @@ def test_a_mistake_of_ours_is_one_line_and_another_code(bug: str, says: str) -> 
     assert line.endswith("(please report; --debug shows the traceback)")
 
 
+@pytest.mark.parametrize(
+    "bug, says",
+    [
+        ("import torch; torch.empty(2**50)", "llmtools env: not enough memory"),
+        ("import torch; raise torch.OutOfMemoryError('CUDA')", "llmtools env: not enough memory on the device: CUDA"),
+        ("raise MemoryError('x')", "llmtools env: not enough memory x"),
+    ],
+)
+def test_too_little_memory_is_no_mistake_of_ours(bug: str, says: str) -> None:
+    done = program(BUG.format(bug=bug))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(says)
+
+
+def test_a_reader_that_goes_away_is_no_mistake() -> None:
+    bug = BUG.format(bug="return 'x' * 10_000_000")
+    command = f'"{sys.executable}" -c "$0" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command, bug], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
+
+
 def test_debug_shows_where_a_mistake_of_ours_is() -> None:
     done = program(BUG.format(bug="[][1]"), "--debug")
     assert done.returncode == 70 and "Traceback" in done.stderr and "in bug" in done.stderr

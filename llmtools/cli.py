@@ -203,6 +203,8 @@ def _said(error: BaseException) -> tuple[int, str]:
         return 2, _one_line(error)
     if type(error).__name__ == "OutOfMemoryError":
         return 2, f"not enough memory on the device: {_one_line(error)}"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's word for it on a CPU
+        return 2, f"not enough memory: {_one_line(error)}"
     return 70, f"unexpected {type(error).__name__}: {_one_line(error)} (please report; --debug shows the traceback)"
 
 

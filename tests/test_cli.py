@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from llmtools.cli import VERBS, main
 
@@ -255,13 +257,44 @@ def test_every_option_has_a_word_of_help(capsys: pytest.CaptureFixture[str]) -> 
         assert {field.name for field in dataclasses.fields(options)} == {name for name, doc in docs.items() if doc}
 
 
+def deep() -> None:
+    deep()
+
+
+def raises(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "bug, code, says",
+    [
+        (lambda: [][1], 70, "unexpected IndexError: list index out of range (please report"),
+        (lambda: {}["x"], 70, "unexpected KeyError: 'x' ("),
+        (deep, 70, "unexpected RecursionError: maximum recursion depth exceeded"),
+        (lambda: "\udcff".encode(), 70, "unexpected UnicodeEncodeError: 'utf-8' codec"),
+        (lambda: raises(RuntimeError("a\nb")), 70, "unexpected RuntimeError: a b ("),
+        (lambda: raises(AssertionError()), 70, "unexpected AssertionError: AssertionError ("),
+        (lambda: torch.empty(2**50), 2, "not enough memory: "),
+        (lambda: raises(torch.OutOfMemoryError("CUDA")), 2, "not enough memory on the device: CUDA"),
+        (lambda: raises(MemoryError("x")), 2, "not enough memory x"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line(
+    bug: Callable[[], object], code: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llmtools.recipes.env.env", lambda recipe: bug())
+    assert run("env") == code
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert captured.out == "" and line.startswith(f"llmtools env: {says}"), line
+    assert run("env", "--debug") == code
+    assert "Traceback" in capsys.readouterr().err
+
+
 BUG = """
 import sys
 import llmtools.recipes.env
 from llmtools.cli import main
-
-def deep():
-    deep()
 
 def bug(recipe):
     {bug}
@@ -276,37 +309,30 @@ def program(code: str, *args: str, **options: object) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
-@pytest.mark.parametrize(
-    "bug, says",
-    [
-        ("[][1]", "IndexError: list index out of range"),
-        ("raise KeyError('x')", "KeyError: 'x'"),
-        ("deep()", "RecursionError: maximum recursion depth exceeded"),
-        ("'\\udcff'.encode()", "UnicodeEncodeError: 'utf-8' codec"),
-        ("raise RuntimeError('a\\nb')", "RuntimeError: a b"),
-        ("assert False", "AssertionError: AssertionError"),
-    ],
-)
-def test_a_mistake_of_ours_is_one_line_and_another_code(bug: str, says: str) -> None:
-    done = program(BUG.format(bug=bug))
-    assert done.returncode == 70 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"llmtools env: unexpected {says}")
-    assert line.endswith("(please report; --debug shows the traceback)")
-
-
-def test_debug_shows_where_a_mistake_of_ours_is() -> None:
+def test_a_mistake_of_ours_ends_a_process_without_a_traceback() -> None:
+    done = program(BUG.format(bug="[][1]"))
+    assert (done.returncode, done.stdout) == (70, "")
+    assert len(done.stderr.splitlines()) == 1
     done = program(BUG.format(bug="[][1]"), "--debug")
     assert done.returncode == 70 and "Traceback" in done.stderr and "in bug" in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_mistake() -> None:
+    bug = BUG.format(bug="return 'x' * 10_000_000")
+    command = f'"{sys.executable}" -c "$0" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command, bug], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
 
 
 LIST = "import sys; from llmtools.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.mark.parametrize("closed, code", [((1,), 0), ((0,), 0), ((0, 1, 2), 0), ((2,), 2)])
-def test_a_closed_stream_is_no_mistake(closed: tuple[int, ...], code: int) -> None:
+@pytest.mark.parametrize(
+    "closed, words, code",
+    [((1,), ["list"], 0), ((0,), ["--help"], 0), ((0, 1, 2), ["list", "--help"], 0), ((2,), ["nothing"], 2)],
+)
+def test_a_closed_stream_is_no_mistake(closed: tuple[int, ...], words: list[str], code: int) -> None:
     shell = f'exec "$@" {" ".join(f"{number}>&-" for number in closed)}'
-    words = ["list"] if code == 0 else ["nothing"]
     command = ["sh", "-c", shell, "sh", sys.executable, "-c", LIST, *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code and done.stderr == ""
@@ -314,7 +340,7 @@ def test_a_closed_stream_is_no_mistake(closed: tuple[int, ...], code: int) -> No
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["list"]])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["env"]])
 def test_an_output_that_is_full_is_one_line(words: list[str]) -> None:
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-c", LIST, *words]
@@ -323,19 +349,18 @@ def test_an_output_that_is_full_is_one_line(words: list[str]) -> None:
     assert "No space left on device" in done.stderr.splitlines()[0]
 
 
-@pytest.mark.parametrize("words", [["--help"], ["finetune", "--help"], ["list", "--json"]])
-def test_what_is_printed_can_be_printed_in_any_locale(words: list[str]) -> None:
-    ascii_only = {
-        **os.environ,
-        "LC_ALL": "C",
-        "PYTHONUTF8": "0",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONIOENCODING": "ascii",
-    }
-    done = program(LIST, *words, env=ascii_only)
-    assert (done.returncode, done.stderr) == (0, "")
-    if "--json" in words:
-        assert json.loads(done.stdout) == json.loads(program(LIST, *words).stdout)
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def test_what_is_printed_can_be_printed_in_any_locale() -> None:
+    for words in (["--help"], ["finetune", "--help"]):
+        done = program(LIST, *words, env={**os.environ, **ASCII})
+        assert (done.returncode, done.stderr) == (0, "") and "examples:" in done.stdout
+    result = "from dataclasses import make_dataclass; return make_dataclass('Result', ['text'])('\\xe9\\U0001f642\\udcff')"
+    for locale in (ASCII, {"PYTHONUTF8": "1"}):
+        done = program(BUG.format(bug=result), "--json", env={**os.environ, **locale})
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout) == {"text": "é🙂\udcff"}
 
 
 def test_an_argument_that_is_no_text_is_one_line(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,8 +144,8 @@ def without_code(contents: dict[str, Any], where: Path, given: Collection[str], 
             continue
         itself = "" if "." in key else f"--{key} {value}, or "
         raise InputError(
-            f"{where}: {key}: {shown(value)} {does}, which takes more than a YAML: pass {itself}--trust_plugins true "
-            f"if you trust this file"
+            f"{where}: {key}: {shown(value)} {does}, and a YAML may not have code run; on the command line, pass "
+            f"{itself}--trust_plugins true if you trust this file"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -152,10 +153,10 @@ def _value(verb: str, name: str, value: str, found: Mapping[str, str]) -> str:
         return ALONE.prompt.format(instruction=value)
     if name == "batch_size":
         sizes = (value, found.get("mbatch_size", "1"))
-        if not all(size.isdigit() for size in sizes):
+        if not all(re.fullmatch("[0-9]{1,18}", size) for size in sizes):
             raise InputError(f"--batch_size {sizes[0]} --mbatch_size {sizes[1]}: whole numbers are expected")
         return str(accumulation(int(sizes[0]), int(sizes[1]), world_size()))
-    if name == "val_set_size" and value.replace(".", "", 1).isdigit() and float(value) > 1:
+    if name == "val_set_size" and re.fullmatch(r"[0-9]+\.?[0-9]*", value) and float(value) > 1:
         raise InputError(f"--val_set_size {value}: the share of the rows is expected (--validation 0.1), or a file")
     return value
 

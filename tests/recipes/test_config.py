@@ -79,12 +79,8 @@ def test_no_option_of_a_yaml_or_flag_imports_what_it_names(verb: str, canary: Pa
         for shape in SHAPES:
             Path("recipe.yaml").write_text(yaml.safe_dump({**required, name: shape}))
             text = shape if isinstance(shape, str) else json.dumps(shape)
-            for args in (
-                ["--config", "recipe.yaml"],
-                [*words, f"--{name}", text],
-                [*words, f"--{name}.class_path", "canary.Thing"],
-                [*words, f"--{name}.a.class_path=canary.Thing"],
-            ):
+            more = [[*words, f"--{name}{key}.class_path=canary.Thing"] for key in ("", ".a")] if shape is SPEC else []
+            for args in (["--config", "recipe.yaml"], [*words, f"--{name}", text], *more):
                 try:
                     _parse(parser, verb, options_of(verb), args)
                 except InputError as error:

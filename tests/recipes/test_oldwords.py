@@ -88,6 +88,8 @@ def test_what_cannot_be_kept_says_what_to_do() -> None:
         ("quantize", "--nsamples 1 --nsamples 2", "given twice"),
         ("finetune", "--batch_size 2 --mbatch_size 4", "smaller than one step"),
         ("finetune", "--batch_size two", "whole numbers"),
+        ("finetune", "--batch_size ²", "whole numbers"),
+        ("finetune", f"--batch_size {'9' * 5000}", "whole numbers"),
         ("finetune", "--val_set_size 2000", "share of the rows"),
     ):
         with pytest.raises(InputError, match=says):

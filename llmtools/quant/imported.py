@@ -219,7 +219,7 @@ class FusedLattice(Quantizer):
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         basis, whole = SignedHadamard(), self._whole(packed)
         y = materialized_linear(basis.inputs(x, whole), self._grid, packed)
-        return basis.outputs(y, whole)[..., self._part(packed)]
+        return basis.outputs(y, whole)[..., self._part(packed)].clone()  # no view: it may be modified in place
 
     def _part(self, packed: Packed) -> slice:
         return slice(self.first, self.first + packed["sv"].shape[0])

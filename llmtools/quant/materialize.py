@@ -99,7 +99,9 @@ def gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features:
 def _forward(x: Tensor, source: Rows, packed: dict[str, Tensor], limits: tuple[int, int]) -> Tensor:
     with _plain_types(x):
         y = _product(x.reshape(-1, x.shape[-1]), source, packed, *limits)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    # Not `reshape`: its result is a view, which autograd does not let be modified in place where a function gave it.
+    result: Tensor = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return result
 
 
 def _limits(x: Tensor) -> tuple[int, int]:

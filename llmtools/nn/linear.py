@@ -75,7 +75,11 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None) -> QuantizedLinear:
-        """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over."""
+        """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over.
+
+        The layer's quantizer is `quantizer`, or what that finds `suited` to the weight.
+        """
+        quantizer = quantizer.suited(linear.weight)
         return cls.from_packed(linear, quantizer, quantizer.quantize(linear.weight.detach(), hessian))
 
     @classmethod
@@ -173,10 +177,9 @@ class QuantizedLinear(nn.Linear):
 
 
 def _addressed(empty: Tensor) -> Tensor:
-    """The same tensor without elements, in host memory, its storage at an address: NumPy gives empty arrays one."""
-    import numpy as np
-
-    return torch.from_numpy(np.empty(0, np.uint8)).view(empty.dtype).as_strided(empty.shape, empty.stride())
+    """The same tensor without elements, in host memory, in a storage that has an address: no bytes of one byte."""
+    storage = torch.empty(1, dtype=torch.uint8).untyped_storage()[:0]
+    return torch.empty(0, dtype=empty.dtype).set_(storage, 0, empty.shape, empty.stride())  # type: ignore[arg-type]
 
 
 def _asked_by_a_keeper() -> bool:

@@ -74,10 +74,9 @@ class ReadOnly(Tensor):
         kwargs = kwargs or {}
         schema = func._schema
         given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-        for argument in schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                if any(isinstance(leaf, ReadOnly) for leaf in tree_leaves(given.get(argument.name))):
-                    raise InputError(_READ_ONLY)
+        written = [given.get(each.name) for each in schema.arguments if each.alias_info and each.alias_info.is_write]
+        if any(isinstance(leaf, ReadOnly) for leaf in tree_leaves(written)):
+            raise InputError(_READ_ONLY)
         if args and isinstance(args[0], LazyWeight) and (lazy := args[0].viewed(func, args[1:])) is not None:
             return lazy
         if func is torch.ops.aten._to_copy.default and isinstance(args[0], LazyWeight) and set(kwargs) <= {"dtype"}:
@@ -132,16 +131,16 @@ class LazyWeight(ReadOnly):
 class WeightView(ReadOnly):
     """A view of a materialised weight, of any shape."""
 
-    _values: Tensor
+    _plain: Tensor
 
     @staticmethod
     def of(values: Tensor) -> WeightView:
-        view: WeightView = Tensor._make_subclass(WeightView, values)  # type: ignore[attr-defined]
-        view._values = values
+        view: WeightView = Tensor._make_subclass(WeightView, values)
+        view._plain = values
         return view
 
     def dense(self) -> Tensor:
-        return self._values
+        return self._plain
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"WeightView({self._values!r})"
+        return f"WeightView({self._plain!r})"

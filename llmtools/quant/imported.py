@@ -29,11 +29,11 @@ from ..kernels.bits import pack, unpack
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
 from .bases import Basis, Permutation, SignedHadamard
 from .composed import Composed
-from .grids.affine import SCALE_TYPES, Affine, shifted
+from .grids.affine import Affine, shifted
 from .grids.base import Grid
 from .grids.codebook import NF4, Codebook
 from .grids.lattice import Lattice
-from .grids.scalar import check_group_size, columns, stream_layout
+from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
 from .materialize import materialized_linear
 from .presets import QuIPSharp
 from .rounding import Nearest, Rounding

@@ -179,7 +179,7 @@ class QuantizedLinear(nn.Linear):
 def _addressed(empty: Tensor) -> Tensor:
     """The same tensor without elements, in host memory, in a storage that has an address: no bytes of one byte."""
     storage = torch.empty(1, dtype=torch.uint8).untyped_storage()[:0]
-    return torch.empty(0, dtype=empty.dtype).set_(storage, 0, empty.shape, empty.stride())  # type: ignore[arg-type]
+    return torch.empty(0, dtype=empty.dtype).set_(storage, 0, empty.shape, empty.stride())
 
 
 def _asked_by_a_keeper() -> bool:

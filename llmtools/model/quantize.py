@@ -381,7 +381,8 @@ class _Work:
     def _replace_groups(self, groups: list[list[str]], sums: list[HessianSum], lesson: Lesson | None = None) -> None:
         for paths, total in zip(groups, sums, strict=True):
             self._warn_if_few(total, paths[0])
-            hessian = total.value() if total.tokens else None
+            with within(paths[0]):
+                hessian = total.value() if total.tokens else None
             for path in paths:
                 self._replace(path, hessian, total.tokens, lesson)
 
@@ -397,6 +398,7 @@ class _Work:
         learner = None
         with within(path):
             if lesson is not None and quantizer.learns_block and given is not None:
+                quantizer = self.plan.quantizers[path] = quantizer.suited(weight)
                 learner = quantizer.learner(weight, given)
                 set_module(self.model, path, learning(linear, learner))
             else:

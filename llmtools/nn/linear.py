@@ -1,12 +1,17 @@
 """The quantized linear layer: packed tensors, a quantizer that can read them, and nothing dense.
 
 It subclasses `nn.Linear` and keeps its packed tensors as frozen Parameters. So stock PEFT adapts it through its usual
-dispatch, every loading route works, DDP does not broadcast packed weights at each step and FSDP shards them. Its
+dispatch, every loading route works, DDP does not broadcast packed weights at each step and FSDP2 shards them. Its
 `weight` is the guarded view of `weight.py`.
+
+Packed tensors are Parameters under their names, and no attributes: ``layer.packed["qweight"]``. Names such as `qweight`
+and `W_q` are how PEFT and others recognise the layers of other quantizers, whose codes they then take for the weight.
+Only who keeps parameters by name (torch itself, accelerate, the loader of transformers) finds them as attributes.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +21,9 @@ from torch import Tensor, nn
 from ..errors import InputError, where
 from ..quant import ALL, Packed, Quantizer
 from .weight import _READ_ONLY, LazyWeight
+
+_KEEPERS = ("torch", "accelerate", "deepspeed", "transformers.core_model_loading", "transformers.modeling_utils")
+"""Modules that get and set parameters by the names that `named_parameters` gives."""
 
 
 class QuantizedLinear(nn.Linear):
@@ -67,7 +75,11 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None) -> QuantizedLinear:
-        """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over."""
+        """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over.
+
+        The layer's quantizer is `quantizer`, or what that finds `suited` to the weight.
+        """
+        quantizer = quantizer.suited(linear.weight)
         return cls.from_packed(linear, quantizer, quantizer.quantize(linear.weight.detach(), hessian))
 
     @classmethod
@@ -100,7 +112,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.quantizer.linear(x, self.packed)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dequantize(self, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
         """Rows of the weight, [rows, in], in the layer's type or the one given."""
@@ -111,9 +124,15 @@ class QuantizedLinear(nn.Linear):
         return LazyWeight(self, self.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
+        if name != "weight":
+            super().__setattr__(name, value)
+        elif not (isinstance(value, LazyWeight) and value.is_weight_of(self)):  # PEFT's `unload` gives it back its own
             raise InputError(_READ_ONLY)
-        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_packed_names", ()) and not _asked_by_a_keeper():
+            raise AttributeError(f"{name!r} is a packed tensor and no attribute; it is in layer.packed[{name!r}]")
+        return super().__getattr__(name)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -126,6 +145,15 @@ class QuantizedLinear(nn.Linear):
         parameter = self._parameters[self._packed_names[0]]
         assert parameter is not None
         return parameter.device
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """As ever, but tensors without elements get an address each: of those that share one, as all at 0 do,
+        accelerate's `save_state` keeps a single tensor."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in () if keep_vars else self._packed_names:
+            tensor = destination[prefix + name]
+            if type(tensor) is Tensor and not tensor.numel() and not tensor.is_meta:
+                destination[prefix + name] = _addressed(tensor)
 
     def reset_parameters(self) -> None:
         """Nothing: packed tensors come from a quantizer or a checkpoint."""
@@ -146,3 +174,17 @@ class QuantizedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quantizer}"
+
+
+def _addressed(empty: Tensor) -> Tensor:
+    """The same tensor without elements, in host memory, in a storage that has an address: no bytes of one byte."""
+    storage = torch.empty(1, dtype=torch.uint8).untyped_storage()[:0]
+    return torch.empty(0, dtype=empty.dtype).set_(storage, 0, empty.shape, empty.stride())
+
+
+def _asked_by_a_keeper() -> bool:
+    """Whether an attribute is asked for by code of `_KEEPERS`, two calls above."""
+    if torch.compiler.is_compiling():
+        return False
+    module = sys._getframe(2).f_globals.get("__name__", "")
+    return any(module == keeper or module.startswith(f"{keeper}.") for keeper in _KEEPERS)

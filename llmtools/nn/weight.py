@@ -5,16 +5,20 @@ and some multiply with it. The view answers the first three for free and materia
 that reads works. What writes is refused: a plain property would hand out a copy, and `merge_and_unload` would add the
 adapter to that copy and lose it without a word.
 
+Views of the view (``weight[0]``, ``weight.data.reshape(-1)``) hold values that were materialised for them, and are
+read-only in the same way. What is no view, such as a clone or a sum, is an ordinary tensor.
+
 The hot path never comes here: it is `quant/materialize.py`.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import InputError
 
@@ -28,7 +32,63 @@ _READ_ONLY = (
 )
 
 
-class LazyWeight(Tensor):
+class ReadOnly(Tensor):
+    """A tensor whose operations see `dense()`: all that write raise InputError, those that view give a `ReadOnly`."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The values, as a plain tensor."""
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()  # not dense(): writing into a copy would be silent
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise InputError(_READ_ONLY)
+
+    def __setitem__(self, *_: Any) -> None:
+        raise InputError(_READ_ONLY)
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
+    def numpy(self, **options: Any) -> Any:
+        array = self.dense().numpy(**options)
+        array.flags.writeable = False
+        return array
+
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.numpy() if dtype is None else self.numpy().astype(dtype, copy=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense().clone().__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+        written = [given.get(each.name) for each in schema.arguments if each.alias_info and each.alias_info.is_write]
+        if any(isinstance(leaf, ReadOnly) for leaf in tree_leaves(written)):
+            raise InputError(_READ_ONLY)
+        if args and isinstance(args[0], LazyWeight) and (lazy := args[0].viewed(func, args[1:])) is not None:
+            return lazy
+        if func is torch.ops.aten._to_copy.default and isinstance(args[0], LazyWeight) and set(kwargs) <= {"dtype"}:
+            return args[0].dense(kwargs.get("dtype"))
+        args, kwargs = tree_map(lambda v: v.dense() if isinstance(v, ReadOnly) else v, (args, kwargs))
+        result = func(*args, **kwargs)
+        if any(each.alias_info is not None for each in schema.returns):
+            return tree_map(lambda v: WeightView.of(v) if isinstance(v, Tensor) else v, result)
+        return result
+
+
+class LazyWeight(ReadOnly):
     """[out, in] (or its transpose) of a `QuantizedLinear`, materialised when an operation needs the values."""
 
     _layer: QuantizedLinear
@@ -47,41 +107,40 @@ class LazyWeight(Tensor):
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
-    def dense(self) -> Tensor:
-        """The values, as a plain tensor."""
-        weight = self._layer.dequantize(dtype=self.dtype)
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self._layer.dequantize(dtype=dtype or self.dtype)
         return weight.t() if self._transposed else weight
 
-    @property
-    def data(self) -> Tensor:
-        return LazyWeight(self._layer, self.dtype, self._transposed)  # not dense(): writing into a copy would be silent
+    def viewed(self, func: Any, rest: Any) -> LazyWeight | None:
+        """What this view operation gives without any values; None where values are needed."""
+        aten = torch.ops.aten
+        if func in (aten.detach.default, aten.alias.default):
+            return LazyWeight(self._layer, self.dtype, self._transposed)
+        if func is aten.t.default or (func is aten.transpose.int and {each % 2 for each in rest} == {0, 1}):
+            return LazyWeight(self._layer, self.dtype, not self._transposed)
+        return None
 
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise InputError(_READ_ONLY)
-
-    def __setitem__(self, *_: Any) -> None:
-        raise InputError(_READ_ONLY)
+    def is_weight_of(self, layer: object) -> bool:
+        """Whether it is what ``layer.weight`` gives."""
+        return self._layer is layer and not self._transposed
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, of={self._layer.quantizer})"
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        aten = torch.ops.aten
-        view = args[0] if args and isinstance(args[0], LazyWeight) else None
-        if view is not None:
-            if func in (aten.detach.default, aten.alias.default):
-                return LazyWeight(view._layer, view.dtype, view._transposed)
-            if func is aten.t.default or (func is aten.transpose.int and {args[1] % 2, args[2] % 2} == {0, 1}):
-                return LazyWeight(view._layer, view.dtype, not view._transposed)
-            if func is aten._to_copy.default and set(kwargs) <= {"dtype"}:
-                return LazyWeight(view._layer, kwargs.get("dtype", view.dtype), view._transposed)
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if isinstance(value, LazyWeight) and argument.alias_info is not None and argument.alias_info.is_write:
-                raise InputError(_READ_ONLY)
-        args, kwargs = tree_map(lambda v: v.dense() if isinstance(v, LazyWeight) else v, (args, kwargs))
-        return func(*args, **kwargs)
+
+class WeightView(ReadOnly):
+    """A view of a materialised weight, of any shape."""
+
+    _plain: Tensor
+
+    @staticmethod
+    def of(values: Tensor) -> WeightView:
+        view: WeightView = Tensor._make_subclass(WeightView, values)
+        view._plain = values
+        return view
+
+    def dense(self) -> Tensor:
+        return self._plain
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"WeightView({self._plain!r})"

@@ -109,9 +109,31 @@ class Quantizer(ABC):
         """
         return F.linear(x, self.dequantize(packed, dtype=x.dtype))
 
+    def suited(self, weight: Tensor) -> Quantizer:
+        """The quantizer for this weight [out, in]: itself, or, said in the log, a variant that can hold its magnitude.
+
+        A layer is made with the variant, and a checkpoint stores which it was.
+        """
+        return self
+
     def spec(self) -> dict[str, Any]:
         """The call that makes this quantizer, as JSON: ``{"name": "optq", "bits": 3, …}``."""
-        return {"name": self.name, **dataclasses.asdict(self)}  # type: ignore[call-overload]
+        options = dataclasses.asdict(self)  # type: ignore[call-overload]
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            if each.metadata.get(_LATER) and options[each.name] == each.default:
+                del options[each.name]
+        return {"name": self.name, **options}
+
+
+_LATER = "llmtools.later"
+
+
+def later(default: Any) -> Any:
+    """The default of an option that checkpoints of earlier versions do not have.
+
+    At its default `Quantizer.spec` leaves it out, so that earlier versions open new checkpoints.
+    """
+    return dataclasses.field(default=default, metadata={_LATER: True})
 
 
 class Learner(ABC):

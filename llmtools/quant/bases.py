@@ -21,6 +21,7 @@ from ..kernels.compiling import constant_result
 from ..kernels.hadamard import hadamard, rule_for
 from .base import Packed, TensorSpec
 from .grids.base import Grid
+from .grids.scalar import SCALE_TYPES, check_scale_type, scale_range
 from .hessian import proxy_loss
 from .rounding import Nearest
 
@@ -115,6 +116,8 @@ class SignedHadamard(Basis):
     block: int = 8
     rules: int = 1
     """Version of the table that says which Hadamard matrix belongs to a size, `kernels.hadamard.rule_for`."""
+    scale_type: str = "float16"
+    """The type of sv: float16, bfloat16 or float32."""
 
     by_rows: ClassVar[bool] = False
 
@@ -123,6 +126,13 @@ class SignedHadamard(Basis):
             raise InputError(f"hadamard={self.rules}; this version of llmtools knows the Hadamard rules 1; update it")
         if self.scale is not None and not 0 < self.scale < float("inf"):
             raise InputError(f"scale={self.scale}; give a positive number, as 1.03")
+        check_scale_type(self.scale_type)
+
+    def stored(self, rows: Tensor) -> Tensor:
+        """Factors of the rows, [out], in the type of sv."""
+        dtype = SCALE_TYPES[self.scale_type]
+        largest = torch.finfo(dtype).max
+        return rows.clamp(-largest, largest).to(dtype)
 
     def columns(self, in_features: int) -> int:
         return in_features + -in_features % self.block
@@ -130,7 +140,7 @@ class SignedHadamard(Basis):
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {
             "su": TensorSpec((in_features,), torch.float16),
-            "sv": TensorSpec((out_features,), torch.float16),
+            "sv": TensorSpec((out_features,), SCALE_TYPES[self.scale_type]),
         }
 
     def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
@@ -140,14 +150,15 @@ class SignedHadamard(Basis):
             torch.randint(0, 2, (n,), generator=generator, device="cpu").mul(2).sub(1).to(weight.device, torch.float16)
             for n in (in_features, out_features)
         )
-        sizes = weight.square().mean(1).sqrt()  # [out]
+        unit = 2.0 ** float(weight.abs().max().frexp().exponent)  # a power of two: exact, and squares do not vanish
+        sizes = (weight / unit).square_().mean(1).sqrt()  # [out]
         sizes = sizes.clamp_min(1e-3 * sizes.max())
         if self.scale is None:
-            target = sizes.square().mean().sqrt() if sizes.any() else torch.ones_like(sizes)
+            scales = sizes / (sizes.square().mean().sqrt() if sizes.any() else 1)
         else:
-            target = torch.full_like(sizes, self.scale * (self.columns(in_features) / in_features) ** 0.5)
-        sv = sv * torch.where(sizes > 0, (sizes / target).clamp(2.0**-24, 65504), 0).to(torch.float16)
-        return {"su": su, "sv": sv}
+            scales = sizes * (unit / (self.scale * (self.columns(in_features) / in_features) ** 0.5))
+        dtype = SCALE_TYPES[self.scale_type]
+        return {"su": su, "sv": sv * torch.where(sizes > 0, scales.clamp(*scale_range(dtype)), 0).to(dtype)}
 
     def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         su, sv = state["su"].to(weight.dtype), state["sv"].to(weight.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from abc import abstractmethod
 
 import torch
@@ -11,13 +13,25 @@ from torch.nn import functional as F
 from ..errors import InputError, where
 from .base import ALL, Packed, Quantizer, TensorSpec
 from .bases import Basis
+from .grids.affine import Affine
 from .grids.base import Grid
+from .hessian import check_hessian
 from .materialize import materialized_linear
-from .rounding import Rounding
+from .rounding import Rounding, split
+
+log = logging.getLogger(__name__)
+
+LEAST, LARGEST = 2.0**-17, 2.0**15
+"""Scales that float16 holds with an error of at most 1/256, and with room for those of a search."""
+NEGLIGIBLE = 1e-3
+"""A part of a weight's norm that may be lost; 4 bits lose 0.08."""
 
 
 class Composed(Quantizer):
     """grid × rounding × basis. A preset is a frozen dataclass that says which; see `presets.py`."""
+
+    scale_type: str = "float32"
+    """Presets that store scales in another type, or let it be chosen, have a field of that name."""
 
     @property
     @abstractmethod
@@ -55,7 +69,38 @@ class Composed(Quantizer):
             raise InputError(f"{where()}NaN or inf in the weight; the model cannot be quantized as it is")
         if self.needs_hessian and hessian is None:
             raise InputError(f"{where()}{self.name} needs calibration data; give some, or choose rtn or nf4")
+        if hessian is not None:
+            check_hessian(hessian)
+        if (lost := self._lost(weight)) > NEGLIGIBLE:
+            log.warning("%s%s; choose scale_type=float32", where(), _lossy(lost))
         return weight
+
+    def suited(self, weight: Tensor) -> Quantizer:
+        """With float32 scales where float16 scales would lose a part of the weight that is not negligible."""
+        lost = self._lost(weight.detach())
+        if not lost > NEGLIGIBLE:
+            return self
+        log.warning("%s%s; this layer gets float32 scales", where(), _lossy(lost))
+        return dataclasses.replace(self, scale_type="float32")  # type: ignore[type-var]
+
+    def _lost(self, weight: Tensor) -> float:
+        """The share of the weight's norm in groups whose scales are beyond float16, if that is their type."""
+        if self.scale_type != "float16" or weight.is_meta or not weight.numel():
+            return 0.0
+        scales, norms = self._scales(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        beyond = (scales < LEAST) | (scales > LARGEST)
+        whole = float(norms.norm())
+        return float((norms * beyond).norm()) / whole if whole else 0.0
+
+    def _scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale of each group of weights if nothing rounds it, and the group's norm in float64; shapes alike."""
+        if self.basis is not None and not self.basis.by_rows:
+            weight, _ = self.basis.rotate(weight, None, self.basis.draw(weight, None))
+        assert isinstance(self.grid, Affine)
+        grid = dataclasses.replace(self.grid, scale_type="float32", clip=False)
+        groups = [part.flatten(0, 1) for part in split(weight, grid.span(weight.shape[1]))]
+        scales = torch.cat([grid.fit(group)[:, 0] for group in groups])
+        return scales, torch.cat([torch.linalg.vector_norm(group, dim=1, dtype=torch.float64) for group in groups])
 
     def check(self, packed: Packed) -> None:
         super().check(packed)
@@ -81,3 +126,7 @@ class Composed(Quantizer):
             return F.linear(x, self.grid.dequantize(packed, dtype=x.dtype))
         y = F.linear(self.basis.inputs(x, packed), self.grid.dequantize(packed, dtype=x.dtype))
         return self.basis.outputs(y, packed)
+
+
+def _lossy(lost: float) -> str:
+    return f"float16 scales cannot hold weights of this magnitude ({100 * lost:.3g} % of the weight's norm)"

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 STRIP = 1024
 """Columns of activations that are multiplied with themselves and those after them: half the work of all with all."""
 
+LARGEST = 2.0**100
+"""Of a Hessian's entries, some 1e30: sums over its products with a weight still fit float32."""
+
 
 class HessianSum:
     """Accumulates Σ x xᵀ over tokens, in float32 whatever the activations' type; `value` is the mean."""
@@ -43,13 +46,24 @@ class HessianSum:
         self.tokens += rows.shape[0]
 
     def value(self) -> Tensor:
-        """H = E[x xᵀ], [in, in] float32, exactly symmetric, undamped."""
+        """H = E[x xᵀ], [in, in] float32, exactly symmetric, undamped. Raises InputError where it is too large."""
         if not self.tokens:
             raise InputError(f"{where()}no calibration token reached this layer")
+        check_hessian(self._sum.diagonal() / self.tokens)
         mean = self._sum / self.tokens
         for strip in _strips(len(mean)):
             mean[strip.stop :, strip] = mean[strip, strip.stop :].T
         return (mean + mean.T) / 2
+
+
+def check_hessian(hessian: Tensor) -> None:
+    """Raises InputError for a Hessian [in, in], or a part of one, with entries that are NaN, infinite or too large."""
+    largest = float(hessian.abs().amax())  # NaN where an entry is
+    if not largest <= LARGEST:
+        raise InputError(
+            f"{where()}the second moment of the calibration activations reaches {largest:.3g}, more than float32 can "
+            f"work with ({LARGEST:.3g}); look at the model's outputs for what lets its activations grow"
+        )
 
 
 def _strips(size: int) -> list[slice]:

@@ -29,11 +29,11 @@ from ..kernels.bits import pack, unpack
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
 from .bases import Basis, Permutation, SignedHadamard
 from .composed import Composed
-from .grids.affine import SCALE_TYPES, Affine, shifted
+from .grids.affine import Affine, shifted
 from .grids.base import Grid
 from .grids.codebook import NF4, Codebook
 from .grids.lattice import Lattice
-from .grids.scalar import check_group_size, columns, stream_layout
+from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
 from .materialize import materialized_linear
 from .presets import QuIPSharp
 from .rounding import Nearest, Rounding
@@ -219,7 +219,7 @@ class FusedLattice(Quantizer):
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         basis, whole = SignedHadamard(), self._whole(packed)
         y = materialized_linear(basis.inputs(x, whole), self._grid, packed)
-        return basis.outputs(y, whole)[..., self._part(packed)]
+        return basis.outputs(y, whole)[..., self._part(packed)].clone()  # no view: it may be modified in place
 
     def _part(self, packed: Packed) -> slice:
         return slice(self.first, self.first + packed["sv"].shape[0])

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, where
-from .base import Learner, Packed, quantizers
+from .base import Learner, Packed, later, quantizers
 from .composed import Composed
 from .grids.affine import Affine
 from .grids.base import Grid
@@ -60,16 +60,18 @@ class SignRound(Composed):
     """Sequences of calibration text in a step."""
     damping: float = 0.01
     """For weights outside of blocks, which start from OPTQ's solution: as there."""
+    scale_type: str = later("float16")
+    """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:
-        _check(self.name, self.bits, self.group_size)
+        _check(self.name, self.bits, self.group_size, self.scale_type)
         if self.batch < 1:
             raise InputError(f"{self.name}: batch={self.batch}; give at least 1 sequence a step")
         self.rounding  # checks the other options  # noqa: B018
 
     @cached_property
     def grid(self) -> Affine:
-        return Affine(self.bits, self.group_size, self.symmetric, clip=True)
+        return Affine(self.bits, self.group_size, self.symmetric, clip=True, scale_type=self.scale_type)
 
     @property
     def rounding(self) -> Learned:

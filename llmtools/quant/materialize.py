@@ -99,7 +99,8 @@ def gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features:
 def _forward(x: Tensor, source: Rows, packed: dict[str, Tensor], limits: tuple[int, int]) -> Tensor:
     with _plain_types(x):
         y = _product(x.reshape(-1, x.shape[-1]), source, packed, *limits)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    # Detached it is no view to autograd, which lets nobody modify the views that a function returns in place.
+    return y.reshape(*x.shape[:-1], y.shape[-1]).detach()
 
 
 def _limits(x: Tensor) -> tuple[int, int]:

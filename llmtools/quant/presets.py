@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .base import Packed, quantizers
+from .base import Packed, later, quantizers
 from .bases import Basis, Permutation, Rescale, SignedHadamard
 from .composed import Composed
 from .grids.affine import BITS, Affine
 from .grids.base import Grid
 from .grids.codebook import Codebook
 from .grids.lattice import SCALE, Lattice
-from .grids.scalar import check_group_size
+from .grids.scalar import check_group_size, check_scale_type
 from .proximal import Proximal
 from .rounding import Clipped, Nearest, Rounding, Sequential
 from .suited import row_gains, suited_share
@@ -48,13 +48,15 @@ class RTN(Composed):
     """Centre the grid on zero and store no zero points."""
     clip: bool = True
     """Search each group's range instead of taking its extremes; matters most at 2 and 3 bits."""
+    scale_type: str = later("float16")
+    """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:
-        _check(self.name, self.bits, self.group_size)
+        _check(self.name, self.bits, self.group_size, self.scale_type)
 
     @cached_property
     def grid(self) -> Grid:
-        return Affine(self.bits, self.group_size, self.symmetric, self.clip)
+        return Affine(self.bits, self.group_size, self.symmetric, self.clip, self.scale_type)
 
     @property
     def rounding(self) -> Rounding:
@@ -106,14 +108,16 @@ class OPTQ(Composed):
     """Fit all groups before the sweep. With act_order, groups then stay in natural order and nothing is gathered."""
     passes: int = 0
     """Passes of coordinate descent after the sweep: each weight chosen anew with all others fixed."""
+    scale_type: str = later("float16")
+    """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:
-        _check(self.name, self.bits, self.group_size)
+        _check(self.name, self.bits, self.group_size, self.scale_type)
         Sequential(self.damping, passes=self.passes)
 
     @cached_property
     def grid(self) -> Grid:
-        return Affine(self.bits, self.group_size, self.symmetric, self.clip)
+        return Affine(self.bits, self.group_size, self.symmetric, self.clip, self.scale_type)
 
     @property
     def rounding(self) -> Rounding:
@@ -140,14 +144,16 @@ class HQQ(Composed):
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     iterations: int = 20
     """Of the solver, at most."""
+    scale_type: str = later("float16")
+    """Type of the scales and zero points: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:
-        _check(self.name, self.bits, self.group_size)
+        _check(self.name, self.bits, self.group_size, self.scale_type)
         Proximal(self.iterations)
 
     @cached_property
     def grid(self) -> Affine:
-        return Affine(self.bits, self.group_size, float_zeros=True)
+        return Affine(self.bits, self.group_size, scale_type=self.scale_type, float_zeros=True)
 
     @property
     def rounding(self) -> Rounding:
@@ -172,13 +178,15 @@ class AWQ(Composed):
     """Centre the grid on zero and store no zero points."""
     clip: bool = True
     """Search each group's range for the least error of its output instead of taking its extremes."""
+    scale_type: str = later("float16")
+    """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:
-        _check(self.name, self.bits, self.group_size)
+        _check(self.name, self.bits, self.group_size, self.scale_type)
 
     @cached_property
     def grid(self) -> Grid:
-        return Affine(self.bits, self.group_size, self.symmetric)
+        return Affine(self.bits, self.group_size, self.symmetric, scale_type=self.scale_type)
 
     @property
     def rounding(self) -> Rounding:
@@ -212,15 +220,17 @@ class QuIP(Composed):
     """Of the random signs, which are stored."""
     hadamard: int = 1
     """Version of the rules that say which Hadamard matrix belongs to a size."""
+    scale_type: str = later("float16")
+    """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:
-        _check(self.name, self.bits, self.group_size)
+        _check(self.name, self.bits, self.group_size, self.scale_type)
         Sequential(self.damping, passes=self.passes)
         SignedHadamard(rules=self.hadamard)
 
     @cached_property
     def grid(self) -> Grid:
-        return Affine(self.bits, self.group_size, self.symmetric, self.clip)
+        return Affine(self.bits, self.group_size, self.symmetric, self.clip, self.scale_type)
 
     @property
     def rounding(self) -> Rounding:
@@ -256,13 +266,15 @@ class QuIPSharp(Composed):
     """Of the random signs, which are stored."""
     hadamard: int = 1
     """Version of the rules that say which Hadamard matrix belongs to a size."""
+    scale_type: str = later("float16")
+    """Type of the scales of rows: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:
         if self.bits not in SCALE or isinstance(self.bits, bool):
             raise InputError(f"{self.name}: bits={self.bits!r}; choose 2, 3 or 4")
         Lattice(self.bits, self.residual_scale)
         Sequential(self.damping, passes=self.passes)
-        SignedHadamard(scale=self.scale, rules=self.hadamard)
+        SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
 
     @cached_property
     def grid(self) -> Grid:
@@ -275,7 +287,7 @@ class QuIPSharp(Composed):
     @cached_property
     def basis(self) -> SignedHadamard:
         scale = SCALE[self.bits] if self.scale is None else self.scale
-        return SignedHadamard(self.seed, scale, rules=self.hadamard)
+        return SignedHadamard(self.seed, scale, rules=self.hadamard, scale_type=self.scale_type)
 
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
         weight = self._checked(weight, hessian)
@@ -286,17 +298,22 @@ class QuIPSharp(Composed):
         if self.scale is None:
             share = suited_share(inner, basis.second_moment(hessian, state), self.grid)
             inner *= share
-            state["sv"] = (state["sv"].float() / share).to(torch.float16)
+            state["sv"] = basis.stored(state["sv"].float() / share)
         codes, params = self.rounding.sweep(inner, lambda: basis.second_moment(hessian, state), self.grid)
         columns = inner.shape[1]
         del inner
         packed = self.grid.pack(codes, params, columns) | state
         gains = row_gains(weight, self.dequantize(packed, dtype=weight.dtype), hessian)
-        packed["sv"] = (packed["sv"].to(gains) * gains).clamp(-65504, 65504).to(torch.float16)
+        packed["sv"] = basis.stored(packed["sv"].to(gains) * gains)
         return packed
 
+    def _scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+        return norms / (weight.shape[1] ** 0.5 * SCALE[self.bits]), norms
 
-def _check(name: str, bits: int, group_size: int) -> None:
+
+def _check(name: str, bits: int, group_size: int, scale_type: str) -> None:
     if bits not in BITS or isinstance(bits, bool):
         raise InputError(f"{name}: bits={bits!r}; choose {', '.join(map(str, BITS[:-1]))} or {BITS[-1]}")
     check_group_size(name, group_size)
+    check_scale_type(scale_type)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .grids.affine import SCALE_TYPES, Affine
+from .grids.affine import Affine
 from .grids.base import Grid
+from .grids.scalar import SCALE_TYPES, scale_range
 from .rounding import Rounding, split
 
 _P, _BETA = 0.7, 10.0
@@ -64,7 +65,7 @@ def _extremes(group: Tensor, grid: Affine) -> Tensor:
     largest = torch.maximum(high, -low)
     # A narrow range far from zero needs a large zero point, and float16 tells apart quarters up to 512.
     scale = torch.maximum((high - low) / (2**grid.bits - 1), largest / 512)
-    scale = _stored(torch.where(largest == 0, 1.0, scale).clamp_min(2.0**-24), grid)
+    scale = _stored(torch.where(largest == 0, 1.0, scale).clamp_min(scale_range(SCALE_TYPES[grid.scale_type])[0]), grid)
     return torch.cat([scale, _stored(-low / scale, grid)], -1)
 
 

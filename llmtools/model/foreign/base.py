@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ...kernels.bits import pack
 from ...quant import Packed, Quantizer, UniformGrid
-from ...quant.grids.affine import SCALE_TYPES
+from ...quant.grids.scalar import SCALE_TYPES
 from .tensors import Module
 
 FLOATS = tuple(SCALE_TYPES.values())

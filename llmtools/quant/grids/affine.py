@@ -15,17 +15,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...errors import InputError, did_you_mean
+from ...errors import InputError
 from ...kernels.affine import dequantize_affine, multiply_affine, multiply_transposed_affine
 from ...kernels.bits import pack, unpack, words
 from ...kernels.grouped import decodes, multiplies
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
-from .scalar import check_group_size, columns, resolve_group_size, stream_layout
+from .scalar import (
+    SCALE_TYPES,
+    check_group_size,
+    check_scale_type,
+    columns,
+    resolve_group_size,
+    scale_range,
+    stream_layout,
+)
 
 BITS = (2, 3, 4, 8)
 """The widths of our own presets; the grid itself takes 1 … 8."""
-SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,7 @@ class Affine(Grid):
     def __post_init__(self) -> None:
         if self.bits not in range(1, 9):
             raise InputError(f"bits={self.bits}; a uniform grid has 1 to 8 bits")
-        if self.scale_type not in SCALE_TYPES:
-            raise InputError(f"scale_type: {self.scale_type!r}; {did_you_mean(str(self.scale_type), SCALE_TYPES)}")
+        check_scale_type(self.scale_type)
         if self.symmetric and self.float_zeros:
             raise InputError("a symmetric grid stores no zero points: float_zeros must be false")
         check_group_size("affine grid", self.group_size)
@@ -80,9 +86,7 @@ class Affine(Grid):
         top = 2**self.bits - 1
         empty = high == low
         scale = torch.where(empty, 2.0 / top, (high - low) / top)
-        limits = torch.finfo(self._scale)
-        tiny = 2.0**-24 if self._scale == torch.float16 else limits.tiny  # the least positive float16 is a subnormal
-        scale = scale.clamp(tiny, limits.max).to(self._scale).to(low.dtype)
+        scale = scale.clamp(*scale_range(self._scale)).to(self._scale).to(low.dtype)
         zero = -low / scale
         zero = zero.to(self._scale).to(low.dtype) if self.float_zeros else torch.round(zero).clamp(0, top)
         if self.symmetric:

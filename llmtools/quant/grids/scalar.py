@@ -8,9 +8,24 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import InputError, where
+from ...errors import InputError, did_you_mean, where
 from ...kernels.bits import words
 from ..base import Packed, TensorSpec
+
+SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""The types in which scales are stored."""
+
+
+def check_scale_type(scale_type: str) -> None:
+    """Raises InputError for a name that is not in `SCALE_TYPES`."""
+    if scale_type not in SCALE_TYPES:
+        raise InputError(f"scale_type: {scale_type!r}; {did_you_mean(str(scale_type), SCALE_TYPES)}")
+
+
+def scale_range(dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest positive number of a type of scales; float16's least is a subnormal number."""
+    limits = torch.finfo(dtype)
+    return 2.0**-24 if dtype == torch.float16 else limits.tiny, limits.max
 
 
 def check_group_size(name: str, group_size: int) -> None:

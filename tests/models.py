@@ -124,3 +124,38 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTr
 def tiny_ids(sequences: int = 2, tokens: int = 24, *, seed: int = 0) -> torch.Tensor:
     """Token ids [sequences, tokens], without the special ones."""
     return torch.randint(3, VOCABULARY, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def other_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
+    """A tiny model that is no decoder: t5, bart, bert (a classifier), xlm, llava (whose vision tower is the larger
+    part)."""
+    import transformers as t
+
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    heads: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any
+        match kind:
+            case "t5":
+                shape = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+                model = t.T5ForConditionalGeneration(t.T5Config(**sizes | shape | {"decoder_start_token_id": 0}))
+            case "bart":
+                layers = {
+                    f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")
+                }
+                shape = {"d_model": 64, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "decoder_start_token_id": 2}
+                model = t.BartForConditionalGeneration(t.BartConfig(**sizes | layers | shape))
+            case "bert":
+                config = t.BertConfig(**sizes | heads | {"num_hidden_layers": 2, "num_labels": 3})
+                model = t.BertForSequenceClassification(config)
+            case "xlm":
+                model = t.XLMWithLMHeadModel(t.XLMConfig(vocab_size=VOCABULARY, emb_dim=64, n_layers=2, n_heads=4))
+            case "llava":
+                text = t.LlamaConfig(**_LLAMA_LIKE)
+                sight = t.CLIPVisionConfig(**heads | {"num_hidden_layers": 6, "image_size": 28, "patch_size": 14})
+                config = t.LlavaConfig(text_config=text, vision_config=sight, image_token_index=5)
+                model = t.LlavaForConditionalGeneration(config)
+            case _:
+                raise ValueError(kind)
+    return model.eval()  # type: ignore[no-any-return]

@@ -1,7 +1,9 @@
 """Where the linears of a network are, found by looking and by running, not by a list of model families.
 
-Two observations are enough. The *blocks* are the largest `ModuleList` with linears in it, whatever the family calls it
-(``model.layers``, ``transformer.h``, ``decoder.layers``). Linears that *read the same tensor* are found by running a
+Two observations are enough. The *blocks* are the members of a `ModuleList` with linears in them, whatever the family
+calls it (``model.layers``, ``transformer.h``, ``decoder.layers``); there may be several such *stacks*, as in an
+encoder-decoder. Of a model that also sees or hears, those of the part that reads and writes text are taken, which
+transformers names (`get_decoder`). Linears that *read the same tensor* are found by running a
 block once with a hook on each: the tensors that arrive are compared by storage, offset, shape and version. Such a
 group (query, key and value; gate and up) shares one Hessian, and the order of the calls is the order of the work
 (arXiv:2210.17323, "true sequential" in its code).
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..nn.linear import QuantizedLinear
+from ..nn.swap import computes_otherwise
 
 
 @dataclass(frozen=True)
@@ -51,27 +54,88 @@ class Leftover(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Stack(NamedTuple):
+    """Blocks that follow one another."""
+
+    path: str
+    """Where their list is: ``"model.layers"``."""
+    blocks: list[Block]
+    weights: int
+    """How many weights their linears hold."""
+
+
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks in the order in which they are listed: the `ModuleList` with the most weights in linears.
+    """The blocks of all stacks, in the order in which they are listed; one that is listed twice counts once.
 
     Raises InputError when no list has a linear in it, saying which modules hold the weights instead.
     """
-    best: nn.ModuleList | None = None
-    best_path, most = "", 0
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            size = sum(linear.in_features * linear.out_features for _, linear in linears(module))
-            if size > most:  # on a tie the outer list, which comes first
-                best, best_path, most = module, path, size
-    if best is None:
+    blocks = {id(block.module): block for stack in reversed(find_stacks(model)) for block in reversed(stack.blocks)}
+    return list(reversed(blocks.values()))
+
+
+def main_stack(model: nn.Module) -> Stack:
+    """The stack with the most weights in linears. Raises InputError as `find_blocks`."""
+    return max(find_stacks(model), key=lambda stack: stack.weights)  # the first of equals
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The outermost `ModuleList`s with linears in them, in the part of the model that reads and writes text.
+
+    A list of bare linears is no stack, unless there is nothing else. Raises InputError when there is no list.
+    """
+    parts = text_parts(model)
+    stacks: dict[int, Stack] = {}
+    for prefix, part in parts:
+        for path, found in _outermost_lists(part, prefix):
+            blocks = [Block(f"{path}.{name}", block) for name, block in found.named_children()]
+            size = sum(linear.in_features * linear.out_features for _, linear in linears(found))
+            stacks.setdefault(id(found), Stack(path, blocks, size))
+    deep = [stack for stack in stacks.values() if not all(isinstance(b.module, nn.Linear) for b in stack.blocks)]
+    if not stacks:
         raise InputError(_no_blocks(model))
-    return [Block(f"{best_path}.{index}", module) for index, module in enumerate(best)]
+    return deep or list(stacks.values())
+
+
+def text_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) of what reads and writes text: all of a plain language model, else its decoder, and the encoder
+    of an encoder-decoder that reads text."""
+    told: Any = model
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or not hasattr(model, "get_decoder"):
+        return [("", model)]
+    reads_text = getattr(model, "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
+    if text_config(config) is config and reads_text:
+        return [("", model)]
+    parts = [told.get_decoder()]
+    if getattr(config, "is_encoder_decoder", False) and reads_text and hasattr(model, "get_encoder"):
+        parts.insert(0, told.get_encoder())
+    paths = {id(module): path for path, module in model.named_modules()}
+    found = [(paths[id(part)], part) for part in parts if id(part) in paths and part is not model]
+    return found if any(True for path, part in found for _ in _outermost_lists(part, path)) else [("", model)]
+
+
+def text_config(config: Any) -> Any:
+    """The part of a transformers config that describes what reads and writes text; itself for a language model."""
+    try:
+        return config.get_text_config()
+    except ValueError:  # an encoder's and a decoder's
+        return config.get_text_config(decoder=True)
+
+
+def _outermost_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists with linears in them that are in no other one; a list of lists is looked into."""
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if not isinstance(child, nn.ModuleList) or any(isinstance(each, nn.ModuleList) for each in child):
+            yield from _outermost_lists(child, path)
+        elif next(linears(child), None) is not None:
+            yield path, child
 
 
 def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linear]]:
-    """The linears below `module` that can be quantized, with their paths: `nn.Linear` or a subclass, still dense."""
+    """The linears below `module` that can be quantized, with their paths: still dense, and y = x Wᵀ + b all they do."""
     for path, child in module.named_modules(prefix=prefix):
-        if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear):
+        if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear) and not computes_otherwise(child):
             yield path, child
 
 
@@ -88,7 +152,7 @@ def observe(block: Block, runs: Iterator[Any]) -> None:
         kept: list[Tensor] = []  # keeps the tensors alive: a freed one would hand its address to the next
         calls: dict[str, list[tuple[object, ...]]] = {}
         hooks = [
-            linear.register_forward_pre_hook(_note(path, batch, calls, kept))
+            linear.register_forward_pre_hook(_note(path, batch, calls, kept), with_kwargs=True)
             for path, linear in watched.items()
             if path not in seen
         ]
@@ -119,9 +183,9 @@ def _indices() -> Iterator[int]:
 
 def _note(
     path: str, batch: int, calls: dict[str, list[tuple[object, ...]]], kept: list[Tensor]
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = args[0] if args else kwargs["input"]
         kept.append(x)
         version = 0 if x.is_inference() else x._version  # moves when the tensor is written in place
         where = (batch, x.device, x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), version)
@@ -131,11 +195,11 @@ def _note(
 
 
 def leftovers(model: nn.Module, blocks: list[Block]) -> list[Leftover]:
-    """Weights inside the blocks, matrices or larger, that belong to no linear."""
+    """Weights inside the blocks, matrices or larger, that belong to no linear, or to none that can be packed."""
     found = []
     for block in blocks:
         for path, module in block.module.named_modules(prefix=block.path):
-            if isinstance(module, nn.Linear | nn.Embedding):
+            if isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not computes_otherwise(module)):
                 continue
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2:

@@ -29,6 +29,7 @@ from ..limits import TEMPLATE_SECONDS, bounded
 from ..nn.start import Start
 from ..nn.swap import packed_bytes, quantized_linears
 from .adapter_files import check_adapter, open_adapter
+from .architectures import auto_class
 from .card import write_card
 from .foreign import open_model, recognise
 from .hub import METHOD, attach
@@ -113,7 +114,8 @@ def load(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -
     Returns (model in eval mode, tokenizer).
 
     verify: compare every byte with the checksums that `save` noted; without it, small files and headers alone.
-    options go to ``AutoModelForCausalLM.from_pretrained`` (``dtype``, ``device_map``, …). Stricter than that: a
+    The model is of the class that config.json names (`auto_class`): as a rule a decoder with its head.
+    options go to ``from_pretrained`` (``dtype``, ``device_map``, …). Stricter than that: a
     tensor that is missing in the files is an error here, not a warning. ``trust_remote_code`` is off unless it is
     among the options: code that comes with a checkpoint is never run, nor asked about.
 
@@ -167,14 +169,24 @@ def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: 
 
 def _opened(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
     """(model, transformers' loading info, whether the files are ours and of this very architecture)."""
-    from transformers import AutoModelForCausalLM
-
     foreign = recognise(name, options)
     if foreign is not None:
         return (*open_model(foreign, options), False)
-    model, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
+    model, info = auto_class(_config_of(name, options)).from_pretrained(name, output_loading_info=True, **options)
     ours = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
     return model, info, bool(ours) and type(model).__name__ in (model.config.architectures or ())
+
+
+def _config_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a folder, or of a model on the hub; {} where it cannot be had, which is said on opening."""
+    if Path(name).exists():
+        return config_of(Path(name))
+    from transformers import PreTrainedConfig
+
+    where = {key: options[key] for key in ("revision", "token", "cache_dir", "subfolder") if key in options}
+    with suppress(OSError, ValueError):
+        return dict(PreTrainedConfig.get_config_dict(name, **where)[0])
+    return {}
 
 
 @contextmanager
@@ -243,7 +255,7 @@ def _check_chat_template(tokenizer: Any, name: str) -> None:
 def skeleton(folder: str | PathLike[str]) -> Any:
     """A folder's model without weights, on the meta device, its linears dense whatever they are in the files."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     name = _name_of(folder)
     _check_loadable(name)
@@ -253,7 +265,7 @@ def skeleton(folder: str | PathLike[str]) -> Any:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
 
 
 def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:

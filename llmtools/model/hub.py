@@ -22,7 +22,7 @@ transformers stumbles over its shape and stops.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,9 +39,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, InputError, within
 from ..nn.adapters import dequantize
 from ..nn.linear import QuantizedLinear
-from ..nn.swap import quantized_linears, set_module
+from ..nn.swap import aliases, computes_otherwise, quantized_linears, set_module
 from ..options import fits, type_name
 from ..quant import Quantizer, TensorSpec, from_spec
+from .blocks import text_config
 from .integrity import Header, check_values, read_headers
 from .plan import Plan, base_quantizer
 
@@ -146,6 +147,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LLMToolsConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.assigned: dict[str, Quantizer] = {}
+        self.listed: dict[str, list[str]] = {}
         self.failures: list[InputError] = []
         self.stored: frozenset[str] = frozenset()
 
@@ -168,6 +170,8 @@ class LLMToolsHfQuantizer(HfQuantizer):
             wish = self.quantization_config._wish
             assert wish is not None
             self.assigned = wish.assignment(model)
+            self.listed = aliases(model)
+            _untie(model, self.assigned)
 
     def _place_empty_layers(self, model: nn.Module, headers: Mapping[str, Header]) -> None:
         self.stored = frozenset(headers)
@@ -176,12 +180,13 @@ class LLMToolsHfQuantizer(HfQuantizer):
         for key, header in headers.items():
             module, _, name = key.rpartition(".")
             of_module.setdefault(module, {})[name] = header
+        listed = aliases(model)
         for stored_path, chosen in self.quantization_config.assignment().items():
             path = locate(model, stored_path)
             if path is None:
                 continue
             linear = model.get_submodule(path)
-            if not isinstance(linear, nn.Linear):
+            if not isinstance(linear, nn.Linear) or computes_otherwise(linear):
                 raise CheckpointError(
                     f"{stored_path} is quantized in the checkpoint, but is a {type(linear).__name__} in this model"
                 )
@@ -192,9 +197,11 @@ class LLMToolsHfQuantizer(HfQuantizer):
                 continue
             layer = QuantizedLinear.empty(linear, chosen, device="meta")
             layer._is_hf_initialized = True
-            set_module(model, path, layer)
+            for place in (path, *listed.get(path, ())):
+                set_module(model, place, layer)
             self.assigned[path] = chosen
         _raise_for(problems)
+        _untie(model, self.assigned)
         ignored = {re.escape(path) + rf"\.{SENTINEL}$" for path in self.assigned}
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
             *(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[misc]
@@ -297,6 +304,7 @@ def attach(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     if config is None or not quantized_linears(model):
         return
+    _untie(model, quantized_linears(model))
     description = LLMToolsConfig()
     description.describe(model)
     config.quantization_config = description
@@ -305,6 +313,27 @@ def attach(model: nn.Module) -> None:
     told.hf_quantizer = LLMToolsHfQuantizer(description)
     told.is_quantized = True
     told.quantization_method = METHOD
+
+
+def _untie(model: Any, paths: Collection[str]) -> None:
+    """Takes quantized layers, such as a head of its own, out of what transformers ties to other weights, in place.
+
+    config.json may say that the head is tied where the files hold one of its own.
+    """
+    targets = {f"{path}.weight" for path in paths}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    wished = _wished_ties(model)
+    for target in targets & tied.keys():
+        del tied[target]
+    if wished and wished <= targets:
+        for config in {id(each): each for each in (model.config, text_config(model.config))}.values():
+            config.tie_word_embeddings = False
+
+
+def _wished_ties(model: Any) -> set[str]:
+    """The weights that the config says are tied to others."""
+    told = getattr(model, "get_expanded_tied_weights_keys", None)
+    return set(told(all_submodels=True)) if told is not None else set()
 
 
 # ---- quantizing on the fly -------------------------------------------------------------------------------------------
@@ -378,7 +407,8 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
                 for tensor in layer.parameters():
                     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
                 layer._is_hf_initialized = True
-                set_module(model, path, layer)
+                for place in (path, *owner.listed.get(path, ())):
+                    set_module(model, place, layer)
             if missing_keys is not None:
                 missing_keys.discard(full_layer_name)
             return {}

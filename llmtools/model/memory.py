@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..nn.linear import QuantizedLinear
 from ..nn.loss import _ChunkedLoss, fits
 from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, FEW_TOKENS, few_tokens, materialize_budget
-from .blocks import find_blocks
+from .blocks import find_blocks, main_stack
 
 ATTENTION = "llmtools_plan"
 """The attention that is run: the library's own with scaled_dot_product_attention, and without a mask in memory."""
@@ -102,7 +102,7 @@ def peak(
     rows of a weight are decoded at a time. autocast: to bfloat16. chunked_loss: as `llmtools finetune` does it, where
     the output head allows; else the model makes all logits.
     """
-    depth = len(find_blocks(model))
+    depth = len(main_stack(model).blocks)
     fewer, more = _DEPTHS
 
     def at(blocks: int) -> Peak:
@@ -228,7 +228,7 @@ class Ledger(TorchDispatchMode):
 def _first_blocks(model: Any, count: int) -> Any:
     """A copy with so many blocks. Copies of meta tensors cost nothing."""
     model = copy.deepcopy(model)
-    path = find_blocks(model)[0].path.rpartition(".")[0]
+    path = main_stack(model).path
     parent, _, name = path.rpartition(".")
     blocks = model.get_submodule(path)
     setattr(model.get_submodule(parent), name, nn.ModuleList(list(blocks)[:count]))

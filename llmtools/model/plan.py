@@ -10,7 +10,7 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..errors import InputError
-from ..nn.swap import quantized_linears
+from ..nn.swap import altered, computes_otherwise, quantized_linears
 from ..quant import Quantizer
 from ..quant import quantizer as named_quantizer
-from .blocks import Block, find_blocks, leftovers, linears
+from .blocks import Block, Leftover, Stack, find_blocks, find_stacks, leftovers, linears
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,8 @@ class Plan:
     quantizers: dict[str, Quantizer]
     """path → quantizer, in the model's order; no modules, which would keep dense weights alive."""
     blocks: list[str]
+    stacks: list[str]
+    """The lists that the blocks are in."""
     left: list[Left]
 
     @staticmethod
@@ -53,6 +55,7 @@ class Plan:
         Raises InputError for a pattern that matches nothing, and for a model that cannot be quantized.
         """
         _refuse_strangers(model)
+        stacks = find_stacks(model)
         blocks = find_blocks(model)
         inside = {path for block in blocks for path, _ in linears(block.module, block.path)}
         quantizers: dict[str, Quantizer] = {}
@@ -77,9 +80,12 @@ class Plan:
             raise InputError(_no_match(next(iter(unused)), list(quantizers), [each.path for each in left]))
         if not quantizers:
             raise InputError("every linear is skipped or left dense by an override, so that nothing is quantized")
+        _refuse_altered(model, quantizers)
         _refuse_tied(model, quantizers)
         left += _said_leftovers(model, blocks)
-        return Plan(quantizers, [block.path for block in blocks], left)
+        if skip is None:
+            _say_what_is_taken(model, stacks, inside)
+        return Plan(quantizers, [block.path for block in blocks], [stack.path for stack in stacks], left)
 
 
 def base_quantizer(quantizer: str | Quantizer, options: dict[str, Any]) -> Quantizer:
@@ -142,11 +148,23 @@ def _refuse_strangers(model: nn.Module) -> None:
         raise InputError("the model carries adapters; merge or unload them (merge_and_unload) before quantizing it")
 
 
+def _refuse_altered(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
+    """Linears whose weight is more than a parameter, which packing would silently undo."""
+    for path in quantizers:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        if (reason := altered(linear)) is not None:
+            raise InputError(
+                f"{path} cannot be packed as it is: {reason}; or leave it dense, overrides {{{path!r}: None}}"
+            )
+
+
 def _refuse_tied(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
     """A weight with two owners cannot be packed in one and stay dense in the other."""
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for path, module in model.named_modules():  # a module that is listed twice is one owner
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(path)
     for path in quantizers:
         others = [owner for owner in owners[id(model.get_submodule(path).weight)] if owner != path]
         if others:
@@ -168,7 +186,42 @@ def _said_leftovers(model: nn.Module, blocks: list[Block]) -> list[Left]:
             100 * share,
             ", ".join(names),
         )
-    return [Left(each.path, each.shape, f"a parameter of {each.owner}, which is no nn.Linear") for each in found]
+    return [Left(each.path, each.shape, _why_left(model, each)) for each in found]
+
+
+def _why_left(model: nn.Module, each: Leftover) -> str:
+    owner = model.get_submodule(each.path.rpartition(".")[0])
+    reason = computes_otherwise(owner) if isinstance(owner, nn.Linear) else None
+    return reason or f"a parameter of {each.owner}, which is no nn.Linear"
+
+
+def _say_what_is_taken(model: nn.Module, stacks: list[Stack], inside: Collection[str]) -> None:
+    """A line in the log where a good part of the model is in other stacks than those that are quantized."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    paths = [f"{stack.path}." for stack in stacks]
+    rest: dict[str, int] = {}
+    taken = 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            continue
+        size = sum(each.numel() for each in module.parameters(recurse=False) if each.dim() >= 2)
+        if path in inside:
+            taken += size
+        elif size and not path.startswith(tuple(paths)):
+            rest[_holder(path)] = rest.get(_holder(path), 0) + size
+    if taken < 0.95 * (taken + sum(rest.values())):
+        log.warning(
+            "%.0f %% of the weights outside embeddings and head are quantized, the linears of %s; %s stay as they are "
+            "(`skip` with a list of what to leave alone quantizes all others)",
+            100 * taken / (taken + sum(rest.values())),
+            ", ".join(stack.path for stack in stacks),
+            ", ".join(sorted(rest, key=lambda name: -rest[name])[:3]),
+        )
+
+
+def _holder(path: str) -> str:
+    """The part of a model that a module belongs to: its path up to the first number, or its first two names."""
+    return ".".join(path.split(".")[:2]) if not re.search(r"\.\d", path) else re.split(r"\.\d", path)[0]
 
 
 def any_index(path: str) -> str:

@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from ..errors import InputError, within
 from ..nn.linear import QuantizedLinear
 from ..nn.start import Start, start_from_error
-from ..nn.swap import set_module
+from ..nn.swap import aliases, set_module
 from ..quant import HessianSum, Quantizer, proxy_loss
 from ..quant.base import Learner
-from .blocks import Block
+from .blocks import Block, text_config
 from .hub import attach
 from .options import BlockTuning
 from .plan import Left, Overrides, Plan, any_index, base_quantizer
 from .tune import HELD_OUT, Lesson, Taught, Teacher, learn, learning, stacked, tune
-from .walk import Calls, OnStep, evaluating, walk
+from .walk import Batch, Calls, OnStep, evaluating, run_network, walk
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 def quantize(
     model: nn.Module,
     quantizer: str | Quantizer,
-    calibration: Sequence[Tensor] | Tensor | None = None,
+    calibration: Sequence[Batch] | Batch | None = None,
     *,
     overrides: Overrides | None = None,
     skip: Sequence[str] | None = None,
@@ -60,11 +60,13 @@ def quantize(
     ``quantize(model, "optq", text, bits=3, group_size=64, overrides={"down_proj": {"bits": 4}, "*.0.*": None})``
 
     quantizer: a name, with its `options`, or a quantizer.
-    calibration: token ids [batch, t], as `llmtools.calibration` gives them. A quantizer that needs no data ignores
-        them, save that the report then has a proxy loss.
+    calibration: token ids [batch, t], as `llmtools.calibration` gives them, or what a tokenizer returns: a mapping of
+        keyword arguments of the model. Padding under its `attention_mask` is left out: each sequence is read by itself.
+        A quantizer that needs no data ignores the text, save that the report then has a proxy loss.
     overrides: options by pattern (as in a shell) of a module's path or its end; the first that matches counts.
-    skip: patterns of linears to leave alone. None leaves out every linear outside the blocks (``lm_head``); a list
-        replaces that default, so ``()`` quantizes the head as well.
+    skip: patterns of linears to leave alone. None leaves out every linear outside the blocks (``lm_head``), and of a
+        model that also sees or hears the blocks that do not read or write text; a list replaces that default, so
+        ``()`` quantizes the head as well, and ``["lm_head", "*language_model*"]`` the vision tower alone.
     sequential: each group of linears is measured with the earlier groups of its block quantized. Without, a block is
         measured once: about twice as fast, a little worse, and all Hessians of the block are in memory together.
     tuning: tunes each block against the outputs of the original one, as `BlockTuning` says. None, or 0 epochs: not at
@@ -252,24 +254,26 @@ def _check_weights(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Non
             raise InputError(f"{path}: NaN or infinity in the weight; the model is damaged, load or download it again")
 
 
-def _checked_calibration(model: nn.Module, calibration: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """The sequences as [batch, t]; raises InputError where the model could not read one."""
-    if isinstance(calibration, Tensor):
+def _checked_calibration(model: nn.Module, calibration: Sequence[Batch] | Batch) -> list[Batch]:
+    """The sequences without padding, as ids [batch, t] or keyword arguments; raises InputError where the model could
+    not read one."""
+    if isinstance(calibration, Tensor | Mapping):
         calibration = [calibration]
     config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(text_config, "max_position_embeddings", None)
-    vocabulary = getattr(text_config, "vocab_size", None)
-    batches = []
-    for index, ids in enumerate(calibration):
+    text: Any = text_config(config) if hasattr(config, "get_text_config") else config
+    longest = getattr(text, "max_position_embeddings", None)
+    longest = longest if isinstance(longest, int) and longest > 0 else None  # XLNet says -1 for no end
+    vocabulary = getattr(text, "vocab_size", None)
+    batches: list[Batch] = []
+    for index, batch in enumerate(calibration):
+        given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
+        ids = given.get("input_ids")
+        if ids is None and isinstance(batch, Mapping):
+            batches.append(given)  # a model that reads something else
+            continue
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2) or ids.numel() == 0:
             shape = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
             raise InputError(f"calibration[{index}] is {shape}; expected token ids [batch, tokens], at least one")
-        ids = ids if ids.dim() == 2 else ids[None]
-        if longest is not None and ids.shape[1] > longest:
-            raise InputError(
-                f"calibration[{index}] has {ids.shape[1]} tokens, the model {longest} positions; use tokens={longest}"
-            )
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or (vocabulary is not None and high >= vocabulary):
             wrong = low if low < 0 else high
@@ -277,10 +281,70 @@ def _checked_calibration(model: nn.Module, calibration: Sequence[Tensor] | Tenso
                 f"calibration[{index}] holds token {wrong}, and the model knows 0 to {(vocabulary or 0) - 1}; "
                 f"use the model's own tokenizer"
             )
-        batches.append(ids)
+        if ids.dim() == 1:
+            given = {k: v[None] if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in given.items()}
+        for each in unpadded(given, f"calibration[{index}]"):
+            tokens = each["input_ids"].shape[1]
+            if longest is not None and tokens > longest:
+                raise InputError(
+                    f"calibration[{index}] has {tokens} tokens, the model {longest} positions; use tokens={longest}"
+                )
+            batches.append(each["input_ids"] if each.keys() == {"input_ids"} else each)
     if not batches:
         raise InputError("the calibration is empty; give at least one sequence of token ids")
     return batches
+
+
+def unpadded(batch: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """A batch without what its `attention_mask` [batch, t] hides: as it is, or a sequence by itself each.
+
+    Padding may be at both ends. Raises InputError for a mask with gaps, and for arguments that cannot be told apart by
+    sequence.
+    """
+    told = {key: value for key, value in batch.items() if key not in ("labels", "use_cache", "return_dict")}
+    masks: dict[str, Tensor] = {
+        side: mask
+        for side in ("", "decoder_")
+        if isinstance(mask := told.get(f"{side}attention_mask"), Tensor) and mask.dim() == 2
+    }
+    for side in masks:
+        del told[f"{side}attention_mask"]
+    if all(bool(mask.all()) for mask in masks.values()):
+        return [told]
+    rows = []
+    for row in range(len(told["input_ids"])):
+        spans = {side: _span(mask[row], f"{name}, row {row}") for side, mask in masks.items()}
+        if all(span.start < span.stop for span in spans.values()):
+            rows.append({key: _of_row(key, value, row, spans, told, name) for key, value in told.items()})
+    return rows
+
+
+def _span(mask: Tensor, name: str) -> slice:
+    seen = mask.bool().nonzero().flatten()
+    if not len(seen):
+        return slice(0, 0)
+    start, stop = int(seen[0]), int(seen[-1]) + 1
+    if len(seen) != stop - start:
+        raise InputError(
+            f"{name}: the attention_mask has gaps within the sequence; only padding at its ends is left out"
+        )
+    return slice(start, stop)
+
+
+def _of_row(key: str, value: Any, row: int, spans: Mapping[str, slice], batch: Mapping[str, Any], name: str) -> Any:
+    """What one sequence of a batch has of an argument: [1, its tokens, …]."""
+    side = "decoder_" if key.startswith("decoder_") else ""
+    ids = batch.get(f"{side}input_ids")
+    if not isinstance(value, Tensor):
+        return value
+    if ids is None or value.shape[:2] != ids.shape:
+        if len(batch["input_ids"]) == 1:
+            return value
+        raise InputError(
+            f"{name}: {key} {list(value.shape)} cannot be told apart by sequence, which padding asks for; "
+            f"give one sequence a batch"
+        )
+    return value[row : row + 1, spans.get(side, slice(None))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -311,6 +375,8 @@ class _Work:
         self.starts: dict[str, Start] = {}
         self.open: dict[str, _Open] = {}  # of the block at hand
         self.changed = 0  # linears that are no longer what they were
+        self.reached: set[str] = set()  # blocks that ran
+        self.aliases = aliases(model)
         self.warned = False
 
     def without_data(self, device: torch.device | str | None) -> None:
@@ -324,6 +390,7 @@ class _Work:
 
     def visit(self, block: Block, calls: Calls) -> None:
         """Quantizes one block of the walk, group by group."""
+        self.reached.add(block.path)
         lesson = self.teacher.lesson(calls) if self.teacher is not None else None
         groups = [[path for path in group.paths if path in self.plan.quantizers] for group in block.groups]
         groups = [paths for paths in groups if paths]
@@ -343,8 +410,9 @@ class _Work:
         for path in idle:
             self._replace(path, None)
 
-    def outside_blocks(self, batches: Sequence[Tensor]) -> None:
+    def outside_blocks(self, batches: Sequence[Batch]) -> None:
         """The head, and whatever else was asked for outside the blocks, from passes through the whole model."""
+        self._leave_idle_stacks()
         done = {row.path for row in self.rows}
         paths = [path for path in self.plan.quantizers if path not in done]
         within = tuple(f"{block}." for block in self.plan.blocks)
@@ -354,15 +422,29 @@ class _Work:
         outside = [[path] for path in paths if path not in unreached]
         if outside:
             with evaluating(self.model), self._summing(outside) as sums:
-                home = next(self.model.parameters()).device
-                for ids in batches:
-                    self.model(input_ids=ids.to(home), use_cache=False)
+                for batch in batches:
+                    run_network(self.model, batch)
             self._replace_groups(outside, sums)
         if unreached:
             log.warning("%d linears are in blocks that never ran (%s …) and are quantized as if all inputs were alike",
                         len(unreached), unreached[0])  # fmt: skip
         for path in unreached:
             self._replace(path, None)
+
+    def _leave_idle_stacks(self) -> None:
+        """Stacks of which no block ran over the text, such as heads for further tokens, stay dense."""
+        for stack in self.plan.stacks:
+            if any(block.startswith(f"{stack}.") for block in self.reached):
+                continue
+            idle = [path for path in self.plan.quantizers if path.startswith(f"{stack}.")]
+            if idle:
+                log.warning("%s: none of its blocks ran over the calibration text; its %d linears stay as they are",
+                            stack, len(idle))  # fmt: skip
+            for path in idle:
+                del self.plan.quantizers[path]
+                linear = self._linear(path)
+                shape = (linear.out_features, linear.in_features)
+                self.plan.left.append(Left(path, shape, "in blocks that did not run over the calibration text"))
 
     @contextmanager
     def _summing(self, groups: list[list[str]]) -> Iterator[list[HessianSum]]:
@@ -371,7 +453,7 @@ class _Work:
         for paths in groups:
             linear = self._linear(paths[0])
             sums.append(HessianSum(linear.in_features, linear.weight.device))
-            hooks.append(linear.register_forward_pre_hook(_adder(sums[-1], paths[0])))
+            hooks.append(linear.register_forward_pre_hook(_adder(sums[-1], paths[0]), with_kwargs=True))
         try:
             yield sums
         finally:
@@ -400,9 +482,9 @@ class _Work:
             if lesson is not None and quantizer.learns_block and given is not None:
                 quantizer = self.plan.quantizers[path] = quantizer.suited(weight)
                 learner = quantizer.learner(weight, given)
-                set_module(self.model, path, learning(linear, learner))
+                self._put(path, learning(linear, learner))
             else:
-                set_module(self.model, path, QuantizedLinear.from_linear(linear, quantizer, given))
+                self._put(path, QuantizedLinear.from_linear(linear, quantizer, given))
         self.changed += 1
         self.open[path] = _Open(linear, learner, hessian, tokens, time.perf_counter() - started)
         if lesson is None:
@@ -421,7 +503,7 @@ class _Work:
             each.seconds += seconds
             with within(path):
                 layer = QuantizedLinear.from_packed(each.linear, self.plan.quantizers[path], learner.packed())
-            set_module(self.model, path, layer)
+            self._put(path, layer)
         self._tune(block, lesson)
 
     def _tune(self, block: Block, lesson: Lesson) -> None:
@@ -457,6 +539,11 @@ class _Work:
                 total.tokens,
             )
 
+    def _put(self, path: str, module: nn.Module) -> None:
+        """In place of a linear, wherever it is listed."""
+        for place in (path, *self.aliases.get(path, ())):
+            set_module(self.model, place, module)
+
     def _linear(self, path: str) -> nn.Linear:
         linear = self.model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
@@ -475,10 +562,10 @@ class _Open:
     seconds: float
 
 
-def _adder(total: HessianSum, path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _adder(total: HessianSum, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with within(path):
-            total.add(args[0])
+            total.add(args[0] if args else kwargs["input"])
 
     return hook
 

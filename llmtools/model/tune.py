@@ -36,7 +36,7 @@ from ..nn.linear import QuantizedLinear
 from ..nn.swap import quantized_linears, set_module
 from ..quant.base import Learner, Packed
 from .options import BlockTuning
-from .walk import Calls
+from .walk import Batch, Calls, Stream, copied
 
 __all__ = ["BlockTuning", "Lesson", "Taught", "Teacher", "learn", "learning", "stacked", "tune"]
 
@@ -55,14 +55,22 @@ class Taught(NamedTuple):
     after: float
 
 
-def stacked(batches: Sequence[Tensor], sequences: int) -> list[Tensor]:
-    """Batches [b, t] cut and joined anew, to at most `sequences` of one length in each; the order stays."""
-    made: list[list[Tensor]] = []
-    for row in (row for ids in batches for row in ids):
-        if not made or len(made[-1]) == sequences or made[-1][0].shape != row.shape:
-            made.append([])
-        made[-1].append(row)
-    return [torch.stack(rows) for rows in made]
+def stacked(batches: Sequence[Batch], sequences: int) -> list[Batch]:
+    """Batches [b, t] cut and joined anew, to at most `sequences` of one length in each; the order stays.
+
+    A batch with other arguments than ids stays as it is.
+    """
+    made: list[Batch] = []
+    rows: list[Tensor] = []
+    for row in (row for batch in batches for row in (batch if isinstance(batch, Tensor) else [batch])):
+        if rows and (not isinstance(row, Tensor) or len(rows) == sequences or rows[-1].shape != row.shape):
+            made.append(torch.stack(rows))
+            rows = []
+        if isinstance(row, Tensor):
+            rows.append(row)
+        else:
+            made.append(row)
+    return [*made, torch.stack(rows)] if rows else made
 
 
 class Lesson:
@@ -98,13 +106,18 @@ class Teacher:
 
     def __init__(self, held_out: float = HELD_OUT) -> None:
         self._share = held_out
-        self._hidden: list[Tensor] | None = None  # what the original network feeds to the next block
+        self._stream: Stream = []  # what the original network feeds to the next block
+        self._segment: object = None
 
     def lesson(self, calls: Calls) -> Lesson:
-        """What this block should learn: the calls of the quantized network, the outputs of the original."""
-        inputs = calls.hidden if self._hidden is None else self._hidden
-        self._hidden = [calls.output(index, hidden) for index, hidden in enumerate(inputs)]
-        return Lesson(calls, self._hidden, self._share)
+        """What this block should learn: the calls of the quantized network, the outputs of the original.
+
+        Where a network computes something between blocks, the blocks behind it are taught on what the quantized ones
+        before it give.
+        """
+        if self._segment is not calls.segment:
+            self._segment, self._stream = calls.segment, copied(calls.stream)
+        return Lesson(calls, list(calls.advance(self._stream)), self._share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

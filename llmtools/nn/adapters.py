@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import InputError
 from .linear import QuantizedLinear
-from .swap import quantized_linears, set_module
+from .swap import aliases, quantized_linears, set_module
 
 
 def prepare_for_training(
@@ -54,8 +54,11 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     dtype: of the dense weights; by default each layer's own (that of the model it was made from). The quantization
     config goes too, so `save_pretrained` writes an ordinary model.
     """
+    listed = aliases(model)
     for path, layer in quantized_linears(model).items():
-        set_module(model, path, _dense(layer, dtype))
+        dense = _dense(layer, dtype)
+        for place in (path, *listed.get(path, ())):
+            set_module(model, place, dense)
     _forget_quantization(model)
     return model
 

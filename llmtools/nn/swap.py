@@ -2,15 +2,86 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .linear import QuantizedLinear
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` where `path` ("model.layers.0.mlp.up_proj") points to, in place."""
+    """Puts `module` where `path` ("model.layers.0.mlp.up_proj") points to, in place, with the hooks of the former."""
     parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+    holder = model.get_submodule(parent)
+    former = holder._modules.get(name)
+    if former is not None and former is not module:
+        _take_over(former, module)
+    setattr(holder, name, module)
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """The first path of each module that is listed more than once → the others."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    return {first: others for first, *others in paths.values() if others}
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _take_over(former: nn.Module, module: nn.Module) -> None:
+    """Hooks, as the same tables so that their handles still remove them, and what else was noted on a linear."""
+    if any(getattr(former, table, None) for table in _HOOKS):
+        for table in (*_HOOKS, "_is_full_backward_hook"):
+            setattr(module, table, getattr(former, table))
+    if isinstance(former, nn.Linear) and isinstance(module, nn.Linear):
+        for name, value in vars(former).items():
+            if not name.startswith("_") and name not in vars(module) and name not in ("quantizer", "dtype"):
+                setattr(module, name, value)
+
+
+def computes_otherwise(linear: nn.Linear) -> str | None:
+    """Why a subclass of `nn.Linear` is no linear, as the end of a sentence; None where y = x Wᵀ + b is all it does."""
+    kind: Any = type(linear)
+    if isinstance(linear, QuantizedLinear) or is_parametrized(linear) or kind is nn.Linear:
+        return None
+    if kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Module.__call__:
+        return f"a {kind.__name__}, which computes something else than nn.Linear"
+    if surplus := _surplus(linear):
+        return f"a {kind.__name__}, which holds {surplus} beside weight and bias"
+    return None
+
+
+def altered(linear: nn.Linear) -> str | None:
+    """What would be lost if the weight of a linear were packed, as the end of a sentence; None where nothing would."""
+    if is_parametrized(linear):
+        names = ", ".join(linear.parametrizations)  # type: ignore[arg-type]
+        return f"its {names} is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
+    if surplus := _surplus(linear):
+        return (
+            f"its weight is made of {surplus} at each call (weight norm, spectral norm, pruning; torch.nn.utils has a "
+            "function that removes each)"
+        )
+    if "forward" in vars(linear):
+        holder = "accelerate spreads the model over devices" if hasattr(linear, "_hf_hook") else "on this module"
+        return f"its forward was replaced ({holder})"
+    return None
+
+
+def _surplus(linear: nn.Linear) -> str:
+    """Names of parameters and buffers that no plain linear has."""
+    names = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
+    return ", ".join(sorted(names))
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:

@@ -32,8 +32,11 @@ def open_model(
     load: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
+    any_task: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
+
+    Raises InputError for a model that is no decoder with a language model head, unless `any_task`.
 
     With `verify` all bytes of both are compared with the checksums beside them. Weights keep the type of the
     checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes to the GPU if there is one.
@@ -53,6 +56,8 @@ def open_model(
         model, tokenizer = load_checkpoint(name, dtype="auto", **options)
     except ValueError as error:
         raise _unreadable(name, error) from error
+    if not any_task:
+        _refuse_without_head(model, name)
     if torch.cuda.is_available() and getattr(model, "hf_device_map", None) is None:
         model = model.to("cuda")
     if load == "nf4" and not torch.cuda.is_available():
@@ -62,6 +67,19 @@ def open_model(
         model = open_adapter(model, adapter, verify=verify)
     model.eval()
     return model, tokenizer
+
+
+def _refuse_without_head(model: Any, name: str) -> None:
+    """Raises InputError for a classifier, an embedding model, an encoder-decoder: `llmtools quantize` alone takes
+    those."""
+    kind = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is a {kind}, an encoder-decoder; this command works on decoders (causal language "
+                         "models). In Python llmtools.load opens it, and transformers generates with it")  # fmt: skip
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None and not model.can_generate():
+        raise InputError(f"{name} is a {kind}, which predicts no tokens; this command works on causal language "
+                         "models. In Python llmtools.load opens it for use as what it is")  # fmt: skip
 
 
 def bitsandbytes_config(name: str, kind: str) -> Any:

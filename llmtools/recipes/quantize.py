@@ -109,7 +109,7 @@ def _quantize(recipe: Quantize) -> Quantized:
         existing_file(recipe.calibration)
 
     quiet_libraries()
-    model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+    model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True)
     text = None
     if recipe.calibration is not None:
         tokens = recipe.tokens if recipe.tokens is not None else min(model_positions(model) or 2048, 2048)

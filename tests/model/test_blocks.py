@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from llmtools.errors import InputError
-from llmtools.model.blocks import Block, find_blocks, leftovers, linears, observe
-from tests.models import FAMILIES, tiny_model
+from llmtools.model.blocks import Block, find_blocks, find_stacks, leftovers, linears, observe
+from tests.models import FAMILIES, other_model, tiny_model
 
 GROUPS = {
     "llama": [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]],
@@ -97,8 +97,30 @@ def test_observing_leaves_no_hooks() -> None:
 
 def test_the_outer_list_wins_over_lists_inside_its_blocks() -> None:
     model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])])
+    model.layers = nn.ModuleList([nn.Sequential(nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]))])
     assert [block.path for block in find_blocks(model)] == ["layers.0"]
+
+
+def test_a_list_of_lists_is_looked_into_and_one_block_counts_once() -> None:
+    model = nn.Module()
+    first, second = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))
+    model.groups = nn.ModuleList([nn.ModuleList([first]), nn.ModuleList([second, first])])
+    model.again = nn.ModuleList([second])
+    assert [block.path for block in find_blocks(model)] == ["groups.0.0", "groups.1.0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "stacks"),
+    [
+        ("t5", ["encoder.block", "decoder.block"]),
+        ("bart", ["model.encoder.layers", "model.decoder.layers"]),
+        ("bert", ["bert.encoder.layer"]),
+        ("xlm", ["transformer.attentions", "transformer.ffns"]),
+        ("llava", ["model.language_model.layers"]),
+    ],
+)
+def test_all_stacks_that_read_or_write_text_are_found(kind: str, stacks: list[str]) -> None:
+    assert [stack.path for stack in find_stacks(other_model(kind))] == stacks
 
 
 def test_gpt2_has_nothing_to_quantize_and_says_why() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from llmtools.errors import InputError
 from llmtools.model.blocks import Block, find_blocks
-from llmtools.model.walk import Calls, walk
-from tests.models import FAMILIES, tiny_ids, tiny_model
+from llmtools.model.walk import Calls, run_network, walk
+from tests.models import FAMILIES, other_model, tiny_ids, tiny_model
 
 BATCHES = [tiny_ids(1, 17), tiny_ids(3, 33, seed=1), tiny_ids(1, 1, seed=2), tiny_ids(1, 17, seed=3)]
 
@@ -209,19 +210,175 @@ def test_blocks_are_visited_in_the_order_in_which_they_run() -> None:
     assert order == ["layers.1", "layers.0"]
 
 
-@pytest.mark.parametrize(
-    ("between", "message"),
-    [
-        ("added", "change between layers.0 and layers.1"),
-        ("twice", "layers.0 runs more than once"),
-        ("sometimes", "layers.1 runs for some batches and not for others"),
-    ],
-)
-def test_a_network_that_cannot_be_streamed_is_refused(between: str, message: str) -> None:
-    model = Chain(between)
-    with pytest.raises(InputError, match=message):
+def test_a_block_that_runs_for_some_batches_only_is_refused() -> None:
+    model = Chain("sometimes")
+    with pytest.raises(InputError, match=r"layers.1 runs for some batches and not for others"):
         walk(model, [torch.tensor([[1, 2, 3]]), torch.tensor([[1]])], lambda block, calls: None)
     assert not any("forward" in vars(layer) for layer in model.layers)
+
+
+# ---- networks that are no plain chain ------------------------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    """What a block may return."""
+
+    carry: Tensor | None
+    hidden: Tensor
+
+
+class Carrying(nn.Module):
+    """A block that hands a second value to the next one, in one of many containers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.proj, self.kind = nn.Linear(16, 16), kind
+
+    def forward(self, hidden_states: Tensor, carry: Any = None) -> Any:
+        if carry is not None:
+            hidden_states = hidden_states + (carry[0]["a"] if self.kind == "nested" else carry)
+        out = torch.tanh(self.proj(hidden_states))
+        hidden = hidden_states + out
+        match self.kind:
+            case "mapping":
+                return {"hidden": hidden, "carry": out}
+            case "dataclass":
+                return Output(out, hidden)
+            case "nested":
+                return hidden, ({"a": out},)
+            case "missing for one token":
+                return hidden, out if hidden.shape[1] > 1 else None
+            case "in place":
+                return hidden_states.add_(out), out
+            case _:
+                return hidden, out
+
+
+KINDS = ["tuple", "mapping", "dataclass", "nested", "missing for one token", "in place"]
+WIRINGS = ["scaled", "scaled carry", "history", "first input", "shared", "loop", "twice", "written between"]
+
+
+class Net(nn.Module):
+    """Three blocks, and what is done with their outputs between them."""
+
+    def __init__(self, kind: str = "tuple", wiring: str = "plain") -> None:
+        super().__init__()
+        self.embed, self.layers = nn.Embedding(512, 16), nn.ModuleList(Carrying(kind) for _ in range(3))
+        self.kind, self.wiring = kind, wiring
+        if wiring == "shared":
+            self.layers.append(self.layers[0])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Tensor:
+        x = first = self.embed(input_ids)
+        carry: Any = None
+        history = []
+        for layer in [*self.layers] * (2 if self.wiring == "loop" else 1):
+            out = layer(x, carry=carry)
+            x, carry = (
+                (out.hidden, out.carry)
+                if isinstance(out, Output)
+                else tuple(out.values() if isinstance(out, dict) else out)
+            )
+            match self.wiring:
+                case "scaled":
+                    x = x * 0.5
+                case "scaled carry":
+                    carry = carry * 0.5
+                case "history":
+                    history.append(carry)
+                    carry = torch.stack(history).sum(0)
+                case "first input":
+                    carry = first
+                case "twice":
+                    x, carry = layer(x, carry=carry)
+                case "written between":
+                    x.mul_(0.5)
+        return x
+
+
+def of_linears(model: nn.Module, run: Callable[[], None]) -> dict[str, list[Tensor]]:
+    """What each linear is given while `run` runs."""
+    seen: dict[str, list[Tensor]] = {}
+    hooks = [
+        each.register_forward_pre_hook(lambda m, a, path=path: seen.setdefault(path, []).append(a[0].detach().clone()))
+        for path, each in model.named_modules()
+        if isinstance(each, nn.Linear)
+    ]
+    run()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def assert_walk_is_the_network(model: nn.Module, batches: list[Any], *, damage: float = 1.0) -> None:
+    """What linears see in the walk, where each block's weights are scaled in turn, is what they see in the network."""
+
+    def visit(block: Block, calls: Calls) -> None:
+        named = {id(each): path for path, each in model.named_modules()}
+        so_far = of_linears(model, lambda: [run_network(model, batch) for batch in batches] and None)
+        for path, seen in of_linears(block.module, calls.run).items():
+            name = named[id(block.module.get_submodule(path))]
+            walked[name], whole[name] = seen, so_far[name]
+        for parameter in block.module.parameters():
+            parameter.mul_(damage)
+
+    walked: dict[str, list[Tensor]] = {}
+    whole: dict[str, list[Tensor]] = {}
+    walk(model, batches, visit)
+    assert walked.keys() == whole.keys() and walked
+    for path, seen in whole.items():
+        assert len(seen) == len(walked[path]), path
+        assert all(torch.equal(one, other) for one, other in zip(seen, walked[path], strict=True)), path
+
+
+@pytest.mark.parametrize("damage", [1.0, 0.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_whatever_blocks_return_reaches_the_next(kind: str, damage: float) -> None:
+    assert_walk_is_the_network(Net(kind), BATCHES, damage=damage)
+
+
+@pytest.mark.parametrize("damage", [1.0, 0.5])
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_whatever_happens_between_blocks_is_followed(wiring: str, damage: float) -> None:
+    assert_walk_is_the_network(Net(wiring=wiring), BATCHES, damage=damage)
+
+
+@pytest.mark.parametrize("between", ["added", "twice"])
+def test_chains_with_something_between_are_followed(between: str) -> None:
+    assert_walk_is_the_network(Chain(between), [torch.tensor([[1, 2, 3]]), torch.tensor([[1]])])
+
+
+def test_without_propagation_only_a_chain_can_be_walked() -> None:
+    with pytest.raises(InputError, match="walked in 3 parts"):
+        walk(Net(wiring="scaled"), BATCHES, lambda block, calls: None, propagate=False)
+
+
+def test_without_propagation_second_values_are_the_original_ones_too() -> None:
+    model = Net()
+    whole = of_linears(model, lambda: [run_network(model, batch) for batch in BATCHES] and None)
+
+    def damage(block: Block, calls: Calls) -> None:
+        seen = of_linears(block.module, calls.run)["proj"]
+        assert all(torch.equal(*pair) for pair in zip(seen, whole[f"{block.path}.proj"], strict=True))
+        block.module.proj.weight.mul_(0.5)
+
+    walk(model, BATCHES, damage, propagate=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
+def test_a_padded_batch_is_shown_as_the_model_sees_it(family: str) -> None:
+    ids = tiny_ids(3, 12)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    mask[2, :5] = 0
+    batches = [{"input_ids": ids, "attention_mask": mask}, tiny_ids(1, 9, seed=1)]
+    assert_walk_is_the_network(tiny_model(family), batches)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert", "xlm"])
+def test_encoders_and_encoder_decoders_are_walked_in_all_their_blocks(kind: str) -> None:
+    assert_walk_is_the_network(other_model(kind), [tiny_ids(2, 9), tiny_ids(1, 5, seed=1)], damage=0.5)
 
 
 def test_no_batches_is_an_error() -> None:

@@ -22,8 +22,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from ...errors import CheckpointError, opening, within
 from ...files import read_json
 from ...nn.linear import QuantizedLinear
-from ...nn.swap import quantized_linears
+from ...nn.swap import computes_otherwise, quantized_linears
 from ...quant import Packed, Quantizer
+from ..architectures import auto_class
 from ..hub import METHOD, LLMToolsConfig, locate
 from ..integrity import config_of
 from .awq import AWQ
@@ -82,7 +83,7 @@ def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -
 
 def open_model(found: Foreign, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(model in eval mode, transformers' loading info). options as for ``AutoModelForCausalLM.from_pretrained``."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     options = {key: value for key, value in options.items() if key not in (*_HUB_OPTIONS, "use_safetensors")}
     trust = {"trust_remote_code": options.pop("trust_remote_code", False)}
@@ -91,7 +92,7 @@ def open_model(found: Foreign, options: Mapping[str, Any]) -> tuple[Any, dict[st
         if hasattr(config, key):
             delattr(config, key)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, **trust)
+        skeleton = auto_class(config.to_dict()).from_config(config, **trust)
     state, assigned = translate(found.format, Tensors(found.folder), skeleton)
     if "lm_head" in assigned:
         config.tie_word_embeddings = False
@@ -172,7 +173,7 @@ def _share(model: nn.Module) -> None:
 
 def _linear(skeleton: nn.Module, path: str, stored_path: str) -> nn.Linear:
     linear = skeleton.get_submodule(path)
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear) or computes_otherwise(linear):
         raise CheckpointError(f"{stored_path} is quantized, but is a {type(linear).__name__}; only linears are read")
     return linear
 

@@ -1,0 +1,54 @@
+"""Which of transformers' auto classes opens a checkpoint: the one of the architecture that its config.json names.
+
+Most are decoders with their head, `AutoModelForCausalLM`; classifiers, encoder-decoders, embedding models and models
+that see are opened as what they are, so that they can be quantized, saved and used like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TABLES = {
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "AutoModelForCausalLM",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "AutoModelForSeq2SeqLM",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "AutoModelForImageTextToText",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "AutoModelForMultimodalLM",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "AutoModelForSequenceClassification",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "AutoModelForTokenClassification",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "AutoModelForQuestionAnswering",
+    "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES": "AutoModelForMultipleChoice",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "AutoModelForMaskedLM",
+    "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES": "AutoModelForNextSentencePrediction",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "AutoModelForSpeechSeq2Seq",
+    "MODEL_FOR_PRETRAINING_MAPPING_NAMES": "AutoModelForPreTraining",
+    "MODEL_MAPPING_NAMES": "AutoModel",
+}
+"""transformers' tables of model type → architectures, and the auto class over each; the first that fits is taken."""
+
+
+def auto_class(config: Mapping[str, Any]) -> Any:
+    """The auto class for a config.json: by its first architecture, else `AutoModelForCausalLM`.
+
+    A bare decoder whose head is its embeddings is opened with the head, for nothing is missing.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind, named = config.get("model_type"), config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else None
+    if not isinstance(kind, str) or config.get("auto_map"):
+        return transformers.AutoModelForCausalLM
+    for table, auto in _TABLES.items():
+        told = getattr(modeling_auto, table, {}).get(kind, ())
+        if architecture in ((told,) if isinstance(told, str) else told) and hasattr(transformers, auto):
+            if auto == "AutoModel" and _is_whole_with_head(config, modeling_auto):
+                break
+            return getattr(transformers, auto)
+    return transformers.AutoModelForCausalLM
+
+
+def _is_whole_with_head(config: Mapping[str, Any], tables: Any) -> bool:
+    kind = config.get("model_type")
+    decoder = kind in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return bool(decoder and config.get("tie_word_embeddings"))

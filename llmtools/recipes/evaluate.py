@@ -43,6 +43,8 @@ class Evaluate:
     adapter was trained with, if it was on this task"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    verify: bool = False
+    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 
@@ -92,7 +94,9 @@ def evaluate(recipe: Evaluate) -> Evaluation:
     quiet_libraries()
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
-    model, tokenizer = open_model(name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code)
+    model, tokenizer = open_model(
+        name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+    )
     details = judge(model, tokenizer)
     measure = next(iter(details))
     bits, size = linear_weights(model)

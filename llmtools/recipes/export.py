@@ -34,6 +34,8 @@ class Export:
     """replace the output folder if there is one"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    verify: bool = False
+    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 
@@ -96,7 +98,9 @@ def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedMod
     from ..nn.swap import quantized_linears
     from .loading import open_model
 
-    model, tokenizer = open_model(name, adapter=adapter, trust_remote_code=recipe.trust_remote_code)
+    model, tokenizer = open_model(
+        name, adapter=adapter, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+    )
     model = model.cpu()
     if adapter is not None:
         modules = len(quantized_linears(model))
@@ -115,7 +119,7 @@ def _export_lora(recipe: Export) -> ExportedModel:
     _check_against_base(recipe.adapter, recipe.model)
     base = None
     if recipe.model is not None:
-        base, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
+        base, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
     export_adapter(recipe.adapter, recipe.out, base=base, base_name=recipe.base_name, overwrite=recipe.overwrite)
     return ExportedModel(recipe.out, "lora", 0)
 

@@ -85,6 +85,8 @@ class Finetune:
     """replace the output folder, or a stopped run, if there is one"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    verify: bool = False
+    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 
@@ -157,7 +159,9 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
     import_plugins(recipe.plugin)
-    model, tokenizer = open_model(recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code)
+    model, tokenizer = open_model(
+        recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+    )
     inputs |= content_of_model(recipe.model)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)

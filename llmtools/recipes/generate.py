@@ -40,6 +40,8 @@ class Generate:
     """take the prompt as it stands: no chat template, and no prompt template that the adapter was trained with"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    verify: bool = False
+    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 
@@ -84,7 +86,9 @@ def generate(recipe: Generate) -> Generated:
     quiet_libraries()
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
-    model, tokenizer = open_model(name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code)
+    model, tokenizer = open_model(
+        name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+    )
     template = {} if recipe.raw else words_of(adapter)
     chat = not recipe.raw and _is_chat(template, adapter, tokenizer)
     system = recipe.system if recipe.system is not None else template.get("system")

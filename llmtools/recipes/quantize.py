@@ -49,6 +49,8 @@ class Quantize:
     """replace the output folder if there is one"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, to use it by its name"""
+    verify: bool = False
+    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
     """run Python code that comes with the model"""
 
@@ -109,7 +111,9 @@ def _quantize(recipe: Quantize) -> Quantized:
         existing_file(recipe.calibration)
 
     quiet_libraries()
-    model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True)
+    model, tokenizer = open_model(
+        recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
+    )
     text = None
     if recipe.calibration is not None:
         tokens = recipe.tokens if recipe.tokens is not None else min(model_positions(model) or 2048, 2048)

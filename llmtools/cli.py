@@ -252,6 +252,8 @@ def _run(args: list[str]) -> int:
         args = [f"--{verb.positional}", *args]
     as_json = "--json" in args
     args = with_packaged(translated(name, args, _names(options)))
+    if name == "finetune":
+        args = _with_training(args, _names(options))
     recipe = _parse(_parser(name, verb, options), name, options, [arg for arg in args if arg != "--json"])
     if recipe is None:
         return 0
@@ -263,6 +265,20 @@ def _run(args: list[str]) -> int:
         print(result)
     sys.stdout.flush()
     return int(getattr(result, "exit_code", 0))
+
+
+def _with_training(args: list[str], known: list[str]) -> list[str]:
+    """Arguments of trl.SFTConfig may stand without ``training.``: --learning_rate 2e-4, as in TRL's own scripts."""
+    ours = {"config", "trust_plugins", "json", "debug", "help", "print_config", *known}
+    words = [arg.partition("=")[0].lstrip("-") for arg in args if arg.startswith("--")]
+    if all(word in ours or "." in word for word in words):
+        return args
+    from .recipes.finetune import training_arguments
+
+    bare = set(training_arguments()) - ours
+    return [
+        f"--training.{arg[2:]}" if arg.startswith("--") and arg[2:].partition("=")[0] in bare else arg for arg in args
+    ]
 
 
 def _check_text(args: list[str]) -> None:

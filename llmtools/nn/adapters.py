@@ -75,6 +75,7 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             f"{type(peft_model).__name__} is no PEFT model with mergeable adapters; open the adapter with "
             "peft.PeftModel.from_pretrained(model, folder), or use llmtools.dequantize for a model without adapters"
         )
+    _untie(peft_model)
     for path, layer in _adapted(peft_model):
         base = layer.base_layer
         layer.base_layer = _dense(base, torch.float32)
@@ -82,6 +83,22 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         set_module(peft_model, path, layer.base_layer.to(dtype or base.dtype))
     merged: nn.Module = told.merge_and_unload(safe_merge=True)  # what was adapted without being quantized
     return dequantize(merged, dtype)
+
+
+def _untie(model: Any) -> None:
+    """Gives the head a weight of its own where an adapter on the embedding, or on the head, would change both."""
+    embedding, head = (getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings"))
+    adapted = [each for each in (embedding, head) if hasattr(each, "base_layer")]
+    if not adapted or embedding is None or head is None:
+        return
+    ends = [getattr(each, "base_layer", each) for each in (embedding, head)]
+    if isinstance(ends[1], QuantizedLinear) or ends[0].weight is not ends[1].weight:
+        return
+    ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

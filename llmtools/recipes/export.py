@@ -28,6 +28,8 @@ class Export:
     """folder of an adapter: merged into a dense model, or written as a plain LoRA with --format lora"""
     base_name: str | None = None
     """the base model's name to write into a plain LoRA, instead of its path on this machine"""
+    dtype: str | None = None
+    """type of dense weights: float32, float16 or bfloat16; by default the model's own"""
     lossy: bool = False
     """round again what the format cannot hold exactly, instead of refusing it"""
     overwrite: bool = False
@@ -90,25 +92,64 @@ def export(recipe: Export) -> ExportedModel:
 
 
 def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedModel:
-    import torch
-
     from ..model.checkpoint import save
     from ..model.export import export as export_model
     from ..nn.adapters import merge
     from ..nn.swap import quantized_linears
-    from .loading import open_model
+    from .loading import loaded_as, open_model
 
+    dtype: Any = _dtype(recipe)
+    load = loaded_as(None, name, adapter)
+    if load is not None:
+        return _export_loaded(recipe, name, load)
     model, tokenizer = open_model(
         name, adapter=adapter, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
     )
     model = model.cpu()
     if adapter is not None:
         modules = len(quantized_linears(model))
-        merged = merge(model, torch.bfloat16).to(torch.bfloat16)
+        dtype = dtype or getattr(model, "dtype", None)
+        merged = merge(model, dtype).to(dtype)
         save(merged, tokenizer, recipe.out, overwrite=recipe.overwrite)
         return ExportedModel(recipe.out, recipe.format, modules)
-    done = export_model(model, tokenizer, recipe.out, recipe.format, lossy=recipe.lossy, overwrite=recipe.overwrite)
+    options = {"lossy": recipe.lossy, "overwrite": recipe.overwrite, "dtype": dtype}
+    done = export_model(model, tokenizer, recipe.out, recipe.format, **options)
     return ExportedModel(recipe.out, recipe.format, done.modules, [one._asdict() for one in done.rounded])
+
+
+def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:
+    """An adapter whose base bitsandbytes quantized while it was loaded is merged into that base, not the plain one.
+
+    Its bits are saved, and opened as our layers, which decode them.
+    """
+    import tempfile
+
+    from .loading import open_model
+
+    if load != "nf4":
+        raise InputError(
+            f"the adapter was trained on {name} with --load {load}, and such a base cannot be decoded to merge with; "
+            "serve the adapter beside it: --format lora"
+        )
+    with tempfile.TemporaryDirectory() as place:
+        base, tokenizer = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+        base.save_pretrained(place)  # type: ignore[operator]
+        tokenizer.save_pretrained(place)
+        del base
+        return _export_model(recipe, place, recipe.adapter)
+
+
+def _dtype(recipe: Export) -> Any:
+    """The torch type of ``--dtype``; None where it is not given."""
+    import torch
+
+    if recipe.dtype is None:
+        return None
+    if recipe.format != "dense":
+        raise InputError(f"--dtype goes with --format dense; {recipe.format} has types of its own")
+    if recipe.dtype not in ("float32", "float16", "bfloat16"):
+        raise InputError(f"dtype={recipe.dtype!r}: float32, float16 or bfloat16 is expected")
+    return getattr(torch, recipe.dtype)
 
 
 def _export_lora(recipe: Export) -> ExportedModel:

@@ -64,6 +64,8 @@ class Finetune:
     """folder to write the adapter to"""
     validation: float | str = 0.0
     """a file to validate on, or the share of the data held out for it, such as 0.1; 0: the data set's own split"""
+    early_stopping: int | None = None
+    """number of validations in a row without a lower loss after which training stops; the best adapter is written"""
     limit: int | None = None
     """use so many examples only, spread over the data"""
     lora: Lora = Lora()
@@ -154,7 +156,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     inputs = {"training data": rows_content(train), "validation data": rows_content(validation)}
     quiet_libraries()
     _check_training(recipe.training)
-    _check_choosing(recipe.training, validation)
+    _check_choosing(recipe, validation)
     config = _lora_config(recipe)
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
@@ -180,7 +182,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         request = Request()
         keeper = checkpoints.keeper(request, _seconds(recipe.training), also=[work / "metrics.jsonl"])
         watch = _watch(work / "metrics.jsonl", checkpoint, keeper)
-        trainer = _trainer(model, tokenizer, arguments, config, train, validation, [watch, keeper, *callbacks])
+        listeners = [watch, keeper, *_stopper(recipe), *callbacks]
+        trainer = _trainer(model, tokenizer, arguments, config, train, validation, listeners)
         if starts is not None and checkpoint is None:
             start_adapters(trainer.model, starts)
         for adapter in trainer.model.peft_config.values():
@@ -197,7 +200,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             out=recipe.out,
             steps=trainer.state.global_step,
             train_loss=_last(history, "loss"),
-            validation_loss=_last(history, "eval_loss"),
+            validation_loss=_best_loss(trainer) or _last(history, "eval_loss"),
             trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             examples=len(train),
             left_out=left_out,
@@ -583,7 +586,7 @@ def _fed(example: Any) -> Row:
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def _training_arguments() -> dict[str, str]:
+def training_arguments() -> dict[str, str]:
     """Each argument of SFTConfig, with its type as it is written there."""
     try:
         from trl import SFTConfig
@@ -599,7 +602,7 @@ def _yes_or_no(key: str, value: Any) -> Any:
 
 def _check_training(training: dict[str, Any]) -> None:
     """Raises InputError for an argument that SFTConfig does not have, or a value of another kind."""
-    known = _training_arguments()
+    known = training_arguments()
     for key, value in training.items():
         if key not in known:
             raise InputError(f"training: no argument {key!r} in trl.SFTConfig; {_near(key, known)}")
@@ -610,8 +613,18 @@ def _check_training(training: dict[str, Any]) -> None:
             raise InputError(f"training.{key}={value!r}: {' or '.join(sorted(kinds))} is expected")
 
 
-def _check_choosing(training: dict[str, Any], validation: list[Row]) -> None:
+def _check_choosing(recipe: Finetune, validation: list[Row]) -> None:
     """Raises InputError for arguments that use validation rows where there are none."""
+    training = recipe.training
+    if recipe.early_stopping is not None:
+        if recipe.early_stopping < 1:
+            raise InputError(
+                f"early_stopping={recipe.early_stopping}: at least 1 validation without a gain is expected"
+            )
+        if not validation:
+            raise InputError(
+                "early_stopping needs validation rows: pass --validation with a file, or a share such as 0.1"
+            )
     for key in ("load_best_model_at_end", "eval_strategy"):
         if not validation and training.get(key) not in (None, False, "no"):
             raise InputError(
@@ -694,6 +707,8 @@ def _arguments(
     }
     if validates:
         ours |= {"eval_strategy": "steps", "eval_steps": 0.1}
+    if recipe.early_stopping is not None:
+        ours |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     if 0 < recipe.training.get("max_steps", 0) < 100:
         ours["logging_steps"] = max(1, recipe.training["max_steps"] // 10)
     arguments = ours | recipe.training
@@ -703,7 +718,7 @@ def _arguments(
         arguments.setdefault("packing_strategy", "bfd")
     for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # renamed in transformers 5.23
         new = old.replace("gradient", "activation")
-        if old in arguments and new in _training_arguments():
+        if old in arguments and new in training_arguments():
             arguments.setdefault(new, arguments.pop(old))
     length = arguments["max_length"]
     if length is not None and positions is not None and length > positions:
@@ -780,11 +795,17 @@ def _lean(trainer: type) -> type:
             )
             self.causal_loss = CausalLoss(self.model) if plain else None
             self.hits: list[Any] = []
+            self.validated: list[Any] = []
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             found = None
+            if not model.training and return_outputs and "labels" in inputs:
+                result = super().compute_loss(model, inputs, return_outputs=True)
+                tokens = (inputs["labels"][:, 1:] != -100).sum()
+                self.validated.append(torch.stack([result[0].detach().double() * tokens, tokens.double()]))
+                return result
             if self.causal_loss is not None and model.training and not return_outputs:
                 found = self.causal_loss(model, inputs)
             if found is None:
@@ -796,6 +817,15 @@ def _lean(trainer: type) -> type:
                 return found.sum / found.tokens.clamp(min=1)
             loss = found.sum / torch.as_tensor(num_items_in_batch).to(found.sum).clamp(min=1)
             return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+        def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            """The Trainer's, whose loss is a mean over batches, with the mean over all learned tokens instead."""
+            self.validated = []
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.validated:
+                total, tokens = self.accelerator.reduce(torch.stack(self.validated).sum(0), "sum").tolist()
+                output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+            return output
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             if self.hits and "loss" in logs:
@@ -868,6 +898,21 @@ def _forget_after(metrics: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
     write_whole(metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _stopper(recipe: Finetune) -> list[Any]:
+    """transformers' callback that ends a run which no longer gets better, if the recipe asks for it."""
+    if recipe.early_stopping is None:
+        return []
+    from transformers import EarlyStoppingCallback
+
+    return [EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping)]
+
+
+def _best_loss(trainer: Any) -> float | None:
+    """The validation loss of the adapter that is written, where that is the best one and not the last."""
+    chosen = trainer.args.load_best_model_at_end and trainer.args.metric_for_best_model in ("loss", "eval_loss")
+    return None if not chosen or trainer.state.best_metric is None else float(trainer.state.best_metric)
 
 
 def _last(history: list[dict[str, Any]], key: str) -> float | None:

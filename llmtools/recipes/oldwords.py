@@ -29,6 +29,8 @@ OLD: dict[str, dict[str, str]] = {
         "weights": "model",
     },
     "finetune": {
+        "output_dir": "out",
+        "model_name_or_path": "model",
         "dataset": "data",
         "data_type": "task",
         "ds_type": "task",

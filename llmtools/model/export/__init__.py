@@ -55,8 +55,11 @@ def export(
     lossy: bool = False,
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
+    dtype: torch.dtype | None = None,
 ) -> Exported:
     """Writes a model of quantized layers in the format `form`, whole or not at all. `dense` uses the model up.
+
+    dtype: of a dense model; by default the model's own.
 
     Raises InputError for a layer that the format cannot hold exactly, unless `lossy`.
     """
@@ -68,7 +71,8 @@ def export(
         from ...nn.adapters import dequantize
         from ..checkpoint import save
 
-        dense = dequantize(model, torch.bfloat16).to(torch.bfloat16)
+        wanted = dtype or getattr(model, "dtype", torch.float32)
+        dense = dequantize(model, wanted).to(wanted)
         return Exported(save(dense, tokenizer, folder, overwrite=overwrite), form, len(layers), [])
     if not layers:
         raise InputError("the model has no quantized layers; quantize it first, or export it as dense")

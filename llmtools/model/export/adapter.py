@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...errors import InputError
-from ...files import writing
+from ...files import read_json, writing
+from ..integrity import note_checksums
 
 _PLAIN = (None, True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga", "error")
 """Values of init_lora_weights that leave the base alone."""
@@ -63,7 +64,18 @@ def export_adapter(
     with writing(folder, overwrite=overwrite) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / _WEIGHTS)
         (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if run := _how_it_is_asked(source):
+            run["checksums"] = note_checksums(partial, run)
+            (partial / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def _how_it_is_asked(source: Path) -> dict[str, Any]:
+    """Of the adapter's run.json what generating and evaluating need: prompt template, task, how its base is loaded."""
+    run = read_json(source / "run.json")
+    recipe: Any = run.get("recipe") if isinstance(run.get("recipe"), dict) else {}
+    kept = {key: recipe[key] for key in ("task", "options", "load") if recipe.get(key) is not None}
+    return {"command": "export", "words": run["words"], "recipe": kept} if run.get("words") else {}
 
 
 def _read_config(source: Path) -> dict[str, Any]:

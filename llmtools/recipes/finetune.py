@@ -801,10 +801,11 @@ def _lean(trainer: type) -> type:
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             found = None
-            if not model.training and return_outputs and "labels" in inputs:
-                result = super().compute_loss(model, inputs, return_outputs=True)
+            if not model.training and "labels" in inputs:
+                result = super().compute_loss(model, inputs, return_outputs=return_outputs)
+                loss = result[0] if return_outputs else result
                 tokens = (inputs["labels"][:, 1:] != -100).sum()
-                self.validated.append(torch.stack([result[0].detach().double() * tokens, tokens.double()]))
+                self.validated.append(torch.stack([loss.detach().double() * tokens, tokens.double()]))
                 return result
             if self.causal_loss is not None and model.training and not return_outputs:
                 found = self.causal_loss(model, inputs)

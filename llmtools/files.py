@@ -151,9 +151,7 @@ def check_free(
     if not (folder.exists() or folder.is_symlink()):
         return
     target = folder.resolve()
-    if (held := next(_within(target, reads), None)) is not None:
-        what = "is" if held.resolve() == target else f"holds {held}, which is"
-        raise InputError(f"{folder} {what} an input of this run; choose another output folder")
+    check_no_input(folder, reads)
     if not overwrite:
         raise InputError(f"{folder} exists; choose another folder or pass --overwrite (overwrite=True) to replace it")
     if not target.is_dir():
@@ -176,6 +174,14 @@ def check_free(
             f"{folder} holds {others[0]}{more}, which llmtools did not write; move that away, or choose another output "
             f"folder"
         )
+
+
+def check_no_input(folder: Path, reads: Iterable[str | os.PathLike[str] | None]) -> None:
+    """Raises InputError where an input is, or lies in, a folder that is going to be replaced."""
+    target = folder.resolve()
+    if (held := next(_within(target, reads), None)) is not None:
+        what = "is" if held.resolve() == target else f"holds {held}, which is"
+        raise InputError(f"{folder} {what} an input of this run; choose another output folder")
 
 
 def strangers(folder: Path) -> list[str] | None:

@@ -122,7 +122,7 @@ class Finetuned:
 
 def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
     """Trains adapters and writes them as a PEFT folder; `callbacks` are told of each step, as the Trainer's are."""
-    from ..files import claim
+    from ..files import check_no_input, claim
     from .loading import check_model
 
     recipe = replace(recipe, training={key: _yes_or_no(key, value) for key, value in recipe.training.items()})
@@ -134,6 +134,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
             return _finetune(recipe, out, work, callbacks)
     reads = [recipe.model, recipe.data, recipe.validation if isinstance(recipe.validation, str) else None]
     reads += [value for value in recipe.options.values() if isinstance(value, str)]
+    check_no_input(work, reads)
     with claim(out, overwrite=recipe.overwrite or recipe.resume, reads=reads, called=work):
         return _finetune(recipe, out, work, callbacks)
 
@@ -164,7 +165,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     model, tokenizer = open_model(
         recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
     )
-    inputs |= content_of_model(recipe.model)
+    inputs |= content_of_model(recipe.model) if _is_first() else {}
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
     if tokenizer.eos_token is None:
@@ -234,16 +235,18 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
 def _train(trainer: Any, checkpoint: Path | None) -> None:
     """Trains from the beginning or a checkpoint; one that has all steps is only loaded, as it would be at their end."""
     from ..files import disk_says_no
-    from .checkpoints import Finished, all_in
+    from .checkpoints import Finished, all_in, damage
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Finished:
         assert checkpoint is not None
         log.info("%s has all %d steps already; nothing is trained", checkpoint, trainer.state.global_step)
-        best = getattr(trainer.state, "best_global_step", None)
-        if trainer.args.load_best_model_at_end and best:
-            trainer.model.load_adapter(str(checkpoint.with_name(f"checkpoint-{best}")), "default", is_trainable=True)
+        if trainer.args.load_best_model_at_end and (step := getattr(trainer.state, "best_global_step", None)):
+            best = checkpoint.with_name(f"checkpoint-{step}")
+            if (why := damage(best)) is not None:
+                raise InputError(f"--resume: the best checkpoint is asked for, and {why}") from None
+            trainer.model.load_adapter(str(best), "default", is_trainable=True)
     except Exception as error:  # of the libraries that write checkpoints, each has its own
         if (reason := disk_says_no(error)) is None:
             raise
@@ -275,8 +278,10 @@ def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None
     the first makes and clears folders, and the others wait for it.
     """
     from .checkpoints import all_in
+    from .record import record
 
-    checkpoint = _begin(recipe, out, work, {} if run is None else run) if _is_first() else None
+    run = record("finetune", recipe) if run is None else run
+    checkpoint = _begin(recipe, out, work, run) if _is_first() else None
     _together()
     if recipe.resume and not _is_first():
         checkpoint = next(iter(all_in(work / "checkpoints")), None)  # what is damaged, the first has put aside
@@ -344,13 +349,11 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> P
 
     former = _run(work) or _run(out)
     allowed = recipe.overwrite or bool((former.get("recipe") or {}).get("overwrite"))  # now, or when it began
-    if "recipe" in run:
-        run["recipe"]["overwrite"] = allowed
+    run["recipe"]["overwrite"] = allowed
     if out.exists() and any(out.iterdir()) and _run(out).get("id") != former.get("id") and not allowed:
         raise InputError(
             f"--resume: {out} is of another run than the one in {work}; pass --overwrite, too, to replace it at the end"
         )
-    _check_same(recipe, former, run)
     checkpoint, complaints = last_whole(work / "checkpoints")
     kept = None
     if checkpoint is None and _run(out).get("id") == former.get("id"):
@@ -361,6 +364,7 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> P
         if complaints:
             raise InputError(f"--resume: no checkpoint {where} is whole: {complaints[0]}; begin anew with --overwrite")
         raise InputError(f"--resume: there is no checkpoint {where}; start without --resume")
+    _check_same(recipe, former, run)
     for complaint in complaints:
         log.warning("%s; going on from %s", complaint, checkpoint or kept)
     if kept is not None:
@@ -414,13 +418,13 @@ def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -
     """A run goes on with the model, data and adapter it began with; only the training arguments may change."""
     from .record import as_json
 
-    before, inputs = former.get("recipe"), former.get("inputs") or {}
+    before, inputs, here = former.get("recipe"), former.get("inputs") or {}, run.get("inputs") or {}
     if not isinstance(before, dict):
         log.warning("run.json cannot be read; whether the recipe is still the same is not known")
         return
     way_out = "go on with the same, or begin anew with --overwrite"
     now = json.loads(as_json(asdict(recipe)))  # without secrets, as what was written
-    changed = [key for key in {**inputs, **run["inputs"]} if inputs.get(key) != run["inputs"].get(key)]
+    changed = [key for key in {**inputs, **here} if inputs.get(key) != here.get(key)]
     moved = {  # the same from another place is the same
         "data": not {*ROWS} & {*changed},
         "validation": not {*ROWS} & {*changed},

@@ -165,6 +165,11 @@ def test_the_best_checkpoint_is_still_the_best_when_a_finished_run_is_resumed(
     finetune(recipe(stories, data, tmp_path / "a", training=training, validation=0.25, resume=True))
     again = adapter(tmp_path / "a")
     assert all(torch.equal(again[key], former[key]) for key in former)
+    (tmp_path / "a" / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        InputError, match=r"the best checkpoint is asked for, and .*adapter_model\.safetensors is missing"
+    ):
+        finetune(recipe(stories, data, tmp_path / "a", training=training, validation=0.25, resume=True))
 
 
 def test_a_run_goes_on_with_what_it_began_with(stories: Path, data: str, tmp_path: Path) -> None:
@@ -358,6 +363,9 @@ def test_the_work_folder_is_not_somebody_elses(killed: Path, stories: Path, data
         with pytest.raises(InputError, match=r"holds thesis\.tex, which llmtools did not write"):
             go_on(killed, stories, **changes)
     (killed / "a.training" / "thesis.tex").unlink()
+    copy(killed / "train.jsonl", killed / "a.training" / "checkpoints" / "rows.jsonl")
+    with pytest.raises(InputError, match=r"rows\.jsonl, which is an input of this run"):
+        go_on(killed, stories, data=str(killed / "a.training" / "checkpoints" / "rows.jsonl"), overwrite=True)
 
     from transformers import TrainerCallback
 

@@ -356,7 +356,9 @@ def test_what_is_printed_can_be_printed_in_any_locale() -> None:
     for words in (["--help"], ["finetune", "--help"]):
         done = program(LIST, *words, env={**os.environ, **ASCII})
         assert (done.returncode, done.stderr) == (0, "") and "examples:" in done.stdout
-    result = "from dataclasses import make_dataclass; return make_dataclass('Result', ['text'])('\\xe9\\U0001f642\\udcff')"
+    result = (
+        "from dataclasses import make_dataclass; return make_dataclass('Result', ['text'])('\\xe9\\U0001f642\\udcff')"
+    )
     for locale in (ASCII, {"PYTHONUTF8": "1"}):
         done = program(BUG.format(bug=result), "--json", env={**os.environ, **locale})
         assert (done.returncode, done.stderr) == (0, "")

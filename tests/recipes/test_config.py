@@ -150,7 +150,8 @@ def test_a_damaged_or_hostile_yaml_is_one_line_with_its_name(
     file = tmp_path / "recipe.yaml"
     file.write_text(text)
     line = fails(capsys, "quantize", "--config", file)
-    assert str(file) in line and says in line and len(line) < 500, line
+    deep = says.startswith("more than 50") and "nesting depth" in line  # libyaml has a limit of its own
+    assert str(file) in line and (says in line or deep) and len(line) < 500, line
 
 
 def test_a_file_that_is_no_text_is_one_line_with_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

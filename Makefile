@@ -20,7 +20,7 @@ help:
 	@echo "make test    formatting, lint, types and every test"
 	@echo "make lint    formatting, lint and types only"
 	@echo "make unit    tests only; ARGS='-k walk' to choose"
-	@echo "make test-interop  tests against the programs whose checkpoints we read and write"
+	@echo "make test-interop  tests against the programs whose checkpoints we read and write, and all adapters of PEFT"
 	@echo "make format  format the sources in place"
 	@echo "make bench   measurements: quality of the quantizers, memory of a training step"
 	@echo "make clean   remove the environment, the caches and the demo's report"
@@ -46,7 +46,7 @@ test-interop:
 	.venv-interop/bin/python -m pip install --quiet bitsandbytes compressed-tensors gguf hqq lm-eval optimum pillow -c constraints.txt
 	.venv-interop/bin/python -m pip install --quiet --no-deps gptqmodel Defuser Device-SMI LogBar PyPcre TokeNicer kernels \
 	    threadpoolctl torchao
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-interop/bin/python -m pytest -q tests/interop \
+	LLMTOOLS_INTEROP=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-interop/bin/python -m pytest -q tests/interop \
 	    tests/recipes/test_tasks.py tests/recipes/test_harness.py $(ARGS)
 
 format: $(STAMP)

@@ -161,8 +161,9 @@ def texts_of(
     files, _ = files_of(folder)
     if "run.json" in files:
         run = read_json(files["run.json"])
-        if (public := redacted(run)) != run:  # written before secrets were left out, or by somebody else
-            public.pop("checksums", None)  # of the text with the secret
+        rewritten = base_name is not None and "adapter_config.json" in files
+        if (public := redacted(run)) != run or rewritten:  # a secret of before they were left out; another base's name
+            public.pop("checksums", None)  # of the files as they were
             texts["run.json"] = json.dumps(public, indent=2, ensure_ascii=False) + "\n"
     if "adapter_config.json" in files:
         path = files["adapter_config.json"]

@@ -238,7 +238,7 @@ def test_blocks_hold_the_same_numbers(options: dict[str, Any], kind: str) -> Non
 
 def test_scale_and_minimum_are_used_where_they_are_exact() -> None:
     layer = quantized(bits=4, group_size=32).get_submodule(UP)
-    layer.scales.data.fill_(2.0**-6)  # a power of two: zero · scale is a float16
+    layer.packed["scales"].data.fill_(2.0**-6)  # a power of two: zero · scale is a float16
     uniform = uniform_of(layer)
     assert not isinstance(uniform, str)
     blocks = as_blocks(uniform)

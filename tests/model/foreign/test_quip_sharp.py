@@ -169,7 +169,7 @@ def test_parts_share_their_codes_and_gradients_pass(tmp_path: Path) -> None:
     expected = write(tmp_path / "q", 2)
     model = opened(tmp_path / "q")
     attention = model.model.layers[0].self_attn
-    assert attention.q_proj.codes is attention.v_proj.codes
+    assert attention.q_proj.packed["codes"] is attention.v_proj.packed["codes"]
     assert attention.q_proj.quantizer.spec()["name"] == "quip_sharp_rows"
     assert attention.o_proj.quantizer.spec()["name"] == "quip_sharp"
     x = torch.randn(3, 64, requires_grad=True)

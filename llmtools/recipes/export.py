@@ -28,6 +28,9 @@ class Export:
     """folder of an adapter: merged into a dense model, or written as a plain LoRA with --format lora"""
     base_name: str | None = None
     """the base model's name to write into a plain LoRA, instead of its path on this machine"""
+    reader: str | None = None
+    """program that is going to read it: vllm, gptqmodel, transformers or llama.cpp (also --for); what that one does not
+    take is refused, with the options of quantize that would do"""
     dtype: str | None = None
     """type of dense weights: float32, float16 or bfloat16; by default the model's own"""
     lossy: bool = False
@@ -50,6 +53,8 @@ class ExportedModel:
     format: str
     modules: int
     rounded: list[dict[str, Any]] = field(default_factory=list)
+    readers: list[str] = field(default_factory=list)
+    """programs that are known to read it"""
 
     def __str__(self) -> str:
         lines = [
@@ -58,7 +63,8 @@ class ExportedModel:
         ]
         what = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
         exact = "" if self.format in ("dense", "lora") or self.rounded else ", exact"
-        return "\n".join([*lines, f"{self.out}: {what}{exact}"])
+        read = f"; known to be read by {', '.join(self.readers)}" if self.readers else ""
+        return "\n".join([*lines, f"{self.out}: {what}{exact}{read}"])
 
 
 def export(recipe: Export) -> ExportedModel:
@@ -112,9 +118,10 @@ def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedMod
         merged = merge(model, dtype).to(dtype)
         save(merged, tokenizer, recipe.out, overwrite=recipe.overwrite)
         return ExportedModel(recipe.out, recipe.format, modules)
-    options = {"lossy": recipe.lossy, "overwrite": recipe.overwrite, "dtype": dtype}
+    options = {"lossy": recipe.lossy, "overwrite": recipe.overwrite, "dtype": dtype, "reader": recipe.reader}
     done = export_model(model, tokenizer, recipe.out, recipe.format, **options)
-    return ExportedModel(recipe.out, recipe.format, done.modules, [one._asdict() for one in done.rounded])
+    rounded = [one._asdict() for one in done.rounded]
+    return ExportedModel(recipe.out, recipe.format, done.modules, rounded, list(done.readers))
 
 
 def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:

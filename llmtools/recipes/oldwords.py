@@ -53,6 +53,7 @@ OLD: dict[str, dict[str, str]] = {
         "groupsize": "",
         "weights": "model",
     },
+    "export": {"for": "reader"},
     "generate": {
         "instruction": "prompt",
         "max_length": "max_new_tokens",
@@ -61,6 +62,9 @@ OLD: dict[str, dict[str, str]] = {
     },
 }
 """verb → old word → today's; with ``=``, a flag that stands for a value; empty, a word that the checkpoint answers"""
+
+ALIASES = ("output_dir", "model_name_or_path", "for")
+"""words of TRL's scripts, and others that are not old"""
 
 ALONE = ("act_order", "nearest", "resume_checkpoint")
 """old words that may stand without a value"""
@@ -100,8 +104,8 @@ def translated(verb: str, args: list[str], known: list[str]) -> list[str]:
         new += ["--task", "alpaca"]  # what --dataset was, unless something else was said
     if verb == "generate" and "instruction" in found:
         new += ["--raw", "true"]
-    if found:
-        log.info("older words: %s; today: %s", " ".join(f"--{name}" for name in found), " ".join(new) or "not needed")
+    if older := [name for name in found if name not in ALIASES]:
+        log.info("older words: %s; today: %s", " ".join(f"--{name}" for name in older), " ".join(new) or "not needed")
     if "weights" in found:  # it is where the quantized layers lie, so it wins over the name of the architecture
         rest = _without(rest, "--model")
     return rest + new

@@ -30,6 +30,7 @@ from ...files import check_free, writing
 from ...nn.swap import quantized_linears
 from . import compressed_tensors, gguf, gptq
 from .adapter import export_adapter
+from .readers import READERS, readers_of
 from .uniform import Rounded, Uniform, uniform_layers
 
 __all__ = ["FORMATS", "Exported", "export", "export_adapter"]
@@ -44,6 +45,8 @@ class Exported(NamedTuple):
     format: str
     modules: int
     rounded: list[Rounded]
+    readers: tuple[str, ...] = ()
+    """programs that are known to read this one, of `readers.READERS`"""
 
 
 def export(
@@ -56,24 +59,30 @@ def export(
     overwrite: bool = False,
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | None = None,
+    reader: str | None = None,
 ) -> Exported:
     """Writes a model of quantized layers in the format `form`, whole or not at all. `dense` uses the model up.
 
     dtype: of a dense model; by default the model's own.
+    reader: the program that is going to read it, one of `readers.READERS`; what it does not take is refused.
 
     Raises InputError for a layer that the format cannot hold exactly, unless `lossy`.
     """
     if form not in FORMATS:
         raise InputError(f"no format {form!r}; {did_you_mean(form, FORMATS)}")
+    if reader is not None and reader not in READERS:
+        raise InputError(f"no reader {reader!r}; {did_you_mean(reader, READERS)}")
     check_free(folder, overwrite=overwrite)
     layers = quantized_linears(model)
+    if form in ("dense", "gguf"):
+        readers = readers_of(form, [], [], reader)
     if form == "dense":
         from ...nn.adapters import dequantize
         from ..checkpoint import save
 
         wanted = dtype or getattr(model, "dtype", torch.float32)
         dense = dequantize(model, wanted).to(wanted)
-        return Exported(save(dense, tokenizer, folder, overwrite=overwrite), form, len(layers), [])
+        return Exported(save(dense, tokenizer, folder, overwrite=overwrite), form, len(layers), [], readers)
     if not layers:
         raise InputError("the model has no quantized layers; quantize it first, or export it as dense")
     if getattr(model, "_weight_conversions", None):
@@ -82,7 +91,8 @@ def export(
             "only --format dense can write it"
         )
     if form == "gguf":
-        return gguf.export(model, tokenizer, folder, lossy=lossy, overwrite=overwrite)
+        done = gguf.export(model, tokenizer, folder, lossy=lossy, overwrite=overwrite)
+        return done._replace(readers=readers)
     limits, describe = _KINDS[form]
     uniform, rounded = uniform_layers(layers, limits, lossy=lossy)
     tensors = _others(model)
@@ -91,6 +101,8 @@ def export(
     dense_linears = [
         path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in layers
     ]
+    inside = [path for path in dense_linears if path.rpartition(".")[2] != "lm_head"]
+    readers = readers_of(form, list(uniform.values()), inside, reader)
     told: Any = model
     config = copy.deepcopy(told.config)
     config.quantization_config = describe.config(uniform, dense_linears)
@@ -102,7 +114,7 @@ def export(
             tokenizer.save_pretrained(partial)
         _write_shards(partial, tensors, max_shard_size)
         describe.finish(partial, config.quantization_config)
-    return Exported(Path(folder), form, len(uniform), rounded)
+    return Exported(Path(folder), form, len(uniform), rounded, readers)
 
 
 class _Kind(NamedTuple):

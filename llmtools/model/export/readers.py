@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ...errors import InputError
 from .uniform import Uniform
 
 READERS = ("vllm", "gptqmodel", "transformers", "llama.cpp")
@@ -63,6 +64,15 @@ def refusal(reader: str, form: str, layers: Sequence[Uniform], dense: Iterable[s
         if len({(layer.bits, _group_size(layer)) for layer in layers}) > 1 or any(dense):
             return "it reads one setting for all linears of the blocks: quantize without overrides and skip"
     return None
+
+
+def readers_of(
+    form: str, layers: Sequence[Uniform], dense: Sequence[str], wanted: str | None = None
+) -> tuple[str, ...]:
+    """The readers that take the export. Raises InputError where `wanted` is none of them."""
+    if wanted is not None and (reason := refusal(wanted, form, layers, dense)):
+        raise InputError(f"{wanted} would not open this {form} export: {reason}; nothing was written")
+    return tuple(reader for reader in READERS if refusal(reader, form, layers, dense) is None)
 
 
 def _may(reader: str, form: str) -> bool:

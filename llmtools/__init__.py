@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .nn.adapters import merge as merge
     from .nn.adapters import prepare_for_training as prepare_for_training
     from .nn.linear import QuantizedLinear as QuantizedLinear
+    from .nn.swap import count_parameters as count_parameters
     from .quant import Quantizer as Quantizer
     from .quant import quantizer as quantizer
     from .quant import quantizers as quantizers
@@ -49,6 +50,7 @@ _HOMES = {
     "QuantizedLinear": "nn.linear",
     "Quantizer": "quant",
     "calibration": "data.calibration",
+    "count_parameters": "nn.swap",
     "dequantize": "nn.adapters",
     "load": "model.checkpoint",
     "merge": "nn.adapters",

@@ -6,13 +6,14 @@ are told by what they have, a `base_layer` and a `merge`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .linear import QuantizedLinear
 from .swap import aliases, quantized_linears, set_module
 
@@ -29,7 +30,10 @@ def prepare_for_training(
 
     Reentrant checkpointing (`use_reentrant`) needs an input that requires a gradient, or it skips the block's backward
     and the adapters in it stay untrained; the embedding's output is marked for that. The other kind has no such need.
+
+    Raises InputError for a model without gradient checkpointing that is asked for it, and under FSDP1.
     """
+    _refuse_fsdp1()
     model.requires_grad_(False)
     if not gradient_checkpointing:
         return model
@@ -46,6 +50,16 @@ def prepare_for_training(
     if use_reentrant:
         told.enable_input_require_grads()
     return model
+
+
+def _refuse_fsdp1() -> None:
+    """Raises InputError where accelerate was launched with the FSDP that makes one tensor of all parameters."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if asked and os.environ.get("FSDP_VERSION", "1") == "1":
+        raise InputError(
+            "FSDP1 cannot shard packed weights, which are integers; use FSDP2 (fsdp_version: 2 in accelerate's "
+            "configuration, or accelerate launch --fsdp_version 2)"
+        )
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -68,6 +82,8 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
     Layer by layer the base is dequantized and the adapter added in float32, then rounded once to `dtype` (by default
     the layer's own). Merging into the packed weights instead would quantize again, and lose much of the adapter.
+
+    Raises InputError for adapters that PEFT cannot merge; where no layer was merged before, the model is as it was.
     """
     told: Any = peft_model
     if not hasattr(peft_model, "merge_and_unload"):
@@ -79,7 +95,13 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     for path, layer in _adapted(peft_model):
         base = layer.base_layer
         layer.base_layer = _dense(base, torch.float32)
-        layer.merge(safe_merge=True)
+        try:
+            layer.merge(safe_merge=True)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            layer.base_layer = base
+            raise InputError(
+                f"{path}: PEFT cannot merge this adapter ({first_line(error)}); keep it beside the quantized model"
+            ) from error
         set_module(peft_model, path, layer.base_layer.to(dtype or base.dtype))
     merged: nn.Module = told.merge_and_unload(safe_merge=True)  # what was adapted without being quantized
     return dequantize(merged, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -93,3 +93,25 @@ def packed_bytes(model: nn.Module) -> int:
     """Bytes of all packed tensors."""
     layers = quantized_linears(model).values()
     return sum(t.numel() * t.element_size() for layer in layers for t in layer.packed.values())
+
+
+class Parameters(NamedTuple):
+    """How many parameters a model has."""
+
+    trainable: int
+    total: int
+    """those of a quantized layer's weight counted as the out · in that they stand for"""
+
+
+def count_parameters(model: nn.Module) -> Parameters:
+    """The parameters of a model, with adapters or without, each tensor once.
+
+    PEFT's `print_trainable_parameters` counts the elements of packed tensors instead, several weights to a word.
+    """
+    layers = quantized_linears(model).values()
+    packed = {id(tensor) for layer in layers for tensor in layer.packed.values()}
+    plain = [each for each in model.parameters() if id(each) not in packed]
+    return Parameters(
+        trainable=sum(each.numel() for each in plain if each.requires_grad),
+        total=sum(each.numel() for each in plain) + sum(layer.out_features * layer.in_features for layer in layers),
+    )

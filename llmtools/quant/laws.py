@@ -96,6 +96,22 @@ def linear(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
         _require(bool(off <= allowed), f"{what} is off by {off:.3g}, allowed {allowed:.3g}")
 
 
+def in_place(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """The result of `linear` may be modified in place, with autograd and after it was off, as that of `F.linear`."""
+    packed = _quantize(quantizer, weight, hessian)
+    x = torch.ones(2, 3, weight.shape[1], requires_grad=True)
+    shift = torch.ones(weight.shape[0], requires_grad=True)
+    with torch.no_grad():
+        quiet = quantizer.linear(x, packed)
+    for y in (quantizer.linear(x, packed), quantizer.linear(x[0], packed), quiet):
+        expected = y.detach() + 1
+        try:
+            y += shift
+        except RuntimeError as error:
+            raise LawBroken(f"the result of linear is a view, which autograd keeps: {error}") from error
+        _require(torch.equal(y, expected), "adding to the result of linear in place gives another sum")
+
+
 def round_trip(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
     """A safetensors file gives the same bits back, and the configuration is JSON that makes the same quantizer."""
     import json
@@ -160,7 +176,7 @@ def degenerate(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
 
 LAWS: dict[str, Law] = {
     law.__name__: law
-    for law in (layout, rows, determinism, meta, linear, round_trip, calibration_helps, monotone, degenerate)
+    for law in (layout, rows, determinism, meta, linear, in_place, round_trip, calibration_helps, monotone, degenerate)
 }
 _STATISTICAL = ("calibration_helps", "monotone")  # hold over ordinary problems, not for every adversarial matrix
 

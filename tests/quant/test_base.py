@@ -85,6 +85,15 @@ def test_calibrated_quantizers_say_that_they_want_data() -> None:
         OPTQ().quantize(torch.randn(4, 8))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e35])
+@pytest.mark.parametrize("name", [name for name in quantizers.names() if quantizers.known(name).needs_hessian])
+def test_a_hessian_that_is_not_finite_is_refused_by_name(name: str, bad: float) -> None:
+    hessian = torch.eye(8)
+    hessian[2, 2] = bad
+    with within("layers.0.up"), pytest.raises(InputError, match=r"layers\.0\.up: the second moment"):
+        quantizer(name).quantize(torch.randn(4, 8), hessian)
+
+
 # ---- whatever the weight's type ------------------------------------------------------------------------------------
 
 

@@ -90,14 +90,29 @@ class Plain(Quantizer):
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         y = super().linear(x, packed)
+        if self.broken == "in_place":
+            return Halves.apply(x, self.dequantize(packed).T)
         return y * 1.0001 if self.broken == "linear" else y
+
+
+class Halves(torch.autograd.Function):
+    """x @ w, given as a view that was made within the function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(w)
+        return (x @ w).flatten().view(*x.shape[:-1], w.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.saved_tensors[0].T, None
 
 
 def test_a_sound_quantizer_of_a_stranger_keeps_them() -> None:
     assert not [outcome for outcome in check(Plain(), every=3) if outcome.error]
 
 
-@pytest.mark.parametrize("law", ["layout", "rows", "determinism", "linear", "degenerate"])
+@pytest.mark.parametrize("law", ["layout", "rows", "determinism", "linear", "in_place", "degenerate"])
 def test_a_broken_law_is_reported_with_the_problem(law: str) -> None:
     outcomes = [outcome for outcome in check(Plain(broken=law), every=4) if outcome.law == law]
     assert any(outcome.error and outcome.problem for outcome in outcomes)
@@ -114,5 +129,6 @@ def test_an_exception_of_a_quantizer_is_an_outcome_not_a_crash() -> None:
 
 def test_the_laws_are_the_architectures() -> None:
     assert set(LAWS) == {
-        "layout", "rows", "determinism", "meta", "linear", "round_trip", "calibration_helps", "monotone", "degenerate",
+        "layout", "rows", "determinism", "meta", "linear", "in_place", "round_trip", "calibration_helps", "monotone",
+        "degenerate",
     }  # fmt: skip

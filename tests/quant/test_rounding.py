@@ -395,6 +395,14 @@ def test_no_token_and_bad_tokens_are_errors_that_name_the_layer() -> None:
         HessianSum(4).add(torch.tensor([[1.0, 2.0, float("inf"), 0.0]]))
 
 
+@pytest.mark.parametrize("size", [2e15, 1.9e19, 3e38])
+def test_activations_whose_squares_are_too_large_are_errors_that_name_the_layer(size: float) -> None:
+    total = HessianSum(4)
+    total.add(torch.full((3, 4), size))
+    with within("layers.1"), pytest.raises(InputError, match=r"layers\.1: the second moment .* reaches"):
+        total.value()
+
+
 def test_proxy_loss_is_the_mean_squared_error_of_the_output() -> None:
     x = torch.randn(500, 16)
     total = HessianSum(16)

@@ -164,7 +164,7 @@ def test_configs_describe_what_differs(tmp_path: Path) -> None:
 def test_dense_is_an_ordinary_model(tmp_path: Path) -> None:
     model = quantized("nf4")
     expected = {path: layer.dequantize(dtype=torch.bfloat16) for path, layer in quantized_linears(model).items()}
-    export(model, None, tmp_path / "dense", "dense")
+    export(model, None, tmp_path / "dense", "dense", dtype=torch.bfloat16)
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     tensors = load_file(tmp_path / "dense" / "model.safetensors")

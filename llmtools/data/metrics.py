@@ -108,4 +108,4 @@ def model_positions(model: nn.Module) -> int | None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
-    return int(positions) if positions else None
+    return int(positions) if positions and positions > 0 else None  # XLNet says -1 for no end

@@ -30,6 +30,8 @@ _TABLES = {
 def auto_class(config: Mapping[str, Any]) -> Any:
     """The auto class for a config.json: by its first architecture, else `AutoModelForCausalLM`.
 
+    transformers' own class of that name where no auto class knows the model type.
+
     A bare decoder whose head is its embeddings is opened with the head, for nothing is missing.
     """
     import transformers
@@ -45,6 +47,10 @@ def auto_class(config: Mapping[str, Any]) -> Any:
             if auto == "AutoModel" and _is_whole_with_head(config, modeling_auto):
                 break
             return getattr(transformers, auto)
+    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # a part of a model, saved by itself
+        named_class = getattr(transformers, str(architecture), None)
+        if isinstance(named_class, type) and issubclass(named_class, transformers.PreTrainedModel):
+            return named_class
     return transformers.AutoModelForCausalLM
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from ..errors import InputError
@@ -27,6 +28,11 @@ log = logging.getLogger(__name__)
 
 Overrides = Mapping[str, Mapping[str, Any] | None]
 """Pattern of module paths → options that differ, ``{"name": …, …}`` for another quantizer, None to leave dense."""
+
+
+MIN_FEATURES = 8
+"""Linears with fewer inputs stay dense unless an override names them: mixing coefficients, such as Gemma 3n's, which it
+clamps in place while it trains."""
 
 
 class Left(NamedTuple):
@@ -72,7 +78,9 @@ class Plan:
             for pattern in matching:
                 unused.pop(pattern, None)
             chosen = variants[matching[0]] if matching else base
-            if chosen is None:
+            if not matching and linear.in_features < MIN_FEATURES:
+                left.append(Left(path, shape, f"{linear.in_features} inputs, too few for codes and scales to save"))
+            elif chosen is None:
                 left.append(Left(path, shape, f"left dense by the override {matching[0]!r}"))
             else:
                 quantizers[path] = chosen
@@ -82,6 +90,7 @@ class Plan:
             raise InputError("every linear is skipped or left dense by an override, so that nothing is quantized")
         _refuse_altered(model, quantizers)
         _refuse_tied(model, quantizers)
+        _settle_rescaling(model)
         left += _said_leftovers(model, blocks)
         if skip is None:
             _say_what_is_taken(model, stacks, inside)
@@ -146,6 +155,26 @@ def _refuse_strangers(model: nn.Module) -> None:
         raise InputError("the model is quantized already; start from the original, or see llmtools.dequantize")
     if hasattr(model, "peft_config"):
         raise InputError("the model carries adapters; merge or unload them (merge_and_unload) before quantizing it")
+
+
+def _settle_rescaling(model: nn.Module) -> None:
+    """Has RWKV leave its weights alone, in place.
+
+    With ``rescale_every`` it divides some of them by powers of two when it first infers, and multiplies them back when
+    it first trains (for float16); what is packed can be neither, so the config then says that nothing is rescaled.
+    """
+    told: Any = model
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "rescale_every", 0):
+        return
+    if any(getattr(module, "layers_are_rescaled", False) for module in model.modules()):
+        training = model.training
+        model.train()
+        with torch.no_grad():
+            told(input_ids=torch.zeros(1, 1, dtype=torch.long, device=told.device), use_cache=False)
+        model.train(training)
+    log.warning("rescale_every is set from %s to 0: packed weights cannot be rescaled in place", config.rescale_every)
+    config.rescale_every = 0
 
 
 def _refuse_altered(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:

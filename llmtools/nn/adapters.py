@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import InputError, first_line
 from .linear import QuantizedLinear
-from .swap import aliases, quantized_linears, set_module
+from .swap import aliases, computes_otherwise, quantized_linears, set_module
 
 
 def prepare_for_training(
@@ -60,6 +60,32 @@ def _refuse_fsdp1() -> None:
             "FSDP1 cannot shard packed weights, which are integers; use FSDP2 (fsdp_version: 2 in accelerate's "
             "configuration, or accelerate launch --fsdp_version 2)"
         )
+
+
+def not_adaptable(model: nn.Module) -> list[str]:
+    """Paths of linears that PEFT's ``target_modules="all-linear"`` would adapt and cannot: for ``exclude_modules``.
+
+    These are subclasses of `nn.Linear` that compute something else, such as routers that return a tuple, and the
+    ``out_proj`` of Mamba blocks, which PEFT refuses.
+
+    Raises InputError where no linear is left that can carry an adapter.
+    """
+    told: Any = model
+    head = told.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    refused = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA
+    linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
+    others = [
+        path
+        for path, each in linears.items()
+        if computes_otherwise(each) or (refused and path.rpartition(".")[2] == "out_proj")
+    ]
+    if len(others) == len(linears):
+        raise InputError(f"{type(model).__name__} has no linear that can carry an adapter; name lora.target_modules")
+    return others
+
+
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+"""Model types of which PEFT says so (`_check_lora_target_modules_mamba`)."""
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

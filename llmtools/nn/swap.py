@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -55,11 +58,45 @@ def computes_otherwise(linear: nn.Linear) -> str | None:
     kind: Any = type(linear)
     if isinstance(linear, QuantizedLinear) or is_parametrized(linear) or kind is nn.Linear:
         return None
-    if kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Module.__call__:
+    own = kind.forward is not nn.Linear.forward or kind.__call__ is not nn.Module.__call__
+    if own and not _acts_as_linear(linear):
         return f"a {kind.__name__}, which computes something else than nn.Linear"
     if surplus := _surplus(linear):
         return f"a {kind.__name__}, which holds {surplus} beside weight and bias"
     return None
+
+
+@torch.no_grad()
+def _acts_as_linear(linear: nn.Linear) -> bool:
+    """Whether a forward of its own (Falcon's rounds the bias separately) gives y = x Wᵀ + b, tried on a few numbers.
+
+    A copy with a small random weight is run, on inputs small and large, one and many, in both modes.
+    """
+    drawn = torch.Generator("cpu").manual_seed(0)
+    probe = copy.copy(linear)
+    weight = torch.randn(6, 8, generator=drawn, device="cpu")
+    bias = None if linear.bias is None else torch.randn(6, generator=drawn, device="cpu")
+    probe.__dict__ |= {
+        "_parameters": {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
+    }
+    for name, size in (("in_features", 8), ("out_features", 6)):
+        probe.__dict__[name] = size
+    for name in _HOOKS:
+        probe.__dict__[name] = OrderedDict()
+    try:
+        for training in (False, True):
+            probe.__dict__["training"] = training
+            for scale in (1e-3, 1.0, 1e3):
+                for shape in ((8,), (5, 8), (2, 3, 8)):
+                    x = scale * torch.randn(shape, generator=drawn, device="cpu")
+                    y, expected = probe(x), nn.functional.linear(x, weight, bias)
+                    if not isinstance(y, torch.Tensor) or y.shape != expected.shape:
+                        return False
+                    if not torch.allclose(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+                        return False
+    except Exception:  # whatever it wants, it is not a matrix of another size
+        return False
+    return True
 
 
 def altered(linear: nn.Linear) -> str | None:

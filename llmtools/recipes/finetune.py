@@ -166,6 +166,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
     )
     inputs |= content_of_model(recipe.model) if _is_first() else {}
+    _leave_out(config, model)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
     if tokenizer.eos_token is None:
@@ -675,6 +676,14 @@ def _lora_config(recipe: Finetune) -> Any:
         raise InputError(f"lora: {error}") from error
 
 
+def _leave_out(config: Any, model: Any) -> None:
+    """Takes out of PEFT's "all-linear" what it cannot adapt, in place."""
+    from ..nn.adapters import not_adaptable
+
+    if config.target_modules == "all-linear" and not config.exclude_modules:
+        config.exclude_modules = not_adaptable(model) or None
+
+
 def _arguments(
     recipe: Finetune, work: Path, model: Any, form: str, validates: bool, length: int | None = None
 ) -> dict[str, Any]:
@@ -773,7 +782,10 @@ def _trainer(
             callbacks=list(callbacks),
         )
     except (ValueError, TemplateError) as error:  # no such target module, a chat template that refuses a role, …
-        raise InputError(f"this cannot be trained: {error}") from error
+        hint = ""
+        if "ParamWrapper" in str(error):  # PEFT takes fused experts for linears
+            hint = " Fused experts are adapted too: pass --lora.dropout 0, or --lora.target_modules with a list"
+        raise InputError(f"this cannot be trained: {error}{hint}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 

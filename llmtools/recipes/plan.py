@@ -276,7 +276,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..nn import QuantizedLinear
     from ..nn.adapters import prepare_for_training
     from ..nn.swap import set_module
-    from .finetune import Finetune, _lora_config
+    from .finetune import Finetune, _leave_out, _lora_config
 
     with torch.device("meta"), planning_attention() as attention:
         model = _empty(config, recipe, attention)
@@ -286,7 +286,9 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
                 set_module(model, path, QuantizedLinear.empty(model.get_submodule(path), quantizer))
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
-            adapted = get_peft_model(model, _lora_config(Finetune(recipe.model, data="", out="", lora=recipe.lora)))
+            config = _lora_config(Finetune(recipe.model, data="", out="", lora=recipe.lora))
+            _leave_out(config, model)
+            adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"lora: {error}") from error
         return adapted.train(), name, len(quantizers)

@@ -14,15 +14,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 import llmtools
 from llmtools import CheckpointError, InputError, files
 from llmtools.files import writing
 from llmtools.model.card import MARK
+from llmtools.model.checkpoint import load_model, save
+from llmtools.model.quantize import quantize
+from llmtools.model.walk import run_network
 from llmtools.nn.swap import quantized_linears
-from tests.models import VOCABULARY, tiny_ids, tiny_model
+from tests.models import VOCABULARY, other_model, tiny_ids, tiny_model
 
 
 def logits(model: Any) -> Tensor:
@@ -260,3 +263,48 @@ def test_pickled_weights_are_not_read(tokenizer: Any, tmp_path: Path) -> None:
     shutil.move(folder / "model.safetensors", tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="safetensors"):
         llmtools.load(folder)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "bert", "llava"])
+@pytest.mark.parametrize("quantizer", [None, "rtn"])
+def test_models_of_other_tasks_are_opened_as_what_they_are(kind: str, quantizer: str | None, tmp_path: Path) -> None:
+    model = other_model(kind)
+    if quantizer:
+        quantize(model, quantizer, bits=4, group_size=16)
+    with torch.no_grad():
+        expected = run_network(model, tiny_ids()).logits
+        again = load_model(save(model, None, tmp_path / "model"))
+        assert type(again) is type(model)
+        assert torch.equal(run_network(again, tiny_ids()).logits, expected)
+
+
+def test_an_embedding_model_and_a_bare_decoder_with_a_tied_head_are_told_apart(tmp_path: Path) -> None:
+    for tied, expected in ((False, "LlamaModel"), (True, "LlamaForCausalLM")):
+        decoder = tiny_model("llama", tie_word_embeddings=tied).model
+        decoder.save_pretrained(tmp_path / expected)
+        assert type(load_model(tmp_path / expected)).__name__ == expected
+
+
+@pytest.mark.parametrize("name", ["rtn", "optq"])
+def test_a_head_of_its_own_under_a_tied_config_comes_back(name: str, tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    model.lm_head.weight = nn.Parameter(1.5 * model.lm_head.weight.detach())
+    quantize(model, name, [tiny_ids(2, 32)], bits=4, group_size=16, skip=())
+    with torch.no_grad():
+        expected = model(tiny_ids()).logits
+        again = load_model(save(model, None, tmp_path / "model"))
+        assert torch.equal(again(tiny_ids()).logits, expected)
+        twice = load_model(save(again, None, tmp_path / "again"))
+        assert torch.equal(twice(tiny_ids()).logits, expected)
+
+
+def test_a_folder_that_still_says_tied_opens_with_its_quantized_head(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    model.lm_head.weight = nn.Parameter(1.5 * model.lm_head.weight.detach())
+    quantize(model, "rtn", bits=4, group_size=16, skip=())
+    folder = save(model, None, tmp_path / "model")
+    told = json.loads((folder / "config.json").read_text())
+    assert told["tie_word_embeddings"] is False
+    (folder / "config.json").write_text(json.dumps(told | {"tie_word_embeddings": True}))
+    with torch.no_grad():
+        assert torch.equal(load_model(folder)(tiny_ids()).logits, model(tiny_ids()).logits)

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from llmtools.errors import InputError
 from llmtools.model.blocks import find_blocks, linears
 from llmtools.model.quantize import INCOMPLETE, Report, quantize
 from llmtools.nn import QuantizedLinear, quantized_linears
+from llmtools.nn.adapters import dequantize
 from llmtools.quant import HessianSum, quantizer
-from tests.models import FAMILIES, tiny_ids, tiny_model
+from tests.models import FAMILIES, other_model, tiny_ids, tiny_model
 
 BATCHES = [tiny_ids(2, 64, seed=seed) for seed in range(2)]
 
@@ -383,3 +385,231 @@ def test_optq_reads_better_than_rtn_on_a_real_model(stories: Path, tinystories: 
     dense = quality(None, 16)
     for bits in (3, 2):
         assert dense < quality("optq", bits) < quality("rtn", bits)
+
+
+# ---- which linears, and what they keep -------------------------------------------------------------------------------
+
+
+class Scaled(nn.Linear):
+    """No linear: it multiplies by eight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 8 * super().forward(input)
+
+
+class Clipped(nn.Linear):
+    """A linear for small inputs only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.clamp(-10, 10))
+
+
+class Spelt(nn.Linear):
+    """A linear with a forward of its own, as Falcon's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Named(nn.Linear):
+    """A linear that knows more."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.rank_of_group = 3
+
+
+def with_up_proj(kind: type[nn.Linear]) -> Any:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        former = layer.mlp.up_proj
+        layer.mlp.up_proj = kind(64, 96, bias=False)
+        layer.mlp.up_proj.weight = former.weight
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [(Scaled, False), (Clipped, False), (Spelt, True), (Named, True)], ids=lambda each: str(each)
+)
+@pytest.mark.parametrize("meta", [False, True])
+def test_a_subclass_is_taken_if_it_computes_what_a_linear_does(kind: type[nn.Linear], taken: bool, meta: bool) -> None:
+    model = with_up_proj(kind)
+    found = [path for path, _ in linears(model.to("meta") if meta else model)]
+    assert (("model.layers.0.mlp.up_proj" in found), len(found)) == (taken, 15 if taken else 13)
+
+
+def test_a_subclass_that_computes_something_else_stays_and_is_named() -> None:
+    model = with_up_proj(Scaled)
+    before = logits(model)
+    report = quantize(model, "rtn", bits=8, group_size=32)
+    assert isinstance(model.model.layers[0].mlp.up_proj, Scaled)
+    assert any("Scaled, which computes something else" in left.reason for left in report.left)
+    assert (logits(model) - before).norm() < 0.05 * before.norm()
+
+
+def test_attributes_and_hooks_of_a_linear_are_kept_through_saving_learning_and_dequantizing() -> None:
+    model = with_up_proj(Named)
+    layer = model.model.layers[0].mlp.up_proj
+    seen: list[str] = []
+    handle = layer.register_forward_hook(lambda m, a, out: seen.append("after") or 2 * out)
+    layer.register_forward_pre_hook(lambda m, a: seen.append("before") or (0.5 * a[0],))
+    before = logits(model)
+    quantize(model, "rtn", bits=8, group_size=32)
+    packed = model.model.layers[0].mlp.up_proj
+    assert isinstance(packed, QuantizedLinear)
+    assert packed.rank_of_group == 3
+    seen.clear()
+    assert (logits(model) - before).norm() < 0.05 * before.norm()
+    assert seen == ["before", "after"]
+    dequantize(model)
+    seen.clear()
+    assert (logits(model) - before).norm() < 0.05 * before.norm()
+    assert seen == ["before", "after"]
+    handle.remove()
+    seen.clear()
+    logits(model)
+    assert seen == ["before"]
+
+
+def test_hessians_are_of_what_a_linear_reads_behind_its_hooks() -> None:
+    plain, hooked = tiny_model("llama"), tiny_model("llama")
+    for model in (plain, hooked):
+        report = quantize(model, "optq", BATCHES, bits=4, group_size=16, overrides={"*.1.*": None}, skip=["lm_head"])
+    doubled = tiny_model("llama")
+    doubled.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda m, a: (2 * a[0],))
+    other = quantize(doubled, "optq", BATCHES, bits=4, group_size=16, overrides={"*.1.*": None}, skip=["lm_head"])
+    first = {row.path: row.proxy_loss for row in report.rows}["model.layers.0.self_attn.q_proj"]
+    assert {row.path: row.proxy_loss for row in other.rows}["model.layers.0.self_attn.q_proj"] == pytest.approx(
+        4 * first
+    )
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "old_weight_norm", "spectral_norm", "pruned", "patched"])
+def test_a_weight_that_is_made_at_each_call_is_refused_by_name(kind: str) -> None:
+    model = tiny_model("llama")
+    linear = model.model.layers[1].mlp.up_proj
+    match kind:
+        case "weight_norm":
+            torch.nn.utils.parametrizations.weight_norm(linear)
+        case "old_weight_norm":
+            with pytest.warns(FutureWarning):
+                torch.nn.utils.weight_norm(linear)
+        case "spectral_norm":
+            torch.nn.utils.parametrizations.spectral_norm(linear)
+        case "pruned":
+            prune.random_unstructured(linear, "weight", amount=0.5)
+        case "patched":
+            linear.forward = lambda x: 2 * nn.Linear.forward(linear, x)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj cannot be packed as it is"):
+        quantize(model, "rtn")
+    assert not quantized_linears(model)
+    report = quantize(model, "rtn", overrides={"layers.1.mlp.up_proj": None})
+    assert len(report.rows) == 13
+
+
+def test_a_linear_that_is_listed_twice_is_replaced_in_both_places() -> None:
+    model = tiny_model("llama")
+    first, second = model.model.layers
+    second.mlp.up_proj = first.mlp.up_proj
+    quantize(model, "rtn", bits=4, group_size=16)
+    assert isinstance(first.mlp.up_proj, QuantizedLinear)
+    assert second.mlp.up_proj is first.mlp.up_proj
+    dequantize(model)
+    assert type(first.mlp.up_proj) is nn.Linear
+    assert second.mlp.up_proj is first.mlp.up_proj
+
+
+# ---- stacks ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_language_model_is_quantized_where_the_vision_tower_is_larger(caplog: pytest.LogCaptureFixture) -> None:
+    model = other_model("llava")
+    with caplog.at_level(logging.WARNING):
+        report = quantize(model, "optq", [tiny_ids(2, 16)], bits=4, group_size=16)
+    assert {row.path.rpartition(".layers.")[0] for row in report.rows} == {"model.language_model"}
+    assert len(report.rows) == 14
+    (line,) = [each.getMessage() for each in caplog.records if "outside embeddings and head" in each.getMessage()]
+    share = report.weights / sum(
+        each.numel()
+        for path, each in other_model("llava").named_parameters()
+        if each.dim() > 1 and "embed_tokens" not in path and "lm_head" not in path and "position_embedding" not in path
+    )
+    assert line.startswith(f"{100 * share:.0f} % of the weights")
+    assert "model.language_model.layers" in line
+    assert "vision_tower" in line
+
+
+def test_a_pattern_chooses_the_vision_tower() -> None:
+    report = quantize(other_model("llava"), "rtn", skip=["lm_head", "*language_model*", "*projector*"])
+    assert {row.path.split(".layers.")[0] for row in report.rows} == {"model.vision_tower.encoder"}
+
+
+@pytest.mark.parametrize("name", ["rtn", "optq"])
+def test_both_stacks_of_an_encoder_decoder_are_quantized_and_said_nothing_about(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = other_model("t5")
+    with caplog.at_level(logging.WARNING):
+        report = quantize(model, name, [tiny_ids(2, 16)], bits=4, group_size=16)
+    assert {row.path.split(".")[0] for row in report.rows} == {"encoder", "decoder"}
+    assert len(report.rows) == len(list(linears(other_model("t5")))) - 1  # but the head
+    assert "outside embeddings and head" not in caplog.text
+
+
+class Spare(nn.Module):
+    """A network with a second list of blocks that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(512, 16)
+        self.layers, self.further = (
+            nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(2)) for _ in range(2)
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_a_stack_that_does_not_run_stays_dense_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    report = quantize(Spare(), "optq", BATCHES, bits=4, group_size=16)
+    assert [row.path for row in report.rows] == ["layers.0.0", "layers.1.0"]
+    assert [left.path for left in report.left] == ["further.0.0", "further.1.0"]
+    assert "further: none of its blocks ran" in caplog.text
+
+
+# ---- padding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left", "both"])
+def test_padding_is_no_text(side: str) -> None:
+    """A padded batch gives, to the bit, what its sequences give without padding."""
+    rows = [tiny_ids(1, length, seed=length) for length in (7, 12, 9)]
+    ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
+    for index, row in enumerate(rows):
+        length = row.shape[1]
+        start = {"right": 0, "left": 12 - length, "both": (12 - length) // 2}[side]
+        ids[index, start : start + length], mask[index, start : start + length] = row[0], 1
+    padded, plain = tiny_model("llama"), tiny_model("llama")
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
+    padded_report = quantize(padded, "optq", [batch, tiny_ids(2, 8)], bits=3, group_size=16)
+    plain_report = quantize(plain, "optq", [*rows, tiny_ids(2, 8)], bits=3, group_size=16)
+    assert [row.tokens for row in padded_report.rows] == [7 + 12 + 9 + 16] * 14
+    assert [row.proxy_loss for row in padded_report.rows] == [row.proxy_loss for row in plain_report.rows]
+    assert torch.equal(logits(padded), logits(plain))
+
+
+def test_a_mask_with_gaps_is_refused() -> None:
+    batch = {"input_ids": tiny_ids(1, 4), "attention_mask": torch.tensor([[1, 0, 1, 1]])}
+    with pytest.raises(InputError, match=r"calibration\[0\], row 0: the attention_mask has gaps"):
+        quantize(tiny_model("llama"), "optq", batch)
+
+
+@pytest.mark.parametrize("positions", [-1, 0])
+def test_positions_that_are_no_number_are_no_limit(positions: int) -> None:
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = positions
+    assert quantize(model, "optq", [tiny_ids(1, 200)], bits=4, group_size=16).rows[0].tokens == 200

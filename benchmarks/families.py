@@ -260,7 +260,9 @@ def trained(model: Any, dense: Any) -> Any:
     lt.prepare_for_training(model, gradient_checkpointing=False)
     others = not_adaptable(model) or None
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", exclude_modules=others)
-    adapted = peft.get_peft_model(model, config).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of names that it looked for in vain
+        adapted = peft.get_peft_model(model, config).eval()
     close(logits(adapted), before, "logits with zero adapters", 1e-6)
     adapted.train()
     mine = {path: each for path, each in adapted.named_parameters() if each.requires_grad}

@@ -13,7 +13,7 @@ from benchmarks import families
 from benchmarks.families import NONE, OK, STEPS, is_clean, measure, one_line, page, read
 from benchmarks.tiny import tiny_model
 
-CONTRASTS = ["gemma3n_text", "falcon", "xlm", "deepseek_v3", "bart"]
+CONTRASTS = ["gemma3n_text", "mixtral", "falcon", "xlm", "deepseek_v3", "bart"]
 """State that layers share, fused experts, a linear of its own kind, two stacks with norms between, latent attention, an
 encoder-decoder's decoder."""
 

@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import signal
 import tempfile
 import time
@@ -315,7 +316,8 @@ def told(error: BaseException) -> str:
     """An error in one line, with the place where it was raised if it is not ours."""
     from llmtools.errors import InputError
 
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = re.sub(re.escape(tempfile.gettempdir()) + r"/\S*?(?=[:\s]|$)", "the folder", str(error))
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
     if isinstance(error, InputError | AssertionError) and first:
         return first[:240]
     frames = traceback.extract_tb(error.__traceback__)

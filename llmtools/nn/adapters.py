@@ -66,7 +66,8 @@ def not_adaptable(model: nn.Module) -> list[str]:
     """Paths of linears that PEFT's ``target_modules="all-linear"`` would adapt and cannot: for ``exclude_modules``.
 
     These are subclasses of `nn.Linear` that compute something else, such as routers that return a tuple, and the
-    ``out_proj`` of Mamba blocks, which PEFT refuses.
+    ``out_proj`` of Mamba blocks, which PEFT refuses. Layers that another library quantized (their weight is of a
+    type of its own, as bitsandbytes' `Params4bit`) are PEFT's to know.
 
     Raises InputError where no linear is left that can carry an adapter.
     """
@@ -77,11 +78,16 @@ def not_adaptable(model: nn.Module) -> list[str]:
     others = [
         path
         for path, each in linears.items()
-        if computes_otherwise(each) or (refused and path.rpartition(".")[2] == "out_proj")
+        if (_is_plain(each) and computes_otherwise(each)) or (refused and path.rpartition(".")[2] == "out_proj")
     ]
     if len(others) == len(linears):
         raise InputError(f"{type(model).__name__} has no linear that can carry an adapter; name lora.target_modules")
     return others
+
+
+def _is_plain(linear: nn.Linear) -> bool:
+    """Whether a linear is ours or has an ordinary weight."""
+    return isinstance(linear, QuantizedLinear) or type(linear.weight) is nn.Parameter
 
 
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")

@@ -94,7 +94,7 @@ def measure(name: str, make: Callable[[str], Any] = tiny_model) -> Row:
         try:
             result = do()
         except Exception as error:
-            steps[what] = told(error) + (" (the dense model fails, too)" if dense and fails(dense) else "")
+            steps[what] = error_line(error) + (" (the dense model fails, too)" if dense and fails(dense) else "")
             return None
         steps[what] = NONE if result is NONE else OK
         return True if result is None else result
@@ -104,9 +104,9 @@ def measure(name: str, make: Callable[[str], Any] = tiny_model) -> Row:
         row["class"] = type(model).__name__
         before = logits(model)
     except Exception as error:
-        return row | {"unmade": told(error), "seconds": time.monotonic() - began}
+        return row | {"not_built": error_line(error), "seconds": time.monotonic() - began}
     if not bool(torch.isfinite(before).all()):
-        return row | {"unmade": "the tiny model's own logits are not finite", "seconds": time.monotonic() - began}
+        return row | {"not_built": "the tiny model's own logits are not finite", "seconds": time.monotonic() - began}
     options: dict[str, Any] = {"bits": 4, "group_size": 16}
     step("inputs", lambda: compare_inputs(model))
     rtn, optq = copy.deepcopy(model), copy.deepcopy(model)
@@ -312,7 +312,7 @@ def fails(do: Callable[[], Any]) -> bool:
     return False
 
 
-def told(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error in one line, with the place where it was raised if it is not ours."""
     from llmtools.errors import InputError
 
@@ -355,10 +355,10 @@ def in_a_process(name: str, seconds: int) -> Row:
     there.close()
     row: Row = {"family": name, "class": None, "share": None, "steps": {}, "versions": versions()}
     try:
-        row = here.recv() if here.poll(seconds) else row | {"unmade": f"not done in {seconds} seconds"}
+        row = here.recv() if here.poll(seconds) else row | {"not_built": f"not done in {seconds} seconds"}
     except EOFError:
         child.join()
-        row["unmade"] = f"the process ended with {child.exitcode}"
+        row["not_built"] = f"the process ended with {child.exitcode}"
     finally:
         if child.is_alive() and child.pid:
             child.join(5)
@@ -394,13 +394,15 @@ def compact(results: Path, rows: list[Row]) -> None:
 def is_clean(row: Row) -> bool:
     """Whether all steps went well."""
     return (
-        "unmade" not in row and set(row["steps"]) == set(STEPS) and all(v in (OK, NONE) for v in row["steps"].values())
+        "not_built" not in row
+        and set(row["steps"]) == set(STEPS)
+        and all(v in (OK, NONE) for v in row["steps"].values())
     )
 
 
 def reason(row: Row) -> str:
-    if "unmade" in row:
-        return f"no tiny model: {row['unmade']}"
+    if "not_built" in row:
+        return f"no tiny model: {row['not_built']}"
     return next((f"{what}: {row['steps'][what]}" for what in STEPS if row["steps"].get(what, OK) not in (OK, NONE)), "")
 
 
@@ -421,7 +423,7 @@ def page(rows: list[Row]) -> str:
         "",
         f"Written by `python -m benchmarks.families` from benchmarks/results/families.jsonl ({'; '.join(used)}).",
         f"Of {len(rows)} model types {len(clean)} pass every step; "
-        f"{sum('unmade' in row for row in rows)} could not be built here. Models are tiny, with random weights.",
+        f"{sum('not_built' in row for row in rows)} could not be built here. Models are tiny, with random weights.",
         "",
         *(f"* **{what}** — {meaning}." for what, meaning in STEPS.items()),
         "",

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .files import sha256
+
 WHOLE = 1 << 28
 """bytes up to which a file of weights is hashed as a whole"""
 PIECE, PIECES = 4096, 16
@@ -82,15 +84,15 @@ def _joined(named: Iterable[tuple[str, str]]) -> str:
 
 def _file(path: Path) -> str:
     size = path.stat().st_size
+    if size <= WHOLE or not path.name.endswith(_WEIGHTS):
+        return f"sha256:{sha256(path)}"
+    found = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= WHOLE or not path.name.endswith(_WEIGHTS):
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-        found = hashlib.sha256(str(size).encode())
         for begin, end in _spans(file, size):
             for at in _pieces(begin, end):
                 file.seek(at)
                 found.update(file.read(min(PIECE, end - at)))
-        return f"sampled:{found.hexdigest()}"
+    return f"sampled:{found.hexdigest()}"
 
 
 def _spans(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
@@ -99,8 +101,8 @@ def _spans(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     try:
         if not 2 <= length <= min(size - 8, LONGEST_HEADER):
             raise ValueError
-        told = json.loads(file.read(length))
-        offsets = sorted(entry["data_offsets"] for name, entry in told.items() if name != "__metadata__")
+        header = json.loads(file.read(length))
+        offsets = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         step = max(size // 4096, PIECE)
         yield from ((at, min(at + step, size)) for at in range(0, size, step))

@@ -43,10 +43,10 @@ def opening(what: str, remedy: str = "", error: type[InputError] = CheckpointErr
         kind = type(cause).__name__
         if kind == "OutOfMemoryError" or not (isinstance(cause, Exception) or kind == "PanicException"):
             raise
-        told = " ".join(str(cause).split()) or kind
-        told = told if len(told) <= 300 else f"{told[:300]}…"
-        said = told if isinstance(cause, OSError | ValueError) else f"{kind}: {told}"
-        raise error(f"{what}: {said}{f'; {remedy}' if remedy else ''}") from cause
+        message = " ".join(str(cause).split()) or kind
+        message = message if len(message) <= 300 else f"{message[:300]}…"
+        reason = message if isinstance(cause, OSError | ValueError) else f"{kind}: {message}"
+        raise error(f"{what}: {reason}{f'; {remedy}' if remedy else ''}") from cause
 
 
 def first_line(error: BaseException) -> str:

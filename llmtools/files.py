@@ -11,6 +11,7 @@ folder of ours in which nothing lies that we did not write, and nothing that is 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -118,7 +119,7 @@ def claim(
         return
     if not adding:
         check_free(folder, overwrite=overwrite, reads=reads)
-    parents = [parent for parent in target.parents if not parent.exists()]  # made here, so unmade here
+    parents = [parent for parent in target.parents if not parent.exists()]  # made here, so removed here
     try:
         with interruptible(), ExitStack() as stack:
             try:
@@ -161,7 +162,7 @@ def check_free(
             raise InputError(f"{folder} holds {place}; it is not going to be overwritten, choose another output folder")
     if (target / ".git").exists():
         raise InputError(f"{folder} is a git repository; it is not going to be overwritten, choose another folder")
-    if _object(target / MARK).get("command") == "sweep":
+    if json_or_empty(target / MARK).get("command") == "sweep":
         raise InputError(f"{folder} holds a sweep, which is not going to be overwritten; choose another output folder")
     if (others := strangers(target)) is None:
         raise InputError(
@@ -191,7 +192,7 @@ def strangers(folder: Path) -> list[str] | None:
         for place, folders, files in os.walk(folder)
         for name in [*files, *(each for each in folders if Path(place, each).is_symlink())]
     )
-    note, run = _object(folder / MARK), _object(folder / "run.json")
+    note, run = json_or_empty(folder / MARK), json_or_empty(folder / "run.json")
     if not ("files" in note or "versions" in note or {"command", "recipe"} <= run.keys()):
         return [] if next(found, None) is None else None
     known = note["files"] if isinstance(note.get("files"), list) else None
@@ -273,6 +274,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def json_or_empty(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none, or anything else is in it."""
+    try:
+        return read_json(path)
+    except (OSError, InputError):
+        return {}
+
+
 def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none. Raises `error` for anything else in it."""
     if not path.exists():
@@ -313,13 +328,6 @@ def _is_ours(name: str, known: list[Any] | None) -> bool:
     return any(fnmatch(name, pattern) for pattern in _OF_EARLIER_VERSIONS if "/" in pattern or "/" not in name)
 
 
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        return read_json(file)
-    except (OSError, InputError, RecursionError):
-        return {}
-
-
 def _list_files(folder: Path) -> None:
     """Has the folder's ``llmtools.json`` list its files, if it does not yet."""
     note = read_json(folder / MARK)
@@ -357,14 +365,14 @@ def _locked(file: Path, called: str | os.PathLike[str]) -> int | None:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except FileNotFoundError:  # the run that made the parent has just ended and unmade it
+        except FileNotFoundError:  # the run that made the parent has just ended and removed it
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            told = re.fullmatch(r"(\d+) (\S+)\n", os.read(descriptor, 300).decode(errors="replace"))
+            owner = re.fullmatch(r"(\d+) (\S+)\n", os.read(descriptor, 300).decode(errors="replace"))
             os.close(descriptor)
-            who = f" (pid {told[1]}{'' if told[2] == socket.gethostname() else f' on {told[2]}'})" if told else ""
+            who = f" (pid {owner[1]}{'' if owner[2] == socket.gethostname() else f' on {owner[2]}'})" if owner else ""
             raise InputError(
                 f"another run{who} writes to {called}; wait for its end, or choose another output folder"
             ) from None
@@ -473,10 +481,10 @@ def _sync(folder: Path) -> None:
 def _sort_metadata(file: Path) -> None:
     with file.open("r+b") as stream, suppress(ValueError, TypeError, AttributeError):  # not one of that library's
         length = min(int.from_bytes(stream.read(8), "little"), file.stat().st_size)
-        header = stream.read(length)
-        told = json.loads(header)
-        told["__metadata__"] = dict(sorted(told["__metadata__"].items())) if "__metadata__" in told else {}
-        ordered = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
-        if told["__metadata__"] and ordered != header and len(ordered) == length:
+        text = stream.read(length)
+        header = json.loads(text)
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items())) if "__metadata__" in header else {}
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+        if header["__metadata__"] and ordered != text and len(ordered) == length:
             stream.seek(8)
             stream.write(ordered)

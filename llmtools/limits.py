@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -14,7 +15,7 @@ SPARE_BYTES = 2 * 2**30
 """What a bounded block may allocate on top of what the process has, in bytes."""
 
 TEMPLATE_SECONDS, PATTERN_SECONDS = 10.0, 5.0
-"""How long a chat template may take for one chat, and the regular expressions of a file for all modules of a model."""
+"""How long a chat template may take for one chat, and a regular expression of a file for all modules of a model."""
 
 
 @contextmanager
@@ -29,17 +30,23 @@ def bounded(seconds: float) -> Iterator[None]:
 
 
 def match(pattern: str, text: str, seconds: float) -> bool:
-    """Whether a file's regular expression matches the beginning of a text. Raises re.error, or TimeoutError.
+    """Whether a file's regular expression matches the beginning of a text, as `matching`."""
+    return bool(matching(pattern, [text], seconds))
+
+
+def matching(pattern: str, texts: Iterable[str], seconds: float) -> list[str]:
+    """The texts whose beginning a file's regular expression matches. Raises re.error, or TimeoutError.
 
     By Python's own engine where it can be interrupted, else by that of the package `regex`, which has a time limit.
     """
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer"):
         with bounded(seconds):
-            return re.match(pattern, text) is not None
+            return [text for text in texts if re.match(pattern, text)]
     import regex
 
+    end = time.monotonic() + seconds
     try:
-        return regex.match(pattern, text, timeout=seconds) is not None
+        return [text for text in texts if regex.match(pattern, text, timeout=max(1e-3, end - time.monotonic()))]
     except regex.error as error:
         raise re.error(str(error)) from error
 

@@ -1,6 +1,6 @@
 """Secrets stay out of what is written: a hub token among the training arguments is no part of a run's record.
 
-What is a secret is told by its name, since a recipe passes options on to libraries that have many: `hub_token`,
+Secrets are recognised by their names, since a recipe passes options on to libraries that have many: `hub_token`,
 `api_key`, `password`. The tokens of a vocabulary (`eos_token`) and numbers of tokens (`max_new_tokens`) are none.
 """
 

@@ -54,14 +54,14 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def put_off(request: Request, told: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """In this block a first Ctrl-C, SIGTERM or SIGHUP is noted in `request` and `told` called; a second one raises."""
+def put_off(request: Request, notify: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """In this block a first Ctrl-C, SIGTERM or SIGHUP is noted in `request`, `notify` called; a second one raises."""
 
     def note(number: int) -> None:
         if request.number is not None:
             raise Stopped(exit_code=128 + number)
         request.number = number
-        told()
+        notify()
 
     with _handled([signal.SIGINT, *ENDING], note):
         yield

@@ -121,7 +121,10 @@ def choose(
         for batch in _batches([len(start) for start in starts], batch_size):
             whole = [_ids(tokenizer, prompts[index] + choice) for index in batch for choice in choices]
             _check_room(model, whole, 0)
-            begins = [_common(starts[index], whole[k]) for k, index in enumerate(i for i in batch for _ in choices)]
+            begins = [  # at least one token, which there must be to predict from
+                max(1, common_length(starts[index], whole[k]))
+                for k, index in enumerate(i for i in batch for _ in choices)
+            ]
             inputs, mask = _padded(whole, _padding(tokenizer), left=False)
             logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False).logits
             sums = [
@@ -139,8 +142,8 @@ def choose(
 
 def _ends_of_text(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text: those of the model's generation config, else the tokenizer's."""
-    told = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = told if isinstance(told, list) else [told if told is not None else tokenizer.eos_token_id]
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = ends if isinstance(ends, list) else [ends if ends is not None else tokenizer.eos_token_id]
     return [int(each) for each in ids if each is not None]
 
 
@@ -185,10 +188,9 @@ def _log_likelihood(logits: Tensor, ids: list[int]) -> float:
     return float(logs.gather(-1, torch.tensor(ids, device=logs.device)[:, None]).sum())
 
 
-def _common(a: list[int], b: list[int]) -> int:
-    """How many tokens two rows begin with in common; at least one, which there must be to predict from."""
-    same = next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return max(same, 1)
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many tokens two rows begin with in common."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _batches(lengths: list[int], size: int) -> list[list[int]]:

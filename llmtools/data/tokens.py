@@ -11,11 +11,10 @@ template that writes no end token after an answer would teach a model that never
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
-from .generation import text_ids
+from .generation import common_length, text_ids
 from .reading import Row
 from .tasks.base import in_chat_template
 
@@ -51,11 +50,6 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "row") 
     if begin == len(ids):
         raise InputError(f"{where}: there is no token to learn in it")
     return Example(ids, [0] * begin + [1] * (len(ids) - begin), appended)
-
-
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two rows begin with in common."""
-    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _ended(ids: list[int], end: int | None) -> list[int]:

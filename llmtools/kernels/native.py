@@ -35,6 +35,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import sync
+
 log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -185,22 +187,14 @@ def _put(made: Path, stem: Path) -> Path:
     path = stem.with_name(f"{stem.name}-{_sum(made)}.so")
     former = _files(stem)
     made.chmod(0o700)
-    _sync(made)
+    sync(made)
     made.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
     for each in (*former, _note(stem)):
         if each != path:
             with suppress(OSError):
                 each.unlink()
     return path
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _note(stem: Path) -> Path:

@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, opening
 from ..files import read_json
-from ..limits import PATTERN_SECONDS, match
+from ..limits import PATTERN_SECONDS, matching
 from ..options import fits
 from .integrity import Header, check_checksums, integers, read_headers
 
@@ -91,11 +91,11 @@ def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
     config, stored = check_adapter(folder), _headers(folder)
     _check_patterns(config, (name for name, _ in skeleton.named_modules()), folder)
     with opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"):
-        told: Any = PeftConfig.from_pretrained(str(folder))
-        if hasattr(told, "init_lora_weights"):
-            told.init_lora_weights = True  # where it began is of no interest, and may need the weights
-        told.inference_mode = True
-        adapted: Any = get_peft_model(skeleton, told)
+        asked: Any = PeftConfig.from_pretrained(str(folder))
+        if hasattr(asked, "init_lora_weights"):
+            asked.init_lora_weights = True  # where it began is of no interest, and may need the weights
+        asked.inference_mode = True
+        adapted: Any = get_peft_model(skeleton, asked)
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     _check_tensors(stored, expected, set(adapted.state_dict()), folder)
 
@@ -138,8 +138,7 @@ def _check_patterns(config: Mapping[str, Any], names: Iterable[str], folder: Pat
     every = list(names)
     for pattern in patterns:
         try:
-            for name in every:
-                match(pattern, name, PATTERN_SECONDS)
+            matching(pattern, every, PATTERN_SECONDS)
         except (TimeoutError, MemoryError) as error:
             raise CheckpointError(
                 f"{folder / CONFIG}: the pattern {pattern[:60]!r} takes too long to match; name the modules instead"
@@ -151,11 +150,11 @@ def _check_patterns(config: Mapping[str, Any], names: Iterable[str], folder: Pat
 def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
     """What PEFT matches as regular expressions: a string of target modules, the keys of patterns."""
     for key in _PATTERNS:
-        told = config.get(key)
-        if isinstance(told, str) and key in ("target_modules", "exclude_modules"):
-            yield told
-        elif isinstance(told, Mapping):
-            yield from (rf"(.*\.)?({name})$" for name in map(str, told))
-        elif key == "layers_pattern" and told:
-            for pattern in [told] if isinstance(told, str) else told:
+        value = config.get(key)
+        if isinstance(value, str) and key in ("target_modules", "exclude_modules"):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from (rf"(.*\.)?({name})$" for name in map(str, value))
+        elif key == "layers_pattern" and value:
+            for pattern in [value] if isinstance(value, str) else value:
                 yield rf".*\.{pattern}\.(\d+)\.module$"

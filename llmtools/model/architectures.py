@@ -30,9 +30,8 @@ _TABLES = {
 def auto_class(config: Mapping[str, Any]) -> Any:
     """The auto class for a config.json: by its first architecture, else `AutoModelForCausalLM`.
 
-    transformers' own class of that name where no auto class knows the model type.
-
-    A bare decoder whose head is its embeddings is opened with the head, for nothing is missing.
+    A bare decoder whose head is its embeddings is opened with the head, for nothing is missing. Where no auto class
+    knows the model type it is transformers' own class of the architecture's name.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -42,8 +41,8 @@ def auto_class(config: Mapping[str, Any]) -> Any:
     if not isinstance(kind, str) or config.get("auto_map"):
         return transformers.AutoModelForCausalLM
     for table, auto in _TABLES.items():
-        told = getattr(modeling_auto, table, {}).get(kind, ())
-        if architecture in ((told,) if isinstance(told, str) else told) and hasattr(transformers, auto):
+        known = getattr(modeling_auto, table, {}).get(kind, ())
+        if architecture in ((known,) if isinstance(known, str) else known) and hasattr(transformers, auto):
             if auto == "AutoModel" and _is_whole_with_head(config, modeling_auto):
                 break
             return getattr(transformers, auto)

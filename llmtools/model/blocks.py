@@ -99,16 +99,16 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 def text_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(path, module) of what reads and writes text: all of a plain language model, else its decoder, and the encoder
     of an encoder-decoder that reads text."""
-    told: Any = model
+    network: Any = model
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(model, "get_decoder"):
         return [("", model)]
     reads_text = getattr(model, "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
     if text_config(config) is config and reads_text:
         return [("", model)]
-    parts = [told.get_decoder()]
+    parts = [network.get_decoder()]
     if getattr(config, "is_encoder_decoder", False) and reads_text and hasattr(model, "get_encoder"):
-        parts.insert(0, told.get_encoder())
+        parts.insert(0, network.get_encoder())
     paths = {id(module): path for path, module in model.named_modules()}
     found = [(paths[id(part)], part) for part in parts if id(part) in paths and part is not model]
     return found if any(True for path, part in found for _ in _outermost_lists(part, path)) else [("", model)]

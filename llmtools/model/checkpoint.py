@@ -85,11 +85,11 @@ def write(
 
     Raises InputError where the model carries adapters or is half quantized.
     """
-    told: Any = model
     _check_savable(model)
     if getattr(model, "hf_quantizer", None) is None:
         attach(model)
-    told.save_pretrained(folder, max_shard_size=max_shard_size)
+    saved: Any = model
+    saved.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if isinstance(report, Report) and report.starts:
@@ -147,11 +147,11 @@ def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: 
     options.pop("output_loading_info", None)
     if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
         return _load_with_adapter(Path(name), options)
-    _check_before(name, verify=verify)
+    config = _check_before(name, options, verify=verify)
     where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
     lenient = bool(options.setdefault("ignore_mismatched_sizes", True)) and "ignore_mismatched_sizes" in asked
     with opening(where), _named(name):
-        model, info, strict = _opened(name, options)
+        model, info, strict = _opened(name, config, options)
     if info.get("mismatched_keys") and not lenient:
         raise CheckpointError(f"{name} does not fit its config.json: {_misshapen(info['mismatched_keys'])}")
     lacking = sorted(info["missing_keys"])
@@ -162,17 +162,17 @@ def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: 
     passed = options.keys() - {"dtype", "torch_dtype", "quantization_config"}
     if not passed & model.config.to_dict().keys():  # whoever asks for fewer layers gets them
         check_surplus(model, info["unexpected_keys"], name, strict=strict)
-    if not strict:  # ours were looked at while they were loaded
+    if getattr(model, "quantization_method", None) != METHOD:  # else they were looked at while they were loaded
         check_values(model, name)
     return model
 
 
-def _opened(name: str, options: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
+def _opened(name: str, config: Mapping[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
     """(model, transformers' loading info, whether the files are ours and of this very architecture)."""
     foreign = recognise(name, options)
     if foreign is not None:
         return (*open_model(foreign, options), False)
-    model, info = auto_class(_config_of(name, options)).from_pretrained(name, output_loading_info=True, **options)
+    model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
     ours = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
     return model, info, bool(ours) and type(model).__name__ in (model.config.architectures or ())
 
@@ -211,21 +211,19 @@ def _misshapen(mismatched: Iterable[Any]) -> str:
     return f"{name} has shape {list(found)} in the files, expected {list(expected)}"
 
 
-def _check_before(name: str, *, verify: bool) -> None:
-    """What can be seen to be wrong before anything is built, see `integrity.py`."""
+def _check_before(name: str, options: Mapping[str, Any], *, verify: bool) -> dict[str, Any]:
+    """config.json, after all that can be seen to be wrong before anything is built, see `integrity.py`."""
+    config = _config_of(name, options)
     folder = Path(name)
     if not folder.exists():
         if verify:
             raise CheckpointError(f"{name}: only folders can be verified; the hub checks what it sends by itself")
-        with suppress(OSError, ValueError):  # what cannot be had is said when it is opened
-            from transformers import PreTrainedConfig
-
-            check_config(PreTrainedConfig.get_config_dict(name)[0], None, name)
-        return
-    config = config_of(folder)
+        check_config(config, None, name)
+        return config
     refuse_pickles(folder)
     check_config(config, read_headers(shards_of(folder)), name)
     check_checksums(folder, NOTE, verify=verify)
+    return config
 
 
 def _load_with_adapter(folder: Path, options: dict[str, Any]) -> Any:
@@ -259,7 +257,7 @@ def skeleton(folder: str | PathLike[str]) -> Any:
 
     name = _name_of(folder)
     _check_loadable(name)
-    _check_before(name, verify=False)
+    _check_before(name, {}, verify=False)
     with opening(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if hasattr(config, "quantization_config"):

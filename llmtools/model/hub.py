@@ -39,7 +39,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, InputError, within
 from ..nn.adapters import dequantize
 from ..nn.linear import QuantizedLinear
-from ..nn.swap import aliases, computes_otherwise, quantized_linears, set_module
+from ..nn.swap import aliases, computes_otherwise, quantized_linears, set_everywhere
 from ..options import fits, type_name
 from ..quant import Quantizer, TensorSpec, from_spec
 from .blocks import text_config
@@ -197,8 +197,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
                 continue
             layer = QuantizedLinear.empty(linear, chosen, device="meta")
             layer._is_hf_initialized = True
-            for place in (path, *listed.get(path, ())):
-                set_module(model, place, layer)
+            set_everywhere(model, path, layer, listed)
             self.assigned[path] = chosen
         _raise_for(problems)
         _untie(model, self.assigned)
@@ -309,10 +308,10 @@ def attach(model: nn.Module) -> None:
     description.describe(model)
     config.quantization_config = description
     config._is_quantized = True
-    told: Any = model
-    told.hf_quantizer = LLMToolsHfQuantizer(description)
-    told.is_quantized = True
-    told.quantization_method = METHOD
+    marked: Any = model
+    marked.hf_quantizer = LLMToolsHfQuantizer(description)
+    marked.is_quantized = True
+    marked.quantization_method = METHOD
 
 
 def _untie(model: Any, paths: Collection[str]) -> None:
@@ -332,8 +331,8 @@ def _untie(model: Any, paths: Collection[str]) -> None:
 
 def _wished_ties(model: Any) -> set[str]:
     """The weights that the config says are tied to others."""
-    told = getattr(model, "get_expanded_tied_weights_keys", None)
-    return set(told(all_submodels=True)) if told is not None else set()
+    expanded = getattr(model, "get_expanded_tied_weights_keys", None)
+    return set(expanded(all_submodels=True)) if expanded is not None else set()
 
 
 # ---- quantizing on the fly -------------------------------------------------------------------------------------------
@@ -407,8 +406,7 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
                 for tensor in layer.parameters():
                     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
                 layer._is_hf_initialized = True
-                for place in (path, *owner.listed.get(path, ())):
-                    set_module(model, place, layer)
+                set_everywhere(model, path, layer, owner.listed)
             if missing_keys is not None:
                 missing_keys.discard(full_layer_name)
             return {}

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CheckpointError, InputError
-from ..files import read_json
+from ..files import read_json, sha256
 from ..nn.linear import QuantizedLinear
 from ..options import fits, type_name
 
@@ -236,9 +236,9 @@ def _check_numbers(value: int | list[int], what: str) -> None:
 def note_checksums(folder: Path, note: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """File → {"sha256", and for safetensors "header"}: what `check_checksums` compares with. Names are sorted.
 
-    note: the contents of the JSON file that is going to hold them under "checksums", told of itself under "".
+    note: the contents of the JSON file that is going to hold them under "checksums"; its own is under "".
     """
-    files = {file.name: _checksum(file) for file in sorted(folder.iterdir()) if _is_told(file)}
+    files = {file.name: _checksum(file) for file in sorted(folder.iterdir()) if _has_checksum(file)}
     return files | {"": {"sha256": _sha256_of(note)}}
 
 
@@ -267,15 +267,15 @@ def check_checksums(folder: Path, note_file: str, *, verify: bool = False) -> No
         elif not file.is_file():
             changed.append(f"{name} is missing")
         elif verify or "header" not in sums:
-            changed += [f"{name} was changed"] * (_sha256(file) != sums.get("sha256"))
+            changed += [f"{name} was changed"] * (sha256(file) != sums.get("sha256"))
         else:
             changed += [f"the header of {name} was changed"] * (_header_sha256(file) != sums.get("header"))
     if not changed:
         return
-    told = f"{', '.join(changed)} since llmtools wrote {folder}"
+    difference = f"{', '.join(changed)} since llmtools wrote {folder}"
     if verify:
-        raise CheckpointError(f"{told}; copy or download the folder again")
-    log.warning("%s; if that was not you, copy the folder again (--verify looks at every byte)", told)
+        raise CheckpointError(f"{difference}; copy or download the folder again")
+    log.warning("%s; if that was not you, copy the folder again (--verify looks at every byte)", difference)
 
 
 def _sha256_of(note: Mapping[str, Any]) -> str:
@@ -285,7 +285,7 @@ def _sha256_of(note: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
 
-def _is_told(file: Path) -> bool:
+def _has_checksum(file: Path) -> bool:
     """Whether a file decides what a model computes: its tensors, configuration and tokenizer."""
     kept = (".safetensors", ".json", ".jinja", ".txt", ".model")
     notes = ("llmtools.json", "run.json", "README.md")
@@ -293,13 +293,8 @@ def _is_told(file: Path) -> bool:
 
 
 def _checksum(file: Path) -> dict[str, str]:
-    sums = {"sha256": _sha256(file)}
+    sums = {"sha256": sha256(file)}
     return sums | {"header": _header_sha256(file)} if file.suffix == ".safetensors" else sums
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _header_sha256(file: Path) -> str:
@@ -322,10 +317,10 @@ def shards_of(folder: Path) -> list[Path]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        told = read_json(index, CheckpointError).get("weight_map")
-        if not isinstance(told, Mapping) or not all(isinstance(name, str) for name in told.values()):
+        weight_map = read_json(index, CheckpointError).get("weight_map")
+        if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
             raise CheckpointError(f"{index} is damaged: its weight_map is no table of names; copy or download it again")
-        names = sorted(set(told.values()))
+        names = sorted(set(weight_map.values()))
         strange = [name for name in names if Path(name).name != name or len(name) > 255 or "\0" in name]
         if strange:
             raise CheckpointError(f"{index} names {json.dumps(strange[0][:60])}, which is no file of this folder")

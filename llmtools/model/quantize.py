@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..errors import InputError, within
 from ..nn.linear import QuantizedLinear
 from ..nn.start import Start, start_from_error
-from ..nn.swap import aliases, set_module
+from ..nn.swap import aliases, set_everywhere
 from ..quant import HessianSum, Quantizer, proxy_loss
 from ..quant.base import Learner
 from .blocks import Block, text_config
@@ -301,21 +301,21 @@ def unpadded(batch: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     Padding may be at both ends. Raises InputError for a mask with gaps, and for arguments that cannot be told apart by
     sequence.
     """
-    told = {key: value for key, value in batch.items() if key not in ("labels", "use_cache", "return_dict")}
+    arguments = {key: value for key, value in batch.items() if key not in ("labels", "use_cache", "return_dict")}
     masks: dict[str, Tensor] = {
         side: mask
         for side in ("", "decoder_")
-        if isinstance(mask := told.get(f"{side}attention_mask"), Tensor) and mask.dim() == 2
+        if isinstance(mask := arguments.get(f"{side}attention_mask"), Tensor) and mask.dim() == 2
     }
     for side in masks:
-        del told[f"{side}attention_mask"]
+        del arguments[f"{side}attention_mask"]
     if all(bool(mask.all()) for mask in masks.values()):
-        return [told]
+        return [arguments]
     rows = []
-    for row in range(len(told["input_ids"])):
+    for row in range(len(arguments["input_ids"])):
         spans = {side: _span(mask[row], f"{name}, row {row}") for side, mask in masks.items()}
         if all(span.start < span.stop for span in spans.values()):
-            rows.append({key: _of_row(key, value, row, spans, told, name) for key, value in told.items()})
+            rows.append({key: _of_row(key, value, row, spans, arguments, name) for key, value in arguments.items()})
     return rows
 
 
@@ -541,8 +541,7 @@ class _Work:
 
     def _put(self, path: str, module: nn.Module) -> None:
         """In place of a linear, wherever it is listed."""
-        for place in (path, *self.aliases.get(path, ())):
-            set_module(self.model, place, module)
+        set_everywhere(self.model, path, module, self.aliases)
 
     def _linear(self, path: str) -> nn.Linear:
         linear = self.model.get_submodule(path)

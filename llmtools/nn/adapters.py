@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import InputError, first_line
 from .linear import QuantizedLinear
-from .swap import aliases, computes_otherwise, quantized_linears, set_module
+from .swap import aliases, computes_otherwise, quantized_linears, set_everywhere, set_module
 
 
 def prepare_for_training(
@@ -71,8 +71,8 @@ def not_adaptable(model: nn.Module) -> list[str]:
 
     Raises InputError where no linear is left that can carry an adapter.
     """
-    told: Any = model
-    head = told.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    network: Any = model
+    head = network.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     refused = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA
     linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
     others = [
@@ -102,9 +102,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     listed = aliases(model)
     for path, layer in quantized_linears(model).items():
-        dense = _dense(layer, dtype)
-        for place in (path, *listed.get(path, ())):
-            set_module(model, place, dense)
+        set_everywhere(model, path, _dense(layer, dtype), listed)
     _forget_quantization(model)
     return model
 
@@ -123,7 +121,7 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             f"{type(peft_model).__name__} is no PEFT model with mergeable adapters; open the adapter with "
             "peft.PeftModel.from_pretrained(model, folder), or use llmtools.dequantize for a model without adapters"
         )
-    _untie(peft_model)
+    _separate_head(peft_model)
     for path, layer in _adapted(peft_model):
         base = layer.base_layer
         layer.base_layer = _dense(base, torch.float32)
@@ -139,7 +137,7 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return dequantize(merged, dtype)
 
 
-def _untie(model: Any) -> None:
+def _separate_head(model: Any) -> None:
     """Gives the head a weight of its own where an adapter on the embedding, or on the head, would change both."""
     embedding, head = (getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings"))
     adapted = [each for each in (embedding, head) if hasattr(each, "base_layer")]

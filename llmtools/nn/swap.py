@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,12 @@ def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     if former is not None and former is not module:
         _take_over(former, module)
     setattr(holder, name, module)
+
+
+def set_everywhere(model: nn.Module, path: str, module: nn.Module, listed: Mapping[str, Sequence[str]]) -> None:
+    """`set_module` at `path` and at the other paths of the module there; listed: those of the model, by `aliases`."""
+    for place in (path, *listed.get(path, ())):
+        set_module(model, place, module)
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:

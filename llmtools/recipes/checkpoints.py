@@ -8,7 +8,6 @@ Trainer's ``training_args.bin``, a pickle of everything with the hub's token in 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import clear_unfinished, read_json, sync, write_whole
+from ..files import clear_unfinished, read_json, sha256, sync, write_whole
 from ..signals import Request
 
 log = logging.getLogger(__name__)
@@ -40,11 +39,11 @@ def seal(checkpoint: Path) -> None:
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != SEAL]
     for file in [*files, checkpoint]:
         sync(file)
-    told = {
-        file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    sums = {
+        file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in files
     }
-    write_whole(checkpoint / SEAL, json.dumps(told, indent=1) + "\n")
+    write_whole(checkpoint / SEAL, json.dumps(sums, indent=1) + "\n")
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -55,8 +54,8 @@ def damage(checkpoint: Path) -> str | None:
     """
     try:
         sealed = read_json(checkpoint / SEAL)
-        for name, told in sealed.items():
-            if (why := _altered(checkpoint / name, told)) is not None:
+        for name, expected in sealed.items():
+            if (why := _altered(checkpoint / name, expected)) is not None:
                 return why
     except (InputError, TypeError, KeyError, AttributeError):
         return f"{checkpoint / SEAL} is damaged"
@@ -178,13 +177,13 @@ def _together() -> None:
         torch.distributed.barrier()
 
 
-def _altered(file: Path, told: dict[str, Any]) -> str | None:
+def _altered(file: Path, expected: dict[str, Any]) -> str | None:
     """How a file differs from what the seal says of it."""
     if not file.is_file():
         return f"{file} is missing"
-    if (size := file.stat().st_size) != told["bytes"]:
-        return f"{file} is damaged ({size} bytes of {told['bytes']})"
-    return None if _sha256(file) == told["sha256"] else f"{file} is damaged (not what was written)"
+    if (size := file.stat().st_size) != expected["bytes"]:
+        return f"{file} is damaged ({size} bytes of {expected['bytes']})"
+    return None if sha256(file) == expected["sha256"] else f"{file} is damaged (not what was written)"
 
 
 def _unreadable(file: Path) -> str | None:
@@ -213,8 +212,3 @@ def _unreadable(file: Path) -> str | None:
         except (OSError, InputError, RecursionError):
             return f"{file} is damaged"
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, did_you_mean
+from ..files import json_or_empty
 from ..signals import Request, Stopped, interruptible, put_off
 
 log = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class Finetuned:
 
 
 def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
-    """Trains adapters and writes them as a PEFT folder; `callbacks` are told of each step, as the Trainer's are."""
+    """Trains adapters and writes them as a PEFT folder; `callbacks` are called as the Trainer's are."""
     from ..files import check_no_input, claim
     from .loading import check_model
 
@@ -193,7 +194,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             for names in ("target_modules", "exclude_modules"):  # sets, which are written in another order each time
                 if isinstance(found := getattr(adapter, names, None), set):
                     setattr(adapter, names, sorted(found))
-        with put_off(request, _told) if arguments["save_strategy"] != "no" else nullcontext():
+        with put_off(request, _say_when_it_ends) if arguments["save_strategy"] != "no" else nullcontext():
             _train(trainer, checkpoint)
         if keeper.stopped:
             raise Stopped(exit_code=request.exit_code)
@@ -215,8 +216,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                     sort_metadata(folder)
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-                    told = {**run, "result": asdict(result)}
-                    write_json(folder / "run.json", {**told, "checksums": note_checksums(folder, told)})
+                    note = {**run, "result": asdict(result)}
+                    write_json(folder / "run.json", {**note, "checksums": note_checksums(folder, note)})
                     write_card(folder, name=out.name, former=out)  # in place of PEFT's empty form
                     best = getattr(trainer.state, "best_global_step", None)
                     checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
@@ -256,7 +257,7 @@ def _train(trainer: Any, checkpoint: Path | None) -> None:
         raise InputError(f"{place}: cannot be written ({reason}); {left}") from error
 
 
-def _told() -> None:
+def _say_when_it_ends() -> None:
     log.warning("this step is finished and saved first; the same again stops at once")
 
 
@@ -405,10 +406,7 @@ def _appear(work: Path, out: Path, files: dict[str, Path | str]) -> None:
 
 def _run(folder: Path) -> dict[str, Any]:
     """What ``run.json`` says; {} where it is not there or damaged."""
-    try:
-        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}
+    return json_or_empty(folder / "run.json")
 
 
 ROWS = ("training data", "validation data")
@@ -465,22 +463,20 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     known = {each.name for each in fields(tasks.get(recipe.task))}  # type: ignore[arg-type]
     given = {"data": recipe.data, "validation_data": recipe.validation, "seed": recipe.seed}
     task = make_task(recipe.task, **{key: given[key] for key in given if key in known}, **recipe.options)
-    train, validation = (spread(rows, recipe.limit) for rows in (task.train(), task.validation()))
+    rows = task.train()
+    train, validation = spread(rows, recipe.limit), spread(task.validation(), recipe.limit)
     if not train:
         raise InputError(f"{recipe.data}: there is nothing to train on")
     form = _form(train[0])
     template = task.template
-    words: dict[str, Any] | None
+    words: dict[str, Any] = {"form": form, "template": None if template is None else template._asdict()}
     if recipe.task == "text" and recipe.options.get("prompt") is not None:
-        words = {"prompt": recipe.options["prompt"], "completion": recipe.options["completion"]}
-    else:
-        words = template._asdict() if template is not None else None
+        words["template"] = {key: recipe.options[key] for key in ("prompt", "completion")}
+    if form == "messages" and (system := _system_prompt(rows)) is not None:
+        words["system"] = system
     if form == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = _turns(train), _turns(validation)
-    told = {"form": form, "template": words}
-    if form == "messages" and (system := _system_prompt(task.train())) is not None:
-        told["system"] = system
-    return task, train, validation, told
+    return task, train, validation, words
 
 
 def _system_prompt(rows: list[Row]) -> str | None:
@@ -505,11 +501,7 @@ def _turns(rows: list[Row]) -> list[Row]:
     from ..data.tasks.text import is_learned
 
     return [
-        {
-            "prompt": row["messages"][:index],
-            "completion": [message],
-            "tools": row.get("tools"),
-        }
+        {"prompt": row["messages"][:index], "completion": [message], "tools": row.get("tools")}
         for row in rows
         for index, message in enumerate(row["messages"])
         if is_learned(message) and index > 0

@@ -5,7 +5,6 @@ Settings name files and folders; what these hold is part of them, too, as hashes
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 from ..content import content, model_content
 from ..errors import InputError
-from ..files import write_whole
+from ..files import read_json, write_whole
 from .record import as_json
 
 log = logging.getLogger(__name__)
@@ -140,6 +139,6 @@ def _weights(folder: Path) -> str | None:
 
 def _read(file: Path) -> Result | None:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_json(file) if file.exists() else None
+    except (OSError, InputError):
         return None

@@ -36,10 +36,10 @@ def open_model(
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
 
-    Raises InputError for a model that is no decoder with a language model head, unless `any_task`.
-
     With `verify` all bytes of both are compared with the checksums beside them. Weights keep the type of the
     checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes to the GPU if there is one.
+
+    Raises InputError for a model that is no decoder with a language model head, unless `any_task`.
     """
     import torch
 
@@ -215,10 +215,10 @@ def words_of(adapter: str | None) -> dict[str, Any]:
 
     ``{"form": "prompt", "template": {"prompt": …, "completion": …}}``. Raises InputError for anything else.
     """
-    told = _run_of(adapter).get("words") or {}
-    if not fits(told, dict[str, Any]) or not fits(told.get("template"), dict[str, str] | None):
-        raise _damaged_run(adapter, "words", told)
-    return dict(told)
+    words = _run_of(adapter).get("words") or {}
+    if not fits(words, dict[str, Any]) or not fits(words.get("template"), dict[str, str] | None):
+        raise _damaged_run(adapter, "words", words)
+    return dict(words)
 
 
 def options_of(adapter: str | None, task: str) -> dict[str, Any]:
@@ -233,10 +233,10 @@ def without_data(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_of(adapter: str | None) -> dict[str, Any]:
-    told = _run_of(adapter).get("recipe") or {}
-    if not fits(told, dict[str, Any]) or not fits(told.get("options"), dict[str, Any] | None):
-        raise _damaged_run(adapter, "recipe", told)
-    return dict(told)
+    recipe = _run_of(adapter).get("recipe") or {}
+    if not fits(recipe, dict[str, Any]) or not fits(recipe.get("options"), dict[str, Any] | None):
+        raise _damaged_run(adapter, "recipe", recipe)
+    return dict(recipe)
 
 
 def _run_of(adapter: str | None) -> dict[str, Any]:
@@ -244,10 +244,10 @@ def _run_of(adapter: str | None) -> dict[str, Any]:
     return {} if adapter is None else read_json(Path(adapter).expanduser() / "run.json")
 
 
-def _damaged_run(adapter: str | None, key: str, told: Any) -> InputError:
+def _damaged_run(adapter: str | None, key: str, value: Any) -> InputError:
     return InputError(
-        f"{Path(str(adapter)) / 'run.json'} is damaged: {key} is {str(told)[:60]!r}; copy it again, or delete it to go "
-        "on without the prompt template and the options that the adapter was trained with"
+        f"{Path(str(adapter)) / 'run.json'} is damaged: {key} is {str(value)[:60]!r}; copy it again, or delete it to "
+        "go on without the prompt template and the options that the adapter was trained with"
     )
 
 

@@ -180,8 +180,8 @@ def _report_of(recipe: Sweep) -> Path:
 def _check_report(base: Path) -> None:
     """Raises InputError where a report would replace files that are none."""
     there = [file for suffix in (".md", ".html", ".json") if (file := base.with_name(base.name + suffix)).exists()]
-    told = read_json(base.with_name(f"{base.name}.json")) if there else {}
-    if there and not {"recipe", "sweep", "rows"} <= told.keys():
+    record = read_json(base.with_name(f"{base.name}.json")) if there else {}
+    if there and not {"recipe", "sweep", "rows"} <= record.keys():
         raise InputError(f"{there[0]} is no report of a sweep and is not going to be replaced; choose another --report")
 
 

@@ -23,12 +23,12 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...files import read_json, writing
+from ..adapter_files import CONFIG, WEIGHTS, check_adapter
 from ..integrity import note_checksums
 
 _PLAIN = (None, True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga", "error")
 """Values of init_lora_weights that leave the base alone."""
 _FROM_BASE = ("pissa", "olora")
-_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export_adapter(
@@ -45,11 +45,11 @@ def export_adapter(
     base_name: what to write as the base's name, instead of the path on this machine.
     """
     source = Path(adapter).expanduser()
-    config = _read_config(source)
+    config = check_adapter(source)
     try:
-        tensors = load_file(source / _WEIGHTS)
+        tensors = load_file(source / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{source / _WEIGHTS} cannot be read: {error}") from error
+        raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
     _refuse_more_than_lora(source, config, tensors)
     start = config.get("init_lora_weights")
     if str(start).split("_niter")[0] in _FROM_BASE:
@@ -62,8 +62,8 @@ def export_adapter(
     if base_name is not None:
         config["base_model_name_or_path"] = base_name
     with writing(folder, overwrite=overwrite) as partial:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / _WEIGHTS)
-        (partial / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS)
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if run := _how_it_is_asked(source):
             run["checksums"] = note_checksums(partial, run)
             (partial / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
@@ -76,13 +76,6 @@ def _how_it_is_asked(source: Path) -> dict[str, Any]:
     recipe: Any = run.get("recipe") if isinstance(run.get("recipe"), dict) else {}
     kept = {key: recipe[key] for key in ("task", "options", "load") if recipe.get(key) is not None}
     return {"command": "export", "words": run["words"], "recipe": kept} if run.get("words") else {}
-
-
-def _read_config(source: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((source / _CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(f"{source} holds no adapter: {_CONFIG} cannot be read ({error})") from error
 
 
 def _refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -49,10 +49,7 @@ def rule_of(tokenizer: Mapping[str, Any]) -> str:
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from error
     if patterns == (GPT2,) and _has_digits_alone((tokenizer.get("model") or {}).get("vocab") or {}):
-        patterns = (
-            DIGITS,
-            GPT2,
-        )  # no token crosses a digit, so both give the same; the vocabulary was made by this one
+        patterns = (DIGITS, GPT2)  # no token crosses a digit, so both give the same; the vocabulary was made by these
     rule = RULES.get(patterns)
     if rule is None:
         raise InputError(f"llama.cpp has no rule that cuts words as this tokenizer does, by {patterns}; {remedy}")

@@ -55,13 +55,17 @@ def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
     if not folder.exists():
         return _from_hub(name, options)
     config = config_of(folder)
-    told = quantization_config(config, folder)
-    found = next((kind for kind in FORMATS if kind.recognise(told)), None) if told else None
+    quantization = quantization_config(config, folder)
+    found = next((kind for kind in FORMATS if kind.recognise(quantization)), None) if quantization else None
     if found is not None:
-        return Foreign(folder, found(told))
-    method = told.get("quant_method") if told else METHOD
+        return Foreign(folder, found(quantization))
+    method = quantization.get("quant_method") if quantization else METHOD
     if method == "bitsandbytes":  # int8; transformers lists it by the width
-        method = "bitsandbytes_8bit" if told.get("load_in_8bit", told.get("_load_in_8bit")) else "bitsandbytes_4bit"
+        method = (
+            "bitsandbytes_8bit"
+            if quantization.get("load_in_8bit", quantization.get("_load_in_8bit"))
+            else "bitsandbytes_4bit"
+        )
     if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(f"{folder} is quantized by {method!r}, which neither llmtools nor transformers can read")
     return None
@@ -69,9 +73,9 @@ def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
 
 def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
     """What a model's config says about its quantization, or the file beside it; {} where nothing does."""
-    told = config.get("quantization_config") or config.get("compression_config")
-    if told:
-        return mapping(told, "quantization_config")
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        return mapping(quantization, "quantization_config")
     if config.get(QUIP_PARAMS):
         return {"quant_method": "quip_sharp", **mapping(config[QUIP_PARAMS], QUIP_PARAMS)}
     for name in _SIDE_FILES if folder else ():
@@ -209,13 +213,13 @@ def _from_hub(name: str, options: Mapping[str, Any]) -> Foreign | None:
     from huggingface_hub import snapshot_download
     from transformers import PreTrainedConfig
 
-    told = {key: options[key] for key in _HUB_OPTIONS if key in options}
+    where = {key: options[key] for key in _HUB_OPTIONS if key in options}
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name, **told)
+        config, _ = PreTrainedConfig.get_config_dict(name, **where)
     except (OSError, ValueError):
         return None  # transformers will say what is wrong with the name
     quantization = quantization_config(config)
     if quantization.get("quant_method") == METHOD or not any(kind.recognise(quantization) for kind in FORMATS):
         return None
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-    return recognise(snapshot_download(name, allow_patterns=wanted, **told), options)
+    return recognise(snapshot_download(name, allow_patterns=wanted, **where), options)

@@ -30,8 +30,8 @@ class CompressedTensors(Format):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        told = mapping(config.get("config_groups"), "config_groups")
-        groups = [mapping(group, f"config_groups.{name}") for name, group in told.items()]
+        named = mapping(config.get("config_groups"), "config_groups")
+        groups = [mapping(group, f"config_groups.{name}") for name, group in named.items()]
         weights = [mapping(group.get("weights"), "weights") for group in groups if group]
         for group in groups:
             if group.get("input_activations"):

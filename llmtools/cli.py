@@ -29,8 +29,8 @@ from .recipes.arguments import check_numbers, read_arguments, with_declared
 from .recipes.borrowed import SUMMARIES as BORROWED
 from .recipes.borrowed import run as borrowed
 from .recipes.config import read_value, shown
+from .recipes.configs import with_packaged
 from .recipes.oldwords import translated
-from .recipes.packaged import with_packaged
 
 
 class Verb(NamedTuple):

@@ -67,8 +67,8 @@ def listing(recipe: List) -> Listing:
     """What there is, or the options of one."""
     from ..data.tasks import tasks
     from ..quant import quantizers
+    from .configs import packaged
     from .loading import import_plugins, with_current_folder
-    from .packaged import packaged, summary
 
     import_plugins(recipe.plugin)
     registries: list[tuple[str, Any]] = [("quantizer", quantizers), ("task", tasks)]
@@ -76,7 +76,7 @@ def listing(recipe: List) -> Listing:
         entries = [
             entry_of(kind, name, registry.get(name)) for kind, registry in registries for name in registry.names()
         ]
-        entries += [Entry("recipe", name, summary(file), []) for name, file in packaged().items()]
+        entries += [Entry("recipe", name, each.summary, []) for name, each in packaged().items()]
         return Listing(entries, detailed=False)
     if ":" in recipe.name:
         with_current_folder()
@@ -90,7 +90,7 @@ def listing(recipe: List) -> Listing:
         if recipe.name in registry.names()
     ]
     if recipe.name in packaged():
-        found.append(Entry("recipe", recipe.name, packaged()[recipe.name].read_text(encoding="utf-8"), []))
+        found.append(Entry("recipe", recipe.name, str(packaged()[recipe.name]), []))
     if not found:
         names = [name for _, registry in registries for name in registry.names()] + list(packaged())
         raise InputError(f"there is no quantizer, task or recipe {recipe.name!r}; {did_you_mean(recipe.name, names)}")

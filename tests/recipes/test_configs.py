@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmtools.cli import VERBS, _parse, _parser, main
-from llmtools.recipes.packaged import packaged, with_packaged
+from llmtools.recipes.configs import packaged, with_packaged
 from tests.models import tiny_model
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -23,7 +23,7 @@ DATA = {name: ASSETS / name for name in TASKS}
 
 def built(name: str, *args: str) -> Any:
     """The recipe that a packaged YAML makes, with these arguments after it."""
-    verb = next((verb for verb in ("quantize", "sweep") if name.startswith(f"{verb}_")), "finetune")
+    verb = packaged()[name].verb
     options = getattr(importlib.import_module(f"llmtools.recipes.{verb}"), VERBS[verb].options)
     return _parse(_parser(verb, VERBS[verb], options), verb, options, with_packaged(["--config", name, *args]))
 
@@ -40,12 +40,14 @@ def test_it_builds_and_says_how_it_is_run(name: str) -> None:
     from llmtools.recipes.quantize import resolve_quantizer
 
     recipe = built(name)
-    comment = packaged()[name].read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    comment = packaged()[name].file.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     assert all(line.startswith("#") for line in comment)
     commands = [line.removeprefix("#").strip() for line in comment if "llmtools" in line]
     assert len(commands) >= 2
-    for command in commands:  # the flags of the commands exist
+    for command in commands:  # the flags of the commands exist, and their recipes
         verb, *words = command.split()[1:]
+        if "--config" in words:
+            assert packaged()[words[words.index("--config") + 1]].verb == verb, command
         module = importlib.import_module(f"llmtools.recipes.{verb}")
         known = {f"--{key}" for key in ("config", *module.__dict__[VERBS[verb].options].__dataclass_fields__)}
         assert {word.split(".")[0] for word in words if word.startswith("--")} <= known, command
@@ -56,11 +58,11 @@ def test_it_builds_and_says_how_it_is_run(name: str) -> None:
         assert len(_Run(recipe).cells()) >= 4
         return
     if name.startswith("quantize_"):
-        assert f"--config {name}" in commands[0]
+        assert "--config quantize_" in commands[0]
         assert resolve_quantizer(recipe).bits == int(name[-4])
         return
     pytest.importorskip("trl")
-    assert any(f"finetune --config {name}" in command for command in commands)
+    assert any(f"finetune --config {recipe.task}_" in command for command in commands)
     _check_training(recipe.training)
     assert recipe.task == recipe.data == name.removesuffix("_" + next(m for m in METHODS if name.endswith("_" + m)))
     assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout) == (8, 32, 0.1)
@@ -177,7 +179,8 @@ def test_a_name_is_listed_and_a_file_of_that_name_comes_first(
     assert "samsum_optq_3bit" in capsys.readouterr().out
     assert main(["list", "samsum_optq_3bit"]) == 0
     assert "max_steps: 350" in capsys.readouterr().out
-    assert with_packaged(["--config=mnli_lora"]) == [f"--config={packaged()['mnli_lora']}"]
+    whole = [f"--config={packaged()['mnli_lora'].file}", "--out=mnli-lora"]
+    assert with_packaged(["--config=mnli_lora"]) == with_packaged(["--config", "mnli_lora"]) == whole
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mnli_lora").write_text("model: x\n")
     assert with_packaged(["--config", "mnli_lora"]) == ["--config", "mnli_lora"]

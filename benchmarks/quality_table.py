@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from llmtools.document import markdown_table
+
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "quality.md"
 Row = dict[str, Any]
 
@@ -73,20 +75,13 @@ def tables(rows: list[Row]) -> dict[str, str]:
     return {name: table for name, table in made.items() if table}
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
-    if not lines:
-        return ""
-    ruler = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ruler, *lines])
-
-
 def _mse(rows: list[Row]) -> str:
     lines = [
         [row["codebook"], str(row["bits"]), f"{row['mse']:.5f} ± {row['standard_error']:.5f}", f"{row['published']}",
          f"{100 * row['difference']:+.2f} %"]
         for row in rows if "mse" in row
     ]  # fmt: skip
-    table = _table(["codebook", "bits", "error per element", "published", "difference"], lines)
+    table = markdown_table(["codebook", "bits", "error per element", "published", "difference"], lines)
     for row in rows:
         if "distinct_values" in row:
             table += (
@@ -106,7 +101,7 @@ def _layers(rows: list[Row]) -> str:
         [label, f"{stored[label]:.2f}", f"{value:.5f}"]
         for label, value in sorted(losses.items(), key=lambda pair: (_width(pair[0]), pair[1]))
     ]
-    return _table([f"quantizer ({means[-1]['linear']} linears)", "bits stored", "relative proxy loss"], lines)
+    return markdown_table([f"quantizer ({means[-1]['linear']} linears)", "bits stored", "relative proxy loss"], lines)
 
 
 def _width(label: str) -> int:
@@ -126,7 +121,7 @@ def _models(rows: list[Row], bits: int) -> str:
     if not lines:
         return ""
     head = [f"{model} (float32: {dense[model]['perplexity']:.2f})" for model in models]
-    return _table(["", *head], lines)
+    return markdown_table(["", *head], lines)
 
 
 def _cell(row: Row | None) -> str:
@@ -174,7 +169,9 @@ def _verdict(rows: list[Row]) -> str:
                 for r in sides
             ]
             lines.append([f"{bits} bits, {model}", *shown, f"{mean:+.4f} ± {error:.4f}"])
-    return _table(["", "our best: perplexity (bits)", "best of the others", "difference, nats per token"], lines)
+    return markdown_table(
+        ["", "our best: perplexity (bits)", "best of the others", "difference, nats per token"], lines
+    )
 
 
 SAME = {
@@ -204,7 +201,7 @@ def _same_settings(rows: list[Row]) -> str:
                     mean, error = difference(pair[0], pair[1])
                     figures = [f"{row['perplexity']:.2f}" for row in pair if row]
                     lines.append([f"{bits} bits, {model}, {kind}", *figures, f"{mean:+.4f} ± {error:.4f}"])
-    return _table(["", "our optq", "GPTQModel", "difference, nats per token"], lines)
+    return markdown_table(["", "our optq", "GPTQModel", "difference, nats per token"], lines)
 
 
 def _finetune(rows: list[Row]) -> str:
@@ -219,7 +216,7 @@ def _finetune(rows: list[Row]) -> str:
         for row in ranked
         if "perplexity" in row
     ]
-    return _table(["", "bits stored", "before", "after"], lines)
+    return markdown_table(["", "bits stored", "before", "after"], lines)
 
 
 def _starts(rows: list[Row]) -> str:
@@ -233,7 +230,7 @@ def _starts(rows: list[Row]) -> str:
         if len(pair) == 2
     ]
     head = ["", "", "bits stored", "before: from zero", "from the error", "after: from zero", "from the error"]
-    return _table(head, lines)
+    return markdown_table(head, lines)
 
 
 def _encode(rows: list[Row]) -> str:
@@ -246,7 +243,7 @@ def _encode(rows: list[Row]) -> str:
         ]
         for row in rows[-1:]
     ]
-    return _table(["layer", "threads", "seconds", "peak memory, × the float32 weight"], lines)
+    return markdown_table(["layer", "threads", "seconds", "peak memory, × the float32 weight"], lines)
 
 
 def _versions(rows: list[Row]) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from llmtools.document import Block, markdown, plain_table, size, table
 
 NAMES = {"none": "original", "rtn": "RTN", "optq": "OPTQ"}
 
@@ -80,16 +81,16 @@ def write_report(results: Results, out: Path, console: Console) -> None:
 
     document = asdict(results) | {"versions": versions()}
     (out / "report.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    (out / "report.md").write_text(markdown(results))
+    (out / "report.md").write_text(markdown(blocks(results)))
     draw(results, out / "quality.png")
 
     console.print()
     console.rule("[bold]What quantizing costs[/bold]", align="left")
     console.print(quantizing_in_words(results))
-    console.print(table(*quantized_table(results)))
+    console.print(plain_table(quantized_table(results)), highlight=False)
     console.rule("[bold]What finetuning buys[/bold]", align="left")
     console.print(finetuning_in_words(results))
-    console.print(table(*finetuned_table(results)))
+    console.print(plain_table(finetuned_table(results)), highlight=False)
     console.rule("[bold]What the models write[/bold]", align="left")
     for sample in results.samples:
         console.print(f"[bold]{sample.bits} bits[/bold], before: {one_line(sample.story)}", markup=True)
@@ -102,7 +103,7 @@ def write_report(results: Results, out: Path, console: Console) -> None:
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 
-def quantized_table(results: Results) -> tuple[list[str], list[list[str]]]:
+def quantized_table(results: Results) -> Block:
     header = ["model", "bits a weight", "weights", "perplexity, stories", "× original"]
     rows = [
         [
@@ -114,10 +115,10 @@ def quantized_table(results: Results) -> tuple[list[str], list[list[str]]]:
         ]
         for row in results.quantized
     ]
-    return header, rows
+    return table(header, rows)
 
 
-def finetuned_table(results: Results) -> tuple[list[str], list[list[str]]]:
+def finetuned_table(results: Results) -> Block:
     header = ["model", "weights", "adapter", "perplexity, articles", "after finetuning"]
     rows = [
         [
@@ -129,22 +130,7 @@ def finetuned_table(results: Results) -> tuple[list[str], list[list[str]]]:
         ]
         for row in results.finetuned
     ]
-    return header, rows
-
-
-def table(header: list[str], rows: list[list[str]]) -> Table:
-    """For the terminal."""
-    drawn = Table(*header, header_style="bold")
-    for column in drawn.columns[1:]:
-        column.justify = "right"
-    for row in rows:
-        drawn.add_row(*row)
-    return drawn
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+    return table(header, rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- the words
@@ -188,49 +174,33 @@ def caveats(results: Results) -> str:
     )
 
 
-def markdown(results: Results) -> str:
+def blocks(results: Results) -> list[Block]:
+    """The report, from what people come for to what it was made with."""
     settings = ", ".join(f"{key} {value}" for key, value in results.settings.items() if key not in ("model", "out"))
-    samples = "\n".join(
-        f"**{sample.bits} bits**\n\n* before: {one_line(sample.story)}\n* after: {one_line(sample.article)}\n"
-        for sample in results.samples
-    )
-    return f"""# What quantizing {results.model} costs, and what finetuning buys
-
-![bits against perplexity, before and after finetuning](quality.png)
-
-## What quantizing costs
-
-{quantizing_in_words(results)}
-
-{markdown_table(*quantized_table(results))}
-
-## What finetuning buys
-
-{finetuning_in_words(results)}
-
-{markdown_table(*finetuned_table(results))}
-
-## What the models write
-
-{samples}
-{caveats(results)}
-
-Settings: {settings}. Made in {results.seconds:.0f} s by `make demo`; the same figures as data are in `report.json`.
-"""
+    text = [
+        Block("title", f"What quantizing {results.model} costs, and what finetuning buys"),
+        Block("image", "bits against perplexity, before and after finetuning", source="quality.png"),
+        Block("section", "What quantizing costs"),
+        Block("paragraph", quantizing_in_words(results)),
+        quantized_table(results),
+        Block("section", "What finetuning buys"),
+        Block("paragraph", finetuning_in_words(results)),
+        finetuned_table(results),
+        Block("section", "What the models write"),
+    ]
+    for sample in results.samples:
+        text += [
+            Block("paragraph", f"{sample.bits} bits"),
+            Block("list", f"before: {one_line(sample.story)}\nafter: {one_line(sample.article)}"),
+        ]
+    made = f"Made in {results.seconds:.0f} s by `make demo`; the same figures as data are in `report.json`."
+    return [*text, Block("paragraph", caveats(results)), Block("paragraph", f"Settings: {settings}. {made}")]
 
 
 def listed(numbers: list[int]) -> str:
     """4, 3 and 2."""
     *most, last = map(str, numbers)
     return f"{', '.join(most)} and {last}" if most else last
-
-
-def size(count: int) -> str:
-    """12.3 KB, 4.56 MB, 7.89 GB (decimal)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count / 1e3:.0f} KB"
 
 
 def one_line(text: str) -> str:

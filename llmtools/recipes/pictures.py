@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from ..document import Block
 from .tradeoff import Story
 
 COLOURS = ("#1b1b1b", "#2563a8", "#2e8b57", "#c2571a", "#7d4fa3", "#b0304f", "#6b7280", "#0e8a8a", "#a68a00")
 
 
-def pictures(story: Story) -> list[str]:
-    """The four pictures as HTML, each an SVG within it; a line in their place without matplotlib."""
+def pictures(story: Story) -> list[Block]:
+    """The four pictures, each an SVG within its address; a line in their place without matplotlib."""
     if not story.rows:
         return []
     if find_spec("matplotlib") is None:
-        return ["<p>The pictures are drawn by matplotlib: pip install 'llmtools[plot]'.</p>"]
+        return [Block("paragraph", "The pictures are drawn by matplotlib: pip install 'llmtools[plot]'.")]
     drawn = [
         _panels(story, "Quality against bytes of the linear layers", _against("weight_bytes", "linear layers")),
         _panels(story, "Quality against memory at the peak of training", _against("peak_bytes", "memory at the peak")),
@@ -34,7 +34,7 @@ Draw = Callable[[Any, Story, str, dict[str, str]], None]
 """(axes, story, task, colours of the forms) -> nothing, drawn into the axes."""
 
 
-def _panels(story: Story, title: str, draw: Draw) -> str:
+def _panels(story: Story, title: str, draw: Draw) -> Block:
     """One picture: a panel for each task."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -64,7 +64,7 @@ def _panels(story: Story, title: str, draw: Draw) -> str:
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     code = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{code}">'
+    return Block("image", title, source=f"data:image/svg+xml;base64,{code}")
 
 
 def _against(cost: str, name: str) -> Draw:

@@ -7,7 +7,6 @@ and the figures as JSON. Runs that differ in the seed alone are one row: their m
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import statistics
@@ -15,6 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..document import Block, figure, markdown, page, plain_table, size, table
 
 Made = dict[str, dict[str, Any]]
 """What each cell of a sweep gave, by its name."""
@@ -59,16 +60,6 @@ class Row:
     """at the peak of a training step, mean over seeds"""
     seconds: float
     """of a finetuning, mean over seeds"""
-
-
-class Block(NamedTuple):
-    """A piece of the report."""
-
-    kind: str
-    """title, part, words, code, list, table"""
-    text: str = ""
-    header: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
 
 
 def rows_of(found: Made) -> list[Row]:
@@ -183,9 +174,21 @@ def report(
     )
     text = blocks(story)
     base.parent.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".json", as_json(story)), (".md", markdown(text)), (".html", as_html(text, story))):
+    for suffix, content in (
+        (".json", as_json(story)),
+        (".md", markdown(text)),
+        (".html", page(illustrated(text, story))),
+    ):
         write_whole(base.with_name(base.name + suffix), content)
-    return "\n".join(plain(block) for block in text if block.kind == "table")
+    return "\n".join(plain_table(block) for block in text if block.kind == "table")
+
+
+def illustrated(text: list[Block], story: Story) -> list[Block]:
+    """The report with its pictures, which stand before the first section."""
+    from .pictures import pictures
+
+    first = next((index for index, block in enumerate(text) if block.kind == "section"), len(text))
+    return [*text[:first], *pictures(story), *text[first:]]
 
 
 def as_json(story: Story) -> str:
@@ -207,14 +210,14 @@ def blocks(story: Story) -> list[Block]:
     text = [
         Block("title", f"{name}: what fewer bits cost, and what finetuning gives back"),
         Block("code", "llmtools sweep sweep.yaml"),
-        Block("words", opening(story)),
-        Block("part", "Quality"),
+        Block("paragraph", opening(story)),
+        Block("section", "Quality"),
     ]
     if story.rows:
         text += [
             quality(story, with_rank=len(ranks) > 1),
-            Block("words", how_to_read(story)),
-            Block("part", "What it costs"),
+            Block("paragraph", how_to_read(story)),
+            Block("section", "What it costs"),
             costs(story, with_rank=len(ranks) > 1),
             Block(
                 "words",
@@ -223,25 +226,25 @@ def blocks(story: Story) -> list[Block]:
                 "are those of a finetuning with loading, by the clock: on a machine that was busy with other things "
                 "they compare nothing.",
             ),
-            Block("part", "Every measure, after finetuning"),
+            Block("section", "Every measure, after finetuning"),
             *every_measure(story),
         ]
-    text += [Block("part", "What these numbers can and cannot show"), Block("words", limits(story))]
-    text += [Block("words", verdict) for verdict in verdicts(story)]
+    text += [Block("section", "What these numbers can and cannot show"), Block("paragraph", limits(story))]
+    text += [Block("paragraph", verdict) for verdict in verdicts(story)]
     if story.left_out or story.missing:
         gone = [f"{cell}: {why}" for cell, why in story.missing.items()]
-        text += [Block("part", "Missing"), Block("list", "\n".join([*story.left_out, *gone]))]
+        text += [Block("section", "Missing"), Block("list", "\n".join([*story.left_out, *gone]))]
     if story.cells:
         commands = next(iter(reversed(story.cells.values())))["commands"]
         text += [
-            Block("part", "One cell by hand"),
-            Block("words", "Each cell's file has its commands; these are of one:"),
+            Block("section", "One cell by hand"),
+            Block("paragraph", "Each cell's file has its commands; these are of one:"),
             Block("code", "\n".join(commands)),
         ]
-    text += [Block("part", "sweep.yaml"), Block("code", story.sweep)]
+    text += [Block("section", "sweep.yaml"), Block("code", story.sweep)]
     if story.versions:
         made = ", ".join(f"{name} {version}" for name, version in story.versions.items())
-        text += [Block("words", f"Made with {made} on {story.platform}.")]
+        text += [Block("paragraph", f"Made with {made} on {story.platform}.")]
     return text
 
 
@@ -276,7 +279,7 @@ def quality(story: Story, with_rank: bool) -> Block:
         for task, measure in story.measures.items():
             line += ["", figure(story.floors[task]["scores"][measure]) if task in story.floors else ""]
         rows.append(tuple(line))
-    return Block("table", "", tuple(header), tuple(rows))
+    return table(header, rows)
 
 
 def costs(story: Story, with_rank: bool) -> Block:
@@ -289,7 +292,7 @@ def costs(story: Story, with_rank: bool) -> Block:
             row = story.row(form, task, rank)
             line += [size(row.peak_bytes), f"{row.seconds:.0f}"] if row else ["–", "–"]
         rows.append(tuple(line))
-    return Block("table", "", tuple(header), tuple(rows))
+    return table(header, rows)
 
 
 def every_measure(story: Story) -> Iterator[Block]:
@@ -300,7 +303,7 @@ def every_measure(story: Story) -> Iterator[Block]:
         if task in story.floors:
             scores = story.floors[task]["scores"]
             lines.append(("always the same answer", *(figure(scores[n]) if n in scores else "" for n in names)))
-        yield Block("table", "", (task, *names), tuple(lines))
+        yield table((task, *names), lines)
 
 
 def how_to_read(story: Story) -> str:
@@ -370,86 +373,3 @@ def verdicts(story: Story) -> Iterator[str]:
                 f"{task}: no form is better than {constantly} by {margin}. These figures are those of guessing, and "
                 f"differences between them say nothing about the forms."
             )
-
-
-def figure(value: float, beside: float | None = None) -> str:
-    """Three or four digits; `beside` another figure, as many decimals as that one has."""
-    most = abs(value if beside is None else beside)
-    decimals = 3 if most < 10 else 2 if most < 100 else 1 if most < 10_000 else 0
-    return f"{value:.{decimals}f}"
-
-
-def size(count: float) -> str:
-    """12.3 KB, 4.56 MB, 7.89 GB (decimal)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count / 1e3:.1f} KB"
-
-
-# --------------------------------------------------------------------------------------------------------- the writing
-
-
-def markdown(text: list[Block]) -> str:
-    return "\n".join(_as_markdown(block) for block in text)
-
-
-def _as_markdown(block: Block) -> str:
-    match block.kind:
-        case "title":
-            return f"# {block.text}\n"
-        case "part":
-            return f"## {block.text}\n"
-        case "code":
-            return "\n".join(f"    {line}" for line in block.text.splitlines()) + "\n"
-        case "table":
-            rule = ("---", *["---:"] * (len(block.header) - 1))
-            return "\n".join(f"| {' | '.join(row)} |" for row in (block.header, rule, *block.rows)) + "\n"
-        case "list":
-            return "\n".join(f"* {line}" for line in block.text.splitlines()) + "\n"
-    return f"{block.text}\n"
-
-
-def plain(table: Block) -> str:
-    """A table for the terminal."""
-    lines = (table.header, *table.rows)
-    widths = [max(len(line[column]) for line in lines) for column in range(len(table.header))]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; font-size: 14px; margin: 1rem 0; display: block; overflow-x: auto }
-th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid #e3e5e8 }
-th:first-child, td:first-child { text-align: left; white-space: nowrap }
-pre { background: #f5f6f7; padding: .7rem; overflow-x: auto; font-size: 13px }
-img { max-width: 100%; display: block; margin: 1rem 0 }
-"""
-
-
-def as_html(text: list[Block], story: Story) -> str:
-    """One file with everything in it; the pictures stand before the first table."""
-    from .pictures import pictures
-
-    first = next((index for index, block in enumerate(text) if block.kind == "part"), len(text))
-    drawn = [*map(_as_html, text[:first]), *pictures(story), *map(_as_html, text[first:])]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{html.escape(text[0].text)}</title>\n'
-        f"<style>{STYLE}</style>\n" + "\n".join(drawn) + "\n</html>\n"
-    )
-
-
-def _as_html(block: Block) -> str:
-    if block.kind == "table":
-        head, *body = (
-            "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
-            for tag, row in (("th", block.header), *(("td", row) for row in block.rows))
-        )
-        return f"<table><tr>{head}</tr>\n" + "\n".join(f"<tr>{row}</tr>" for row in body) + "</table>"
-    if block.kind == "list":
-        return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in block.text.splitlines()) + "</ul>"
-    tag = {"title": "h1", "part": "h2", "code": "pre"}.get(block.kind, "p")
-    return f"<{tag}>{html.escape(block.text)}</{tag}>"

@@ -17,6 +17,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from llmtools import document
 from llmtools.cli import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
 from llmtools.recipes import pictures, tradeoff
@@ -380,7 +381,7 @@ def test_the_html_holds_everything_and_loads_nothing(swept: module.Swept) -> Non
     rows = json.loads(Path(f"{swept.report}.json").read_text())["rows"]
     assert [row["seeds"] for row in rows] == [[0], [0]]
     for row in rows:
-        assert html.escape(tradeoff.figure(row["before"])) in text
+        assert html.escape(document.figure(row["before"])) in text
 
 
 def made_up(form: str, seed: int, value: float, rank: int = 8, task: str = "mnli", **more: Any) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(name: str, make: Callable[[str], Any] = tiny_model) -> Row:
     """The row of a family: its class, the share of its weights that is quantized, and what became of each step."""
     import llmtools as lt
-    from llmtools.model.checkpoint import load_model
+    from llmtools.checkpoint.folder import load_model
 
     began = time.monotonic()
     row: Row = {"family": name, "class": None, "share": None, "steps": {}, "versions": versions()}
@@ -343,7 +343,7 @@ def in_a_process(name: str, seconds: int) -> Row:
     import peft  # noqa: F401 (loaded once, for all children)
     import transformers
 
-    import llmtools.model.checkpoint  # noqa: F401
+    import llmtools.checkpoint.folder  # noqa: F401
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -45,7 +45,7 @@ import llmtools
 from llmtools.nn import QuantizedLinear
 from llmtools.nn.loss import CausalLoss
 from llmtools.nn.swap import set_module
-from llmtools.recipes.heap import keep_large_blocks_apart
+from llmtools.train.heap import keep_large_blocks_apart
 
 from .llama import config
 from .peers import quiet

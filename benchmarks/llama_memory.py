@@ -41,8 +41,8 @@ ROWS: list[tuple[str | None, dict[str, Any], Any, str]] = [
 
 def planned(size: str, quantizer: str | None, options: dict[str, Any], modules: Any, optim: str, device: str) -> Any:
     """(bytes, name, counts) of a step; without a quantizer that of 16-bit LoRA."""
+    from llmtools.recipes.estimate import Plan, step_memory
     from llmtools.recipes.finetune import Lora
-    from llmtools.recipes.plan import Plan, step_memory
 
     return step_memory(
         config(size),

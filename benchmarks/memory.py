@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import llmtools
 from llmtools.nn import QuantizedLinear
 from llmtools.quant import materialize_budget
-from llmtools.recipes.meter import most_allocated
+from llmtools.sweep.memory import most_allocated
 
 MIB = 2**20
 

@@ -323,7 +323,7 @@ def _trained(adapted: Any, text: Tensor, steps: int, seed: int) -> nn.Module:
 
 def starts(folder: Path, bits: tuple[int, ...], group_size: int, only: Only, steps: int, seed: int) -> Iterator[Row]:
     """Adapters of rank 8 that start from zero and from the error: before training, and after the same budget of it."""
-    from llmtools.nn.start import start_adapters
+    from llmtools.nn.lora_init import start_adapters
 
     source = _source(folder, seed)
     held_out = _windows(source, ASSETS / "tinystories" / "held_out.txt", WINDOWS)

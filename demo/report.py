@@ -77,7 +77,7 @@ class Results:
 
 def write_report(results: Results, out: Path, console: Console) -> None:
     """The tables to `console`; report.json, report.md and quality.png to `out`."""
-    from llmtools.recipes.record import versions
+    from llmtools.checkpoint.run_info import versions
 
     document = asdict(results) | {"versions": versions()}
     (out / "report.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")

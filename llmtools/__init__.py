@@ -24,16 +24,16 @@ from . import _hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .checkpoint.folder import load as load
+    from .checkpoint.folder import save as save
+    from .checkpoint.upload import push_to_hub as push_to_hub
     from .data.calibration import calibration as calibration
     from .data.metrics import perplexity as perplexity
     from .data.tasks import tasks as tasks
     from .errors import CheckpointError as CheckpointError
     from .errors import InputError as InputError
-    from .model.checkpoint import load as load
-    from .model.checkpoint import save as save
-    from .model.hub import LLMToolsConfig as LLMToolsConfig
     from .model.quantize import quantize as quantize
-    from .model.share import push_to_hub as push_to_hub
+    from .model.transformers_integration import LLMToolsConfig as LLMToolsConfig
     from .nn.adapters import dequantize as dequantize
     from .nn.adapters import merge as merge
     from .nn.adapters import prepare_for_training as prepare_for_training

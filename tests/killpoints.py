@@ -163,7 +163,7 @@ def warm_up() -> None:
     import trl  # noqa: F401
     from trl import SFTConfig, SFTTrainer  # noqa: F401
 
-    import llmtools.model.export
+    import llmtools.formats.writing
     import llmtools.recipes.export
     import llmtools.recipes.finetune
     import llmtools.recipes.quantize  # noqa: F401

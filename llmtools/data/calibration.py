@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .reading import read_documents
+from .text_io import read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,8 +20,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .reading import Row
 from .tasks import make_task
+from .text_io import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

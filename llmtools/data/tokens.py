@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
 from .generation import common_length, text_ids
-from .reading import Row
 from .tasks.base import in_chat_template
+from .text_io import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

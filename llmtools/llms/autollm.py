@@ -13,9 +13,9 @@ from __future__ import annotations
 from types import MethodType
 from typing import Any
 
+from ..checkpoint.folder import load_model
+from ..checkpoint.upload import push_to_hub
 from ..errors import InputError
-from ..model.checkpoint import load_model
-from ..model.share import push_to_hub
 from ..nn.swap import quantized_linears
 
 FLAGS = {

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 
 from ..errors import InputError, within
 from ..nn.linear import QuantizedLinear
-from ..nn.start import Start, start_from_error
+from ..nn.lora_init import Start, start_from_error
 from ..nn.swap import aliases, set_everywhere
 from ..quant import HessianSum, Quantizer, proxy_loss
 from ..quant.base import Learner
 from .blocks import Block, text_config
-from .hub import attach
 from .options import BlockTuning
-from .plan import Left, Overrides, Plan, any_index, base_quantizer
-from .tune import HELD_OUT, Lesson, Taught, Teacher, learn, learning, stacked, tune
+from .reconstruct import HELD_OUT, Lesson, Taught, Teacher, learn, learning, stacked, tune
+from .targets import Left, Overrides, Plan, any_index, base_quantizer
+from .transformers_integration import attach
 from .walk import Batch, Calls, OnStep, evaluating, run_network, walk
 
 log = logging.getLogger(__name__)

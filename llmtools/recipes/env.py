@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from .record import versions
+from ..checkpoint.run_info import versions
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ def _data(recipe: Evaluate) -> str | None:
 def _check_data(recipe: Evaluate) -> None:
     """Finds a missing file before minutes of loading, for the tasks that read one."""
     from ..data.calibration import HUB
-    from ..data.reading import existing_file
+    from ..data.text_io import existing_file
 
     if recipe.task in ("perplexity", "wikitext2", "c4", *OWN_DATA) and recipe.data not in (None, *HUB):
         existing_file(str(recipe.data))

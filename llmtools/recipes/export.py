@@ -98,8 +98,8 @@ def export(recipe: Export) -> ExportedModel:
 
 
 def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedModel:
-    from ..model.checkpoint import save
-    from ..model.export import export as export_model
+    from ..checkpoint.folder import save
+    from ..formats.writing import export as export_model
     from ..nn.adapters import merge
     from ..nn.swap import quantized_linears
     from .loading import loaded_as, open_model
@@ -160,7 +160,7 @@ def _dtype(recipe: Export) -> Any:
 
 
 def _export_lora(recipe: Export) -> ExportedModel:
-    from ..model.export import export_adapter
+    from ..formats.writing import export_adapter
     from .loading import open_model
 
     assert recipe.adapter is not None
@@ -174,8 +174,8 @@ def _export_lora(recipe: Export) -> ExportedModel:
 
 def _check_against_base(adapter: str, model: str | None) -> None:
     """Raises InputError unless the adapter has all tensors for its base model; a base that is not here is said."""
+    from ..checkpoint.folder import skeleton
     from ..model.adapter_files import check_adapter, check_fits
-    from ..model.checkpoint import skeleton
 
     name = model or check_adapter(adapter).get("base_model_name_or_path")
     if name and Path(name).expanduser().exists():

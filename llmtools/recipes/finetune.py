@@ -141,17 +141,17 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
 
 
 def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
+    from ..checkpoint.folder import load_starts
+    from ..checkpoint.model_card import write_card
+    from ..checkpoint.run_info import record, write_json
     from ..content import rows_content
     from ..data.tasks.base import needs_chat_template
     from ..files import NameTaken, remove, sort_metadata, writing
-    from ..model.card import write_card
-    from ..model.checkpoint import load_starts
     from ..model.integrity import note_checksums
-    from ..nn.start import start_adapters
-    from . import checkpoints
-    from .kept import content_of_model
+    from ..nn.lora_init import start_adapters
+    from ..sweep.cache import content_of_model
+    from ..train import checkpoints
     from .loading import import_plugins, open_model, quiet_libraries
-    from .record import record, write_json
 
     began = time.monotonic()
     task, train, validation, words = _rows(recipe)
@@ -237,7 +237,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
 def _train(trainer: Any, checkpoint: Path | None) -> None:
     """Trains from the beginning or a checkpoint; one that has all steps is only loaded, as it would be at their end."""
     from ..files import disk_says_no
-    from .checkpoints import Finished, all_in, damage
+    from ..train.checkpoints import Finished, all_in, damage
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -263,7 +263,7 @@ def _say_when_it_ends() -> None:
 
 def _seconds(training: dict[str, Any]) -> float | None:
     """Of work that may be lost; None where the user said when to save."""
-    from .checkpoints import SECONDS
+    from ..train.checkpoints import SECONDS
 
     return None if training.keys() & {"save_steps", "save_strategy"} else SECONDS
 
@@ -279,8 +279,8 @@ def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None
     A run that ends early leaves its folder if there is a checkpoint in it, and nothing otherwise. Of several processes
     the first makes and clears folders, and the others wait for it.
     """
-    from .checkpoints import all_in
-    from .record import record
+    from ..checkpoint.run_info import record
+    from ..train.checkpoints import all_in
 
     run = record("finetune", recipe) if run is None else run
     checkpoint = _begin(recipe, out, work, run) if _is_first() else None
@@ -324,9 +324,9 @@ def _together() -> None:
 
 
 def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path | None:
+    from ..checkpoint.run_info import as_json
     from ..files import remove, strangers, write_whole
-    from .checkpoints import all_in
-    from .record import as_json
+    from ..train.checkpoints import all_in
 
     others = strangers(work) if work.exists() else []
     if others or others is None:
@@ -347,7 +347,7 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path
 
 def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path:
     """The checkpoint to go on from, in `work`; what a finished run kept is brought there."""
-    from .checkpoints import SEAL, last_whole, put_aside, seal, steps_of
+    from ..train.checkpoints import SEAL, last_whole, put_aside, seal, steps_of
 
     former = _run(work) or _run(out)
     allowed = recipe.overwrite or bool((former.get("recipe") or {}).get("overwrite"))  # now, or when it began
@@ -381,7 +381,7 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> P
 
 def _brought(kept: Path, out: Path, work: Path) -> Path:
     """The checkpoint in the work folder, with what else a finished run kept, beside whatever is damaged there."""
-    from .checkpoints import put_aside
+    from ..train.checkpoints import put_aside
 
     if not work.exists():
         _appear(work, out, {name: out / name for name in ("run.json", "metrics.jsonl")})
@@ -415,7 +415,7 @@ ROWS = ("training data", "validation data")
 
 def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -> None:
     """A run goes on with the model, data and adapter it began with; only the training arguments may change."""
-    from .record import as_json
+    from ..checkpoint.run_info import as_json
 
     before, inputs, here = former.get("recipe"), former.get("inputs") or {}, run.get("inputs") or {}
     if not isinstance(before, dict):
@@ -754,7 +754,7 @@ def _trainer(
     except ImportError as error:
         raise InputError(NEEDS_TRAIN.format(error=error)) from error
     from ..nn.adapters import prepare_for_training
-    from .heap import keep_large_blocks_apart
+    from ..train.heap import keep_large_blocks_apart
 
     try:
         args = SFTConfig(**arguments)

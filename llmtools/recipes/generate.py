@@ -134,7 +134,7 @@ def _prompts(recipe: Generate) -> list[str]:
         raise InputError('pass one of the two: --prompt "some words", or --prompts FILE')
     if recipe.prompt is not None:
         return [recipe.prompt]
-    from ..data.reading import enumerate_rows, existing_file, kind
+    from ..data.text_io import enumerate_rows, existing_file, kind
 
     path = existing_file(Path(str(recipe.prompts)))
     if kind(path) == "txt":

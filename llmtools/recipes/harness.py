@@ -68,7 +68,7 @@ def measures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _named(file: Path) -> str:
     import yaml
 
-    from .config import read_text
+    from .plain_yaml import read_text
 
     try:
         content = yaml.load(read_text(file), Loader=yaml.BaseLoader)

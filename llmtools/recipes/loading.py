@@ -43,8 +43,8 @@ def open_model(
     """
     import torch
 
+    from ..checkpoint.folder import load as load_checkpoint
     from ..model.adapter_files import check_adapter, open_adapter
-    from ..model.checkpoint import load as load_checkpoint
 
     check_model(name)
     if adapter is not None:
@@ -124,8 +124,8 @@ def _decode_ourselves(model: Any) -> None:
     import torch
     from bitsandbytes.nn import Linear4bit
 
-    from ..model.foreign.bitsandbytes import BitsAndBytes
-    from ..model.foreign.tensors import Module
+    from ..formats.bitsandbytes import BitsAndBytes
+    from ..formats.tensors import Module
     from ..nn.swap import set_module
 
     class Decoded(Linear4bit):

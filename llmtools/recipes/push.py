@@ -54,8 +54,8 @@ class Pushed:
 
 def push(recipe: Push) -> Pushed:
     """Uploads the folder."""
-    from ..model.card import CARD
-    from ..model.share import check_repo, files_of, push_to_hub, texts_of
+    from ..checkpoint.model_card import CARD
+    from ..checkpoint.upload import check_repo, files_of, push_to_hub, texts_of
 
     check_repo(recipe.repo)
     folder = Path(recipe.folder).expanduser()

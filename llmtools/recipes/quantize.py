@@ -85,16 +85,16 @@ def quantize(recipe: Quantize) -> Quantized:
 
 
 def _quantize(recipe: Quantize) -> Quantized:
+    from ..checkpoint.folder import write
+    from ..checkpoint.model_card import write_card
+    from ..checkpoint.run_info import record, write_json
     from ..data.calibration import HUB, calibration
     from ..data.metrics import model_positions
-    from ..data.reading import existing_file
+    from ..data.text_io import existing_file
     from ..files import writing
-    from ..model.card import write_card
-    from ..model.checkpoint import write
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
     from .loading import check_model, import_plugins, open_model, quiet_libraries
-    from .record import record, write_json
 
     began = time.monotonic()
     check_model(recipe.model)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from llmtools.data.reading import read_documents, read_rows
 from llmtools.data.tasks import make_task
 from llmtools.data.tasks.base import NullField, Template
 from llmtools.data.tasks.text import rows_of_one_form
+from llmtools.data.text_io import read_documents, read_rows
 from llmtools.data.tokens import tokenized
 from llmtools.errors import InputError
 

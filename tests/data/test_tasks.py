@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from llmtools.data.reading import Row
 from llmtools.data.tasks import Task, Template, make_task, tasks
 from llmtools.data.tasks.text import TextTask
+from llmtools.data.text_io import Row
 from llmtools.errors import InputError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

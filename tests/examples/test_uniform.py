@@ -47,14 +47,14 @@ def python(folder: Path, *args: object, path: Path | None = None) -> subprocess.
 
 
 def test_it_keeps_the_laws_under_its_name(installed: Path, tmp_path: Path) -> None:
-    done = python(tmp_path, "-m", "llmtools.cli", "check", "uniform", path=installed)
+    done = python(tmp_path, "-m", "llmtools.cli.main", "check", "uniform", path=installed)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_it_keeps_the_laws_as_a_class_that_is_not_installed(repository: Path, tmp_path: Path) -> None:
     source = repository / "examples" / "llmtools-uniform"
     done = python(
-        tmp_path, "-m", "llmtools.cli", "check", "llmtools_uniform:Uniform", "--options.levels", 7, path=source
+        tmp_path, "-m", "llmtools.cli.main", "check", "llmtools_uniform:Uniform", "--options.levels", 7, path=source
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -71,6 +71,6 @@ def test_quantize_save_load_finetune(installed: Path, tmp_path: Path, stories: P
     spec = {"name": "uniform", "levels": 31}
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["quantizers"] == [spec]
 
-    without = python(tmp_path, "-m", "llmtools.cli", "generate", "--model", "packed", "--prompt", "Once")
+    without = python(tmp_path, "-m", "llmtools.cli.main", "generate", "--model", "packed", "--prompt", "Once")
     assert without.returncode == 2
     assert "'uniform'" in without.stderr

@@ -42,7 +42,7 @@ def make_seeds(place: Path) -> dict[str, Seed]:
 
 
 def _gptq(folder: Path, source: Path) -> None:
-    from llmtools.model.export import export
+    from llmtools.formats.writing import export
 
     export(*llmtools.load(source), folder, "gptq_v2")
     (folder / "llmtools.json").unlink(missing_ok=True)  # as another program would have written it
@@ -51,7 +51,7 @@ def _gptq(folder: Path, source: Path) -> None:
 def _adapter(folder: Path, base: Path) -> None:
     import peft
 
-    from llmtools.model.card import write_card
+    from llmtools.checkpoint.model_card import write_card
     from llmtools.model.integrity import note_checksums
 
     model = llmtools.prepare_for_training(llmtools.load(base)[0])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llmtools import QuantizedLinear
-from llmtools.model.foreign.base import Format
-from llmtools.model.foreign.tensors import Module
+from llmtools.formats.base import Format
+from llmtools.formats.tensors import Module
 
 
 def opened(form: Format, tensors: Mapping[str, Tensor], out: int, n: int) -> QuantizedLinear:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtools.model.foreign.bitsandbytes import BitsAndBytes
+from llmtools.formats.bitsandbytes import BitsAndBytes
 from llmtools.quant import quantizer
 from tests.interop.peers import linear, opened
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llmtools
-from llmtools.model.export import export
-from llmtools.model.foreign.compressed_tensors import CompressedTensors
+from llmtools.formats.compressed_tensors import CompressedTensors
+from llmtools.formats.writing import export
 from llmtools.nn.swap import quantized_linears
 from tests.interop.peers import opened
 from tests.models import tiny_ids, tiny_model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llmtools
-from llmtools.model.export import export
+from llmtools.formats.writing import export
 from llmtools.nn.swap import quantized_linears
 from tests.models import tiny_ids, tiny_model
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llmtools
-from llmtools.model.export import export
-from llmtools.model.foreign.awq import AWQ
-from llmtools.model.foreign.gptq import GPTQ
+from llmtools.formats.awq import AWQ
+from llmtools.formats.gptq import GPTQ
+from llmtools.formats.writing import export
 from llmtools.nn.swap import quantized_linears
 from tests.interop.peers import linear, opened
 from tests.models import tiny_ids, tiny_model

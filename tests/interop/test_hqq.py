@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtools.model.foreign.hqq import HQQ
+from llmtools.formats.hqq import HQQ
 from tests.interop.peers import linear, opened
 
 pytestmark = pytest.mark.filterwarnings("ignore")

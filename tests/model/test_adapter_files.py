@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import llmtools
 from llmtools import CheckpointError
+from llmtools.checkpoint.folder import skeleton
 from llmtools.model.adapter_files import check_fits, open_adapter
-from llmtools.model.checkpoint import skeleton
 from tests.fuzz.seeds import make_seeds
 from tests.models import tiny_ids, tiny_model
 
@@ -50,7 +50,7 @@ def test_an_adapter_opens_as_stock_peft_opens_it(seeds: Path) -> None:
     ours = open_adapter(llmtools.load(seeds / "rtn")[0], seeds / "adapter")
     stock = PeftModel.from_pretrained(llmtools.load(seeds / "rtn")[0], str(seeds / "adapter"))
     alone, _ = llmtools.load(seeds / "rtn")
-    by_its_folder = llmtools.model.checkpoint.load_model(seeds / "adapter")
+    by_its_folder = llmtools.checkpoint.folder.load_model(seeds / "adapter")
     with torch.no_grad():
         ids = tiny_ids()
         logits = [model(input_ids=ids).logits for model in (ours, stock, by_its_folder, alone)]

@@ -235,7 +235,7 @@ def test_folders_without_checksums_cannot_be_verified(copy: Callable[[str], Path
 def test_a_chat_template_that_does_not_end_is_refused(
     template: str, copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmtools.model.checkpoint.TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr("llmtools.checkpoint.folder.TEMPLATE_SECONDS", 0.5)
     (folder := copy("rtn")).joinpath("chat_template.jinja").write_text(template)
     with pytest.raises(CheckpointError, match="chat template does not come to an end"):
         llmtools.load(folder)

@@ -235,7 +235,7 @@ def test_the_checkpoint_decides_and_a_wrong_flag_says_so(quip: Path, optq: Path,
 
 def test_the_published_checkpoints_open_without_a_tokenizer_beside_them(tmp_path: Path) -> None:
     from llmtools.llms.autollm import AutoLLMForCausalLM as Auto
-    from tests.model.foreign.test_quip_sharp import write
+    from tests.formats.test_quip_sharp import write
 
     write(tmp_path / "E8P-2Bit", 2)
     llm, config = Auto.from_pretrained(str(tmp_path / "E8P-2Bit"), load_in_quip=True, device_map="auto")

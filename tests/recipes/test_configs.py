@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from llmtools.cli.main.main import VERBS, _parse, _parser, main
 from safetensors.torch import load_file
 
-from llmtools.cli import VERBS, _parse, _parser, main
 from llmtools.recipes.configs import packaged, with_packaged
 from tests.models import tiny_model
 
@@ -52,7 +52,7 @@ def test_it_builds_and_says_how_it_is_run(name: str) -> None:
         known = {f"--{key}" for key in ("config", *module.__dict__[VERBS[verb].options].__dataclass_fields__)}
         assert {word.split(".")[0] for word in words if word.startswith("--")} <= known, command
     if name.startswith("sweep_"):
-        from llmtools.recipes.sweep import _Run
+        from llmtools.sweep.runner import _Run
 
         assert all(command.startswith(f"llmtools sweep {name}") for command in commands)
         assert len(_Run(recipe).cells()) >= 4

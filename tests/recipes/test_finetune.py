@@ -314,7 +314,7 @@ PICKLES = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "adapte
 
 @pytest.mark.parametrize("file", [*PICKLES, "training_args.bin"])
 def test_nothing_is_ever_unpickled(file: str, killed: Path, stories: Path) -> None:
-    from llmtools.recipes.checkpoints import SEAL, seal
+    from llmtools.train.checkpoints import SEAL, seal
 
     canary = killed / "canary"
 
@@ -629,7 +629,7 @@ def test_two_processes_write_one_adapter(packed: str, data: str, tmp_path: Path)
 
     out = tmp_path / "a"
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "llmtools.cli"]
+    command = [sys.executable, *launcher, "-m", "llmtools.cli.main"]
     words = ["finetune", "--model", packed, "--data", data, "--out", str(out), "--lora.r", "2"]
     words += [word for key, value in TRAINING.items() for word in (f"--training.{key}", str(value))]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # a group of CPU processes

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtools.checkpoint.folder import load, save
 from llmtools.errors import InputError
-from llmtools.model.checkpoint import load, save
 from llmtools.recipes.evaluate import Evaluate, evaluate
 from llmtools.recipes.generate import Generate, generate
 from llmtools.recipes.quantize import Quantize, quantize

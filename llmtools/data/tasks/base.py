@@ -40,7 +40,7 @@ from ...options import built
 from ...registry import Registry
 from ..generation import complete
 from ..metrics import OnStep, model_positions
-from ..reading import Row
+from ..text_io import Row
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ...errors import InputError, did_you_mean
 from ...files import read_json
-from ..reading import Row, enumerate_rows
+from ..text_io import Row, enumerate_rows
 from .base import Task, tasks
-from .records import hub_configs, hub_rows
+from .dataset_task import hub_configs, hub_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

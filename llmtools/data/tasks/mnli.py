@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ...errors import InputError
 from ..generation import choose
 from ..metrics import OnStep
-from ..reading import Row
+from ..text_io import Row
 from .base import Template, answer, tasks
-from .records import DataTask, Split, stripped
+from .dataset_task import DataTask, Split, stripped
 
 if TYPE_CHECKING:
     from torch import nn

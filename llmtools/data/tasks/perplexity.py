@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..calibration import documents_of, text_ids
 from ..metrics import OnStep, model_positions, perplexity
-from ..reading import existing_file, lines_of
+from ..text_io import existing_file, lines_of
 from .base import Task, tasks
 
 if TYPE_CHECKING:

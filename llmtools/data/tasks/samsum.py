@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..metrics import rouge
-from ..reading import Row
+from ..text_io import Row
 from .base import Template, tasks
-from .records import DataTask, stripped
+from .dataset_task import DataTask, stripped
 
 
 @tasks.register("samsum")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ...errors import InputError, did_you_mean
 from ..metrics import rouge
-from ..reading import Row, enumerate_rows, existing_file, kind, read_rows
+from ..text_io import Row, enumerate_rows, existing_file, kind, read_rows
 from .base import Task, Template, answer, held_out, tasks
 
 FORMS: dict[str, tuple[str, ...]] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ...cli.legacy import accumulation, world_size
 from ...errors import InputError
-from ...recipes.oldwords import accumulation, world_size
 
 
 class FinetuneConfig:

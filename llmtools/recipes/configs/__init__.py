@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import read_yaml
+from ..plain_yaml import read_yaml
 
 FOLDER = Path(__file__).parent
 

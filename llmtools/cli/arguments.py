@@ -1,0 +1,224 @@
+"""A command's arguments, made ready for jsonargparse: files are read, and each value stands with its flag.
+
+jsonargparse converts by the recipe's annotations. What an annotation leaves open (``dict[str, Any]``: options of
+quantizers, tasks and libraries) it would guess from the text, and guess again from strings within a YAML; so these are
+kept here as they were given, and put into the recipe afterwards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import typing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from ..recipes.plain_yaml import leaves, parse_yaml, read_config, read_value, read_yaml, shown, without_code
+from ..redaction import is_secret, redacted
+
+_ALONE = ("--json", "--debug", "--help", "-h")
+_SEEDS = 2**32
+"""numpy takes no larger one"""
+
+
+class Arguments(NamedTuple):
+    """What jsonargparse is given, and what it is not asked about."""
+
+    args: list[str]
+    open_options: dict[str, Any]
+    """dotted name → mapping or list, of the options that hold anything"""
+    texts: dict[str, str]
+    """name of a flag → its value as it was typed"""
+
+
+def read_arguments(args: list[str], options: type[Any]) -> Arguments:
+    """Reads the files that the arguments of a command name, and the values of its flags.
+
+    Raises InputError where a file is no mapping of plain values, or has code run that the command line does not name.
+    """
+    words = list(_words(args, options))
+    flags = {word[2:]: value for word, value in words if value is not None and word.startswith("--")}
+    spelled = {each for key, text in flags.items() if key != "config" for each in _strings(text)}
+    trust = flags.pop("trust_plugins", "false").lower()
+    if trust not in ("true", "false"):
+        raise InputError(f"--trust_plugins {trust}: true or false is expected")
+    secretive = any(word.startswith("--print_config") for word, _ in words)
+    reader = _Reader(options)
+
+    def checked(file: Path, contents: dict[str, Any]) -> dict[str, Any]:
+        if trust == "false":
+            without_code(contents, file, flags.keys(), spelled)
+        return dict(redacted(contents)) if secretive else contents
+
+    for word, text in words:
+        name = word.removeprefix("--")
+        if text is None:
+            reader.args.append(word)
+        elif name == "config":
+            for file, contents in read_config(Path(text).expanduser()):
+                reader.mapping("config", checked(file, contents), str(file))
+        elif name in reader.groups and os.path.isfile(os.path.expanduser(text)):
+            file = Path(text).expanduser()
+            reader.mapping(name, checked(file, {name: read_yaml(file)})[name], str(file))
+        elif name != "trust_plugins" and not (secretive and is_secret(name.rpartition(".")[2])):
+            reader.flag(name, text)
+    return Arguments(reader.args, reader.open_options, flags)
+
+
+class _Reader:
+    """Notes what mappings and flags say, in their order: what comes later counts."""
+
+    def __init__(self, options: type[Any]) -> None:
+        self.args: list[str] = []
+        self.open_options: dict[str, Any] = {}
+        hints = dict(_hints(options))
+        self.groups = {name for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+        self.dicts = {name for name, hint in hints.items() if typing.get_origin(hint) is dict}
+        self.open = {name for name, hint in hints.items() if _is_open(hint)}
+
+    def mapping(self, name: str, contents: dict[str, Any], where: str) -> None:
+        """The contents of a configuration, or of the group of options `name`."""
+        if name == "config":
+            contents = _nested(contents)
+        whole = contents if name == "config" else {name: contents}
+        for group in self.groups & whole.keys():
+            if not isinstance(whole[group], dict):
+                raise InputError(f"{where}: {group}: a mapping (key: value) is expected, not {shown(whole[group])}")
+        for key in self.open:
+            first, _, second = key.partition(".")
+            inner = whole.get(first) if second else whole
+            if isinstance(inner, dict) and (second or first) in inner:
+                self._note(key, inner[second or first])
+        self.args.append(f"--{name}={json.dumps(contents)}")
+
+    def flag(self, name: str, text: str) -> None:
+        """One flag with its value."""
+        if "class_path" in name.split("."):
+            raise InputError(f"--{name}: class_path is no option: data make no objects of classes that they name")
+        if name in self.groups | self.dicts:
+            contents = parse_yaml(text, f"--{name} {text}")
+            if not isinstance(contents, dict):
+                raise InputError(f"--{name} {text}: a mapping is expected ({{key: value}}), or --{name}.key value")
+            if name in self.groups:
+                return self.mapping(name, contents, "command line")
+            text = json.dumps(contents)
+        for key in self.open:
+            if name == key:
+                self._note(key, read_value(text))
+            elif name == f"{key}+":
+                self.open_options.pop(key, None)
+            elif name.startswith(f"{key}."):
+                self._note(key, _with(self.open_options.get(key), name[len(key) + 1 :].split("."), read_value(text)))
+        self.args.append(f"--{name}={text}")
+
+    def _note(self, key: str, value: Any) -> None:
+        self.open_options.pop(key, None)
+        if isinstance(value, dict | list):
+            self.open_options[key] = value
+
+
+def _words(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | None]]:
+    """(flag, its value) for each flag that has one, and (argument, None) for all others.
+
+    ``--resume`` alone means true, and prose may open with a dash: ``--prompt "- item"``.
+    """
+    hints = {f"--{name}": hint for name, hint in _hints(options)} | {"--trust_plugins": bool}
+    following = [*args, None][1:]
+    taken = False
+    for word, after in zip(args, following, strict=True):
+        name, equals, value = word.partition("=")
+        if taken:
+            taken = False
+        elif not word.startswith("--") or name in _ALONE or name == "--print_config":
+            yield word, None
+        elif equals:
+            yield name, value
+        elif bool in (hints.get(word), *typing.get_args(hints.get(word))):
+            taken = after is not None and after.lower() in ("true", "false")
+            yield word, after if taken else "true"
+        elif after is None or after == "-h" or (after.startswith("--") and not after[2:].count(" ")):
+            yield word, None
+        else:
+            taken = True
+            yield word, after
+
+
+def _strings(text: str) -> set[str]:
+    """The texts that a flag's value names: itself, or those in a list or mapping."""
+    try:
+        return {each for _, each in leaves(read_value(text)) if isinstance(each, str)}
+    except InputError:
+        return set()
+
+
+def _hints(options: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, annotation) of a recipe's options, groups before what is in them."""
+    for name, hint in typing.get_type_hints(options).items():
+        yield f"{prefix}{name}", hint
+        if dataclasses.is_dataclass(hint):
+            yield from _hints(typing.cast("type[Any]", hint), f"{prefix}{name}.")
+
+
+def _is_open(hint: Any) -> bool:
+    return hint is Any or any(_is_open(each) for each in typing.get_args(hint))
+
+
+def _nested(contents: dict[str, Any]) -> dict[str, Any]:
+    """The mapping with ``lora.r: 8`` written as ``lora: {r: 8}``."""
+    found: dict[str, Any] = {}
+    for key, value in contents.items():
+        found = _with(found, key.split("."), value)
+    return found
+
+
+def _with(mapping: Any, keys: list[str], value: Any) -> dict[str, Any]:
+    """The mapping with a value at the end of a path of keys."""
+    inner = dict(mapping) if isinstance(mapping, dict) else {}
+    inner[keys[0]] = _with(inner.get(keys[0]), keys[1:], value) if keys[1:] else value
+    return inner
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+def check_numbers(values: dict[str, Any]) -> None:
+    """Raises InputError for numbers that no option can have, in a recipe as a mapping: NaN, too large, no seed."""
+    for name, value in leaves(values):
+        if isinstance(value, float) and math.isnan(value):
+            raise InputError(f"--{name} {value}: a number is expected")
+        if not isinstance(value, int) or isinstance(value, bool):
+            continue
+        if name.endswith(("seed", "seeds")) and not 0 <= value < _SEEDS:
+            raise InputError(f"--{name} {value}: a whole number from 0 to {_SEEDS - 1} is expected")
+        if not -(2**63) <= value < 2**63:
+            raise InputError(f"--{name} {value}: a whole number below 2^63 is expected")
+
+
+def with_declared(recipe: Any, texts: dict[str, str]) -> Any:
+    """The recipe with the options of its task as they were typed where the task declares them as texts.
+
+    ``--options.prompt "[INST]"`` reads as a list, and ``--options.answer 42`` as a number, but for the declaration.
+    """
+    given = {key.removeprefix("options."): text for key, text in texts.items() if key.startswith("options.")}
+    if not given or not isinstance(getattr(recipe, "task", None), str) or getattr(recipe, "harness", None):
+        return recipe
+    from ..data.tasks import tasks
+
+    if recipe.task not in tasks.names():
+        return recipe
+    hints = typing.get_type_hints(tasks.known(recipe.task))
+    typed = {
+        key: text
+        for key, text in given.items()
+        if _is_text(hints.get(key)) and recipe.options.get(key) is not None and recipe.options[key] == read_value(text)
+    }
+    return replace(recipe, options={**recipe.options, **typed}) if typed else recipe
+
+
+def _is_text(hint: Any) -> bool:
+    return str in (hint, *typing.get_args(hint)) and not {int, float, bool, list} & {hint, *typing.get_args(hint)}

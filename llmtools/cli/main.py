@@ -1,0 +1,454 @@
+"""The command line: ``llmtools VERB --key value``. Verbs are recipes; their options come from the recipes' dataclasses.
+
+``--config FILE.yaml`` gives options by file, flags after it override them, ``--print_config`` writes such a file,
+``--json`` prints the result as data. What a user did wrong is one line on stderr and exit code 2; nothing heavy is
+imported for help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import io
+import json
+import logging
+import os
+import re
+import sys
+import textwrap
+import traceback
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from ..errors import InputError, did_you_mean
+from ..recipes.configs import with_packaged
+from ..recipes.plain_yaml import read_value, shown
+from .arguments import check_numbers, read_arguments, with_declared
+from .legacy import translated
+from .passthrough import SUMMARIES as BORROWED
+from .passthrough import run as borrowed
+
+
+class Verb(NamedTuple):
+    """A recipe as a command: where it is, what it is for, how it is called."""
+
+    module: str
+    options: str
+    function: str
+    summary: str
+    example: str
+    positional: str | None = None
+    """the option that may be given without its name"""
+
+
+VERBS = {
+    "quantize": Verb(
+        "quantize",
+        "Quantize",
+        "quantize",
+        "quantize a model and write a checkpoint",
+        """\
+llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
+  --samples 64 --tokens 512 --out QDIR
+llmtools quantize --model DIR --quantizer nf4 --out QDIR
+llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
+    ),
+    "finetune": Verb(
+        "finetune",
+        "Finetune",
+        "finetune",
+        "train LoRA adapters on a model, quantized or not",
+        """\
+llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --lora.r 8 --lora.alpha 32 --training.max_steps 200
+llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200 --resume
+llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --training.num_train_epochs 1
+llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
+    ),
+    "evaluate": Verb(
+        "evaluate",
+        "Evaluate",
+        "evaluate",
+        "measure a model on a task: perplexity, or answers",
+        """\
+llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
+llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json
+llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --limit 100
+llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
+    ),
+    "generate": Verb(
+        "generate",
+        "Generate",
+        "generate",
+        "let a model write on from a prompt",
+        """\
+llmtools generate --model QDIR --adapter ADAPTER --prompt "Once upon a time"
+llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --seed 1 --json""",
+    ),
+    "export": Verb(
+        "export",
+        "Export",
+        "export",
+        "write a model or an adapter in a format of others",
+        """\
+llmtools export --model QDIR --format gptq_v2 --out GPTQ
+llmtools export --model QDIR --adapter ADAPTER --format dense --out MERGED
+llmtools export --adapter ADAPTER --format lora --out LORA""",
+    ),
+    "push": Verb(
+        "push",
+        "Push",
+        "push",
+        "share a model or an adapter on the Hugging Face hub",
+        """\
+llmtools push QDIR --repo owner/name --private
+llmtools push ADAPTER --repo owner/name --base_name owner/base --results scores.json --dry_run""",
+        positional="folder",
+    ),
+    "sweep": Verb(
+        "sweep",
+        "Sweep",
+        "sweep",
+        "quantize, finetune and measure in every combination, and draw the trade-off",
+        """\
+llmtools sweep sweep.yaml
+llmtools sweep sweep_demo --out demo-sweep
+llmtools sweep sweep_grid --model DIR --data.samsum FOLDER --data.mnli FOLDER --out grid
+llmtools sweep sweep.yaml --report_only""",
+        positional="config",
+    ),
+    "plan": Verb(
+        "plan",
+        "Plan",
+        "plan",
+        "say what a finetuning step will hold in memory",
+        """\
+llmtools plan --model DIR --quantizer optq --bits 2 --batch 1 --length 128
+llmtools plan --model owner/name --quantizer quip_sharp --device cuda --memory 24 --lora.r 16
+llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true --json""",
+    ),
+    "check": Verb(
+        "check",
+        "Check",
+        "check",
+        "run the laws of a quantizer over drawn weights",
+        """\
+llmtools check optq --options.bits 3
+llmtools check mypackage:MyQuantizer""",
+        positional="quantizer",
+    ),
+    "list": Verb(
+        "listing",
+        "List",
+        "listing",
+        "show quantizers, tasks and recipes, or the options of one",
+        """\
+llmtools list
+llmtools list optq""",
+        positional="name",
+    ),
+    "env": Verb("env", "Env", "env", "show versions, device, compiler, threads", "llmtools env --json"),
+}
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    0: done; 1: a check failed; 2: something the user can mend, said in one line; 70: a mistake of ours, in one line;
+    130: Ctrl-C; 143: SIGTERM.
+    """
+    with _streams():
+        return _main(list(sys.argv[1:] if argv is None else argv))
+
+
+def _main(args: list[str]) -> int:
+    debug = "--debug" in args or os.environ.get("LLMTOOLS_DEBUG", "") not in ("", "0")
+    args = [arg for arg in args if arg != "--debug"]
+    former = os.environ.get("LLMTOOLS_DEBUG")
+    if debug:
+        os.environ["LLMTOOLS_DEBUG"] = "1"
+    handler = _log_to_stderr(debug)
+    try:
+        with warnings.catch_warnings():
+            if not debug:  # libraries on each other's future names
+                warnings.simplefilter("ignore", FutureWarning)
+            return _run(args)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 0
+    except (KeyboardInterrupt, Exception) as error:
+        if debug:
+            traceback.print_exc()
+        code, line = _said(error)
+        named = args and not isinstance(error, KeyboardInterrupt) and not args[0].startswith("-")
+        command = f"llmtools {args[0]}" if named else "llmtools"
+        print(f"{command}: {line}", file=sys.stderr)
+        return code
+    finally:
+        logging.getLogger("llmtools").removeHandler(handler)
+        if debug and former is None:
+            del os.environ["LLMTOOLS_DEBUG"]
+
+
+def _said(error: BaseException) -> tuple[int, str]:
+    """The exit code that an exception ends in, and the line that says it."""
+    if isinstance(error, KeyboardInterrupt):
+        return int(getattr(error, "exit_code", 130)), str(error) or "stopped"
+    if isinstance(error, (InputError, OSError, ImportError, MemoryError)):
+        return 2, _one_line(error)
+    if type(error).__name__ == "OutOfMemoryError":
+        return 2, f"not enough memory on the device: {_one_line(error)}"
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's word for it on a CPU
+        return 2, f"not enough memory: {_one_line(error)}"
+    return 70, f"unexpected {type(error).__name__}: {_one_line(error)} (please report; --debug shows the traceback)"
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Sees to it that there are outputs, and that whatever we print can be written in the user's locale."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us; another file would get its number
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
+    former = [stream.errors for stream in streams]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace" if _is_unicode(stream) else "replace")
+    try:
+        yield
+    finally:
+        for stream, errors in zip(streams, former, strict=True):
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+
+def _is_unicode(stream: Any) -> bool:
+    return str(getattr(stream, "encoding", None) or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview(), flush=True)
+        return 0 if args else 2
+    if args[0] in ("-V", "--version"):
+        from .. import __version__
+
+        print(__version__, flush=True)
+        return 0
+    _check_text(args)
+    name, *args = args
+    if name in BORROWED:
+        return borrowed(name, args)
+    if name not in VERBS:
+        raise InputError(f"no such command; {did_you_mean(name, [*VERBS, *BORROWED])}")
+    verb = VERBS[name]
+    module = importlib.import_module(f".recipes.{verb.module}", __package__)
+    options = getattr(module, verb.options)
+    if verb.positional and args and not args[0].startswith("-"):
+        args = [f"--{verb.positional}", *args]
+    as_json = "--json" in args
+    args = with_packaged(translated(name, args, _names(options)))
+    if name == "finetune":
+        args = _with_training(args, _names(options))
+    recipe = _parse(_parser(name, verb, options), name, options, [arg for arg in args if arg != "--json"])
+    if recipe is None:
+        return 0
+    result = getattr(module, verb.function)(recipe)
+    if as_json:
+        ascii_only = not _is_unicode(sys.stdout)
+        print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=ascii_only, default=str))
+    else:
+        print(result)
+    sys.stdout.flush()
+    return int(getattr(result, "exit_code", 0))
+
+
+def _with_training(args: list[str], known: list[str]) -> list[str]:
+    """Arguments of trl.SFTConfig may stand without ``training.``: --learning_rate 2e-4, as in TRL's own scripts."""
+    ours = {"config", "trust_plugins", "json", "debug", "help", "print_config", *known}
+    words = [arg.partition("=")[0].lstrip("-") for arg in args if arg.startswith("--")]
+    if all(word in ours or "." in word for word in words):
+        return args
+    from ..recipes.finetune import training_arguments
+
+    bare = set(training_arguments()) - ours
+    return [
+        f"--training.{arg[2:]}" if arg.startswith("--") and arg[2:].partition("=")[0] in bare else arg for arg in args
+    ]
+
+
+def _check_text(args: list[str]) -> None:
+    """Raises InputError for an argument that is no text: the system's bytes may be anything but NUL."""
+    for arg in args:
+        try:
+            arg.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{arg!a} is no text in this locale's encoding ({sys.getfilesystemencoding()}); set a UTF-8 "
+                f"locale (LC_ALL=C.UTF-8), or rename the file"
+            ) from error
+        if "\0" in arg:
+            raise InputError(f"{shown(arg)} holds a NUL character, which no text or name of a file has")
+
+
+def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
+    from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("llmtools", read_value)
+    parser = ArgumentParser(
+        prog=f"llmtools {name}",
+        description=(options.__doc__ or "").strip(),
+        epilog="examples:\n" + textwrap.indent(verb.example, "  "),
+        formatter_class=_Help(),
+        parser_mode="llmtools",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", action="config", help="a YAML of these options, or the name of a packaged one; flags override it"
+    )
+    parser.add_class_arguments(options, as_group=False)
+    parser.add_argument(
+        "--trust_plugins",
+        type=bool,
+        default=argparse.SUPPRESS,
+        help="take what runs code (plugin, module:Class, trust_remote_code) from the YAML, too",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    return parser
+
+
+def _Help() -> Any:  # a class made on demand, so that jsonargparse is not imported for the overview
+    from jsonargparse import DefaultHelpFormatter
+
+    class Help(DefaultHelpFormatter):
+        """Keeps the lines of the examples as they are."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            if text.startswith("examples:"):
+                return text
+            return str(super()._fill_text(text, width, indent))
+
+    return Help
+
+
+def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
+    """The recipe that the arguments make; None where help or the configuration was asked for and printed.
+
+    What a recipe holds as a mapping of anything comes as we read it, and is not read a second time by jsonargparse.
+    """
+    given = read_arguments(args, options)
+    try:
+        parsed = parser.parse_args(given.args, env=False)
+    except SystemExit as stopped:
+        if stopped.code in (0, None):
+            return None
+        raise InputError("these arguments cannot be read; see --help") from stopped
+    except (argparse.ArgumentError, argparse.ArgumentTypeError, TypeError, ValueError) as error:
+        raise InputError(_readable(str(error), name, options)) from error
+    recipe = _made(options, parsed, given.open_options)
+    check_numbers(dataclasses.asdict(recipe))
+    return with_declared(recipe, given.texts)
+
+
+def _made(options: type[Any], parsed: Any, open_options: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass of the parsed values. (jsonargparse would make objects of classes that a value names.)"""
+    hints = typing.get_type_hints(options)
+    values = {}
+    for field in dataclasses.fields(options):
+        value, name = parsed[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]):
+            value = _made(hints[field.name], value, open_options, f"{name}.")
+        elif name in open_options and isinstance(open_options[name], type(value)):
+            value = open_options[name]
+        values[field.name] = value
+    return options(**values)
+
+
+def _readable(message: str, name: str, options: type[Any]) -> str:
+    """jsonargparse's messages in our manner: what was given, what is expected, the nearest name."""
+    known = _names(options)
+    if found := re.match(r"unrecognized arguments: (--?)?([^\s=]+)", message):
+        dashes, word = found.groups()
+        if not dashes:
+            return f"{word!r} is too much here; options are --key value (see llmtools {name} --help)"
+        return f"no option --{word}; {_near(word, known)}"
+    if found := re.match(r"Option '([^']+)' is not accepted", message):
+        return f"no key {found[1]!r}; {_near(found[1], known)}"
+    if found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
+        return f"no key '{found[1]}.{found[2]}'; {_near(f'{found[1]}.{found[2]}', known)}"
+    if found := re.match(r"the following arguments are required: (.*)", message):
+        missing = ", ".join(f"--{word.strip()}" for word in found[1].split(","))
+        return f"missing: {missing} (see llmtools {name} --help)"
+    if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, flags=re.DOTALL):
+        key, reason = found.groups()
+        if expected := re.findall(r"Expected an? (?:<class '(\w+)'>|([^\n.]+))", reason):
+            kinds = " or ".join(dict.fromkeys("null" if a == "NoneType" else a or b for a, b in expected))
+            given = re.search(r"(?:Given value|Got value): (.*)", reason)
+            return f"--{key} {given[1] if given else ''}: {kinds} is expected"
+        return f"--{key}: {' '.join(reason.split())}"
+    return " ".join(message.split())
+
+
+def _near(word: str, known: list[str]) -> str:
+    return did_you_mean(word, known).replace("(there are: ", "(there are: config, ", 1)
+
+
+def _names(options: type[Any], prefix: str = "") -> list[str]:
+    """Every option's name, nested ones with dots; those that take any key end in ``.*``."""
+    hints = typing.get_type_hints(options)
+    names: list[str] = []
+    for field in dataclasses.fields(options):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            names += _names(hints[field.name], f"{name}.")
+        else:
+            names.append(name)
+    return names
+
+
+def _overview() -> str:
+    summaries = {name: verb.summary for name, verb in VERBS.items()} | BORROWED
+    width = max(map(len, summaries))
+    commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
+    return f"""\
+usage: llmtools COMMAND [--config FILE.yaml] [--key value …] [--json]
+
+Quantize a language model to a few bits with any quantizer, finetune LoRA adapters on top, see how good it is.
+
+commands:
+{commands}
+
+examples:
+  llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt --out QDIR
+  llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200
+  llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt
+
+`llmtools COMMAND --help` shows the options; --debug (or LLMTOOLS_DEBUG=1) shows where an error came from."""
+
+
+def _log_to_stderr(debug: bool) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("llmtools")
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    return handler
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}"
+    if isinstance(error, MemoryError):
+        return f"not enough memory {error}".strip()
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,106 @@
+"""bitsandbytes' 4-bit files: NF4 and FP4, with the maxima in float32 or, "nested", in 8 bits (arXiv:2305.14314).
+
+The matrix is one row of blocks, usually of 64: its rows are laid end to end. Two codes a byte, the first one high.
+
+    weight                               uint8 [N/2, 1]     (perhaps viewed as another type, for FSDP)
+    weight.absmax                        float32 [blocks], or uint8 if nested
+    weight.quant_map                     float32 [16]
+    weight.nested_absmax, .nested_quant_map            float32 [blocks/256], [256]
+    weight.quant_state.bitsandbytes__nf4               uint8: JSON of type, blocksize, shape, nested_offset …
+
+Where a block divides a row, blocks are groups of a row. Where it does not, groups of gcd(in, blocksize) columns lie
+within one block each, and the maxima are repeated for them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..kernels.bits import pack, unpack
+from ..quant import Packed, Quantizer, TableGrid
+from ..quant.grids.codebook import DYNAMIC
+from ..quant.imported import TABLES
+from .base import Format, whole
+from .tensors import Module
+
+_STATE = "weight.quant_state.bitsandbytes__"
+
+
+class BitsAndBytes(Format):
+    marker = "weight.quant_map"
+
+    @classmethod
+    def recognise(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("quant_method") == "bitsandbytes" and bool(
+            config.get("load_in_4bit", config.get("_load_in_4bit"))
+        )
+
+    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+        state = _state(stored)
+        block, weights = whole(state, "blocksize"), out_features * in_features
+        if block < 1 or list(state.get("shape") or ()) != [out_features, in_features]:
+            raise CheckpointError(f"the checkpoint is damaged: {stored.path}.{_STATE}… says {state}")
+        blocks = -(-weights // block)
+        stream = stored.get("weight").contiguous().flatten().view(torch.uint8)
+        if stream.numel() != -(-weights // 2):
+            raise CheckpointError(f"the checkpoint is damaged: {stored.path}.weight has {stream.numel()} bytes")
+        swapped = (stream << 4) | (stream >> 4)
+        codes = unpack(swapped, 4, weights).reshape(out_features, in_features)
+        table, codes = _sorted(stored.get("weight.quant_map", 16, dtypes=(torch.float32,)), codes)
+
+        group = math.gcd(in_features, block)
+        nested = "weight.nested_absmax" in stored
+        absmax = stored.get("weight.absmax", blocks, dtypes=(torch.uint8,) if nested else (torch.float32,))
+        packed = {"qweight": pack(codes, 4), "columns": torch.empty(0, in_features, dtype=torch.uint8)}
+        ours = None
+        if nested:
+            absmax, ours = _denest(stored, state, absmax)
+        double = ours is not None and group == block
+        if ours is not None and double:
+            packed |= ours | {"scales": ours["scales"].reshape(out_features, -1)}
+        else:
+            spread = absmax.repeat_interleave(block // group)[: weights // group]  # [out · G]
+            packed["scales"] = spread.reshape(out_features, -1).contiguous()
+        named = next((name for name, values in TABLES.items() if _float32(values) == table), None)
+        quantizer = TableGrid(named or table, group_size=group, double_quantization=double)
+        return quantizer, {name: packed[name] for name in quantizer.layout(out_features, in_features)}
+
+
+def _denest(stored: Module, state: Mapping[str, Any], codes: Tensor) -> tuple[Tensor, Packed | None]:
+    """The maxima in float32; and what we keep of them packed, if our own double quantization is the same."""
+    size = whole(state, "nested_blocksize", 256)
+    table = stored.get("weight.nested_quant_map", 256, dtypes=(torch.float32,))
+    scales = stored.get("weight.nested_absmax", -(-codes.numel() // size), dtypes=(torch.float32,))
+    offset = torch.tensor([float(state.get("nested_offset", 0.0))], dtype=torch.float32)
+    absmax = table[codes.int()] * scales.repeat_interleave(size)[: codes.numel()] + offset
+    same = size == 256 and torch.equal(table, torch.tensor(DYNAMIC))
+    return absmax, {"scales": codes, "nested_scales": scales, "nested_offset": offset} if same else None
+
+
+def _state(stored: Module) -> dict[str, Any]:
+    for kind in ("nf4", "fp4"):
+        if _STATE + kind in stored:
+            raw = stored.get(_STATE + kind, None, dtypes=(torch.uint8,))
+            try:
+                return dict(json.loads(bytes(raw.tolist()).decode()))
+            except (ValueError, TypeError) as error:
+                raise CheckpointError(f"the checkpoint is damaged: {stored.path}.{_STATE}{kind}: {error}") from error
+    raise CheckpointError(f"the checkpoint is damaged: {stored.path}.{_STATE}nf4 (or fp4) is missing")
+
+
+def _sorted(table: Tensor, codes: Tensor) -> tuple[tuple[float, ...], Tensor]:
+    """The table in rising order, and the codes that go with it."""
+    order = table.argsort(stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(16)).to(torch.uint8)
+    return tuple(table[order].tolist()), rank[codes.int()]
+
+
+def _float32(values: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(torch.tensor(values, dtype=torch.float32).tolist())

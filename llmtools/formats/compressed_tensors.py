@@ -1,0 +1,121 @@
+"""compressed-tensors' "pack-quantized" files, as llm-compressor writes them and vLLM reads them. m = out, n = in.
+
+    weight_packed       int32 [m, ceil(n·b/32)]     a bit stream along the inputs of code = q + 2^(b−1)
+    weight_scale        [m, G]                      or [1], one for the tensor
+    weight_zero_point   int32 [ceil(m·b/32), G]     along the outputs, of zero + 2^(b−1); absent if symmetric
+    weight_shape        int64 [2]                   weight_g_idx int32 [n], optional: the group of each column
+
+Widths and groups are read off the tensors' shapes, as the config's patterns need not be unique. Versions before 0.18
+wrote 3 bits, and 5 to 7, with whole codes in a word and the top of each word empty; the shape tells that, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..kernels.bits import unpack, words
+from ..quant import Packed, Quantizer
+from .base import FLOATS, Format, affine, columns_by_group, mapping, whole
+from .tensors import Module
+
+
+class CompressedTensors(Format):
+    marker = "weight_packed"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        named = mapping(config.get("config_groups"), "config_groups")
+        groups = [mapping(group, f"config_groups.{name}") for name, group in named.items()]
+        weights = [mapping(group.get("weights"), "weights") for group in groups if group]
+        for group in groups:
+            if group.get("input_activations"):
+                raise CheckpointError("compressed-tensors with quantized activations is not read; weights only are")
+        if config.get("transform_config"):
+            raise CheckpointError("compressed-tensors with transforms (Hadamard rotations) is not read")
+        self.widths = sorted({whole(each, "num_bits") for each in weights if each.get("num_bits")})
+        if (
+            not self.widths
+            or not set(self.widths) <= set(range(1, 9))
+            or any(each.get("type", "int") != "int" for each in weights)
+        ):
+            raise CheckpointError("compressed-tensors: no config group with integer weights")
+
+    @classmethod
+    def recognise(cls, config: Mapping[str, Any]) -> bool:
+        method, packing = config.get("quant_method"), config.get("format")
+        if method in ("auto-round", "intel/auto-round"):
+            return config.get("packing_format") == "auto_round:llm_compressor" and packing == "pack-quantized"
+        return method == "compressed-tensors" and packing == "pack-quantized"
+
+    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+        if "weight_shape" in stored and stored.get("weight_shape").tolist() != [out_features, in_features]:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {stored.path}.weight_shape is {stored.get('weight_shape').tolist()}, the "
+                f"model has [{out_features}, {in_features}]"
+            )
+        stream = stored.get("weight_packed", out_features, None, dtypes=(torch.int32,))
+        bits, dense = self._width(stored, stream.shape[1], in_features)
+        scales = stored.get("weight_scale", dtypes=FLOATS)
+        if scales.numel() == 1:
+            scales = scales.reshape(1, 1).expand(out_features, 1)
+        if scales.ndim != 2 or scales.shape[0] != out_features or in_features % scales.shape[1]:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {stored.path}.weight_scale has shape {list(scales.shape)} for a weight of "
+                f"[{out_features}, {in_features}]"
+            )
+        groups = scales.shape[1]
+        group_size = in_features // groups
+        zeros = torch.full((out_features, groups), 2 ** (bits - 1), dtype=torch.uint8)
+        if "weight_zero_point" in stored:
+            height = words(out_features, bits) if dense else _padded_words(out_features, bits)
+            packed_zeros = stored.get("weight_zero_point", height, groups, dtypes=(torch.int32,)).T.contiguous()
+            zeros = _codes(packed_zeros, bits, out_features, dense).T
+        group_of = columns_by_group(stored, "weight_g_idx", in_features, group_size, groups)
+        codes = None if dense and group_of is None else _codes(stream, bits, in_features, dense)
+        return affine(
+            codes,
+            scales,
+            zeros,
+            bits=bits,
+            group_size=group_size,
+            in_features=in_features,
+            qweight=stream if codes is None else None,
+            group_of=group_of,
+        )
+
+    def _width(self, stored: Module, width: int, in_features: int) -> tuple[int, bool]:
+        """(bits, whether the stream is dense) of `width` words a row."""
+        found = [(bits, True) for bits in self.widths if words(in_features, bits) == width]
+        found += [(bits, False) for bits in self.widths if 32 % bits and _padded_words(in_features, bits) == width]
+        if not found:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {stored.path}.weight_packed has {width} words a row, which "
+                f"{in_features} codes of {' or '.join(map(str, self.widths))} bits do not fill"
+            )
+        if len(found) > 1 and _before_dense(str(self.config.get("version") or "")):
+            return found[-1]
+        return found[0]
+
+
+def _padded_words(count: int, bits: int) -> int:
+    return -(-count // (32 // bits))
+
+
+def _codes(stream: Tensor, bits: int, count: int, dense: bool) -> Tensor:
+    if dense:
+        return unpack(stream, bits, count)
+    shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32)
+    fields = (stream.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = fields.flatten(-2)[..., :count].to(torch.uint8)
+    return codes
+
+
+def _before_dense(version: str) -> bool:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return bool(found) and (int(found[1]), int(found[2])) < (0, 18)  # type: ignore[index]

@@ -1,0 +1,274 @@
+"""A model as one GGUF file, for llama.cpp: LLaMA-like decoders whose grids its simplest types hold to the bit.
+
+llama.cpp's types have blocks of 32 weights of a row, with a float16 scale d:
+
+    Q4_0   d · (q − 8)      4 bits      Q5_0   d · (q − 16)     5 bits
+    Q4_1   d · q + m        4 bits      Q8_0   d · q, q signed  8 bits
+
+Our value is scale · (code − zero), so what counts is the range of code − zero. All of 2 and 3 bits lies in −7 … 7 and
+goes into Q4_0, as symmetric 4 bits do; asymmetric 4 bits go into Q4_1 where m = −scale · zero is a float16, else into
+Q5_0. The smallest type that holds a layer is taken. The K-types have scales that are quantized themselves and hold
+nothing of ours exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files import writing
+from ..nn.swap import quantized_linears
+from .pretokenizer import rule_of
+from .uniform import Limits, Uniform, round_again, uniform_of
+
+if TYPE_CHECKING:
+    from .writing import Exported
+
+log = logging.getLogger(__name__)
+
+BLOCK = 32
+ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+"""model_type → llama.cpp's architecture."""
+_LOSSY = Limits(bits=(4,))
+
+
+def export(
+    model: nn.Module, tokenizer: Any, folder: str | PathLike[str], *, lossy: bool = False, overwrite: bool = False
+) -> Exported:
+    """Writes ``model.gguf`` into `folder`. Raises InputError for what GGUF cannot hold exactly, unless `lossy`."""
+    from .uniform import Rounded
+    from .writing import Exported
+
+    gguf = _package()
+    told: Any = model
+    config = told.config
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(
+            f"GGUF of {config.model_type} is not written (but of {', '.join(ARCHITECTURES)}); export it with "
+            "--format dense and use llama.cpp's convert_hf_to_gguf.py"
+        )
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    layers, rounded = quantized_linears(model), []
+    blocks: dict[str, tuple[str, Tensor]] = {}
+    for path, layer in layers.items():
+        found = uniform_of(layer)
+        packed = found if isinstance(found, str) else as_blocks(_rotary_rows(found, path, config))
+        if isinstance(packed, str):
+            if not lossy:
+                raise InputError(
+                    f"{path}: {packed}; nothing was written. --lossy (lossy=True) rounds such layers again"
+                )
+            again, error = round_again(layer, _LOSSY)
+            rounded.append(Rounded(path, packed, error))
+            packed = as_blocks(_rotary_rows(again, path, config))
+            if isinstance(packed, str):
+                raise InputError(f"{path}: {packed}, and no rounding helps")
+        blocks[f"{path}.weight"] = packed
+    with writing(folder, overwrite=overwrite) as partial:
+        writer = gguf.GGUFWriter(partial / "model.gguf", gguf.MODEL_ARCH_NAMES[arch])
+        _write_metadata(gguf, writer, config)
+        _write_words(gguf, writer, tokenizer, partial, config)
+        own = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
+        dense = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+        if config.tie_word_embeddings:
+            dense.pop("lm_head.weight", None)
+        for name, (kind, data) in blocks.items():
+            writer.add_tensor(
+                names.get_name(name, (".weight",)), data.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind]
+            )
+        for name, tensor in dense.items():
+            target = names.get_name(name, (".weight", ".bias"))
+            if target is None:
+                raise InputError(f"{name} has no place in a GGUF file of {config.model_type}")
+            data, kind = _dense(gguf, _rotary_rows_of(tensor, name, config))
+            writer.add_tensor(target, data, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return Exported(Path(folder), "gguf", len(layers), rounded)
+
+
+def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:
+    """(type, bytes [out, in / 32 · size] uint8) of the smallest type that holds the layer; or why there is none."""
+    in_features = layer.codes.shape[1]
+    if in_features % BLOCK:
+        return f"GGUF has blocks of {BLOCK} columns, and {in_features} are no multiple"
+    if layer.group_of is not None:
+        return "its groups are of columns in another order"
+    if layer.group_size % BLOCK and layer.group_size < in_features:
+        return f"GGUF has blocks of {BLOCK} columns, and group_size={layer.group_size} is no multiple"
+    scales = layer.scales.half()
+    if not torch.equal(scales.float(), layer.scales.float()):
+        return "its scales do not fit float16"
+    per_group = torch.arange(in_features // BLOCK) * BLOCK // layer.group_size  # the group of each block
+    scale = scales[:, per_group].unsqueeze(-1)  # [out, blocks, 1]
+    codes = layer.codes.unflatten(1, (-1, BLOCK)).to(torch.int32)  # [out, blocks, 32]
+    zeros = layer.zeros[:, per_group].unsqueeze(-1).to(torch.int32)
+    values = codes - zeros
+    low, high = int(values.min()), int(values.max())
+    minimum = -(scale.float() * zeros)
+    head = _bytes(scale)
+    if low >= -8 and high <= 7:
+        return "Q4_0", torch.cat([head, _nibbles(values + 8)], -1).flatten(1)
+    if int(codes.max()) <= 15 and torch.equal(minimum.half().float(), minimum):
+        return "Q4_1", torch.cat([head, _bytes(minimum.half()), _nibbles(codes)], -1).flatten(1)
+    if low >= -16 and high <= 15:
+        fives = values + 16
+        tops = ((fives >> 4).to(torch.int64) << torch.arange(BLOCK)).sum(-1, keepdim=True)  # bit i: the top of weight i
+        tops = torch.where(tops >= 1 << 31, tops - (1 << 32), tops).to(torch.int32)
+        return "Q5_0", torch.cat([head, _bytes(tops), _nibbles(fives & 15)], -1).flatten(1)
+    if low >= -128 and high <= 127:
+        return "Q8_0", torch.cat([head, values.to(torch.int8).view(torch.uint8)], -1).flatten(1)
+    return f"its codes minus zero points lie in {low} … {high}, beyond Q8_0"
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """[out, blocks, 1] of any type -> its bytes, [out, blocks, size]."""
+    return values.contiguous().view(torch.uint8)
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """[…, 32] in 0 … 15 -> bytes […, 16]: weight i low and weight 16 + i high in byte i."""
+    return (codes[..., :16] | codes[..., 16:] << 4).to(torch.uint8)
+
+
+def _rotary_rows(layer: Uniform, path: str, config: Any) -> Uniform:
+    """llama.cpp rotates neighbouring rows of LLaMA's queries and keys, transformers rows half a head apart."""
+    order = _rotary_order(path, layer.codes.shape[0], config)
+    if order is None:
+        return layer
+    return layer._replace(codes=layer.codes[order], scales=layer.scales[order], zeros=layer.zeros[order])
+
+
+def _rotary_rows_of(tensor: Tensor, name: str, config: Any) -> Tensor:
+    order = _rotary_order(name.rpartition(".")[0], tensor.shape[0], config)
+    return tensor if order is None else tensor[order]
+
+
+def _rotary_order(path: str, rows: int, config: Any) -> Tensor | None:
+    if ARCHITECTURES[config.model_type] != "LLAMA" or not path.endswith(("q_proj", "k_proj")):
+        return None
+    heads = config.num_attention_heads if path.endswith("q_proj") else config.num_key_value_heads
+    return torch.arange(rows).reshape(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def _dense(gguf: Any, tensor: Tensor) -> tuple[Any, Any]:
+    """(array, type) of a tensor that stays as it is: float32 for vectors, as llama.cpp wants them."""
+    if tensor.ndim == 1 or tensor.dtype == torch.float32:
+        return tensor.float().numpy(), None
+    if tensor.dtype == torch.bfloat16:
+        kind = gguf.GGMLQuantizationType.BF16
+        return gguf.quants.quantize(tensor.float().numpy(), kind), kind
+    return tensor.half().numpy(), None
+
+
+def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
+    rope = dict(config.rope_parameters or {})
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_name(Path(config.name_or_path or config.model_type).name)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        log.warning(
+            "GGUF: llama.cpp attends to everything where this model looks back %d tokens; longer texts differ",
+            config.sliding_window,
+        )
+    kind = rope.get("rope_type", "default")
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "llama3":
+        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim).numpy())
+    elif kind != "default":
+        raise InputError(f"rotary embeddings of type {kind!r} are not written to GGUF; export it with --format dense")
+
+
+def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
+    """What each frequency is divided by: 1 for short waves, `factor` for long ones, and between the two in between."""
+    waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, head_dim, 2) / head_dim)
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    share = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
+    factors: Tensor = 1 / ((1 - share) / float(rope["factor"]) + share)
+    return factors
+
+
+def _write_words(gguf: Any, writer: Any, tokenizer: Any, folder: Path, config: Any) -> None:
+    """The vocabulary: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama"), out of tokenizer.json."""
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+        return
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    told = json.loads(backend.to_str()) if backend is not None else {}
+    model = told.get("model") or {}
+    byte_level = "ByteLevel" in json.dumps([told.get("pre_tokenizer"), told.get("decoder")])
+    if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
+        raise InputError(
+            f"a {model.get('type')} tokenizer is not written to GGUF (BPE is); export the model with --format dense "
+            "and use llama.cpp's convert_hf_to_gguf.py"
+        )
+    words = [f"[PAD{index}]" for index in range(config.vocab_size)]
+    kinds = [gguf.TokenType.UNUSED] * config.vocab_size
+    for word, index in model["vocab"].items():
+        words[index] = word
+        is_byte = not byte_level and len(word) == 6 and word.startswith("<0x")
+        kinds[index] = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
+    for added in told.get("added_tokens") or ():
+        words[added["id"]] = added["content"]
+        kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if tokenizer.unk_token_id is not None:
+        kinds[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    writer.add_tokenizer_model("gpt2" if byte_level else "llama")
+    writer.add_token_list(words)
+    writer.add_token_types(kinds)
+    if byte_level:
+        writer.add_tokenizer_pre(rule_of(told))
+        writer.add_token_merges(merges)
+    else:
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(words, merges))
+    for name in ("bos", "eos", "unk", "pad"):
+        index = getattr(tokenizer, f"{name}_token_id")
+        if index is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    ids = tokenizer("a").input_ids
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _scores(words: list[str], merges: list[str]) -> list[float]:
+    """SentencePiece joins the pair whose result scores highest: minus the rank of the first merge that makes a word."""
+    rank: dict[str, int] = {}
+    for index, pair in enumerate(merges):
+        rank.setdefault(pair.replace(" ", ""), index)
+    return [-float(rank.get(word, len(merges))) for word in words]
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise InputError("GGUF files are written with the package gguf: pip install 'llmtools[export]'") from error
+    return gguf

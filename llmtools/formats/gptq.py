@@ -1,0 +1,148 @@
+"""GPTQ's files: AutoGPTQ, GPTQModel, GPTQ-for-LLaMa and others; AutoRound in its GPTQ packing.
+
+Of each linear, with b bits, m = out and n = in:
+
+    qweight  int32 [ceil(n·b/32), m]     a bit stream along the inputs, one an output
+    qzeros   int32 [G, ceil(m·b/32)]     a bit stream along the outputs, one a group
+    scales   [G, m]                      g_idx int32 [n], optional: the group of each column
+
+Three versions. v1 ("gptq", also where the config is silent) stores zero − 1, v2 ("gptq_v2") stores zero; where v1 has
+to store −1 it wraps to the largest field, and so do we when we read it. "gptq_p" stores fields of 3, 5, 6 and 7 bits
+in planes: of every 32 codes first the low bits, then the next, each plane a bit stream of its own; zeros as in v2.
+
+`dynamic` gives modules other options: its keys are regular expressions, "-:…" for modules that stay dense.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..kernels.bits import unpack, words
+from ..limits import PATTERN_SECONDS, match
+from ..quant import Packed, Quantizer
+from .base import FLOATS, Format, affine, columns_by_group, mapping, whole
+from .tensors import Module
+
+log = logging.getLogger(__name__)
+
+PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
+"""Widths of the planes of gptq_p, from the low bits up."""
+
+_AUTOROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round:gptq": "gptq"}
+
+
+class GPTQ(Format):
+    marker = "qweight"
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        packing = config.get("packing_format")
+        version = config.get("checkpoint_format") or config.get("format") or "gptq"
+        if config.get("quant_method") != "gptq":
+            version = _AUTOROUND[str(packing)]
+        if config.get("is_marlin_format"):
+            version = "marlin"
+        if version not in ("gptq", "gptq_v2", "gptq_p"):
+            raise CheckpointError(
+                f"GPTQ checkpoint_format {version!r} is not read; gptq, gptq_v2 and gptq_p are. GPTQModel converts it"
+            )
+        if config.get("pack_dtype", "int32") != "int32":
+            raise CheckpointError(f"GPTQ pack_dtype {config['pack_dtype']!r} is not read; int32 is")
+        self.version = version
+
+    @classmethod
+    def recognise(cls, config: Mapping[str, Any]) -> bool:
+        method = config.get("quant_method")
+        return method == "gptq" or (
+            method in ("auto-round", "intel/auto-round") and config.get("packing_format") in _AUTOROUND
+        )
+
+    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+        options = self._options(stored.path)
+        bits, group_size = whole(options, "bits"), whole(options, "group_size", -1)
+        if bits not in range(2, 9):
+            raise CheckpointError(f"{stored.path}: GPTQ with {bits} bits is not read; 2 to 8 are")
+        group_size = in_features if group_size < 1 else min(group_size, in_features)
+        groups = -(-in_features // group_size)
+        planes = PLANES.get(bits) if self.version == "gptq_p" else None
+
+        def height(count: int) -> int:
+            return -(-count // 32) * bits if planes else words(count, bits)
+
+        stream = stored.get("qweight", height(in_features), out_features, dtypes=(torch.int32,)).T.contiguous()
+        qzeros = stored.get("qzeros", groups, height(out_features), dtypes=(torch.int32,))
+        scales = stored.get("scales", groups, out_features, dtypes=FLOATS).T
+        zeros = (_unpack_planes(qzeros, planes, out_features) if planes else unpack(qzeros, bits, out_features)).T
+        if self.version == "gptq":
+            _look_for_carries(stored, qzeros, bits, out_features)
+            zeros = (zeros.to(torch.int32) + 1) % 2**bits
+        group_of = columns_by_group(stored, "g_idx", in_features, group_size, groups)
+        codes = None
+        if planes:
+            codes = _unpack_planes(stream, planes, in_features)
+        elif group_of is not None:
+            codes = unpack(stream, bits, in_features)
+        return affine(
+            codes,
+            scales,
+            zeros,
+            bits=bits,
+            group_size=group_size,
+            in_features=in_features,
+            qweight=None if codes is not None else stream,
+            group_of=group_of,
+        )
+
+    def _options(self, path: str) -> dict[str, Any]:
+        """The config as it holds for one module."""
+        options = dict(self.config)
+        for pattern, changes in mapping(self.config.get("dynamic"), "dynamic").items():
+            if _matches(pattern.removeprefix("+:").removeprefix("-:"), path):
+                if pattern.startswith("-:"):
+                    raise CheckpointError(f"{path} is quantized, but the config's dynamic[{pattern!r}] leaves it dense")
+                return options | mapping(changes, f"dynamic[{pattern!r}]")
+        extra = mapping(self.config.get("extra_config"), "extra_config")  # AutoRound's way: by path
+        own = mapping(extra.get(path), f"extra_config[{path!r}]")
+        return options | {key: value for key, value in own.items() if value is not None}
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether the config's regular expression matches the beginning of a path. Raises CheckpointError for a bad one."""
+    try:
+        return match(pattern, path, PATTERN_SECONDS)
+    except TimeoutError as error:
+        raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] takes too long to match") from error
+    except (re.error, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] is no regular expression ({error})") from error
+
+
+def _unpack_planes(stream: Tensor, planes: tuple[int, ...], count: int) -> Tensor:
+    """gptq_p: [..., w] int32 -> codes [..., count] uint8. Of every 32 codes, planes of `width` words each."""
+    runs = stream.unflatten(-1, (-1, sum(planes)))  # [..., r, bits]
+    codes, shift = torch.zeros(*runs.shape[:-1], 32, dtype=torch.uint8), 0
+    for width, plane in zip(planes, runs.split(planes, -1), strict=True):
+        codes |= unpack(plane.contiguous(), width, 32) << shift
+        shift += width
+    return codes.flatten(-2)[..., :count]
+
+
+def _look_for_carries(stored: Module, qzeros: Tensor, bits: int, out_features: int) -> None:
+    """Warns of a mistake of old writers, who stored zero − 1 = −1 without cutting it: it fills its word to the top."""
+    if 32 % bits:
+        return
+    fields = unpack(qzeros, bits, qzeros.shape[1] * 32 // bits).unflatten(-1, (-1, 32 // bits))  # [G, w, fields]
+    full = fields == 2**bits - 1
+    to_the_top = full[..., :-1] <= full[..., 1:]  # whoever is full is followed by one that is full
+    if bool(full[..., :-1].any()) and bool(to_the_top.all()):
+        log.warning(
+            "%s: zero points of 0 seem to have overwritten their neighbours when this file was written; if the model "
+            "talks nonsense, that is why, and it has to be quantized again",
+            stored.path,
+        )

@@ -1,0 +1,71 @@
+"""The tensors of a folder's safetensors files, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..model.integrity import refuse_pickles, shards_of
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Name → tensor. The names are known at once, from the files' headers; a tensor is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {}
+        refuse_pickles(folder)
+        for path in shards_of(folder):
+            try:
+                file = safe_open(path, framework="pt")
+                names = list(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
+            self._files.update(dict.fromkeys(names, file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+class Module:
+    """The tensors of one module: those whose names begin with its path. It remembers which were asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        self._tensors, self.path = tensors, path
+        self.seen: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        self.seen.add(name)
+        return f"{self.path}.{name}" in self._tensors
+
+    def get(self, name: str, *shape: int | None, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+        """The tensor of that name. Raises CheckpointError unless shape (None: any size) and type are as expected."""
+        self.seen.add(name)
+        full = f"{self.path}.{name}"
+        if full not in self._tensors:
+            raise CheckpointError(f"the checkpoint is damaged: {full} is missing")
+        tensor = self._tensors[full]
+        fits = len(shape) == tensor.ndim and all(
+            want is None or want == size for want, size in zip(shape, tensor.shape, strict=True)
+        )
+        if shape and not fits:
+            expected = ["any" if size is None else size for size in shape]
+            raise CheckpointError(
+                f"the checkpoint is damaged: {full} has shape {list(tensor.shape)}, expected {expected}"
+            )
+        if dtypes and tensor.dtype not in dtypes:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {full} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}"
+            )
+        return tensor

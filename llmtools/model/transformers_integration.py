@@ -1,0 +1,487 @@
+"""Registration with transformers: ``from_pretrained`` opens our checkpoints, and quantizes on the fly.
+
+A checkpoint is a Hugging Face folder. Its ``config.json`` says, module by module, which quantizer made it, so that
+nothing has to be worked out again when it is opened:
+
+    "quantization_config": {"quant_method": "llmtools", "version": 1,
+      "quantizers": [{"name": "optq", "bits": 3, "group_size": 128}, …],
+      "modules": {"model.layers.0.self_attn.q_proj": 0, …}}
+
+Opening swaps those modules for `QuantizedLinear` on the meta device, whose tensors have the names, shapes and types
+that lie on the disk; transformers then loads them like any others. Only hooks that are the same from transformers
+5.16 to 5.23 are used, hence no weight converters. What transformers takes lightly we check ourselves, because a model
+with random numbers in it looks like a bad quantizer: a missing, misshapen or mistyped tensor, a truncated file, a
+newer format, an unknown quantizer each raise `CheckpointError`. The names in the file are looked up among registered
+quantizers; they can never import code.
+
+A process that has not imported llmtools knows nothing of all this, and would fill the layers with random numbers
+after a mere warning. So each quantized module also stores an empty tensor under the name of the missing weight; stock
+transformers stumbles over its shape and stops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..errors import CheckpointError, InputError, within
+from ..nn.adapters import dequantize
+from ..nn.linear import QuantizedLinear
+from ..nn.swap import aliases, computes_otherwise, quantized_linears, set_everywhere
+from ..options import fits, type_name
+from ..quant import Quantizer, TensorSpec, from_spec
+from .blocks import text_config
+from .integrity import Header, check_values, read_headers
+from .targets import Plan, base_quantizer
+
+METHOD = "llmtools"
+VERSION = 1
+"""Of the format. It moves only with a reader for the versions before it."""
+
+SENTINEL = "weight"
+"""The name of the empty tensor beside the packed ones: the one that stock transformers looks for."""
+
+# A reload of this module registers its classes anew; the decorators refuse a name that is taken.
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+
+
+@register_quantization_config(METHOD)
+class LLMToolsConfig(QuantizationConfigMixin):
+    """Which quantizer made which module; or, given a quantizer, the wish to quantize while a dense model is loaded.
+
+        AutoModelForCausalLM.from_pretrained(name, quantization_config=LLMToolsConfig("nf4", group_size=64))
+
+    Only quantizers that need no calibration data can work on the fly. `skip`, `overrides` and the options are those of
+    `llmtools.quantize`.
+    """
+
+    def __init__(
+        self,
+        quantizer: str | Quantizer | None = None,
+        *,
+        skip: Sequence[str] | None = None,
+        overrides: Mapping[str, Mapping[str, Any] | None] | None = None,
+        quantizers: Sequence[Mapping[str, Any]] = (),
+        modules: Mapping[str, int] | None = None,
+        origin: Mapping[str, Any] | None = None,
+        version: int = VERSION,
+        quant_method: str = METHOD,
+        **options: Any,
+    ) -> None:
+        if isinstance(version, bool) or not isinstance(version, int) or version > VERSION:
+            raise CheckpointError(
+                f"the checkpoint has format version {version!r}, this llmtools reads up to {VERSION}; upgrade llmtools"
+            )
+        if quant_method != METHOD:
+            raise CheckpointError(f"quantization_config: quant_method is {quant_method!r}, {METHOD!r} is expected")
+        for key, value, hint in (
+            ("quantizers", quantizers, list[dict[str, Any]]),
+            ("modules", modules, dict[str, int] | None),
+            ("origin", origin, dict[str, Any] | None),
+        ):
+            if not fits(value, hint):
+                raise CheckpointError(f"quantization_config: {key}={_shortened(value)}; {type_name(hint)} is expected")
+        self.quant_method = METHOD
+        self.version = VERSION
+        self.quantizers = [dict(spec) for spec in quantizers]
+        self.modules = dict(modules or {})
+        self.origin = dict(origin) if origin else None
+        """The quantization config of the checkpoint of others that this was opened from; nothing depends on it."""
+        self._wish = None if quantizer is None else _Wish.of(quantizer, skip, overrides, options)
+        if self._wish is None and options:
+            raise CheckpointError(f"quantization_config: unknown keys {', '.join(map(repr, sorted(options)))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds: JSON values only."""
+        told = {
+            "quant_method": self.quant_method,
+            "version": self.version,
+            "quantizers": [dict(spec) for spec in self.quantizers],
+            "modules": dict(self.modules),
+        }
+        return told | {"origin": dict(self.origin)} if self.origin else told
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    def describe(self, model: nn.Module) -> None:
+        """Fills `quantizers` and `modules` with what the model holds, in place."""
+        self.quantizers, self.modules = [], {}
+        for path, layer in quantized_linears(model).items():
+            spec = layer.quantizer.spec()
+            if spec not in self.quantizers:
+                self.quantizers.append(spec)
+            self.modules[path] = self.quantizers.index(spec)
+
+    def assignment(self) -> dict[str, Quantizer]:
+        """Module path → quantizer. Raises CheckpointError where a quantizer is unknown or the table is inconsistent."""
+        built = [_from_spec(spec) for spec in self.quantizers]
+        for path, index in self.modules.items():
+            if not 0 <= index < len(built):
+                raise CheckpointError(
+                    f"config.json is damaged: {path} refers to quantizer {index!r}, and there are {len(built)}"
+                )
+        return {path: built[index] for path, index in self.modules.items()}
+
+
+@register_quantizer(METHOD)
+class LLMToolsHfQuantizer(HfQuantizer):
+    """The hooks that transformers calls while it loads, saves and dequantizes a model."""
+
+    quantization_config: LLMToolsConfig
+    requires_calibration = False
+
+    def __init__(self, quantization_config: LLMToolsConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.assigned: dict[str, Quantizer] = {}
+        self.listed: dict[str, list[str]] = {}
+        self.failures: list[InputError] = []
+        self.stored: frozenset[str] = frozenset()
+
+    # ---- loading -------------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized and self.quantization_config._wish is None:
+            raise InputError(
+                'LLMToolsConfig names no quantizer; say which one, e.g. LLMToolsConfig("rtn", bits=4, group_size=64)'
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        _refuse_pickles(checkpoint_files)
+        _refuse_tensor_parallel(model)
+        if self.pre_quantized:
+            self._place_empty_layers(model, read_headers(checkpoint_files))
+        else:
+            wish = self.quantization_config._wish
+            assert wish is not None
+            self.assigned = wish.assignment(model)
+            self.listed = aliases(model)
+            _untie(model, self.assigned)
+
+    def _place_empty_layers(self, model: nn.Module, headers: Mapping[str, Header]) -> None:
+        self.stored = frozenset(headers)
+        problems: list[str] = []
+        of_module: dict[str, dict[str, Header]] = {}
+        for key, header in headers.items():
+            module, _, name = key.rpartition(".")
+            of_module.setdefault(module, {})[name] = header
+        listed = aliases(model)
+        for stored_path, chosen in self.quantization_config.assignment().items():
+            path = locate(model, stored_path)
+            if path is None:
+                continue
+            linear = model.get_submodule(path)
+            if not isinstance(linear, nn.Linear) or computes_otherwise(linear):
+                raise CheckpointError(
+                    f"{stored_path} is quantized in the checkpoint, but is a {type(linear).__name__} in this model"
+                )
+            expected = chosen.layout(linear.out_features, linear.in_features)
+            wrong = _mismatches(stored_path, expected, linear.bias is not None, of_module.get(stored_path, {}))
+            problems += wrong
+            if wrong:
+                continue
+            layer = QuantizedLinear.empty(linear, chosen, device="meta")
+            layer._is_hf_initialized = True
+            set_everywhere(model, path, layer, listed)
+            self.assigned[path] = chosen
+        _raise_for(problems)
+        _untie(model, self.assigned)
+        ignored = {re.escape(path) + rf"\.{SENTINEL}$" for path in self.assigned}
+        model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
+            *(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[misc]
+            *ignored,
+        }
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.failures:
+            raise self.failures[0]
+        layers = quantized_linears(model)
+        problems = [f"{path}.weight is missing" for path in self.assigned if path not in layers]
+        for path in self.assigned.keys() & layers.keys():
+            layer = layers[path]
+            for name, spec in layer.quantizer.layout(layer.out_features, layer.in_features).items():
+                complaint = self._complaint(path, name, layer.packed[name], spec.shape, spec.dtype)
+                if complaint:
+                    problems.append(f"{path}.{name} {complaint}")
+            if layer.bias is not None and (complaint := self._complaint(path, "bias", layer.bias)):
+                problems.append(f"{path}.bias {complaint}")
+            layer.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
+        _raise_for(sorted(problems))
+        check_values(model, "the checkpoint")
+        self.quantization_config.describe(model)
+        return model
+
+    def _complaint(
+        self, path: str, name: str, tensor: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
+    ) -> str | None:
+        # A tensor that waits on the disk (device_map "disk") is on the meta device here, and was not marked as loaded.
+        loaded = getattr(tensor, "_is_hf_initialized", False) or (tensor.is_meta and f"{path}.{name}" in self.stored)
+        if not loaded:
+            return "is missing"
+        if shape is not None and tuple(tensor.shape) != tuple(shape):
+            return f"has shape {list(tensor.shape)}, expected {list(shape)}"
+        if dtype is not None and tensor.dtype != dtype:
+            return f"is {tensor.dtype}, expected {dtype}"
+        return None
+
+    # ---- quantizing on the fly -----------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        path, _, name = param_name.rpartition(".")
+        return not self.pre_quantized and name == "weight" and path in self.assigned
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes an element will take, from which ``device_map="auto"`` reckons."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        layout = self.assigned[param_name.rpartition(".")[0]].layout(*param.shape)
+        stored = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in layout.values())
+        return stored / param.numel()
+
+    def get_quantize_ops(self) -> Any:
+        return _quantize_on_arrival(self)
+
+    # ---- saving, and back to dense -------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers saves the adapters alone, and knows how
+        wrapped = [path for path in quantized_linears(model) if path.endswith(".base_layer")]
+        if wrapped:
+            raise InputError(
+                f"the model carries adapters (at {wrapped[0].removesuffix('.base_layer')}), which would be mixed into "
+                "the checkpoint; save them with the PEFT model's save_pretrained, or merge them with llmtools.merge"
+            )
+        self.quantization_config.describe(model)
+        tensors: dict[str, Tensor] = dict(model.state_dict())
+        seen: set[int] = set()
+        for path, layer in quantized_linears(model).items():
+            for name in layer.packed:  # parts of a fused matrix share their codes; in a file each has its own
+                tensor = tensors[f"{path}.{name}"]
+                if tensor.numel() and tensor.data_ptr() in seen:
+                    tensors[f"{path}.{name}"] = tensor.clone()
+                seen.add(tensor.data_ptr())
+        for path in self.quantization_config.modules:
+            tensors[f"{path}.{SENTINEL}"] = torch.empty(0)
+        return tensors, {METHOD: str(VERSION)}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return dequantize(model, dtype)
+
+
+def attach(model: nn.Module) -> None:
+    """Tells a model that was quantized in place what it is, so that ``save_pretrained`` and the Trainer know.
+
+    A plain `nn.Module` without a Hugging Face config has nothing to be told.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not quantized_linears(model):
+        return
+    _untie(model, quantized_linears(model))
+    description = LLMToolsConfig()
+    description.describe(model)
+    config.quantization_config = description
+    config._is_quantized = True
+    marked: Any = model
+    marked.hf_quantizer = LLMToolsHfQuantizer(description)
+    marked.is_quantized = True
+    marked.quantization_method = METHOD
+
+
+def _untie(model: Any, paths: Collection[str]) -> None:
+    """Takes quantized layers, such as a head of its own, out of what transformers ties to other weights, in place.
+
+    config.json may say that the head is tied where the files hold one of its own.
+    """
+    targets = {f"{path}.weight" for path in paths}
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    wished = _wished_ties(model)
+    for target in targets & tied.keys():
+        del tied[target]
+    if wished and wished <= targets:
+        for config in {id(each): each for each in (model.config, text_config(model.config))}.values():
+            config.tie_word_embeddings = False
+
+
+def _wished_ties(model: Any) -> set[str]:
+    """The weights that the config says are tied to others."""
+    expanded = getattr(model, "get_expanded_tied_weights_keys", None)
+    return set(expanded(all_submodels=True)) if expanded is not None else set()
+
+
+# ---- quantizing on the fly -------------------------------------------------------------------------------------------
+
+
+class _Wish(NamedTuple):
+    """What the user asked `LLMToolsConfig` for."""
+
+    quantizer: Quantizer
+    skip: Sequence[str] | None
+    overrides: Mapping[str, Mapping[str, Any] | None]
+
+    @classmethod
+    def of(
+        cls,
+        chosen: str | Quantizer,
+        skip: Sequence[str] | None,
+        overrides: Mapping[str, Mapping[str, Any] | None] | None,
+        options: Mapping[str, Any],
+    ) -> _Wish:
+        base = base_quantizer(chosen, dict(options))
+        _refuse_calibrated([base])
+        return cls(base, skip, overrides or {})
+
+    def assignment(self, model: nn.Module) -> dict[str, Quantizer]:
+        """Path → quantizer, by the same plan as `llmtools.quantize`."""
+        plan = Plan.of(model, self.quantizer, self.overrides, self.skip)
+        _refuse_calibrated(plan.quantizers.values())
+        return plan.quantizers
+
+
+def _refuse_calibrated(chosen: Iterable[Quantizer]) -> None:
+    for each in chosen:
+        if each.needs_hessian:
+            raise InputError(
+                f"quantizer {each.spec()['name']!r} needs calibration data, which from_pretrained does not have; run "
+                "`llmtools quantize` (or llmtools.quantize) and open the folder it writes, or use one without data, "
+                "such as 'rtn' or 'nf4'"
+            )
+
+
+def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
+    """The loader's operation for a weight that has just been read: the linear that it belongs to is replaced by ours.
+
+    So at most one dense weight is alive at a time. The class is made here because the module with its base class is
+    still being imported when transformers' registry imports us.
+    """
+    from transformers.core_model_loading import ConversionOps
+
+    class QuantizeOnArrival(ConversionOps):
+        @torch.no_grad()
+        def convert(
+            self,
+            input_dict: dict[str, Any],
+            model: Any = None,
+            full_layer_name: str = "",
+            missing_keys: set[str] | None = None,
+            **kwargs: Any,
+        ) -> dict[str, Tensor]:
+            (value,) = input_dict.values()
+            weight = value[0] if isinstance(value, list) else value
+            path = full_layer_name.removesuffix(".weight")
+            linear = model.get_submodule(path)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            try:
+                with within(path):
+                    layer = QuantizedLinear.from_linear(linear, owner.assigned[path])
+            except InputError as error:  # the loader would bury it in a report; it is raised when loading has ended
+                owner.failures.append(error)
+            else:
+                for tensor in layer.parameters():
+                    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                layer._is_hf_initialized = True
+                set_everywhere(model, path, layer, owner.listed)
+            if missing_keys is not None:
+                missing_keys.discard(full_layer_name)
+            return {}
+
+        @property
+        def reverse_op(self) -> Any:
+            raise NotImplementedError("a quantized weight is saved packed")
+
+    return QuantizeOnArrival()
+
+
+# ---- integrity -------------------------------------------------------------------------------------------------------
+
+
+def _mismatches(
+    path: str, expected: Mapping[str, TensorSpec], has_bias: bool, found: Mapping[str, Header]
+) -> list[str]:
+    """How the tensors of one module in the files differ from its quantizer's layout; those that lack are seen later."""
+    if not found:  # without files, as where a state dict is given
+        return []
+    wrong = [
+        f"{path}.{name} {mismatch}"
+        for name, spec in expected.items()
+        if name in found and (mismatch := found[name].mismatch(spec.shape, spec.dtype))
+    ]
+    known = {*expected, SENTINEL, *(["bias"] if has_bias else [])}
+    surplus = sorted(found.keys() - known)
+    return wrong + [f"{path}.{name} is in the file and not in the layout of its quantizer" for name in surplus]
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
+
+
+def _refuse_pickles(files: Iterable[str] | None) -> None:
+    for file in files or ():
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(
+                f"{file} is not a safetensors file, and we unpickle nothing; convert the model first "
+                "(load it where you trust it and save_pretrained)"
+            )
+
+
+def _refuse_tensor_parallel(model: Any) -> None:
+    distributed = getattr(model.config, "distributed_config", None)
+    if (getattr(distributed, "tp_size", None) or 1) > 1:
+        raise InputError("tensor parallelism does not work with quantized layers yet; use device_map or FSDP")
+
+
+def locate(model: Any, path: str) -> str | None:
+    """Where a module of the checkpoint is in this model, which may be the bare decoder or wear another head."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (path, path.removeprefix(prefix), prefix + path):
+        try:
+            model.get_submodule(candidate)
+            return candidate
+        except AttributeError:
+            continue
+    if type(model).__name__ in (model.config.architectures or ()):
+        raise CheckpointError(f"config.json: the model has no module {path}; the folder's files do not belong together")
+    return None
+
+
+def _from_spec(spec: Mapping[str, Any]) -> Quantizer:
+    try:
+        return from_spec(dict(spec))
+    except InputError as error:
+        raise CheckpointError(
+            f"the checkpoint's quantizer {dict(spec)} cannot be made here: {error}. "
+            "If it comes from a plug-in, install it (or import the module that registers it) before loading"
+        ) from error
+
+
+def _raise_for(problems: Sequence[str]) -> None:
+    if problems:
+        shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+        raise CheckpointError(f"the checkpoint is damaged: {shown}. Copy it again, or quantize again")

@@ -1,0 +1,122 @@
+"""The older words mean today's options, and those without a successor say what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from llmtools.cli.main.legacy import GONE, OLD, accumulation, translated
+from llmtools.cli.main.main import main
+
+from llmtools.errors import InputError
+
+
+def today(verb: str, words: str) -> str:
+    return " ".join(translated(verb, words.split(), ["model", "bits", "group_size"]))
+
+
+def test_every_old_word_becomes_todays() -> None:
+    for verb, old, new in (
+        ("quantize", "--model M --bits 3 --groupsize 64 --save Q", "--model M --bits 3 --group_size 64 --out Q"),
+        (
+            "quantize",
+            "--dataset c4 --nsamples 128 --percdamp .01",
+            "--calibration c4 --samples 128 --options.damping .01",
+        ),
+        ("quantize", "--act-order --nearest", "--options.act_order true --quantizer rtn"),
+        ("quantize", "--act_order false --nearest=false", "--options.act_order false"),
+        ("quantize", "--wbits=4", "--bits 4"),
+        ("finetune", "--dataset d.json --adapter A", "--data d.json --out A --task alpaca"),
+        ("finetune", "--dataset d.json --data-type samsum", "--data d.json --task samsum"),
+        ("finetune", "--dataset d.json --task samsum", "--task samsum --data d.json"),
+        ("finetune", "--task=samsum --dataset d.json", "--task=samsum --data d.json"),
+        ("finetune", "--config samsum_lora --dataset d.json", "--config samsum_lora --data d.json"),
+        ("finetune", "--lora-out-dir A --ds_type alpaca", "--out A --task alpaca"),
+        (
+            "finetune",
+            "--mbatch_size 2 --batch_size 16",
+            "--training.per_device_train_batch_size 2 --training.gradient_accumulation_steps 8",
+        ),
+        (
+            "finetune",
+            "--batch_size 4",
+            "--training.gradient_accumulation_steps 4 --training.per_device_train_batch_size 1",
+        ),
+        (
+            "finetune",
+            "--epochs 3 --lr 2e-4 --cutoff_len 256 --warmup_steps 50",
+            "--training.num_train_epochs 3 --training.learning_rate 2e-4 --training.max_length 256 "
+            "--training.warmup_steps 50",
+        ),
+        ("finetune", "--lora_r 8 --lora_alpha 16 --lora_dropout 0.1", "--lora.r 8 --lora.alpha 16 --lora.dropout 0.1"),
+        (
+            "finetune",
+            "--val_set_size 0.2 --save_steps 5 --save_total_limit 3 --logging_steps 1",
+            "--validation 0.2 --training.save_steps 5 --training.save_total_limit 3 --training.logging_steps 1",
+        ),
+        ("finetune", "--resume_checkpoint --groupsize 64", "--resume true"),
+        ("generate", "--model M --max-length 20 --groupsize 64", "--model M --max_new_tokens 20"),
+        ("generate", "--model arch --weights Q --prompt x", "--prompt x --model Q"),
+        ("generate", "--model=arch --weights Q/model.safetensors", "--model Q"),
+        ("evaluate", "--nsamples 3", "--nsamples 3"),
+    ):
+        assert today(verb, old) == new, old
+
+
+def test_an_instruction_is_asked_in_alpacas_words() -> None:
+    words = translated("generate", ["--instruction", "Name {a} colour."], [])
+    assert words[0] == "--prompt"
+    assert "### Instruction:\nName {a} colour.\n\n### Response:" in words[1]
+    assert words[2:] == ["--raw", "true"]
+
+
+def test_todays_words_win_and_unknown_ones_pass() -> None:
+    assert translated("quantize", ["--save", "x"], ["save"]) == ["--save", "x"]
+    assert translated("quantize", ["--sae", "x", "--dry-run"], []) == ["--sae", "x", "--dry-run"]
+    assert not {new.partition("=")[0] for table in OLD.values() for new in table.values()} & set(GONE)
+
+
+def test_what_cannot_be_kept_says_what_to_do() -> None:
+    for verb, words, says in (
+        ("generate", "--tokenizer T", "in the model's folder"),
+        ("generate", "--top_k 50", "--top_p"),
+        ("generate", "--min-length 10", "not offered"),
+        ("generate", "--weights llama.pt", "pickled weights are not opened"),
+        ("quantize", "--groupsize", "a value is expected"),
+        ("quantize", "--groupsize --nearest", "a value is expected"),
+        ("quantize", "--nsamples 1 --nsamples 2", "given twice"),
+        ("finetune", "--batch_size 2 --mbatch_size 4", "smaller than one step"),
+        ("finetune", "--batch_size two", "whole numbers"),
+        ("finetune", "--batch_size ²", "whole numbers"),
+        ("finetune", f"--batch_size {'9' * 5000}", "whole numbers"),
+        ("finetune", "--val_set_size 2000", "share of the rows"),
+    ):
+        with pytest.raises(InputError, match=says):
+            today(verb, words)
+
+
+def test_batches_are_shared_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert accumulation(128, 4, 2) == 16
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "accumulation_steps 4" in today("finetune", "--batch_size 16 --mbatch_size 2")
+
+
+def test_old_commands_run(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"instruction": "Say hello.", "input": "", "output": f"Hello {n}!"} for n in range(4)]
+    data, q, a = tmp_path / "alpaca.json", tmp_path / "q", tmp_path / "a"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    words = f"quantize --model {stories} --save {q} --bits 4 --groupsize 32 --nearest"
+    assert main(words.split()) == 0
+    words = f"finetune --model {q} --dataset {data} --adapter {a} --mbatch_size 1 --batch_size 2 --epochs 1 --lora_r 2"
+    assert main(words.split()) == 0
+    run = json.loads((a / "run.json").read_text())
+    assert (run["recipe"]["task"], run["recipe"]["lora"]["r"], run["result"]["steps"]) == ("alpaca", 2, 2)
+    assert "| trained on | alpaca.json (task alpaca), examples 4, steps 2, seed 0 |" in (a / "README.md").read_text()
+    assert "| calibration data | none: the quantizer saw no data |" in (q / "README.md").read_text()
+    capsys.readouterr()
+    words = f"generate --model {stories} --weights {q} --adapter {a} --max-length 4 --instruction"
+    assert main([*words.split(), "Say hello."]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("Below is an instruction")
+    assert "older words: --weights --max_length --instruction" in shown.err

@@ -1,0 +1,203 @@
+"""What holds for every checkpoint of others: it opens like ours, trains, is saved as ours, and damage is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import llmtools
+from llmtools import CheckpointError
+from tests.formats import test_awq, test_bitsandbytes, test_compressed_tensors, test_gptq, test_hqq
+from tests.formats.writers import write
+from tests.models import tiny_ids
+
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gptq": (test_gptq.writer(3, act_order=True), test_gptq.config(3)),
+    "awq": (test_awq.gemm, test_awq.config()),
+    "bitsandbytes": (test_bitsandbytes.writer("fp4", 64, "usual"), test_bitsandbytes.CONFIG),
+    "hqq": (test_hqq.writer(2, 1), test_hqq.CONFIG),
+    "hqq axis 0": (test_hqq.writer(4, 0), test_hqq.CONFIG),
+    "compressed-tensors": (test_compressed_tensors.writer(4), test_compressed_tensors.config(4)),
+}
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(params=KINDS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    writer, config = KINDS[request.param]
+    write(tmp_path / "theirs", writer, config | {"a_key_of_theirs": {"kept": [1, 2]}})
+    return tmp_path / "theirs"
+
+
+@pytest.fixture
+def gptq(tmp_path: Path) -> Path:
+    write(tmp_path / "theirs", *KINDS["gptq"])
+    return tmp_path / "theirs"
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny_ids()).logits
+
+
+def test_it_is_saved_as_ours_and_remembers_where_it_came_from(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = llmtools.load(folder)
+    assert not model.training and model.name_or_path == str(folder)
+    back, _ = llmtools.load(llmtools.save(model, tokenizer, tmp_path / "ours"))
+    assert torch.equal(logits(back), logits(model))
+    told = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert told["quant_method"] == "llmtools" and told["origin"]["a_key_of_theirs"] == {"kept": [1, 2]}
+
+
+def test_adapters_train_on_it(folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, _ = llmtools.load(folder)
+    adapted = get_peft_model(llmtools.prepare_for_training(model), LoraConfig(target_modules="all-linear", r=2))
+    ids = tiny_ids()
+    losses = []
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(4):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_the_type_of_the_model_can_be_chosen(folder: Path) -> None:
+    model, _ = llmtools.load(folder, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and torch.isfinite(logits(model)).all()
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+UP = "model.layers.0.mlp.up_proj"
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a tensor is missing": (lambda t: t.pop(f"{UP}.scales"), "scales is missing"),
+    "a marker is missing": (lambda t: t.pop(f"{UP}.qweight"), "up_proj"),
+    "a norm is missing": (lambda t: t.pop("model.norm.weight"), r"model\.norm\.weight are missing"),
+    "wrong type": (
+        lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].float()}),
+        r"is torch\.float32, expected",
+    ),
+    "wrong shape": (lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:1].clone()}), "has shape"),
+    "an unknown module": (
+        lambda t: t.update({"model.layers.9.x.qweight": torch.zeros(1)}),
+        r"no module model\.layers\.9",
+    ),
+    "a bias": (lambda t: t.update({f"{UP}.bias": torch.ones(96)}), "has a bias in the file"),
+    "nothing packed": (
+        lambda t: [t.pop(name) for name in list(t) if "qweight" in name],
+        "no module has a tensor 'qweight'",
+    ),
+    "a norm of another shape": (
+        lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+        "does not fit its config.json",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_told(damage: str, gptq: Path) -> None:
+    change, complaint = DAMAGE[damage]
+    edit(gptq, change)
+    with pytest.raises(CheckpointError, match=complaint):
+        llmtools.load(gptq)
+
+
+def test_truncated_files_and_pickles_are_refused(gptq: Path) -> None:
+    content = (gptq / WEIGHTS).read_bytes()
+    (gptq / WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        llmtools.load(gptq)
+    (gptq / WEIGHTS).rename(gptq / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="unpickle nothing"):
+        llmtools.load(gptq)
+    (gptq / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"no .*safetensors file"):
+        llmtools.load(gptq)
+
+
+def test_old_names_of_the_file_and_shards_are_found(gptq: Path, tmp_path: Path) -> None:
+    expected = logits(llmtools.load(gptq)[0])
+    (gptq / WEIGHTS).rename(gptq / "gptq_model-3bit-32g.safetensors")
+    assert torch.equal(logits(llmtools.load(gptq)[0]), expected)
+
+    tensors = load_file(gptq / "gptq_model-3bit-32g.safetensors")
+    (gptq / "gptq_model-3bit-32g.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, gptq / file)
+    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
+    (gptq / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(logits(llmtools.load(gptq)[0]), expected)
+    (gptq / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"b\.safetensors of the index is missing"):
+        llmtools.load(gptq)
+
+
+def test_methods_that_nobody_knows_are_refused(gptq: Path) -> None:
+    config = json.loads((gptq / "config.json").read_text())
+    config["quantization_config"]["quant_method"] = "squeezed"
+    (gptq / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantized by 'squeezed', which neither"):
+        llmtools.load(gptq)
+
+
+SCALE_OF = {
+    "gptq": "scales",
+    "awq": "scales",
+    "bitsandbytes": "weight.nested_absmax",
+    "hqq": "zero",
+    "hqq axis 0": "scale",
+    "compressed-tensors": "weight_scale",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_that_are_none_and_tensors_too_many_are_refused(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "theirs", *KINDS[kind])
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    path = "model.layers.1.mlp.down_proj"
+    scales = tensors[f"{path}.{SCALE_OF[kind]}"].clone()
+    scales.view(-1)[-1] = float("nan")
+    for changed, message in (
+        ({f"{path}.{SCALE_OF[kind]}": scales}, "NaN or infinite"),
+        ({f"{path}.more": torch.zeros(2)}, r"down_proj\.more is in the file"),
+    ):
+        save_file(tensors | changed, tmp_path / "theirs" / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            llmtools.load(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        5, [], "gptq", {"quant_method": ["gptq"]}, {"quant_method": "nobody"},
+        {"quant_method": "gptq", "bits": 3, "dynamic": {"(a+)+$": 5}}, {"quant_method": "gptq", "bits": "x"},
+        {"quant_method": "gptq", "bits": 3, "dynamic": [1]}, {"quant_method": "awq", "bits": 4, "version": 5},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": 5}},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {"weights": [4]}}},
+        {"quant_method": "quip_sharp", "codebook": []},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_quantization_config_is_one_line(damage: Any, gptq: Path) -> None:
+    config = json.loads((gptq / "config.json").read_text()) | {"quantization_config": damage}
+    (gptq / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as said:
+        llmtools.load(gptq)
+    assert "\n" not in str(said.value)

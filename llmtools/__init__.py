@@ -1,9 +1,9 @@
 """Quantize a large language model to 4, 3 or 2 bits with any quantizer, and finetune LoRA adapters on top.
 
 Where the ideas live: `llmtools.quant` (what a quantizer is, and ours), `llmtools.nn` (a linear layer that
-materialises its weight only while it multiplies: ModuLoRA, arXiv:2309.16119), `llmtools.model` (walking a network,
-checkpoints), `llmtools.data`, `llmtools.recipes` and the command line. The names below are the ones most programs
-need:
+materialises its weight only while it multiplies: ModuLoRA, arXiv:2309.16119), `llmtools.model` (walking a network),
+`llmtools.formats` and `llmtools.checkpoint` (files), `llmtools.data`, `llmtools.recipes` and the command line. The
+names below are the ones most programs need:
 
     model = AutoModelForCausalLM.from_pretrained(name)
     report = llmtools.quantize(model, "optq", llmtools.calibration(text, tokenizer), bits=3, group_size=64)
@@ -46,21 +46,21 @@ if TYPE_CHECKING:
 _HOMES = {
     "CheckpointError": "errors",
     "InputError": "errors",
-    "LLMToolsConfig": "model.hub",
+    "LLMToolsConfig": "model.transformers_integration",
     "QuantizedLinear": "nn.linear",
     "Quantizer": "quant",
     "calibration": "data.calibration",
     "count_parameters": "nn.swap",
     "dequantize": "nn.adapters",
-    "load": "model.checkpoint",
+    "load": "checkpoint.folder",
     "merge": "nn.adapters",
     "perplexity": "data.metrics",
     "prepare_for_training": "nn.adapters",
-    "push_to_hub": "model.share",
+    "push_to_hub": "checkpoint.upload",
     "quantize": "model.quantize",
     "quantizer": "quant",
     "quantizers": "quant",
-    "save": "model.checkpoint",
+    "save": "checkpoint.folder",
     "tasks": "data.tasks",
 }
 """Public name → the module that defines it, imported on first use."""

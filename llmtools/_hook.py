@@ -6,8 +6,9 @@ registry that somebody has to fill. And ``import llmtools`` must stay light: ``l
 of a second, while transformers with torch takes seconds.
 
 So we wait. A finder in ``sys.meta_path`` looks at one name only, ``transformers.quantizers.auto``, the module that
-holds the registry. When somebody imports it, the module is executed as always, and then our `llmtools.model.transformers_integration`,
-which registers itself by the public decorators. If the registry is there already, that happens at once. Every route
+holds the registry. When somebody imports it, the module is executed as always, and then our
+`llmtools.model.transformers_integration`, which registers itself by the public decorators.
+If the registry is there already, that happens at once. Every route
 to ``from_pretrained`` imports the registry, so nobody can be too early or too late. The finder stays in place: it
 costs one string comparison per import, and serves a program that reloads transformers, too.
 """

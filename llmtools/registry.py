@@ -61,6 +61,12 @@ class Registry(Generic[T]):
         self._load_plugins()
         return sorted(self._entries)
 
+    def classes(self, *, plugins: bool = True) -> list[type[T]]:
+        """All classes in the order of their registration, those of plug-ins last, or not at all."""
+        if plugins:
+            self._load_plugins()
+        return list(self._entries.values())
+
     def _add(self, name: str, entry: type[T]) -> None:
         present = self._entries.get(name)
         if present is not None and (present.__module__, present.__qualname__) != (entry.__module__, entry.__qualname__):

@@ -19,13 +19,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
 from ..files import MARK, files_of, sort_metadata, writing
-from ..formats.reading import open_model, recognise
+from ..formats.reading import detect, open_model
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
 from ..model.architectures import auto_class
@@ -43,6 +44,7 @@ from ..model.integrity import (
 )
 from ..model.quantize import INCOMPLETE, Report
 from ..model.transformers_integration import METHOD, attach
+from ..nn.adapters import dequantize
 from ..nn.lora_init import Start
 from ..nn.swap import packed_bytes, quantized_linears
 from .model_card import write_card
@@ -76,6 +78,22 @@ def save(
         write(model, tokenizer, partial, report=report, max_shard_size=max_shard_size)
         write_card(partial, name=Path(folder).name, former=Path(folder).expanduser())
     return Path(folder)
+
+
+def save_dense(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: str | PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a model with its quantized layers decoded, as an ordinary Hugging Face folder; uses the model up.
+
+    dtype: of all weights; by default the model's own.
+    """
+    wanted = dtype if dtype is not None else getattr(model, "dtype", torch.float32)
+    return save(dequantize(model, wanted).to(wanted), tokenizer, folder, overwrite=overwrite)
 
 
 def write(
@@ -169,7 +187,7 @@ def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: 
 
 def _opened(name: str, config: Mapping[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
     """(model, transformers' loading info, whether the files are ours and of this very architecture)."""
-    foreign = recognise(name, options)
+    foreign = detect(name, options)
     if foreign is not None:
         return (*open_model(foreign, options), False)
     model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)

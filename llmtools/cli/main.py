@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import io
 import json
 import logging
@@ -22,7 +21,7 @@ import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..recipes.configs import with_packaged
@@ -31,127 +30,7 @@ from .arguments import check_numbers, read_arguments, with_declared
 from .legacy import translated
 from .passthrough import SUMMARIES as BORROWED
 from .passthrough import run as borrowed
-
-
-class Verb(NamedTuple):
-    """A recipe as a command: where it is, what it is for, how it is called."""
-
-    module: str
-    options: str
-    function: str
-    summary: str
-    example: str
-    positional: str | None = None
-    """the option that may be given without its name"""
-
-
-VERBS = {
-    "quantize": Verb(
-        "quantize",
-        "Quantize",
-        "quantize",
-        "quantize a model and write a checkpoint",
-        """\
-llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
-  --samples 64 --tokens 512 --out QDIR
-llmtools quantize --model DIR --quantizer nf4 --out QDIR
-llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
-    ),
-    "finetune": Verb(
-        "finetune",
-        "Finetune",
-        "finetune",
-        "train LoRA adapters on a model, quantized or not",
-        """\
-llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --lora.r 8 --lora.alpha 32 --training.max_steps 200
-llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200 --resume
-llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --training.num_train_epochs 1
-llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
-    ),
-    "evaluate": Verb(
-        "evaluate",
-        "Evaluate",
-        "evaluate",
-        "measure a model on a task: perplexity, or answers",
-        """\
-llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
-llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json
-llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --limit 100
-llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
-    ),
-    "generate": Verb(
-        "generate",
-        "Generate",
-        "generate",
-        "let a model write on from a prompt",
-        """\
-llmtools generate --model QDIR --adapter ADAPTER --prompt "Once upon a time"
-llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --seed 1 --json""",
-    ),
-    "export": Verb(
-        "export",
-        "Export",
-        "export",
-        "write a model or an adapter in a format of others",
-        """\
-llmtools export --model QDIR --format gptq_v2 --out GPTQ
-llmtools export --model QDIR --adapter ADAPTER --format dense --out MERGED
-llmtools export --adapter ADAPTER --format lora --out LORA""",
-    ),
-    "push": Verb(
-        "push",
-        "Push",
-        "push",
-        "share a model or an adapter on the Hugging Face hub",
-        """\
-llmtools push QDIR --repo owner/name --private
-llmtools push ADAPTER --repo owner/name --base_name owner/base --results scores.json --dry_run""",
-        positional="folder",
-    ),
-    "sweep": Verb(
-        "sweep",
-        "Sweep",
-        "sweep",
-        "quantize, finetune and measure in every combination, and draw the trade-off",
-        """\
-llmtools sweep sweep.yaml
-llmtools sweep sweep_demo --out demo-sweep
-llmtools sweep sweep_grid --model DIR --data.samsum FOLDER --data.mnli FOLDER --out grid
-llmtools sweep sweep.yaml --report_only""",
-        positional="config",
-    ),
-    "plan": Verb(
-        "plan",
-        "Plan",
-        "plan",
-        "say what a finetuning step will hold in memory",
-        """\
-llmtools plan --model DIR --quantizer optq --bits 2 --batch 1 --length 128
-llmtools plan --model owner/name --quantizer quip_sharp --device cuda --memory 24 --lora.r 16
-llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true --json""",
-    ),
-    "check": Verb(
-        "check",
-        "Check",
-        "check",
-        "run the laws of a quantizer over drawn weights",
-        """\
-llmtools check optq --options.bits 3
-llmtools check mypackage:MyQuantizer""",
-        positional="quantizer",
-    ),
-    "list": Verb(
-        "listing",
-        "List",
-        "listing",
-        "show quantizers, tasks and recipes, or the options of one",
-        """\
-llmtools list
-llmtools list optq""",
-        positional="name",
-    ),
-    "env": Verb("env", "Env", "env", "show versions, device, compiler, threads", "llmtools env --json"),
-}
+from .verbs import VERBS, Verb
 
 log = logging.getLogger(__name__)
 
@@ -246,8 +125,7 @@ def _run(args: list[str]) -> int:
     if name not in VERBS:
         raise InputError(f"no such command; {did_you_mean(name, [*VERBS, *BORROWED])}")
     verb = VERBS[name]
-    module = importlib.import_module(f".recipes.{verb.module}", __package__)
-    options = getattr(module, verb.options)
+    options = verb.recipe()
     if verb.positional and args and not args[0].startswith("-"):
         args = [f"--{verb.positional}", *args]
     as_json = "--json" in args
@@ -257,7 +135,7 @@ def _run(args: list[str]) -> int:
     recipe = _parse(_parser(name, verb, options), name, options, [arg for arg in args if arg != "--json"])
     if recipe is None:
         return 0
-    result = getattr(module, verb.function)(recipe)
+    result = verb.run(recipe)
     if as_json:
         ascii_only = not _is_unicode(sys.stdout)
         print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=ascii_only, default=str))

@@ -17,13 +17,16 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..kernels.bits import unpack
 from ..quant import Packed, Quantizer
-from .base import FLOATS, Format, affine, whole
+from .base import FLOATS, Format, affine, formats, whole
 from .tensors import Module
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
+@formats.register("awq")
 class AWQ(Format):
+    """AutoAWQ's files."""
+
     marker = "qweight"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -38,14 +41,14 @@ class AWQ(Format):
             raise CheckpointError(f"AWQ with {bits} bits is not read; 4 are")
 
     @classmethod
-    def recognise(cls, config: Mapping[str, Any]) -> bool:
+    def detect(cls, config: Mapping[str, Any]) -> bool:
         method = config.get("quant_method")
         return method == "awq" or (
             method in ("auto-round", "intel/auto-round")
             and config.get("packing_format") in ("auto_round:auto_awq", "auto_round:awq")
         )
 
-    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         asked = self.config.get("group_size", self.config.get("q_group_size", 128))
         group_size = whole({"group_size": asked}, "group_size")
         group_size = in_features if group_size < 1 else group_size

@@ -1,62 +1,177 @@
-"""What a format of others is: how its modules are told among the tensors, and what each becomes.
+"""What an external format is: how its checkpoints are detected, how a module is read, and how one is written.
+
+A format is one file here, a class that is registered under its name:
+
+    @formats.register("toy8")
+    class Toy8(Format):
+        marker = "codes"
+        limits = Limits(bits=(8,), whole_rows=True)
+
+        @classmethod
+        def detect(cls, config): ...                        # is this quantization config one of mine?
+        def read(self, stored, out_features, in_features): ...   # a module's tensors -> (quantizer, packed)
+        @classmethod
+        def write(cls, layer): ...                          # a uniform grid -> a module's tensors
+        @classmethod
+        def describe(cls, layers, dense): ...               # -> the quantization config
+
+Reading is exact, and so is writing: ``read(write(x)) = x`` (`laws.round_trip`). A format of another package is found by
+an entry point in the group ``llmtools.formats``; ``examples/llmtools-toy8`` is one.
 
 Shapes: out, in — features; G — groups in a row.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..kernels.bits import pack
+from ..nn.swap import quantized_linears
 from ..quant import Packed, Quantizer, UniformGrid
 from ..quant.grids.scalar import SCALE_TYPES
-from .tensors import Module
+from ..registry import Registry
+from .readers import readers_of
+from .tensors import Module, write_json, write_shards
+from .uniform import Limits, Requantized, Uniform, uniform_layers
 
 FLOATS = tuple(SCALE_TYPES.values())
 TYPE_NAMES = {dtype: name for name, dtype in SCALE_TYPES.items()}
 
 
+class Written(NamedTuple):
+    """What an export wrote."""
+
+    modules: int
+    """Number of quantized linears."""
+    requantized: list[Requantized]
+    """Those that the format could not hold exactly, with `lossy`."""
+    readers: tuple[str, ...]
+    """Programs that are known to read this one, of `readers.READERS`."""
+
+
+formats: Registry[Format] = Registry("format", "llmtools.formats")
+
+
 class Format(ABC):
     """A kind of checkpoint. One object reads one checkpoint; `config` is what that says of its quantization."""
 
+    name: ClassVar[str]
+    """Name in the registry, and on the command line where the format is written."""
     marker: ClassVar[str]
-    """The name of a tensor that every quantized module has, and no other."""
+    """Name of a tensor that every quantized module has, and no other."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Names of tensors that writers put beside the others, and that say nothing about the weight."""
+    limits: ClassVar[Limits | None] = None
+    """What its modules can hold; None for a format that is read only."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
 
     @classmethod
     @abstractmethod
-    def recognise(cls, config: Mapping[str, Any]) -> bool:
+    def detect(cls, config: Mapping[str, Any]) -> bool:
         """Whether checkpoints with this quantization config are of this format."""
 
     @abstractmethod
-    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
-        """The same weight in our terms, to the bit. Raises CheckpointError where the tensors are damaged."""
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+        """The same weight [out_features, in_features] as one of our quantizers and its tensors, to the bit.
+
+        Raises CheckpointError where the tensors are damaged.
+        """
 
     def parts(self, path: str) -> tuple[str, ...]:
         """The linears of the model whose weights, one above the other, are stored as the module at `path`."""
         return (path,)
 
-    def convert_parts(
+    def read_parts(
         self, stored: Module, out_features: Sequence[int], in_features: int
     ) -> list[tuple[Quantizer, Packed]]:
-        """`convert` for each of the parts, by their numbers of outputs."""
+        """`read` for each of the parts, by their numbers of outputs."""
         (whole,) = out_features
-        return [self.convert(stored, whole, in_features)]
+        return [self.read(stored, whole, in_features)]
 
     def modules(self, names: Iterable[str]) -> list[str]:
         """The paths of the quantized modules, in the order of the names."""
         end = f".{self.marker}"
         return [name.removesuffix(end) for name in names if name.endswith(end)]
+
+    @classmethod
+    def writes(cls) -> bool:
+        """Whether models can be written in this format."""
+        return cls.limits is not None
+
+    @classmethod
+    def write(cls, layer: Uniform) -> dict[str, Tensor]:
+        """The tensors of one linear, by their names below its path. The layer is within `limits`."""
+        raise NotImplementedError(f"{cls.__name__}.write")
+
+    @classmethod
+    def describe(cls, layers: Mapping[str, Uniform], dense: list[str]) -> dict[str, Any]:
+        """The ``quantization_config`` of a model with these layers; `dense` are the paths of the other linears."""
+        raise NotImplementedError(f"{cls.__name__}.describe")
+
+    @classmethod
+    def files(cls, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """What else readers look for in the folder: name -> contents as JSON. config: the quantization config."""
+        return {}
+
+    @classmethod
+    def write_model(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        folder: Path,
+        *,
+        lossy: bool = False,
+        reader: str | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> Written:
+        """Writes a model with quantized linears into a folder, as transformers lays it out.
+
+        Raises InputError for a layer that is not within `limits`, unless `lossy`, and for what `reader` does not take.
+        """
+        layers = quantized_linears(model)
+        assert cls.limits is not None, cls.name
+        uniform, requantized = uniform_layers(layers, cls.limits, lossy=lossy)
+        tensors = _others(model)
+        for path, layer in uniform.items():
+            tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in cls.write(layer).items()}
+        dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in layers]
+        inside = [path for path in dense if path.rpartition(".")[2] != "lm_head"]
+        readers = readers_of(cls.name, list(uniform.values()), inside, reader)
+        told: Any = model
+        config = copy.deepcopy(told.config)
+        config.quantization_config = cls.describe(uniform, dense)
+        config.save_pretrained(folder)
+        if told.can_generate():
+            told.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        write_shards(folder, tensors, max_shard_size)
+        for name, contents in cls.files(config.quantization_config).items():
+            write_json(folder / name, contents)
+        return Written(len(uniform), requantized, readers)
+
+
+def _others(model: nn.Module) -> dict[str, Tensor]:
+    """Everything that is not packed, each tensor once: of tied ones the first name stays."""
+    packed = {f"{path}.{name}" for path, layer in quantized_linears(model).items() for name in layer.packed}
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if name in packed or (tensor.numel() and tensor.data_ptr() in seen):
+            continue
+        seen.add(tensor.data_ptr())
+        kept[name] = tensor.contiguous()
+    return kept
 
 
 def affine(

@@ -27,22 +27,25 @@ from ..kernels.bits import pack, unpack
 from ..quant import Packed, Quantizer, TableGrid
 from ..quant.grids.codebook import DYNAMIC
 from ..quant.imported import TABLES
-from .base import Format, whole
+from .base import Format, formats, whole
 from .tensors import Module
 
 _STATE = "weight.quant_state.bitsandbytes__"
 
 
+@formats.register("bitsandbytes")
 class BitsAndBytes(Format):
+    """bitsandbytes' 4-bit files."""
+
     marker = "weight.quant_map"
 
     @classmethod
-    def recognise(cls, config: Mapping[str, Any]) -> bool:
+    def detect(cls, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "bitsandbytes" and bool(
             config.get("load_in_4bit", config.get("_load_in_4bit"))
         )
 
-    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         state = _state(stored)
         block, weights = whole(state, "blocksize"), out_features * in_features
         if block < 1 or list(state.get("shape") or ()) != [out_features, in_features]:

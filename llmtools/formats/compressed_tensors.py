@@ -19,14 +19,27 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.bits import unpack, words
+from ..kernels.bits import pack, unpack, words
 from ..quant import Packed, Quantizer
-from .base import FLOATS, Format, affine, columns_by_group, mapping, whole
+from .base import FLOATS, Format, affine, columns_by_group, formats, mapping, whole
 from .tensors import Module
+from .uniform import Limits, Uniform
+
+_VERSION = "0.18.0"
+"""The first whose 3-bit stream is dense, as ours is."""
 
 
+@formats.register("compressed-tensors")
 class CompressedTensors(Format):
+    """compressed-tensors' "pack-quantized" files."""
+
     marker = "weight_packed"
+    limits = Limits(
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        scale_types=(torch.float16, torch.bfloat16, torch.float32),
+        whole_groups=True,
+        any_order=False,  # "actorder: group" was taken out of compressed-tensors, and readers ignore weight_g_idx
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -47,13 +60,13 @@ class CompressedTensors(Format):
             raise CheckpointError("compressed-tensors: no config group with integer weights")
 
     @classmethod
-    def recognise(cls, config: Mapping[str, Any]) -> bool:
+    def detect(cls, config: Mapping[str, Any]) -> bool:
         method, packing = config.get("quant_method"), config.get("format")
         if method in ("auto-round", "intel/auto-round"):
             return config.get("packing_format") == "auto_round:llm_compressor" and packing == "pack-quantized"
         return method == "compressed-tensors" and packing == "pack-quantized"
 
-    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         if "weight_shape" in stored and stored.get("weight_shape").tolist() != [out_features, in_features]:
             raise CheckpointError(
                 f"the checkpoint is damaged: {stored.path}.weight_shape is {stored.get('weight_shape').tolist()}, the "
@@ -101,6 +114,47 @@ class CompressedTensors(Format):
         if len(found) > 1 and _before_dense(str(self.config.get("version") or "")):
             return found[-1]
         return found[0]
+
+    @classmethod
+    def write(cls, layer: Uniform) -> dict[str, Tensor]:
+        found = {
+            "weight_packed": pack(layer.codes, layer.bits),
+            "weight_scale": layer.scales,
+            "weight_shape": torch.tensor(layer.codes.shape, dtype=torch.int64),
+        }
+        if not layer.symmetric:
+            found["weight_zero_point"] = pack(layer.zeros.T.contiguous(), layer.bits).T
+        return found
+
+    @classmethod
+    def describe(cls, layers: Mapping[str, Uniform], dense: list[str]) -> dict[str, Any]:
+        """One group of modules for each kind of grid."""
+        kinds: dict[tuple[Any, ...], list[str]] = {}
+        for path, layer in layers.items():
+            row = layer.scales.shape[1] == 1
+            kind = (layer.bits, None if row else layer.group_size, layer.symmetric)
+            kinds.setdefault(kind, []).append(path)
+        groups = {}
+        for index, ((bits, group_size, symmetric), paths) in enumerate(kinds.items()):
+            weights = {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric,
+                "strategy": "group" if group_size else "channel",
+                "group_size": group_size,
+                "actorder": None,
+                "dynamic": False,
+            }
+            targets = ["Linear"] if len(kinds) == 1 else paths
+            groups[f"group_{index}"] = {"targets": targets, "weights": weights, "input_activations": None}
+        return {
+            "quant_method": "compressed-tensors",
+            "version": _VERSION,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": dense,
+        }
 
 
 def _padded_words(count: int, bits: int) -> int:

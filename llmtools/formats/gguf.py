@@ -16,21 +16,21 @@ from __future__ import annotations
 import json
 import logging
 import math
-from os import PathLike
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files import writing
 from ..nn.swap import quantized_linears
+from ..quant import Packed, Quantizer
+from .base import Format, Written, formats
 from .pretokenizer import rule_of
-from .uniform import Limits, Uniform, round_again, uniform_of
-
-if TYPE_CHECKING:
-    from .writing import Exported
+from .readers import readers_of
+from .tensors import Module
+from .uniform import Limits, Requantized, Uniform, requantized, uniform_of
 
 log = logging.getLogger(__name__)
 
@@ -40,43 +40,66 @@ ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3"
 _LOSSY = Limits(bits=(4,))
 
 
-def export(
-    model: nn.Module, tokenizer: Any, folder: str | PathLike[str], *, lossy: bool = False, overwrite: bool = False
-) -> Exported:
-    """Writes ``model.gguf`` into `folder`. Raises InputError for what GGUF cannot hold exactly, unless `lossy`."""
-    from .uniform import Rounded
-    from .writing import Exported
+@formats.register("gguf")
+class GGUF(Format):
+    """llama.cpp's files; written, not read."""
 
-    gguf = _package()
-    told: Any = model
-    config = told.config
-    if config.model_type not in ARCHITECTURES:
-        raise InputError(
-            f"GGUF of {config.model_type} is not written (but of {', '.join(ARCHITECTURES)}); export it with "
-            "--format dense and use llama.cpp's convert_hf_to_gguf.py"
-        )
-    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    layers, rounded = quantized_linears(model), []
-    blocks: dict[str, tuple[str, Tensor]] = {}
-    for path, layer in layers.items():
-        found = uniform_of(layer)
-        packed = found if isinstance(found, str) else as_blocks(_rotary_rows(found, path, config))
-        if isinstance(packed, str):
-            if not lossy:
-                raise InputError(
-                    f"{path}: {packed}; nothing was written. --lossy (lossy=True) rounds such layers again"
-                )
-            again, error = round_again(layer, _LOSSY)
-            rounded.append(Rounded(path, packed, error))
-            packed = as_blocks(_rotary_rows(again, path, config))
+    marker = "gguf"
+
+    @classmethod
+    def detect(cls, config: Mapping[str, Any]) -> bool:
+        return False
+
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+        raise NotImplementedError("GGUF files are not read")
+
+    @classmethod
+    def writes(cls) -> bool:
+        return True
+
+    @classmethod
+    def write_model(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        folder: Path,
+        *,
+        lossy: bool = False,
+        reader: str | None = None,
+        max_shard_size: str | int = "5GB",
+    ) -> Written:
+        """Writes ``model.gguf``. Raises InputError for what GGUF cannot hold exactly, unless `lossy`."""
+        readers = readers_of(cls.name, [], [], reader)
+        gguf = _package()
+        told: Any = model
+        config = told.config
+        if config.model_type not in ARCHITECTURES:
+            raise InputError(
+                f"GGUF of {config.model_type} is not written (but of {', '.join(ARCHITECTURES)}); export it with "
+                "--format dense and use llama.cpp's convert_hf_to_gguf.py"
+            )
+        arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+        names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        layers = quantized_linears(model)
+        changed: list[Requantized] = []
+        blocks: dict[str, tuple[str, Tensor]] = {}
+        for path, layer in layers.items():
+            found = uniform_of(layer)
+            packed = found if isinstance(found, str) else as_blocks(_rotary_rows(found, path, config))
             if isinstance(packed, str):
-                raise InputError(f"{path}: {packed}, and no rounding helps")
-        blocks[f"{path}.weight"] = packed
-    with writing(folder, overwrite=overwrite) as partial:
-        writer = gguf.GGUFWriter(partial / "model.gguf", gguf.MODEL_ARCH_NAMES[arch])
+                if not lossy:
+                    raise InputError(
+                        f"{path}: {packed}; nothing was written. --lossy (lossy=True) re-quantizes such layers"
+                    )
+                again, error = requantized(layer, _LOSSY)
+                changed.append(Requantized(path, packed, error))
+                packed = as_blocks(_rotary_rows(again, path, config))
+                if isinstance(packed, str):
+                    raise InputError(f"{path}: {packed}, and no rounding helps")
+            blocks[f"{path}.weight"] = packed
+        writer = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[arch])
         _write_metadata(gguf, writer, config)
-        _write_words(gguf, writer, tokenizer, partial, config)
+        _write_words(gguf, writer, tokenizer, folder, config)
         own = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
         dense = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
         if config.tie_word_embeddings:
@@ -95,7 +118,7 @@ def export(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    return Exported(Path(folder), "gguf", len(layers), rounded)
+        return Written(len(layers), changed, readers)
 
 
 def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:

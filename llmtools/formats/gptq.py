@@ -17,18 +17,20 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.bits import unpack, words
+from ..kernels.bits import pack, unpack, words
 from ..limits import PATTERN_SECONDS, match
 from ..quant import Packed, Quantizer
-from .base import FLOATS, Format, affine, columns_by_group, mapping, whole
+from .base import FLOATS, Format, affine, columns_by_group, formats, mapping, whole
 from .tensors import Module
+from .uniform import Limits, Uniform
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,13 @@ PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
 _AUTOROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round:gptq": "gptq"}
 
 
+@formats.register("gptq")
 class GPTQ(Format):
+    """GPTQ's files of all versions; written as version 1."""
+
     marker = "qweight"
+    limits = Limits(bits=(2, 3, 4, 8), zero_codes=False)
+    written_version: ClassVar[str] = "gptq"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -58,13 +65,13 @@ class GPTQ(Format):
         self.version = version
 
     @classmethod
-    def recognise(cls, config: Mapping[str, Any]) -> bool:
+    def detect(cls, config: Mapping[str, Any]) -> bool:
         method = config.get("quant_method")
         return method == "gptq" or (
             method in ("auto-round", "intel/auto-round") and config.get("packing_format") in _AUTOROUND
         )
 
-    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         options = self._options(stored.path)
         bits, group_size = whole(options, "bits"), whole(options, "group_size", -1)
         if bits not in range(2, 9):
@@ -111,6 +118,66 @@ class GPTQ(Format):
         extra = mapping(self.config.get("extra_config"), "extra_config")  # AutoRound's way: by path
         own = mapping(extra.get(path), f"extra_config[{path!r}]")
         return options | {key: value for key, value in own.items() if value is not None}
+
+    @classmethod
+    def write(cls, layer: Uniform) -> dict[str, Tensor]:
+        in_features = layer.codes.shape[1]
+        zeros = layer.zeros.to(torch.int32) - int(cls.written_version == "gptq")
+        natural = torch.arange(in_features, device=layer.codes.device) // layer.group_size
+        return {
+            "qweight": pack(layer.codes, layer.bits).T,
+            "qzeros": pack(zeros.T.contiguous(), layer.bits),
+            "scales": layer.scales.T,
+            "g_idx": (natural if layer.group_of is None else layer.group_of).to(torch.int32),
+        }
+
+    @classmethod
+    def describe(cls, layers: Mapping[str, Uniform], dense: list[str]) -> dict[str, Any]:
+        """What most layers have, and under `dynamic` the rest, one pattern a module."""
+        options = {path: _options_of(layer) for path, layer in layers.items()}
+        common, _ = Counter(options.values()).most_common(1)[0]
+        dynamic: dict[str, dict[str, Any]] = {}
+        for path in dense:
+            if path.rpartition(".")[2] != "lm_head":
+                dynamic[f"-:^{re.escape(path)}$"] = {}
+        for path, own in options.items():
+            if own != common:
+                dynamic[f"+:^{re.escape(path)}$"] = _as_json(own)
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": cls.written_version,
+            "pack_dtype": "int32",
+            "lm_head": any(path.rpartition(".")[2] == "lm_head" for path in layers),
+            **_as_json(common),
+            **({"dynamic": dynamic} if dynamic else {}),
+            "meta": {"quantizer": ["llmtools"]},
+        }
+
+    @classmethod
+    def files(cls, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        return {"quantize_config.json": config}
+
+
+@formats.register("gptq_v2")
+class GPTQv2(GPTQ):
+    """Written as version 2, whose zero points may be 0; `GPTQ` reads it."""
+
+    limits = Limits(bits=(2, 3, 4, 8))
+    written_version = "gptq_v2"
+
+    @classmethod
+    def detect(cls, config: Mapping[str, Any]) -> bool:
+        return False
+
+
+def _options_of(layer: Uniform) -> tuple[int, int, bool, bool]:
+    in_features = layer.codes.shape[1]
+    group_size = -1 if layer.group_size >= in_features else layer.group_size
+    return layer.bits, group_size, layer.symmetric, layer.group_of is not None
+
+
+def _as_json(options: tuple[int, int, bool, bool]) -> dict[str, Any]:
+    return dict(zip(("bits", "group_size", "sym", "desc_act"), options, strict=True))
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -20,14 +20,17 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..kernels.bits import pack
 from ..quant import ColumnGrid, Packed, Quantizer
-from .base import FLOATS, TYPE_NAMES, Format, affine
+from .base import FLOATS, TYPE_NAMES, Format, affine, formats
 from .tensors import Module
 
 _FIELDS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
 """packing → bits of a field, fields in a word."""
 
 
+@formats.register("hqq")
 class HQQ(Format):
+    """HQQ's files."""
+
     marker = "W_q"
     unused = (
         "channel_wise", "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "round_zero",
@@ -35,10 +38,10 @@ class HQQ(Format):
     )  # fmt: skip
 
     @classmethod
-    def recognise(cls, config: Mapping[str, Any]) -> bool:
+    def detect(cls, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "hqq"
 
-    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         packing = bytes(stored.get("packing", None, dtypes=(torch.uint8,)).tolist()).decode(errors="replace")
         if packing not in _FIELDS:
             raise CheckpointError(f"{stored.path}: HQQ packing {packing!r} is not read; {', '.join(_FIELDS)} are")

@@ -24,7 +24,7 @@ from ..errors import CheckpointError
 from ..options import fits
 from ..quant import FusedLattice, Packed, Quantizer
 from ..quant.presets import QuIPSharp
-from .base import Format
+from .base import Format, formats
 from .tensors import Module
 
 QUIP_PARAMS = "quip_params"
@@ -34,7 +34,10 @@ BOOKS = {"E8P12": (2, 7), "E8P12RVQ3B": (3, 18), "E8P12RVQ4B": (4, 17)}
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
 
 
+@formats.register("quip_sharp")
 class QuIPSharpFiles(Format):
+    """QuIP#'s files."""
+
     marker = "Qidxs"
     unused = ("scaleWH", "A", "B", "ocs_dupe_inds")
 
@@ -53,18 +56,18 @@ class QuIPSharpFiles(Format):
         self.residual_scale = override if self.bits > 2 and override > 0 else None
 
     @classmethod
-    def recognise(cls, config: Mapping[str, Any]) -> bool:
+    def detect(cls, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "quip_sharp"
 
     def parts(self, path: str) -> tuple[str, ...]:
         parent, _, name = path.rpartition(".")
         return tuple(f"{parent}.{part}" for part in FUSED.get(name, (name,)))
 
-    def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
-        (converted,) = self.convert_parts(stored, [out_features], in_features)
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+        (converted,) = self.read_parts(stored, [out_features], in_features)
         return converted
 
-    def convert_parts(
+    def read_parts(
         self, stored: Module, out_features: Sequence[int], in_features: int
     ) -> list[tuple[Quantizer, Packed]]:
         total = sum(out_features)

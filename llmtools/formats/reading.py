@@ -1,9 +1,9 @@
-"""Checkpoints of others: opened as ours, exact to the bit, so that they finetune and export like ours.
+"""Third-party checkpoints opened as ours, exact to the bit, so that they finetune and export like ours.
 
-`llmtools.load(folder)` recognises them by what their config says. Each quantized module is translated into one of our
+`llmtools.load(folder)` detects them by what their config says. Each quantized module is translated into one of our
 quantizers and its tensors (one file a format here), and the result goes through the same door as our own checkpoints,
-with the same checks: `llmtools.save` writes it as one of ours. What the foreign config said is kept, all of it, under
-"origin" in ``config.json``.
+with the same checks: `llmtools.save` writes it as one of ours. What the third-party config said is kept, all of it,
+under "origin" in ``config.json``.
 
 transformers opens some of these formats as well, with the peers' packages, and keeps doing so:
 ``AutoModelForCausalLM.from_pretrained`` of such a folder is theirs. What is not listed here is left to it.
@@ -27,38 +27,31 @@ from ..model.transformers_integration import METHOD, LLMToolsConfig, locate
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import computes_otherwise, quantized_linears
 from ..quant import Packed, Quantizer
-from .awq import AWQ
-from .base import Format, mapping
-from .bitsandbytes import BitsAndBytes
-from .compressed_tensors import CompressedTensors
-from .gptq import GPTQ
-from .hqq import HQQ
-from .quip_sharp import QUIP_PARAMS, QuIPSharpFiles
+from .base import Format, formats, mapping
+from .quip_sharp import QUIP_PARAMS
 from .tensors import Module, Tensors
-
-FORMATS: tuple[type[Format], ...] = (GPTQ, AWQ, BitsAndBytes, HQQ, CompressedTensors, QuIPSharpFiles)
 
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's, where config.json says nothing
 _HUB_OPTIONS = ("revision", "token", "cache_dir")
 
 
-class Foreign(NamedTuple):
-    """A checkpoint of others: where it is, and how it is read."""
+class External(NamedTuple):
+    """A third-party checkpoint: where it is, and how it is read."""
 
     folder: Path
     format: Format
 
 
-def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
+def detect(name: str, options: Mapping[str, Any]) -> External | None:
     """The checkpoint of others at this folder or hub name; None where it is ours, dense, or left to transformers."""
     folder = Path(name)
     if not folder.exists():
         return _from_hub(name, options)
     config = config_of(folder)
     quantization = quantization_config(config, folder)
-    found = next((kind for kind in FORMATS if kind.recognise(quantization)), None) if quantization else None
+    found = format_of(quantization)
     if found is not None:
-        return Foreign(folder, found(quantization))
+        return External(folder, found(quantization))
     method = quantization.get("quant_method") if quantization else METHOD
     if method == "bitsandbytes":  # int8; transformers lists it by the width
         method = (
@@ -69,6 +62,17 @@ def recognise(name: str, options: Mapping[str, Any]) -> Foreign | None:
     if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(f"{folder} is quantized by {method!r}, which neither llmtools nor transformers can read")
     return None
+
+
+def format_of(quantization: Mapping[str, Any]) -> type[Format] | None:
+    """The format of checkpoints with this quantization config; None where there is none, or it is nobody's here.
+
+    Plug-ins are asked about methods that neither llmtools nor transformers reads.
+    """
+    if not quantization or quantization.get("quant_method") == METHOD:
+        return None
+    known = quantization.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
+    return next((kind for kind in formats.classes(plugins=not known) if kind.detect(quantization)), None)
 
 
 def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
@@ -85,7 +89,7 @@ def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -
     return {}
 
 
-def open_model(found: Foreign, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(model in eval mode, transformers' loading info). options as for ``AutoModelForCausalLM.from_pretrained``."""
     from transformers import AutoConfig, GenerationConfig
 
@@ -131,7 +135,7 @@ def translate(
         if len(linears) < len(located):
             continue
         with within(stored_path), opening(f"the checkpoint is damaged: {stored_path}"):
-            converted = form.convert_parts(
+            converted = form.read_parts(
                 stored, [linear.out_features for linear in linears.values()], next(iter(linears.values())).in_features
             )
         for (path, linear), (quantizer, packed) in zip(linears.items(), converted, strict=True):
@@ -208,7 +212,7 @@ def _description(assigned: Mapping[str, Quantizer], origin: Mapping[str, Any]) -
     return LLMToolsConfig(quantizers=specs, modules=modules, origin=origin)
 
 
-def _from_hub(name: str, options: Mapping[str, Any]) -> Foreign | None:
+def _from_hub(name: str, options: Mapping[str, Any]) -> External | None:
     """A hub name's folder in the cache, downloaded if need be, if its config is one of ours to translate."""
     from huggingface_hub import snapshot_download
     from transformers import PreTrainedConfig
@@ -219,7 +223,7 @@ def _from_hub(name: str, options: Mapping[str, Any]) -> Foreign | None:
     except (OSError, ValueError):
         return None  # transformers will say what is wrong with the name
     quantization = quantization_config(config)
-    if quantization.get("quant_method") == METHOD or not any(kind.recognise(quantization) for kind in FORMATS):
+    if quantization.get("quant_method") == METHOD or format_of(quantization) is None:
         return None
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-    return recognise(snapshot_download(name, allow_patterns=wanted, **where), options)
+    return detect(snapshot_download(name, allow_patterns=wanted, **where), options)

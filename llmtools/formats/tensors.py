@@ -1,12 +1,16 @@
-"""The tensors of a folder's safetensors files, read one at a time."""
+"""The tensors of a folder's safetensors files: read one at a time, written in shards."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -69,3 +73,20 @@ class Module:
                 f"the checkpoint is damaged: {full} is {tensor.dtype}, expected {' or '.join(map(str, dtypes))}"
             )
         return tensor
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str | int) -> None:
+    """Writes tensors as ``model*.safetensors``, with an index where they are more than one file."""
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": split.metadata, "weight_map": split.tensor_to_filename},
+        )
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes indented JSON with an end of line."""
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

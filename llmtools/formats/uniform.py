@@ -50,10 +50,14 @@ class Limits:
     """a zero point may be 0"""
     any_order: bool = True
     """groups may be of columns in any order"""
+    whole_rows: bool = False
+    """a row has one scale"""
+    symmetric_only: bool = False
+    """zero points are the middle code"""
 
 
-class Rounded(NamedTuple):
-    """A layer that was rounded again: where, why, and |W' − W| / |W| of that."""
+class Requantized(NamedTuple):
+    """A layer that was re-quantized: where, why, and |W' − W| / |W| of that."""
 
     path: str
     reason: str
@@ -62,22 +66,22 @@ class Rounded(NamedTuple):
 
 def uniform_layers(
     layers: Mapping[str, QuantizedLinear], limits: Limits, *, lossy: bool
-) -> tuple[dict[str, Uniform], list[Rounded]]:
+) -> tuple[dict[str, Uniform], list[Requantized]]:
     """Every layer as a uniform grid within the limits. Raises InputError for the first that is none, unless lossy."""
     found: dict[str, Uniform] = {}
-    rounded: list[Rounded] = []
+    changed: list[Requantized] = []
     for path, layer in layers.items():
         uniform = uniform_of(layer)
-        reason = uniform if isinstance(uniform, str) else complaint(uniform, limits)
+        reason = uniform if isinstance(uniform, str) else mismatch(uniform, limits)
         if reason is None:
             assert isinstance(uniform, Uniform)
             found[path] = uniform
             continue
         if not lossy:
-            raise InputError(f"{path}: {reason}; nothing was written. --lossy (lossy=True) rounds such layers again")
-        found[path], error = round_again(layer, limits)
-        rounded.append(Rounded(path, reason, error))
-    return found, rounded
+            raise InputError(f"{path}: {reason}; nothing was written. --lossy (lossy=True) re-quantizes such layers")
+        found[path], error = requantized(layer, limits)
+        changed.append(Requantized(path, reason, error))
+    return found, changed
 
 
 def uniform_of(layer: QuantizedLinear) -> Uniform | str:
@@ -114,7 +118,7 @@ def _parts(quantizer: Quantizer) -> tuple[Affine | None, object]:
     return quantizer.grid, quantizer.basis
 
 
-def complaint(layer: Uniform, limits: Limits) -> str | None:
+def mismatch(layer: Uniform, limits: Limits) -> str | None:
     """Why the format cannot hold this grid exactly; None where it can."""
     in_features = layer.codes.shape[1]
     if layer.bits not in limits.bits:
@@ -123,6 +127,10 @@ def complaint(layer: Uniform, limits: Limits) -> str | None:
         return f"the format has no {layer.scales.dtype} scales"
     if limits.whole_groups and in_features % layer.group_size:
         return f"the format wants group_size={layer.group_size} to divide the {in_features} columns"
+    if limits.whole_rows and layer.group_size < in_features:
+        return "the format has one scale a row: quantize with --group_size -1"
+    if limits.symmetric_only and not layer.symmetric:
+        return "the format has no zero points: quantize with --options.symmetric true"
     if not limits.any_order and layer.group_of is not None:
         return "its groups are of columns in another order (gptq_v2 has that)"
     if not limits.zero_codes and bool((layer.zeros == 0).any()):
@@ -130,7 +138,7 @@ def complaint(layer: Uniform, limits: Limits) -> str | None:
     return None
 
 
-def round_again(layer: QuantizedLinear, limits: Limits) -> tuple[Uniform, float]:
+def requantized(layer: QuantizedLinear, limits: Limits) -> tuple[Uniform, float]:
     """The layer rounded to nearest on a symmetric grid that every limit allows, and the relative error of that."""
     wanted = getattr(layer.quantizer, "bits", 4)
     bits = wanted if wanted in limits.bits else min(b for b in limits.bits if b >= 4)

@@ -139,7 +139,7 @@ def later(default: Any) -> Any:
 class Learner(ABC):
     """A weight whose stored form is still being learned: `weight` is differentiable, `step` descends, `packed` ends it.
 
-    Whoever trains it (`model/reconstruct.py` with the outputs of a block) calls `weight`, runs backward, and calls `step`,
+    Whoever trains it (`model/reconstruct.py` with a block's outputs) calls `weight`, runs backward, and calls `step`,
     `steps` times in all.
     """
 

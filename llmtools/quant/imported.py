@@ -9,7 +9,7 @@
 | `quip_sharp_rows`| rows of a matrix that was rotated with others    | QuIP#                              |
 
 They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export need to know nothing
-of where a layer came from. Asked to quantize, each rounds to nearest. The translations are in `llmtools.formats.reading`.
+of where a layer came from. Asked to quantize, each rounds to nearest. The translations are in `llmtools.formats`.
 
 Shapes: out, in — features; P = ceil(out / group_size) rows of scales of `affine_columns`.
 """

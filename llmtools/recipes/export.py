@@ -1,4 +1,4 @@
-"""Write a model, or an adapter, in a format of others."""
+"""Write a model or an adapter in an external format."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 from ..errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)
-
-FORMATS = ("compressed-tensors", "gptq", "gptq_v2", "gguf", "dense", "lora")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Export:
     dtype: str | None = None
     """type of dense weights: float32, float16 or bfloat16; by default the model's own"""
     lossy: bool = False
-    """round again what the format cannot hold exactly, instead of refusing it"""
+    """re-quantization of what the format cannot hold exactly, instead of refusing it"""
     overwrite: bool = False
     """replace the output folder if there is one"""
     plugin: str | list[str] | None = None
@@ -47,22 +45,22 @@ class Export:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """Where the result lies, and what was rounded again, if anything."""
+    """Where the result lies, and what was re-quantized, if anything."""
 
     out: str
     format: str
     modules: int
-    rounded: list[dict[str, Any]] = field(default_factory=list)
+    requantized: list[dict[str, Any]] = field(default_factory=list)
     readers: list[str] = field(default_factory=list)
     """programs that are known to read it"""
 
     def __str__(self) -> str:
         lines = [
-            f"{one['path']}: {one['reason']}; rounded again, relative error {one['relative_error']:.2g}"
-            for one in self.rounded
+            f"{one['path']}: {one['reason']}; re-quantized, relative error {one['relative_error']:.2g}"
+            for one in self.requantized
         ]
         what = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
-        exact = "" if self.format in ("dense", "lora") or self.rounded else ", exact"
+        exact = "" if self.format in ("dense", "lora") or self.requantized else ", exact"
         read = f"; known to be read by {', '.join(self.readers)}" if self.readers else ""
         return "\n".join([*lines, f"{self.out}: {what}{exact}{read}"])
 
@@ -73,8 +71,7 @@ def export(recipe: Export) -> ExportedModel:
     from ..model.adapter_files import check_adapter
     from .loading import import_plugins, model_and_adapter, quiet_libraries
 
-    if recipe.format not in FORMATS:
-        raise InputError(f"no format {recipe.format!r}; {did_you_mean(recipe.format, FORMATS)}")
+    _check_format(recipe)
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
         raise InputError(
             f"an adapter cannot be merged into packed weights (format {recipe.format}); use --format dense for a "
@@ -97,8 +94,18 @@ def export(recipe: Export) -> ExportedModel:
         return _export_model(recipe, name, adapter)
 
 
+def _check_format(recipe: Export) -> None:
+    """Raises InputError, with the nearest name, for a format that nothing is written in, and a reader not known."""
+    from ..formats.writing import check_reader, writable
+
+    if recipe.format not in (known := [*writable(), "dense", "lora"]):
+        raise InputError(f"no format {recipe.format!r}; {did_you_mean(recipe.format, known)}")
+    check_reader(recipe.reader)
+
+
 def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedModel:
-    from ..checkpoint.folder import save
+    from ..checkpoint.folder import save, save_dense
+    from ..formats.readers import readers_of
     from ..formats.writing import export as export_model
     from ..nn.adapters import merge
     from ..nn.swap import quantized_linears
@@ -118,10 +125,21 @@ def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedMod
         merged = merge(model, dtype).to(dtype)
         save(merged, tokenizer, recipe.out, overwrite=recipe.overwrite)
         return ExportedModel(recipe.out, recipe.format, modules)
-    options = {"lossy": recipe.lossy, "overwrite": recipe.overwrite, "dtype": dtype, "reader": recipe.reader}
-    done = export_model(model, tokenizer, recipe.out, recipe.format, **options)
-    rounded = [one._asdict() for one in done.rounded]
-    return ExportedModel(recipe.out, recipe.format, done.modules, rounded, list(done.readers))
+    if recipe.format == "dense":
+        modules, readers = len(quantized_linears(model)), list(readers_of("dense", [], [], recipe.reader))
+        save_dense(model, tokenizer, recipe.out, dtype=dtype, overwrite=recipe.overwrite)
+        return ExportedModel(recipe.out, recipe.format, modules, readers=readers)
+    done = export_model(
+        model,
+        tokenizer,
+        recipe.out,
+        recipe.format,
+        lossy=recipe.lossy,
+        overwrite=recipe.overwrite,
+        reader=recipe.reader,
+    )
+    requantized = [one._asdict() for one in done.requantized]
+    return ExportedModel(recipe.out, recipe.format, done.modules, requantized, list(done.readers))
 
 
 def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:
@@ -160,7 +178,7 @@ def _dtype(recipe: Export) -> Any:
 
 
 def _export_lora(recipe: Export) -> ExportedModel:
-    from ..formats.writing import export_adapter
+    from ..formats.lora import export_adapter
     from .loading import open_model
 
     assert recipe.adapter is not None

@@ -146,7 +146,7 @@ def _decode_ourselves(model: Any) -> None:
             decoded = Decoded(layer.in_features, layer.out_features, bias=False, quant_type=layer.weight.quant_type)
         decoded.weight, decoded.bias, decoded.quant_state = layer.weight, layer.bias, layer.quant_state
         shape = layer.out_features, layer.in_features
-        decoded.quantizer, decoded.translated = BitsAndBytes({}).convert(Module(stored, path), *shape)
+        decoded.quantizer, decoded.translated = BitsAndBytes({}).read(Module(stored, path), *shape)
         set_module(model, path, decoded.train(layer.training))
     if misread:
         log.warning(

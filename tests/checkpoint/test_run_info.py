@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llmtools.cli.main.main import main
 
 from llmtools.checkpoint.run_info import as_json, command, record, write_json
 from llmtools.checkpoint.run_info import given as given_of
+from llmtools.cli.main import main
 from llmtools.recipes.finetune import Finetune, Lora
 from llmtools.redaction import is_secret, redacted
 from llmtools.sweep.runner import Sweep, as_yaml

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from llmtools.cli.main.main import main
 
 import llmtools
+from llmtools.cli.main import main
 from tests.hub import Hub
 from tests.models import tiny_model
 

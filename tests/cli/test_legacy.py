@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from llmtools.cli.main.legacy import GONE, OLD, accumulation, translated
-from llmtools.cli.main.main import main
 
+from llmtools.cli.main import main
 from llmtools.errors import InputError
 
 

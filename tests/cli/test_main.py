@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmtools.cli.main.main import VERBS, main
+
+from llmtools.cli.main import VERBS, main
 
 QUANTIZER = '''
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def test_a_plug_in_is_checked_quantizes_and_loads(
     command = [
         sys.executable,
         "-m",
-        "llmtools.cli.main",
+        "llmtools",
         "generate",
         "--model",
         "q",
@@ -246,12 +247,11 @@ def test_help_shows_examples_and_imports_nothing_heavy(verb: str | None) -> None
 
 def test_every_option_has_a_word_of_help(capsys: pytest.CaptureFixture[str]) -> None:
     import dataclasses
-    import importlib
 
     from llmtools.recipes.listing import field_docs
 
     for verb in VERBS.values():
-        options = getattr(importlib.import_module(f"llmtools.recipes.{verb.module}"), verb.options)
+        options = verb.recipe()
         docs = field_docs(options)
         assert {field.name for field in dataclasses.fields(options)} == {name for name, doc in docs.items() if doc}
 

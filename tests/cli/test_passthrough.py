@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmtools.cli.main.main import main
 from llmtools.cli.main.passthrough import NEEDS
 
 import llmtools
+from llmtools.cli.main import main
 
 served = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in NEEDS["serve"]),
@@ -50,7 +50,7 @@ def address(checkpoint: Path) -> Iterator[str]:
     log = checkpoint.parent / "server.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "llmtools.cli.main", *words], stdout=output, stderr=output, env=os.environ | _local()
+            [sys.executable, "-m", "llmtools", *words], stdout=output, stderr=output, env=os.environ | _local()
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -98,7 +98,7 @@ def test_a_quantized_checkpoint_answers_over_http(checkpoint: Path, address: str
 
 @served
 def test_chat_talks_to_the_server(checkpoint: Path, address: str) -> None:
-    command = [sys.executable, "-m", "llmtools.cli.main", "chat", str(checkpoint), address, "max_new_tokens=8"]
+    command = [sys.executable, "-m", "llmtools", "chat", str(checkpoint), address, "max_new_tokens=8"]
     done = subprocess.run(
         [*command, "--user", "me"], input="Once upon a time\nn\n!exit\n", capture_output=True, text=True, timeout=120,
         check=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -14,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from llmtools.cli.main.arguments import _hints
-from llmtools.cli.main.main import VERBS, _parse, _parser, main
 
+from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
 from llmtools.recipes import config
 from llmtools.recipes.plain_yaml import parse_yaml, read_value
@@ -49,7 +48,7 @@ def canary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def options_of(verb: str) -> type[Any]:
-    return getattr(importlib.import_module(f"llmtools.recipes.{VERBS[verb].module}"), VERBS[verb].options)
+    return VERBS[verb].recipe()
 
 
 def parsed(verb: str, *args: str) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import llmtools
 from llmtools import InputError
-from llmtools.formats.writing import export_adapter
+from llmtools.formats.lora import export_adapter
 from tests.models import tiny_ids, tiny_model
 
 

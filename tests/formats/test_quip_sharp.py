@@ -143,9 +143,9 @@ def write(folder: Path, bits: int, residual: float | None = None) -> Any:
 
 
 def opened(folder: Path) -> Any:
-    from llmtools.formats.reading import open_model, recognise
+    from llmtools.formats.reading import detect, open_model
 
-    found = recognise(str(folder), {})
+    found = detect(str(folder), {})
     assert found is not None
     model, info = open_model(found, {})
     assert not info["missing_keys"]

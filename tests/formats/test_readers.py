@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from llmtools.cli.main.main import main
 
 import llmtools
 from llmtools import InputError
+from llmtools.checkpoint.folder import save_dense
+from llmtools.cli.main import main
 from llmtools.formats.readers import READERS, readers_of
 from llmtools.formats.uniform import Uniform
 from llmtools.formats.writing import export
@@ -89,7 +90,7 @@ def test_a_dense_export_keeps_the_type_of_the_model(dtype: torch.dtype, tmp_path
         with torch.no_grad():
             expected = model(input_ids=tiny_ids()).logits
         folder = tmp_path / str(asked)
-        export(model, None, folder, "dense", dtype=asked)
+        save_dense(model, None, folder, dtype=asked)
         assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {asked or dtype}
         back = llmtools.checkpoint.folder.load_model(folder, dtype="auto")
         with torch.no_grad():

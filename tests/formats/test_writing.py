@@ -17,6 +17,7 @@ from torch import Tensor
 
 import llmtools
 from llmtools import InputError
+from llmtools.checkpoint.folder import save_dense
 from llmtools.formats.gguf import as_blocks
 from llmtools.formats.uniform import uniform_of
 from llmtools.formats.writing import export
@@ -72,7 +73,7 @@ def test_uniform_grids_are_the_same_in_every_format(bits: int, symmetric: bool, 
     forms = ["gptq_v2", "compressed-tensors"] + ["gptq"] * symmetric
     for form in forms:
         done = export(model, None, tmp_path / form, form)
-        assert done.modules == 14 and not done.rounded
+        assert done.modules == 14 and not done.requantized
         tensors = load_file(tmp_path / form / "model.safetensors")
         for path, layer in quantized_linears(model).items():
             weight = (
@@ -98,12 +99,12 @@ def test_the_order_of_columns_is_kept_or_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
 def test_what_we_write_we_read(form: str, family: str, tmp_path: Path) -> None:
     """Mixed widths and a dense module; biases; tied embeddings."""
-    from llmtools.formats.reading import open_model, recognise
+    from llmtools.formats.reading import detect, open_model
 
     overrides: dict[str, Any] = {"*layers.0.*": {"bits": 2, "group_size": 16}, "*.1.*v_proj": None}
     model = quantized(family=family, bits=4, group_size=32, overrides=overrides)
     export(model, None, tmp_path / "out", form)
-    found = recognise(str(tmp_path / "out"), {})
+    found = detect(str(tmp_path / "out"), {})
     assert found is not None
     back, info = open_model(found, {})
     assert not info["missing_keys"] and torch.equal(logits(back), logits(model))
@@ -122,7 +123,7 @@ def test_zero_points_of_zero_are_refused_in_gptq_v1(tmp_path: Path) -> None:
         export(model, None, tmp_path / "v1", "gptq")
     assert not any(tmp_path.iterdir())
     done = export(model, None, tmp_path / "v1", "gptq", lossy=True)
-    assert UP in {one.path for one in done.rounded} and 0 < done.rounded[0].relative_error < 0.3
+    assert UP in {one.path for one in done.requantized} and 0 < done.requantized[0].relative_error < 0.3
 
 
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2", "compressed-tensors"])
@@ -131,7 +132,7 @@ def test_other_grids_are_refused_or_rounded_again(form: str, tmp_path: Path) -> 
     with pytest.raises(InputError, match="nf4 is no uniform grid; nothing was written"):
         export(model, None, tmp_path / "out", form)
     done = export(model, None, tmp_path / "out", form, lossy=True)
-    assert len(done.rounded) == 14 and all(one.relative_error < 0.2 for one in done.rounded)
+    assert len(done.requantized) == 14 and all(one.relative_error < 0.2 for one in done.requantized)
 
 
 def test_short_last_groups_fit_gptq_alone(tmp_path: Path) -> None:
@@ -164,7 +165,7 @@ def test_configs_describe_what_differs(tmp_path: Path) -> None:
 def test_dense_is_an_ordinary_model(tmp_path: Path) -> None:
     model = quantized("nf4")
     expected = {path: layer.dequantize(dtype=torch.bfloat16) for path, layer in quantized_linears(model).items()}
-    export(model, None, tmp_path / "dense", "dense", dtype=torch.bfloat16)
+    save_dense(model, None, tmp_path / "dense", dtype=torch.bfloat16)
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "bfloat16"
     tensors = load_file(tmp_path / "dense" / "model.safetensors")
@@ -173,12 +174,12 @@ def test_dense_is_an_ordinary_model(tmp_path: Path) -> None:
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path) -> None:
-    from llmtools.formats.reading import open_model, recognise
+    from llmtools.formats.reading import detect, open_model
 
     model = quantized(bits=4, group_size=32)
     export(model, None, tmp_path / "out", "gptq_v2", max_shard_size="100KB")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    found = recognise(str(tmp_path / "out"), {})
+    found = detect(str(tmp_path / "out"), {})
     assert found is not None and torch.equal(logits(open_model(found, {})[0]), logits(model))
 
 

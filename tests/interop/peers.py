@@ -15,7 +15,7 @@ from llmtools.formats.tensors import Module
 
 def opened(form: Format, tensors: Mapping[str, Tensor], out: int, n: int) -> QuantizedLinear:
     """The layer that their tensors (by their names within the module) become."""
-    quantizer, packed = form.convert(Module({f"layer.{k}": v for k, v in tensors.items()}, "layer"), out, n)
+    quantizer, packed = form.read(Module({f"layer.{k}": v for k, v in tensors.items()}, "layer"), out, n)
     layer = QuantizedLinear(n, out, quantizer, device="meta")
     layer.pack_(packed)
     return layer

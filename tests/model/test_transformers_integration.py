@@ -478,8 +478,9 @@ assert type(model.model.layers[0].mlp.down_proj).__name__ == "QuantizedLinear"
         "import transformers.quantizers.auto, llmtools; from transformers import AutoModelForCausalLM",
         "import llmtools.model.transformers_integration; from transformers import AutoModelForCausalLM",
         "import llmtools, importlib; importlib.reload(llmtools._hook); importlib.reload(llmtools); "
-        "from transformers import AutoModelForCausalLM; import llmtools.model.transformers_integration as hub; importlib.reload(hub); "
-        "importlib.reload(llmtools); import transformers.quantizers.auto as auto; importlib.reload(hub)",
+        "from transformers import AutoModelForCausalLM; import llmtools.model.transformers_integration as hub; "
+        "importlib.reload(hub); importlib.reload(llmtools); "
+        "import transformers.quantizers.auto as auto; importlib.reload(hub)",
         "import llmtools, peft; from transformers import AutoModelForCausalLM",
         "import peft, llmtools; from transformers import AutoModelForCausalLM",
     ],

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmtools.cli.main.main import main
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 
 import llmtools
 from llmtools.checkpoint.folder import STARTS, load_starts
+from llmtools.cli.main import main
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.quantize import Report, quantize
 from llmtools.nn import start as start_module

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from llmtools.cli.main.main import VERBS, _parse, _parser, main
 from safetensors.torch import load_file
 
+from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.recipes.configs import packaged, with_packaged
 from tests.models import tiny_model
 
@@ -24,7 +23,7 @@ DATA = {name: ASSETS / name for name in TASKS}
 def built(name: str, *args: str) -> Any:
     """The recipe that a packaged YAML makes, with these arguments after it."""
     verb = packaged()[name].verb
-    options = getattr(importlib.import_module(f"llmtools.recipes.{verb}"), VERBS[verb].options)
+    options = VERBS[verb].recipe()
     return _parse(_parser(verb, VERBS[verb], options), verb, options, with_packaged(["--config", name, *args]))
 
 
@@ -48,8 +47,7 @@ def test_it_builds_and_says_how_it_is_run(name: str) -> None:
         verb, *words = command.split()[1:]
         if "--config" in words:
             assert packaged()[words[words.index("--config") + 1]].verb == verb, command
-        module = importlib.import_module(f"llmtools.recipes.{verb}")
-        known = {f"--{key}" for key in ("config", *module.__dict__[VERBS[verb].options].__dataclass_fields__)}
+        known = {f"--{key}" for key in ("config", *VERBS[verb].recipe().__dataclass_fields__)}
         assert {word.split(".")[0] for word in words if word.startswith("--")} <= known, command
     if name.startswith("sweep_"):
         from llmtools.sweep.runner import _Run

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from llmtools.cli.main.main import main
 from torch import nn
 
 from benchmarks.memory import peak_growth
+from llmtools.cli.main import main
 from llmtools.errors import InputError
 from llmtools.model import memory
 from llmtools.nn.loss import chunked_loss

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from llmtools.cli.main.main import main
 from peft import LoraConfig, get_peft_model
 
 import llmtools
+from llmtools.cli.main import main
 
 
 @pytest.fixture(scope="module")

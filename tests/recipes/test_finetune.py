@@ -629,7 +629,7 @@ def test_two_processes_write_one_adapter(packed: str, data: str, tmp_path: Path)
 
     out = tmp_path / "a"
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "llmtools.cli.main"]
+    command = [sys.executable, *launcher, "-m", "llmtools"]
     words = ["finetune", "--model", packed, "--data", data, "--out", str(out), "--lora.r", "2"]
     words += [word for key, value in TRAINING.items() for word in (f"--training.{key}", str(value))]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # a group of CPU processes

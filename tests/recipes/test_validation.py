@@ -11,8 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from llmtools.cli.main.main import main
-
+from llmtools.cli.main import main
 from llmtools.errors import InputError
 from llmtools.recipes.finetune import Finetune, Lora, finetune
 

@@ -17,10 +17,9 @@ import torch
 
 pytest.importorskip("trl")
 
-from llmtools.cli.main.main import VERBS, _parse, _parser, main
-
 from llmtools import document
 from llmtools.checkpoint.run_info import command, given
+from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
 from llmtools.recipes.evaluate import Evaluate
 from llmtools.recipes.finetune import Finetune, Lora

@@ -1,4 +1,4 @@
-"""A quantizer from outside the package, as a real installed distribution: built, installed, and used by its name."""
+"""A quantizer and a format from outside the package, as real installed distributions, used by their names."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ print(json.dumps([evaluate(Evaluate(model, adapter, data=text, context=256)).val
 
 @pytest.fixture(scope="module")
 def installed(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the distribution in it, as pip lays it out."""
+    """A folder with the distributions in it, as pip lays them out."""
     target = tmp_path_factory.mktemp("site")
-    source = tmp_path_factory.mktemp("source")
-    for file in (repository / "examples" / "llmtools-uniform").iterdir():  # built elsewhere: building litters
-        if file.is_file():
-            (source / file.name).write_bytes(file.read_bytes())
+    sources = []
+    for example in ("llmtools-uniform", "llmtools-toy8"):  # built elsewhere: building litters
+        source = tmp_path_factory.mktemp("source")
+        sources.append(source)
+        for file in (repository / "examples" / example).iterdir():
+            if file.is_file():
+                (source / file.name).write_bytes(file.read_bytes())
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    done = subprocess.run([*pip, "--target", target, source], capture_output=True, text=True)
+    done = subprocess.run([*pip, "--target", target, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
 
@@ -47,15 +50,13 @@ def python(folder: Path, *args: object, path: Path | None = None) -> subprocess.
 
 
 def test_it_keeps_the_laws_under_its_name(installed: Path, tmp_path: Path) -> None:
-    done = python(tmp_path, "-m", "llmtools.cli.main", "check", "uniform", path=installed)
+    done = python(tmp_path, "-m", "llmtools", "check", "uniform", path=installed)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_it_keeps_the_laws_as_a_class_that_is_not_installed(repository: Path, tmp_path: Path) -> None:
     source = repository / "examples" / "llmtools-uniform"
-    done = python(
-        tmp_path, "-m", "llmtools.cli.main", "check", "llmtools_uniform:Uniform", "--options.levels", 7, path=source
-    )
+    done = python(tmp_path, "-m", "llmtools", "check", "llmtools_uniform:Uniform", "--options.levels", 7, path=source)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -71,6 +72,39 @@ def test_quantize_save_load_finetune(installed: Path, tmp_path: Path, stories: P
     spec = {"name": "uniform", "levels": 31}
     assert json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["quantizers"] == [spec]
 
-    without = python(tmp_path, "-m", "llmtools.cli.main", "generate", "--model", "packed", "--prompt", "Once")
+    without = python(tmp_path, "-m", "llmtools", "generate", "--model", "packed", "--prompt", "Once")
     assert without.returncode == 2
     assert "'uniform'" in without.stderr
+
+
+FORMAT = """
+import sys, torch
+import llmtools
+from llmtools.formats import formats, laws
+from llmtools.formats.writing import export
+
+assert laws.check(formats.known("toy8")) == 1
+model, tokenizer = llmtools.load(sys.argv[1])
+llmtools.quantize(model, "rtn", bits=8, group_size=-1, symmetric=True)
+ids = torch.arange(1, 30).reshape(1, -1)
+with torch.no_grad():
+    logits = model(ids).logits
+export(model, tokenizer, "toy", "toy8")
+again, _ = llmtools.load("toy")
+with torch.no_grad():
+    assert torch.equal(again(ids).logits, logits)
+"""
+
+
+def test_a_format_writes_and_reads_whole_models(installed: Path, tmp_path: Path, stories: Path) -> None:
+    done = python(tmp_path, "-c", FORMAT, stories, path=installed)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "toy" / "config.json").read_text())["quantization_config"] == {"quant_method": "toy8"}
+    listed = python(
+        tmp_path, "-m", "llmtools", "export", "--format", "toy9", "--model", "toy", "--out", "x", path=installed
+    )
+    assert listed.returncode == 2
+    assert "toy8" in listed.stderr
+    without = python(tmp_path, "-m", "llmtools", "generate", "--model", "toy", "--prompt", "Once")
+    assert without.returncode == 2
+    assert "toy8" in without.stderr

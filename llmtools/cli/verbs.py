@@ -1,0 +1,142 @@
+"""The commands: which recipe each runs, and how it is called."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, NamedTuple
+
+
+class Verb(NamedTuple):
+    """A recipe as a command: where it is, what it is for, how it is called."""
+
+    module: str
+    """Module of the recipe, below `llmtools`."""
+    options: str
+    """Name of its dataclass."""
+    function: str
+    """Name of its function."""
+    summary: str
+    example: str
+    positional: str | None = None
+    """Name of the option that may be given without it."""
+
+    def recipe(self) -> type[Any]:
+        """The dataclass whose fields are the command's options."""
+        found: type[Any] = getattr(self._imported(), self.options)
+        return found
+
+    def run(self, recipe: Any) -> Any:
+        """Runs the recipe; returns its result, whose ``str`` is what the command prints."""
+        return getattr(self._imported(), self.function)(recipe)
+
+    def _imported(self) -> Any:
+        return importlib.import_module(f"llmtools.{self.module}")
+
+
+VERBS = {
+    "quantize": Verb(
+        "recipes.quantize",
+        "Quantize",
+        "quantize",
+        "quantize a model and write a checkpoint",
+        """\
+llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
+  --samples 64 --tokens 512 --out QDIR
+llmtools quantize --model DIR --quantizer nf4 --out QDIR
+llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
+    ),
+    "finetune": Verb(
+        "recipes.finetune",
+        "Finetune",
+        "finetune",
+        "train LoRA adapters on a model, quantized or not",
+        """\
+llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --lora.r 8 --lora.alpha 32 --training.max_steps 200
+llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200 --resume
+llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --training.num_train_epochs 1
+llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
+    ),
+    "evaluate": Verb(
+        "recipes.evaluate",
+        "Evaluate",
+        "evaluate",
+        "measure a model on a task: perplexity, or answers",
+        """\
+llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
+llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json
+llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --limit 100
+llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
+    ),
+    "generate": Verb(
+        "recipes.generate",
+        "Generate",
+        "generate",
+        "let a model write on from a prompt",
+        """\
+llmtools generate --model QDIR --adapter ADAPTER --prompt "Once upon a time"
+llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --seed 1 --json""",
+    ),
+    "export": Verb(
+        "recipes.export",
+        "Export",
+        "export",
+        "write a model or an adapter in a format of others",
+        """\
+llmtools export --model QDIR --format gptq_v2 --out GPTQ
+llmtools export --model QDIR --adapter ADAPTER --format dense --out MERGED
+llmtools export --adapter ADAPTER --format lora --out LORA""",
+    ),
+    "push": Verb(
+        "recipes.push",
+        "Push",
+        "push",
+        "share a model or an adapter on the Hugging Face hub",
+        """\
+llmtools push QDIR --repo owner/name --private
+llmtools push ADAPTER --repo owner/name --base_name owner/base --results scores.json --dry_run""",
+        positional="folder",
+    ),
+    "sweep": Verb(
+        "sweep.runner",
+        "Sweep",
+        "sweep",
+        "quantize, finetune and measure in every combination, and draw the trade-off",
+        """\
+llmtools sweep sweep.yaml
+llmtools sweep sweep_demo --out demo-sweep
+llmtools sweep sweep_grid --model DIR --data.samsum FOLDER --data.mnli FOLDER --out grid
+llmtools sweep sweep.yaml --report_only""",
+        positional="config",
+    ),
+    "plan": Verb(
+        "recipes.estimate",
+        "Plan",
+        "plan",
+        "say what a finetuning step will hold in memory",
+        """\
+llmtools plan --model DIR --quantizer optq --bits 2 --batch 1 --length 128
+llmtools plan --model owner/name --quantizer quip_sharp --device cuda --memory 24 --lora.r 16
+llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true --json""",
+    ),
+    "check": Verb(
+        "recipes.check",
+        "Check",
+        "check",
+        "run the laws of a quantizer over drawn weights",
+        """\
+llmtools check optq --options.bits 3
+llmtools check mypackage:MyQuantizer""",
+        positional="quantizer",
+    ),
+    "list": Verb(
+        "recipes.listing",
+        "List",
+        "listing",
+        "show quantizers, tasks and recipes, or the options of one",
+        """\
+llmtools list
+llmtools list optq""",
+        positional="name",
+    ),
+    "env": Verb("recipes.env", "Env", "env", "show versions, device, compiler, threads", "llmtools env --json"),
+}

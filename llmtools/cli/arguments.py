@@ -21,7 +21,7 @@ from ..errors import InputError
 from ..recipes.plain_yaml import leaves, parse_yaml, read_config, read_value, read_yaml, shown, without_code
 from ..redaction import is_secret, redacted
 
-_ALONE = ("--json", "--debug", "--help", "-h")
+_ALONE = ("--json", "--debug", "--help", "--help_all", "-h")
 _SEEDS = 2**32
 """numpy takes no larger one"""
 

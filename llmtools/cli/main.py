@@ -27,6 +27,7 @@ from ..errors import InputError, did_you_mean
 from ..recipes.configs import with_packaged
 from ..recipes.plain_yaml import read_value, shown
 from .arguments import check_numbers, read_arguments, with_declared
+from .help import HelpAll, formatter
 from .legacy import translated
 from .passthrough import SUMMARIES as BORROWED
 from .passthrough import run as borrowed
@@ -147,7 +148,7 @@ def _run(args: list[str]) -> int:
 
 def _with_training(args: list[str], known: list[str]) -> list[str]:
     """Arguments of trl.SFTConfig may stand without ``training.``: --learning_rate 2e-4, as in TRL's own scripts."""
-    ours = {"config", "trust_plugins", "json", "debug", "help", "print_config", *known}
+    ours = {"config", "trust_plugins", "json", "debug", "help", "help_all", "print_config", *known}
     words = [arg.partition("=")[0].lstrip("-") for arg in args if arg.startswith("--")]
     if all(word in ours or "." in word for word in words):
         return args
@@ -173,6 +174,10 @@ def _check_text(args: list[str]) -> None:
             raise InputError(f"{shown(arg)} holds a NUL character, which no text or name of a file has")
 
 
+_COMMON = ("config", "json", "help", "help_all")
+"""Options of every command that the short help shows after the command's own."""
+
+
 def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
     from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
@@ -182,11 +187,13 @@ def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
         prog=f"llmtools {name}",
         description=(options.__doc__ or "").strip(),
         epilog="examples:\n" + textwrap.indent(verb.example, "  "),
-        formatter_class=_Help(),
+        formatter_class=formatter((*verb.first, *_COMMON) if verb.first else ()),
         parser_mode="llmtools",
         exit_on_error=False,
         allow_abbrev=False,
     )
+    if verb.first:
+        parser.add_argument("--help_all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help="show every option")
     parser.add_argument(
         "--config", action="config", help="a YAML of these options, or the name of a packaged one; flags override it"
     )
@@ -200,20 +207,6 @@ def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     return parser
-
-
-def _Help() -> Any:  # a class made on demand, so that jsonargparse is not imported for the overview
-    from jsonargparse import DefaultHelpFormatter
-
-    class Help(DefaultHelpFormatter):
-        """Keeps the lines of the examples as they are."""
-
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            if text.startswith("examples:"):
-                return text
-            return str(super()._fill_text(text, width, indent))
-
-    return Help
 
 
 def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
@@ -308,7 +301,7 @@ examples:
   llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200
   llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt
 
-`llmtools COMMAND --help` shows the options; --debug (or LLMTOOLS_DEBUG=1) shows where an error came from."""
+`llmtools COMMAND --help` shows the options, --help_all every one; --debug (or LLMTOOLS_DEBUG=1) shows where an error came from."""
 
 
 def _log_to_stderr(debug: bool) -> logging.Handler:

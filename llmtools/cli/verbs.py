@@ -17,6 +17,8 @@ class Verb(NamedTuple):
     """Name of its function."""
     summary: str
     example: str
+    first: tuple[str, ...] = ()
+    """Names of the options that ``--help`` shows; the others come with ``--help_all``. Empty: all are shown."""
     positional: str | None = None
     """Name of the option that may be given without it."""
 
@@ -44,6 +46,18 @@ llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibr
   --samples 64 --tokens 512 --out QDIR
 llmtools quantize --model DIR --quantizer nf4 --out QDIR
 llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
+        first=(
+            "model",
+            "out",
+            "quantizer",
+            "bits",
+            "group_size",
+            "calibration",
+            "samples",
+            "tokens",
+            "skip",
+            "options",
+        ),
     ),
     "finetune": Verb(
         "recipes.finetune",
@@ -55,6 +69,18 @@ llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --lora.r 8 --lor
 llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200 --resume
 llmtools finetune --model DIR --data book.txt --validation 0.05 --out ADAPTER --training.num_train_epochs 1
 llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
+        first=(
+            "model",
+            "data",
+            "out",
+            "task",
+            "training",
+            "validation",
+            "early_stopping",
+            "lora.r",
+            "lora.target_modules",
+            "resume",
+        ),
     ),
     "evaluate": Verb(
         "recipes.evaluate",
@@ -66,6 +92,7 @@ llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
 llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json
 llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --limit 100
 llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
+        first=("model", "adapter", "task", "data", "limit", "batch_size", "context", "harness", "load", "options"),
     ),
     "generate": Verb(
         "recipes.generate",
@@ -75,6 +102,18 @@ llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
         """\
 llmtools generate --model QDIR --adapter ADAPTER --prompt "Once upon a time"
 llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --seed 1 --json""",
+        first=(
+            "model",
+            "adapter",
+            "prompt",
+            "system",
+            "prompts",
+            "max_new_tokens",
+            "temperature",
+            "top_p",
+            "seed",
+            "raw",
+        ),
     ),
     "export": Verb(
         "recipes.export",
@@ -85,6 +124,7 @@ llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --se
 llmtools export --model QDIR --format gptq_v2 --out GPTQ
 llmtools export --model QDIR --adapter ADAPTER --format dense --out MERGED
 llmtools export --adapter ADAPTER --format lora --out LORA""",
+        first=("format", "out", "model", "adapter", "reader", "dtype", "lossy", "overwrite"),
     ),
     "push": Verb(
         "recipes.push",
@@ -106,6 +146,7 @@ llmtools sweep sweep.yaml
 llmtools sweep sweep_demo --out demo-sweep
 llmtools sweep sweep_grid --model DIR --data.samsum FOLDER --data.mnli FOLDER --out grid
 llmtools sweep sweep.yaml --report_only""",
+        first=("model", "tasks", "out", "quantizers", "baselines", "ranks", "seeds", "training", "data", "report_only"),
         positional="config",
     ),
     "plan": Verb(
@@ -117,6 +158,18 @@ llmtools sweep sweep.yaml --report_only""",
 llmtools plan --model DIR --quantizer optq --bits 2 --batch 1 --length 128
 llmtools plan --model owner/name --quantizer quip_sharp --device cuda --memory 24 --lora.r 16
 llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true --json""",
+        first=(
+            "model",
+            "quantizer",
+            "bits",
+            "group_size",
+            "batch",
+            "length",
+            "lora.r",
+            "gradient_checkpointing",
+            "device",
+            "memory",
+        ),
     ),
     "check": Verb(
         "recipes.check",

@@ -28,12 +28,11 @@ import stat
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ..files import sync
 
@@ -41,8 +40,6 @@ log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """How the C files call the types that they write: `enum type` of native.h."""
-
-Op = Callable[..., Tensor]
 
 _HERE = Path(__file__).parent
 # Contracting a·b + c to a fused operation would round once where the reference rounds twice.
@@ -56,19 +53,6 @@ _RETRY_SECONDS = 3 * 3600
 
 class _Unavailable(Exception):
     """Why there is no library, and the way out; becomes the log line."""
-
-
-def direct(implementation: Op, tensor: Tensor) -> Op | None:
-    """The CPU implementation itself, where nobody traces or differentiates and the tensor is plain; else None.
-
-    The way through the dispatcher to Python and back takes 10 to 20 µs, as long as a small layer's product.
-    """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # by torch.func
-        return None
-    plain = (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter) and tensor.is_cpu
-    return implementation if plain and not (tensor.requires_grad and torch.is_grad_enabled()) else None
 
 
 @functools.cache

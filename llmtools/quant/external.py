@@ -35,7 +35,7 @@ from .grids.codebook import NF4, Codebook
 from .grids.lattice import Lattice
 from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
 from .materialize import materialized_linear
-from .presets import QuIPSharp
+from .quip_sharp import QuIPSharp
 from .rounding import Nearest, Rounding
 
 _POSITIVE = (0, 1, 32, 48, 64, 96, 128, 192)
@@ -147,7 +147,7 @@ class ColumnGrid(Quantizer):
         groups = F.pad(weight, (0, 0, 0, -out_features % period)).unflatten(0, (-1, period))  # [k, P, in]
         flat = groups.permute(1, 2, 0).flatten(0, 1)  # [P·in, k]
         params = self._grid.fit(flat)
-        codes = self._grid.nearest(flat, params).unflatten(0, (period, in_features)).permute(2, 0, 1)
+        codes = self._grid.quantize_values(flat, params).unflatten(0, (period, in_features)).permute(2, 0, 1)
         scales, zeros = params.to(SCALE_TYPES[self.scale_type]).unflatten(0, (period, in_features)).unbind(-1)
         packed = {
             "qweight": pack(codes.flatten(0, 1)[:out_features], self.bits),
@@ -213,7 +213,7 @@ class FusedLattice(Quantizer):
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         wide = torch.promote_types(dtype, torch.float32)
-        whole = SignedHadamard().restore(self._grid.dequantize(packed, ALL, wide), self._whole(packed))
+        whole = SignedHadamard().inverse_transform(self._grid.dequantize(packed, ALL, wide), self._whole(packed))
         return whole[self._part(packed)][rows].to(dtype)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtools.kernels import native
+from llmtools.kernels import build
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -24,8 +24,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 # Every branch of the C files, against the reference. "native" or "reference" says which of the two ran.
 PROGRAM = """
 import torch
-from llmtools.kernels import grouped
-from llmtools.kernels.affine import dequantize_affine, multiply_affine, reference
+from llmtools.kernels.grouped import dequantize_grouped, multiply_grouped, native, reference
 from llmtools.kernels.bits import pack
 
 torch.manual_seed(0)
@@ -34,17 +33,17 @@ for bits in (2, 3, 4, 8):
         groups = -(-n // group)
         codes, scales = torch.randint(0, 2**bits, (5, n)), torch.randn(5, groups).half()
         zeros = pack(torch.randint(0, 2**bits, (5, groups)), bits, torch.uint8)
-        weight = pack(codes, bits), scales, zeros, bits, group, n
+        weight = pack(codes, bits), scales, zeros, None, bits, group, n
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert torch.equal(dequantize_affine(*weight, dtype), reference.dequantize_affine(*weight, dtype))
+            assert torch.equal(dequantize_grouped(*weight, dtype), reference.dequantize_grouped(*weight, dtype))
         x = torch.randn(6, n)
-        expected = x.double() @ reference.dequantize_affine(*weight).double().T
-        assert (multiply_affine(x, *weight) - expected).abs().max() < 1e-5 * expected.abs().max()
-print("native" if grouped._functions() else "reference")
+        expected = x.double() @ reference.dequantize_grouped(*weight).double().T
+        assert (multiply_grouped(x, *weight, False) - expected).abs().max() < 1e-5 * expected.abs().max()
+print("native" if native.library() else "reference")
 """
 
 
-LOADS = 'from llmtools.kernels import native; print("native" if native.library("hadamard") else "reference")'
+LOADS = 'from llmtools.kernels import build; print("native" if build.library("hadamard") else "reference")'
 
 
 def start(cache: Path, code: str = PROGRAM, **environment: str) -> subprocess.Popen[str]:
@@ -75,9 +74,9 @@ def test_processes_at_the_same_time_build_what_later_ones_find(tmp_path: Path) -
 @pytest.mark.parametrize("processor", ["haswell", "x86-64"])
 def test_other_processors_get_the_same_bits(processor: str, tmp_path: Path) -> None:
     """AVX2 and plain loops, on a machine that has more; the wrapper's -march is the last and holds."""
-    if processor == "x86-64" and "sse2" not in native.features():
+    if processor == "x86-64" and "sse2" not in build.features():
         pytest.skip("not an x86")
-    if processor == "haswell" and not {"avx2", "fma", "f16c", "bmi2"} <= native.features():
+    if processor == "haswell" and not {"avx2", "fma", "f16c", "bmi2"} <= build.features():
         pytest.skip("no AVX2")
     wrapper = tmp_path / "compiler"
     wrapper.write_text(f'#!/bin/sh\nexec "{COMPILER}" "$@" -march={processor}\n')
@@ -150,9 +149,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("CC", str(script))
     monkeypatch.setenv("LLMTOOLS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LLMTOOLS_NATIVE", raising=False)
-    native._say.cache_clear()
+    build._say.cache_clear()
     yield script
-    native.library.cache_clear()
+    build.library.cache_clear()
 
 
 def builds(compiler: Path) -> int:
@@ -161,8 +160,8 @@ def builds(compiler: Path) -> int:
 
 def load() -> bool:
     """Whether there is a library for a process that has not looked yet."""
-    native.library.cache_clear()
-    return native.library("hadamard") is not None
+    build.library.cache_clear()
+    return build.library("hadamard") is not None
 
 
 @needs_compiler
@@ -185,7 +184,7 @@ def test_a_damaged_library_is_built_anew(damage: str, compiler: Path) -> None:
 @needs_compiler
 def test_who_comes_at_the_same_time_waits_for_the_one_that_builds(compiler: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        loads = [pool.submit(native._load, Path(native.__file__).parent / "hadamard" / "native.c") for _ in range(4)]
+        loads = [pool.submit(build._load, Path(build.__file__).parent / "hadamard" / "native.c") for _ in range(4)]
         assert len({each.result()._name for each in loads}) == 1
     assert builds(compiler) == 1
     assert load() and builds(compiler) == 1
@@ -198,15 +197,15 @@ def test_a_build_that_failed_is_not_tried_by_every_process(
     compiler.write_text(script.partition("exec")[0] + '[ "$1" = --version ] || { echo broken >&2; exit 1; }\n')
     assert not load()
     tried = builds(compiler)
-    assert tried == len(native._VARIANTS)
+    assert tried == len(build._VARIANTS)
     (note,) = (compiler.parent / "cache" / "native").iterdir()
     assert not load() and builds(compiler) == tried
     assert "broken" in caplog.messages[-1] and str(note) in caplog.messages[-1] and "\n" not in caplog.messages[-1]
 
-    past = time.time() - native._RETRY_SECONDS - 1
+    past = time.time() - build._RETRY_SECONDS - 1
     os.utime(note, (past, past))
     assert not load() and builds(compiler) == 2 * tried
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-DOTHER"))
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DOTHER"))
     assert not load() and builds(compiler) == 3 * tried
 
 
@@ -214,7 +213,7 @@ def test_a_build_that_takes_too_long_is_not_tried_by_every_process(
     compiler: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler.write_text(compiler.read_text().partition("exec")[0] + '[ "$1" = --version ] || exec sleep 60\n')
-    monkeypatch.setattr(native, "_BUILD_SECONDS", 0.5)
+    monkeypatch.setattr(build, "_BUILD_SECONDS", 0.5)
     assert not load() and builds(compiler) == 1
     assert not load() and builds(compiler) == 1
 
@@ -246,5 +245,5 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 
 
 def test_importing_builds_nothing(tmp_path: Path) -> None:
-    finish(start(tmp_path, "import llmtools.kernels.affine, llmtools.kernels.codebook, llmtools.quant, llmtools.nn"))
+    finish(start(tmp_path, "import llmtools.kernels.grouped, llmtools.kernels.lattice, llmtools.quant, llmtools.nn"))
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from llmtools.kernels.compiling import constant_result
+from llmtools.kernels.ops import constant_result
 
 
 def test_the_mark_is_the_one_that_torch_sets() -> None:

@@ -6,7 +6,7 @@
 
 Sections:
     ops        decoding rows and rotating, in GB/s beside a copy's; products for few tokens beside the packed bytes
-    crossing   up to how many tokens the fused products win: what `FEW_TOKENS` in quant/materialize.py should say
+    crossing   up to how many tokens the fused products win: what `GEMV_TOKENS` in quant/materialize.py should say
     layers     forward and backward of one layer, 1 to 2048 tokens, beside bfloat16 and bitsandbytes
     graphs     the same bits from a CUDA graph and from torch.compile, no synchronisation with the host
     steps      a LoRA step and generation on LLaMA shapes of 160M and 1.1B, beside a bfloat16 base and bitsandbytes
@@ -46,7 +46,7 @@ from llmtools.nn import QuantizedLinear
 from llmtools.nn.adapters import prepare_for_training
 from llmtools.nn.swap import packed_bytes, set_module
 from llmtools.quant import Quantizer
-from llmtools.quant.materialize import few_tokens
+from llmtools.quant.materialize import gemv_tokens
 
 from .llama import config
 
@@ -278,7 +278,7 @@ def crossing(bench: Bench) -> None:
             grad = torch.randn(tokens, rows, device=bench.device).bfloat16()
             times: dict[tuple[str, int], float] = {}
             for limit in (0, tokens):
-                with few_tokens(limit):
+                with gemv_tokens(limit):
                     outputs = [layer(x) for layer in layers]  # each keeps the limit for its backward
                     with torch.no_grad():
                         works = [functools.partial(layer, x) for layer in layers]

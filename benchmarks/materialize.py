@@ -21,7 +21,7 @@ from torch import nn
 
 from llmtools.nn.linear import QuantizedLinear
 from llmtools.quant import RTN, materialize_budget
-from llmtools.quant.materialize import few_tokens
+from llmtools.quant.materialize import gemv_tokens
 
 SHAPES = ((2048, 5632), (5632, 2048), (4096, 4096))  # in, out
 BUDGETS = tuple(2**k * 2**20 for k in range(0, 7))
@@ -45,7 +45,7 @@ def forward(layer: nn.Module, tokens: int, budget: int, few: int, backward: bool
     def run() -> None:
         with ExitStack() as stack:
             stack.enter_context(materialize_budget(budget))
-            stack.enter_context(few_tokens(few))
+            stack.enter_context(gemv_tokens(few))
             y = layer(x)
             if backward:
                 torch.autograd.grad(y, x, y)

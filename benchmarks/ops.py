@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from llmtools.kernels.affine import dequantize_affine, multiply_affine
+from llmtools.kernels.affine import reference as affine
+from llmtools.kernels.codebook import dequantize_codebook, multiply_codebook
+from llmtools.kernels.codebook import reference as codebook
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmtools.kernels.affine import dequantize_affine, multiply_affine
-from llmtools.kernels.affine import reference as affine
 from llmtools.kernels.bits import pack
-from llmtools.kernels.codebook import dequantize_codebook, multiply_codebook
-from llmtools.kernels.codebook import reference as codebook
 from llmtools.kernels.hadamard import hadamard, rule_for
 from llmtools.kernels.hadamard import reference as rotated
 from llmtools.kernels.lattice import RESIDUAL_SCALE, dequantize_lattice, multiply_lattice

@@ -120,8 +120,8 @@ def column_loop(weight: Tensor, hessian: Tensor, grid: Affine, damping: float) -
     weight, params = weight.clone(), grid.fit(weight)
     codes = torch.empty_like(weight)
     for j in range(weight.shape[1]):
-        codes[:, j : j + 1] = grid.nearest(weight[:, j : j + 1], params)
-        error = (weight[:, j] - grid.value(codes[:, j : j + 1], params)[:, 0]) / inverse[j, j]
+        codes[:, j : j + 1] = grid.quantize_values(weight[:, j : j + 1], params)
+        error = (weight[:, j] - grid.dequantize_codes(codes[:, j : j + 1], params)[:, 0]) / inverse[j, j]
         weight[:, j:] -= error[:, None] * inverse[j, j:]
     return codes
 

@@ -301,7 +301,8 @@ examples:
   llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200
   llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt
 
-`llmtools COMMAND --help` shows the options, --help_all every one; --debug (or LLMTOOLS_DEBUG=1) shows where an error came from."""
+`llmtools COMMAND --help` shows the options, --help_all every one; --debug (or LLMTOOLS_DEBUG=1) shows where an error
+came from."""
 
 
 def _log_to_stderr(debug: bool) -> logging.Handler:

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..kernels.bits import pack, unpack
 from ..quant import Packed, Quantizer, TableGrid
+from ..quant.external import TABLES
 from ..quant.grids.codebook import DYNAMIC
-from ..quant.imported import TABLES
 from .base import Format, formats, whole
 from .tensors import Module
 

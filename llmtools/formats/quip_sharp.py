@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..options import fits
 from ..quant import FusedLattice, Packed, Quantizer
-from ..quant.presets import QuIPSharp
+from ..quant.quip_sharp import QuIPSharp
 from .base import Format, formats
 from .tensors import Module
 

@@ -94,7 +94,7 @@ def uniform_of(layer: QuantizedLinear) -> Uniform | str:
         return "its zero points are no integers"
     if basis is not None and not isinstance(basis, Permutation):
         return f"{quantizer.name} stores weights in another basis"
-    n, span = layer.in_features, grid.span(layer.in_features)
+    n, span = layer.in_features, grid.resolve_group_size(layer.in_features)
     scales = packed["scales"].detach()
     groups = scales.shape[1]
     codes = unpack(packed["qweight"].detach(), grid.bits, n)
@@ -105,7 +105,7 @@ def uniform_of(layer: QuantizedLinear) -> Uniform | str:
     group_of = None
     if basis is not None:
         perm = packed["perm"].detach().long()
-        codes = basis.restore(codes, packed)
+        codes = basis.inverse_transform(codes, packed)
         group_of = torch.empty_like(perm).scatter_(0, perm, torch.arange(n, device=perm.device) // span)
         if torch.equal(group_of, torch.arange(n, device=perm.device) // span):
             group_of = None

@@ -16,7 +16,7 @@
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-enum type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 }; /* TYPES of native.py */
+enum type { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 }; /* TYPES of build.py */
 
 static inline uint32_t bits_of(float x) {
     uint32_t u;

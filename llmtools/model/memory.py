@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..nn.linear import QuantizedLinear
 from ..nn.loss import _ChunkedLoss, fits
-from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, FEW_TOKENS, few_tokens, materialize_budget
+from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, GEMV_TOKENS, gemv_tokens, materialize_budget
 from .blocks import find_blocks, main_stack
 
 ATTENTION = "llmtools_plan"
@@ -142,7 +142,7 @@ def _peak(model: Any, batch: int, length: int, device: str, autocast: bool, chun
     with ExitStack() as stack:
         if device != "cpu":
             stack.enter_context(materialize_budget(DEVICE_MATERIALIZE_BYTES))
-            stack.enter_context(few_tokens(FEW_TOKENS["cuda"]))
+            stack.enter_context(gemv_tokens(GEMV_TOKENS["cuda"]))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         _fake(model)
         ids = torch.zeros(batch, length, dtype=torch.long)

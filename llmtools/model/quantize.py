@@ -30,7 +30,7 @@ from ..nn.linear import QuantizedLinear
 from ..nn.lora_init import Start, start_from_error
 from ..nn.swap import aliases, set_everywhere
 from ..quant import HessianSum, Quantizer, proxy_loss
-from ..quant.base import Learner
+from ..quant.base import BlockLearner, Learner
 from .blocks import Block, text_config
 from .options import BlockTuning
 from .reconstruct import HELD_OUT, Lesson, Taught, Teacher, learn, learning, stacked, tune
@@ -364,7 +364,7 @@ class _Work:
         self.model, self.plan, self.sequential, self.on_step = model, plan, sequential, on_step
         self.tuning = tuning if tuning is not None and tuning.epochs else None
         self.adapter_rank = adapter_rank
-        learners = [each for each in plan.quantizers.values() if each.learns_block]
+        learners = [each for each in plan.quantizers.values() if isinstance(each, BlockLearner)]
         taught = bool(learners) or self.tuning is not None
         self.teacher = Teacher(self.tuning.held_out if self.tuning else HELD_OUT) if taught else None
         self.sequences = max(
@@ -479,7 +479,7 @@ class _Work:
             given = torch.eye(linear.in_features, device=weight.device)
         learner = None
         with within(path):
-            if lesson is not None and quantizer.learns_block and given is not None:
+            if lesson is not None and isinstance(quantizer, BlockLearner) and given is not None:
                 quantizer = self.plan.quantizers[path] = quantizer.suited(weight)
                 learner = quantizer.learner(weight, given)
                 self._put(path, learning(linear, learner))

@@ -4,7 +4,7 @@ A quantizer sees one weight; what counts is what comes out of the network. Betwe
 to be trained with a few sequences of calibration text, large enough for its weights to make up for one another's
 errors. Two things are taught here, by the same means.
 
-* *Learned rounding* (`learn`; SignRound, arXiv:2309.05516): the choices of quantizers with `learns_block`, all linears
+* *Learned rounding* (`learn`; SignRound, arXiv:2309.05516): the choices of a `BlockLearner`, all linears
   of the block together, by each one's own `Learner`.
 * *Block tuning* (`tune`; QuIP#, arXiv:2402.04396, section 5): what is still in floating point — weights that are not
   quantized yet, norms, biases, and the floating tensors of packed layers (scales, sign vectors) — by Adam. Codes stay.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..quant import ALL, Packed, Rows
 from ..quant.materialize import gradient, product, product_type
 
 LOGIT_BYTES = 32 * 2**20
@@ -144,22 +145,14 @@ class _ChunkedLoss(torch.autograd.Function):
         return (grad * grads[0]).to(grad.dtype), None, None, None
 
 
-class _Dense:
+class _Dense(Rows):
     """A dense weight as something that gives rows in a wanted type."""
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        return packed["weight"][rows].to(dtype)
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
         return dtype.itemsize
-
-    def out_features(self, packed: dict[str, Tensor]) -> int:
-        return packed["weight"].shape[0]
-
-    def dequantize(
-        self, packed: dict[str, Tensor], rows: slice = slice(None), dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        return packed["weight"][rows].to(dtype)
-
-    def multiply(self, x: Tensor, packed: dict[str, Tensor], transposed: bool = False) -> Tensor | None:
-        return None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,15 +1,16 @@
 """Quantizers: a weight to a few packed tensors, and rows of it back.
 
-`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`, `learned`); `imported`
-are the grids of other programs' checkpoints; `laws` is the specification in executable form.
+`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`, `quip_sharp`,
+`learned`); `external` are the grids of other programs' checkpoints; `laws` is the specification in executable form.
 """
 
-from .base import ALL, Packed, Quantizer, TensorSpec, from_spec, quantizer, quantizers
+from .base import ALL, BlockLearner, Packed, Quantizer, Rows, TensorSpec, from_spec, quantizer, quantizers
+from .external import ColumnGrid, FusedLattice, TableGrid, UniformGrid
 from .hessian import HessianSum, proxy_loss
-from .imported import ColumnGrid, FusedLattice, TableGrid, UniformGrid
 from .learned import SignRound
 from .materialize import DEFAULT_MATERIALIZE_BYTES, materialize_budget, materialized_linear
-from .presets import AWQ, HQQ, NF4, OPTQ, RTN, QuIP, QuIPSharp
+from .presets import AWQ, HQQ, NF4, OPTQ, RTN, QuIP
+from .quip_sharp import QuIPSharp
 
 __all__ = [
     "ALL",
@@ -19,6 +20,7 @@ __all__ = [
     "NF4",
     "OPTQ",
     "RTN",
+    "BlockLearner",
     "ColumnGrid",
     "FusedLattice",
     "HessianSum",
@@ -26,6 +28,7 @@ __all__ = [
     "QuIP",
     "QuIPSharp",
     "Quantizer",
+    "Rows",
     "SignRound",
     "TableGrid",
     "TensorSpec",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -35,18 +35,43 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
 
-class Quantizer(ABC):
+class Rows(ABC):
+    """Anything that gives rows of a weight and, perhaps, multiplies by it: a quantizer, or a grid in its coordinates.
+
+    It is what `materialized_linear` needs to know of a weight. One method has to be there; the others have defaults.
+    """
+
+    @abstractmethod
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of the weight, [rows, in] of `dtype`, bit-equal to the same rows of the whole; any slice of them."""
+
+    def out_features(self, packed: Packed) -> int:
+        """Rows of the weight. By convention the first tensor of the layout has one row per output feature."""
+        return next(iter(packed.values())).shape[0]
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        """Bytes that `dequantize` has in use per weight at its peak, its result included: bounds a block of rows."""
+        return 16
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        """x [t, in] @ W.T -> [t, out], or x [t, out] @ W -> [t, in], in one pass over the packed tensors, of x's type.
+
+        For decoding, where t is small and reading the weight takes the time (GEMV). None: there is no such kernel.
+        """
+        return None
+
+
+class Quantizer(Rows):
     """A way of storing a weight matrix: [out, in] floats to a few named tensors, and rows of it back.
 
-    Subclasses are frozen dataclasses: the configuration is the object, and a checkpoint stores the call (`spec`).
+    Three functions are to be written: `layout`, `quantize` and `dequantize`. Subclasses are frozen dataclasses: the
+    configuration is the object, and a checkpoint stores the call (`spec`).
     """
 
     name: ClassVar[str]
     """The registered name; the registry sets it."""
     needs_hessian: ClassVar[bool] = False
     """Whether `quantize` wants the layer's inputs; then calibration data are asked for."""
-    learns_block: ClassVar[bool] = False
-    """Whether a model's blocks are to be learned as a whole, through `learner`, instead of one weight at a time."""
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -54,15 +79,28 @@ class Quantizer(ABC):
 
     @abstractmethod
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
-        """weight [out, in] float; hessian [in, in] float32 = E[x xᵀ], undamped: damping is the quantizer's affair."""
+        """weight [out, in] float; hessian [in, in] float32 = E[x xᵀ], undamped: damping is the quantizer's affair.
 
-    @abstractmethod
-    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows of the weight, [rows, in], bit-equal to the same rows of the whole."""
+        Returns the tensors of `layout`, in its order. Raises InputError for a weight that cannot be stored, as one
+        with NaN in it.
+        """
 
-    def out_features(self, packed: Packed) -> int:
-        """Rows of the weight. By convention the first tensor of the layout has one row per output feature."""
-        return next(iter(packed.values())).shape[0]
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        """x [..., in] @ dequantize(packed).T -> [..., out] of x's type, differentiable in x.
+
+        The default materialises blocks of rows. Override it where there is a cheaper way to the same product.
+        """
+        return materialized_linear(x, self, packed)
+
+    def spec(self) -> dict[str, Any]:
+        """The call that makes this quantizer, as JSON: ``{"name": "optq", "bits": 3, …}``."""
+        options = dataclasses.asdict(self)  # type: ignore[call-overload]
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            if each.metadata.get(_LATER) and options[each.name] == each.default:
+                del options[each.name]
+        return {"name": self.name, **options}
+
+    # ---- what others ask of a quantizer, with answers that suit most ----
 
     def check(self, packed: Packed) -> None:
         """Raises InputError for values that no `quantize` gives, read off a file: by default NaN and infinities.
@@ -74,55 +112,40 @@ class Quantizer(ABC):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise InputError(f"{name} holds NaN or infinite values")
 
-    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
-        """Bytes that `dequantize` has in use per weight at its peak, its result included: bounds a block of rows."""
-        return 16
-
-    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        """x [t, in] @ W.T for few tokens, or x [t, out] @ W, in one pass over the packed tensors; None: no such way."""
-        return None
-
-    def linear(self, x: Tensor, packed: Packed) -> Tensor:
-        """x [..., in] @ dequantize(packed).T -> [..., out], differentiable in x.
-
-        The default materialises blocks of rows. Override it where there is a cheaper way to the same product.
-        """
-        return materialized_linear(x, self, packed)
-
-    @property
-    def block_batch(self) -> int:
-        """Sequences of calibration text in a step, for quantizers with `learns_block`."""
-        return 8
-
-    def learner(self, weight: Tensor, hessian: Tensor) -> Learner:
-        """`quantize` as a piece of training, for quantizers with `learns_block`; arguments as there."""
-        raise NotImplementedError(f"{self.name} does not learn on blocks")
-
-    def tunable(self, packed: Packed) -> list[str]:
-        """Names of the tensors that block tuning may train: by default all floating ones, such as scales."""
-        return [name for name, tensor in packed.items() if tensor.is_floating_point()]
-
-    def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:
-        """`linear`, differentiable in the floating tensors of `packed` as well, which may be wider than the layout's.
-
-        Autograd keeps the whole weight in memory; one block of a network at a time is trained like this.
-        """
-        return F.linear(x, self.dequantize(packed, dtype=x.dtype))
-
-    def suited(self, weight: Tensor) -> Quantizer:
+    def suited(self, weight: Tensor) -> Self:
         """The quantizer for this weight [out, in]: itself, or, said in the log, a variant that can hold its magnitude.
 
         A layer is made with the variant, and a checkpoint stores which it was.
         """
         return self
 
-    def spec(self) -> dict[str, Any]:
-        """The call that makes this quantizer, as JSON: ``{"name": "optq", "bits": 3, …}``."""
-        options = dataclasses.asdict(self)  # type: ignore[call-overload]
-        for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            if each.metadata.get(_LATER) and options[each.name] == each.default:
-                del options[each.name]
-        return {"name": self.name, **options}
+    def tunable(self, packed: Packed) -> list[str]:
+        """Names of the tensors that block tuning may train: by default all floating ones, such as scales."""
+        return [name for name, tensor in packed.items() if tensor.is_floating_point()]
+
+    def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:
+        """`linear`, x [..., in] -> [..., out], differentiable in the floating tensors of `packed`, too.
+
+        Those may be wider than in the layout. Autograd keeps the whole weight in memory; one block of a network at a
+        time is trained like this.
+        """
+        return F.linear(x, self.dequantize(packed, dtype=x.dtype))
+
+
+class BlockLearner(Quantizer):
+    """A quantizer whose codes are learned on the outputs of a whole block of the network: `signround`.
+
+    `quantize` is still there, for a weight that comes without its block.
+    """
+
+    @property
+    @abstractmethod
+    def block_batch(self) -> int:
+        """Sequences of calibration text in a step."""
+
+    @abstractmethod
+    def learner(self, weight: Tensor, hessian: Tensor) -> Learner:
+        """`quantize` as a piece of training: weight [out, in] float, hessian [in, in] float32, as there."""
 
 
 _LATER = "llmtools.later"

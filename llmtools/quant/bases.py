@@ -1,9 +1,9 @@
 """Changes of coordinates: on weights while quantizing, on activations while running.
 
 In the basis (R, L) the layer y = x Wᵀ is y = ((x R) W'ᵀ) Lᵀ with W = L W' Rᵀ, so the quantized weight W' is decoded as
-it is stored and the activations are rotated instead. The inner weight W' may have a few columns more than W.
+it is stored and the activations are rotated instead. The rotated weight W' may have a few columns more than W.
 
-Shapes: out, in — features; in' — columns of the inner weight.
+Shapes: out, in — features; in' — columns of the rotated weight.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..kernels.compiling import constant_result
 from ..kernels.hadamard import hadamard, rule_for
+from ..kernels.ops import constant_result
 from .base import Packed, TensorSpec
 from .grids.base import Grid
 from .grids.scalar import SCALE_TYPES, check_scale_type, scale_range
@@ -27,31 +27,31 @@ from .rounding import Nearest
 
 
 class Basis(ABC):
-    """A change of coordinates that has an inverse. Its state is stored beside the codes, never drawn again."""
+    """A change of coordinates that has an inverse. Its state is stored beside the codes, never made again."""
 
     by_rows: ClassVar[bool] = True
     """Whether rows of W depend on the same rows of W' alone (L is the identity)."""
 
     def columns(self, in_features: int) -> int:
-        """in', the columns of the inner weight."""
+        """in', the columns of the rotated weight."""
         return in_features
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]: ...
 
     @abstractmethod
-    def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
+    def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
         """The state for this weight."""
 
     def check(self, state: Packed) -> None:  # noqa: B027 (most have nothing to look at)
-        """Raises InputError for a state, read off a file, that `draw` never gives; numbers are finite already."""
+        """Raises InputError for a state, read off a file, that `init` never gives; numbers are finite already."""
 
     @abstractmethod
-    def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
+    def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         """W, H -> W', H' in the new coordinates."""
 
     @abstractmethod
-    def restore(self, inner: Tensor, state: Packed) -> Tensor:
+    def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
         """W' [out, in'] -> W [out, in]. Where `by_rows`, the same of some rows."""
 
     @abstractmethod
@@ -73,7 +73,7 @@ class Permutation(Basis):
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {"perm": TensorSpec((in_features,), torch.int32)}
 
-    def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
+    def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
         if hessian is None:  # nothing tells the columns apart
             return {"perm": torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
         return {"perm": torch.argsort(hessian.diagonal(), descending=True, stable=True).to(torch.int32)}
@@ -83,12 +83,12 @@ class Permutation(Basis):
         if not torch.equal(perm.sort().values, torch.arange(len(perm), device=perm.device)):
             raise InputError(f"perm is no permutation of {len(perm)} columns")
 
-    def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
+    def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         perm = state["perm"].long()
         return weight[:, perm], None if hessian is None else hessian[perm][:, perm]
 
-    def restore(self, inner: Tensor, state: Packed) -> Tensor:
-        return torch.empty_like(inner).index_copy_(-1, state["perm"].long(), inner)
+    def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
+        return torch.empty_like(rotated).index_copy_(-1, state["perm"].long(), rotated)
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
         return x.index_select(-1, state["perm"])
@@ -107,8 +107,8 @@ class SignedHadamard(Basis):
     entries of W' have mean square scale²; without `scale`, for grids that fit their own, about that of W.
 
     On the side of the inputs the transform's size is the next multiple of `block`, so that blocks of at least that
-    order can be mixed: x is filled up with zeros. On the side of the outputs nothing is filled up; an odd number of
-    them just is not mixed. Signs are drawn from a seed and stored; after block tuning su and sv may be any numbers.
+    order can be mixed: x is padded with zeros. On the side of the outputs nothing is padded; an odd number of
+    them just is not mixed. Signs are sampled from a seed and stored; after block tuning su and sv may be any numbers.
     """
 
     seed: int = 0
@@ -143,7 +143,7 @@ class SignedHadamard(Basis):
             "sv": TensorSpec((out_features,), SCALE_TYPES[self.scale_type]),
         }
 
-    def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
+    def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
         out_features, in_features = weight.shape
         generator = torch.Generator("cpu").manual_seed(self.seed)
         su, sv = (
@@ -160,15 +160,15 @@ class SignedHadamard(Basis):
         dtype = SCALE_TYPES[self.scale_type]
         return {"su": su, "sv": sv * torch.where(sizes > 0, scales.clamp(*scale_range(dtype)), 0).to(dtype)}
 
-    def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
+    def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         su, sv = state["su"].to(weight.dtype), state["sv"].to(weight.dtype)
         left = torch.where(sv == 0, 1, sv).reciprocal()
-        inner = weight.new_empty(len(weight), self.columns(weight.shape[1]))
+        rotated = weight.new_empty(len(weight), self.columns(weight.shape[1]))
         for rows in _chunks(len(weight)):
-            inner[rows] = self._spread(weight[rows] * left[rows, None] / su)
-        for columns in _chunks(inner.shape[1]):
-            inner[:, columns] = self._transform(inner[:, columns].mT).mT
-        return inner, None if hessian is None else self.second_moment(hessian, state)
+            rotated[rows] = self._spread(weight[rows] * left[rows, None] / su)
+        for columns in _chunks(rotated.shape[1]):
+            rotated[:, columns] = self._mix(rotated[:, columns].mT).mT
+        return rotated, None if hessian is None else self.second_moment(hessian, state)
 
     def second_moment(self, hessian: Tensor, state: Packed) -> Tensor:
         """H of x -> that of x R, a new tensor; of a layer that never saw an input, the identity."""
@@ -183,20 +183,20 @@ class SignedHadamard(Basis):
         return turned
 
     def _spread(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., in'], Q_inᵀ of the filled-up vectors."""
-        return self._transform(F.pad(x, (0, -x.shape[-1] % self.block)))
+        """x [..., in] -> [..., in'], Q_inᵀ of the padded vectors."""
+        return self._mix(F.pad(x, (0, -x.shape[-1] % self.block)))
 
     @staticmethod
-    def _transform(x: Tensor) -> Tensor:
+    def _mix(x: Tensor) -> Tensor:
         return hadamard(x, _rule(x.shape[-1]), transpose=True)
 
-    def restore(self, inner: Tensor, state: Packed) -> Tensor:
-        su, sv = state["su"].to(inner.dtype), state["sv"].to(inner.dtype)
-        weight = torch.empty_like(inner)
-        for columns in _chunks(inner.shape[1]):
-            weight[:, columns] = hadamard(inner[:, columns].mT, _rule(len(inner))).mT  # Q_out W'
-        for rows in _chunks(len(inner)):
-            weight[rows] = hadamard(weight[rows], _rule(inner.shape[1])) * sv[rows, None]
+    def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
+        su, sv = state["su"].to(rotated.dtype), state["sv"].to(rotated.dtype)
+        weight = torch.empty_like(rotated)
+        for columns in _chunks(rotated.shape[1]):
+            weight[:, columns] = hadamard(rotated[:, columns].mT, _rule(len(rotated))).mT  # Q_out W'
+        for rows in _chunks(len(rotated)):
+            weight[rows] = hadamard(weight[rows], _rule(rotated.shape[1])) * sv[rows, None]
             weight[rows, : len(su)] *= su
         return weight[:, : len(su)].contiguous()
 
@@ -241,7 +241,7 @@ class Rescale(Basis):
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {"input_scales": TensorSpec((in_features,), torch.float16)}
 
-    def draw(self, weight: Tensor, hessian: Tensor | None) -> Packed:
+    def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
         assert hessian is not None
         size = hessian.to(weight).diagonal().sqrt()
         size = size.clamp_min(1e-4 * size.max())
@@ -252,21 +252,21 @@ class Rescale(Basis):
             inverse = size.pow(-i / 20)
             inverse = (inverse / (inverse.max() * inverse.min()).sqrt()).to(torch.float16)
             state = {"input_scales": inverse}
-            inner, _ = self.rotate(weight, None, state)
-            packed = self.grid.pack(*Nearest()(inner, None, self.grid), weight.shape[1])
-            loss = proxy_loss(weight, self.restore(self.grid.dequantize(packed), state), hessian)
+            rotated, _ = self.transform(weight, None, state)
+            packed = self.grid.pack(*Nearest()(rotated, None, self.grid), weight.shape[1])
+            loss = proxy_loss(weight, self.inverse_transform(self.grid.dequantize(packed), state), hessian)
             if loss < least:
                 best, least = inverse, loss
         return {"input_scales": best}
 
-    def rotate(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
+    def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         inverse = state["input_scales"].to(weight.dtype)
         if hessian is not None:
             hessian = hessian * inverse.to(hessian) * inverse.to(hessian)[:, None]
         return weight / inverse, hessian
 
-    def restore(self, inner: Tensor, state: Packed) -> Tensor:
-        return inner * state["input_scales"].to(inner.dtype)
+    def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
+        return rotated * state["input_scales"].to(rotated.dtype)
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
         return (x * state["input_scales"]).to(x.dtype)

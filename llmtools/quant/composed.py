@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -48,15 +49,15 @@ class Composed(Quantizer):
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         if self.basis is None:
             return self.grid.layout(out_features, in_features)
-        inner = self.grid.layout(out_features, self.basis.columns(in_features))
-        return inner | self.basis.layout(out_features, in_features)
+        rotated = self.grid.layout(out_features, self.basis.columns(in_features))
+        return rotated | self.basis.layout(out_features, in_features)
 
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
         weight = self._checked(weight, hessian)
         state: Packed = {}
         if self.basis:
-            state = self.basis.draw(weight, hessian)
-            weight, hessian = self.basis.rotate(weight, hessian, state)
+            state = self.basis.init(weight, hessian)
+            weight, hessian = self.basis.transform(weight, hessian, state)
         codes, params = self.rounding(weight, hessian, self.grid)
         return self.grid.pack(codes, params, weight.shape[1]) | state
 
@@ -75,7 +76,7 @@ class Composed(Quantizer):
             log.warning("%s%s; choose scale_type=float32", where(), _lossy(lost))
         return weight
 
-    def suited(self, weight: Tensor) -> Quantizer:
+    def suited(self, weight: Tensor) -> Self:
         """With float32 scales where float16 scales would lose a part of the weight that is not negligible."""
         lost = self._lost(weight.detach())
         if not lost > NEGLIGIBLE:
@@ -95,10 +96,10 @@ class Composed(Quantizer):
     def _scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The scale of each group of weights if nothing rounds it, and the group's norm in float64; shapes alike."""
         if self.basis is not None and not self.basis.by_rows:
-            weight, _ = self.basis.rotate(weight, None, self.basis.draw(weight, None))
+            weight, _ = self.basis.transform(weight, None, self.basis.init(weight, None))
         assert isinstance(self.grid, Affine)
         grid = dataclasses.replace(self.grid, scale_type="float32", clip=False)
-        groups = [part.flatten(0, 1) for part in split(weight, grid.span(weight.shape[1]))]
+        groups = [part.flatten(0, 1) for part in split(weight, grid.resolve_group_size(weight.shape[1]))]
         scales = torch.cat([grid.fit(group)[:, 0] for group in groups])
         return scales, torch.cat([torch.linalg.vector_norm(group, dim=1, dtype=torch.float64) for group in groups])
 
@@ -112,8 +113,8 @@ class Composed(Quantizer):
             return self.grid.dequantize(packed, rows, dtype)
         wide = torch.promote_types(dtype, torch.float32)
         if self.basis.by_rows:
-            return self.basis.restore(self.grid.dequantize(packed, rows, wide), packed).to(dtype)
-        return self.basis.restore(self.grid.dequantize(packed, ALL, wide), packed)[rows].to(dtype)
+            return self.basis.inverse_transform(self.grid.dequantize(packed, rows, wide), packed).to(dtype)
+        return self.basis.inverse_transform(self.grid.dequantize(packed, ALL, wide), packed)[rows].to(dtype)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         if self.basis is None:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, where
-from .base import Learner, Packed, later, quantizers
+from .base import BlockLearner, Learner, Packed, later, quantizers
 from .composed import Composed
 from .grids.affine import Affine
 from .grids.base import Grid
@@ -40,11 +40,10 @@ from .rounding import Nearest, Rounding, Sequential
 
 @quantizers.register("signround")
 @dataclass(frozen=True)
-class SignRound(Composed):
+class SignRound(Composed, BlockLearner):
     """SignRound (arXiv:2309.05516): rounding and ranges trained on whole blocks' outputs; slow, best at 2 bits."""
 
     needs_hessian: ClassVar[bool] = True
-    learns_block: ClassVar[bool] = True
 
     bits: int = 4
     """2, 3, 4 or 8."""
@@ -139,8 +138,8 @@ class Learned(Rounding):
         update = feedback(hessian, 1, self.damping)
         if update is None:
             return weight, params
-        span = grid.span(weight.shape[1])
-        scale, zero = params.repeat_interleave(span, 1)[:, : weight.shape[1]].unbind(-1)
+        group_size = grid.resolve_group_size(weight.shape[1])
+        scale, zero = params.repeat_interleave(group_size, 1)[:, : weight.shape[1]].unbind(-1)
         error = weight - scale * (codes - zero)
         return weight + error @ update.to(weight.dtype).triu(1), params
 
@@ -154,9 +153,9 @@ class AffineLearner(Learner):
     def __init__(self, weight: Tensor, params: Tensor, grid: Affine, rounding: Learned) -> None:
         self.grid, self.rounding, self.in_features = grid, rounding, weight.shape[1]
         self.steps = rounding.iterations
-        span = grid.span(self.in_features)
-        padded = F.pad(weight, (0, params.shape[1] * span - self.in_features))
-        self._weight = padded.unflatten(1, (-1, span))  # [out, G, g]
+        group_size = grid.resolve_group_size(self.in_features)
+        padded = F.pad(weight, (0, params.shape[1] * group_size - self.in_features))
+        self._weight = padded.unflatten(1, (-1, group_size))  # [out, G, g]
         scale, zero = params.to(weight.dtype).unsqueeze(2).unbind(-1)  # [out, G, 1] each
         self._low, self._high = -scale * zero, scale * (2**grid.bits - 1 - zero)
         offset, low_factor, high_factor = torch.zeros_like(self._weight), torch.ones_like(scale), torch.ones_like(scale)

@@ -5,8 +5,8 @@ needs its packed tensors and one block of scratch, whatever its size. Nothing de
 tensors are saved, neither x nor W, because the weight is frozen and only the gradient of x is wanted.
 
 On a CPU a block stays in the processor's cache, so memory is read packed, once a pass; and half-precision inputs are
-multiplied in float32 where the processor does that faster, so W is not rounded at all. For few tokens there may be a
-way without blocks: a kernel that decodes in registers and multiplies at once (`Rows.multiply`).
+multiplied in float32 where the processor does that faster, so W is not rounded at all. While text is generated there
+may be a way without blocks: a matrix-vector kernel (GEMV) that decodes in registers (`Rows.multiply`).
 
 Shapes: out, in — features; t — tokens; r — rows in a block.
 """
@@ -14,38 +14,34 @@ Shapes: out, in — features; t — tokens; r — rows in a block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..kernels.compiling import constant_result
-from ..kernels.native import features
+from ..kernels.build import features
+from ..kernels.ops import constant_result
+
+if TYPE_CHECKING:
+    from .base import Packed, Rows
 
 DEFAULT_MATERIALIZE_BYTES = 4 * 2**20
 """Scratch for one block of rows on a CPU. Of 1, 2, 4 … 64 MB, 2 to 8 were best for three shapes and 64 to 512 tokens,
 within the noise; 1 MB cost up to 15 % more, 32 MB up to 100 % (`python -m benchmarks.materialize`)."""
 DEVICE_MATERIALIZE_BYTES = 32 * 2**20
 """The same on other devices, where a block should fill the device."""
-FEW_TOKENS = {"cpu": 32, "cuda": 16}
+GEMV_TOKENS = {"cpu": 32, "cuda": 16}
 """Up to so many tokens `Rows.multiply` is used, by type of device. On a CPU with products of bytes (AVX-512 VNNI) it
 was faster than blocks at 16 tokens, even at 32 and slower at 64, forward and backward. Other CPUs were not measured;
-beside matrix units for half precision (AMX) it is `_FEW_BESIDE_MATRIX_UNITS`, a guess, as is the GPU's."""
-_FEW_BESIDE_MATRIX_UNITS = 4
+beside matrix units for half precision (AMX) it is `_GEMV_BESIDE_MATRIX_UNITS`, a guess, as is the GPU's."""
+_GEMV_BESIDE_MATRIX_UNITS = 4
+
+_HALVES = (torch.bfloat16, torch.float16)
 
 _budget: int | None = None
-_few_tokens: int | None = None
-
-
-class Rows(Protocol):
-    """Anything that gives rows of a weight: a quantizer, or a grid in its own coordinates."""
-
-    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int: ...
-    def out_features(self, packed: dict[str, Tensor]) -> int: ...
-    def dequantize(self, packed: dict[str, Tensor], rows: slice = ..., dtype: torch.dtype = ...) -> Tensor: ...
-    def multiply(self, x: Tensor, packed: dict[str, Tensor], transposed: bool = ...) -> Tensor | None: ...
+_gemv_tokens: int | None = None
 
 
 @contextmanager
@@ -64,18 +60,21 @@ def materialize_budget(max_bytes: int) -> Iterator[None]:
 
 
 @contextmanager
-def few_tokens(limit: int) -> Iterator[None]:
-    """Within this context, the kernels for few tokens serve up to `limit` of them instead of `FEW_TOKENS`; 0: none."""
-    global _few_tokens
-    before, _few_tokens = _few_tokens, limit
+def gemv_tokens(limit: int) -> Iterator[None]:
+    """Within this context, GEMV kernels serve up to `limit` tokens instead of `GEMV_TOKENS`; 0: none."""
+    global _gemv_tokens
+    before, _gemv_tokens = _gemv_tokens, limit
     try:
         yield
     finally:
-        _few_tokens = before
+        _gemv_tokens = before
 
 
-def materialized_linear(x: Tensor, source: Rows, packed: dict[str, Tensor]) -> Tensor:
-    """x [..., in] @ W.T -> [..., out], W = source.dequantize(packed), differentiable in x; autocast is honoured."""
+def materialized_linear(x: Tensor, source: Rows, packed: Packed) -> Tensor:
+    """x [..., in] @ W.T -> [..., out], W = source.dequantize(packed), differentiable in x; autocast is honoured.
+
+    x and the result have x's type, or autocast's.
+    """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.requires_grad and torch.is_grad_enabled():
@@ -84,37 +83,30 @@ def materialized_linear(x: Tensor, source: Rows, packed: dict[str, Tensor]) -> T
     return _forward(x, source, packed, _limits(x))  # generating text: the way through autograd takes some 10 µs
 
 
-def product(x: Tensor, source: Rows, packed: dict[str, Tensor]) -> Tensor:
+def product(x: Tensor, source: Rows, packed: Packed) -> Tensor:
     """x [t, in] @ W.T -> [t, out], for whoever knows the gradient: nothing is recorded, autocast has no say."""
     with torch.no_grad():
         return _forward(x, source, packed, _limits(x))
 
 
-def gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features: int) -> Tensor:
+def gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int) -> Tensor:
     """grad [t, out] @ W -> [t, in], likewise."""
-    with torch.no_grad(), _plain_types(grad):
-        return _gradient(grad, source, packed, in_features, *_limits(grad))
-
-
-def _forward(x: Tensor, source: Rows, packed: dict[str, Tensor], limits: tuple[int, int]) -> Tensor:
-    with _plain_types(x):
-        y = _product(x.reshape(-1, x.shape[-1]), source, packed, *limits)
-    # Detached it is no view to autograd, which lets nobody modify the views that a function returns in place.
-    return y.reshape(*x.shape[:-1], y.shape[-1]).detach()
+    with torch.no_grad():
+        return _gradient(grad, source, packed, in_features, _limits(grad))
 
 
 def _limits(x: Tensor) -> tuple[int, int]:
-    """Bytes of a block, and how many tokens are few."""
+    """Bytes of a block, and up to how many tokens a GEMV kernel is used."""
     cpu = x.device.type == "cpu"
     budget = DEFAULT_MATERIALIZE_BYTES if cpu else DEVICE_MATERIALIZE_BYTES
-    few = FEW_TOKENS.get(x.device.type, 0)
-    if cpu and product_type(x).itemsize < 4:
-        few = _FEW_BESIDE_MATRIX_UNITS
-    return _budget if _budget is not None else budget, _few_tokens if _few_tokens is not None else few
+    tokens = GEMV_TOKENS.get(x.device.type, 0)
+    if cpu and x.dtype in _HALVES and _multiplies(x.dtype):
+        tokens = _GEMV_BESIDE_MATRIX_UNITS
+    return _budget if _budget is not None else budget, _gemv_tokens if _gemv_tokens is not None else tokens
 
 
 class Materialize(torch.autograd.Function):
-    """The product and its gradient in x. The budget and the limit of few tokens hold for the backward, too."""
+    """The product and its gradient in x. The budget and the limit of GEMV kernels hold for the backward, too."""
 
     @staticmethod
     def forward(
@@ -131,33 +123,52 @@ class Materialize(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, *nothing
         packed = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        with _plain_types(grad):
-            grad_x = _gradient(grad.reshape(-1, grad.shape[-1]), ctx.source, packed, ctx.in_features, *ctx.limits)
-        return grad_x.reshape(*grad.shape[:-1], ctx.in_features), *nothing
+        return _gradient(grad, ctx.source, packed, ctx.in_features, ctx.limits), *nothing
 
 
-def _product(x: Tensor, source: Rows, packed: dict[str, Tensor], budget: int, few: int) -> Tensor:
-    """x [t, in] @ W.T -> [t, out]."""
-    tokens, in_features = x.shape
-    if tokens <= few and (y := source.multiply(x, packed)) is not None:
-        return y
+def _forward(x: Tensor, source: Rows, packed: Packed, limits: tuple[int, int]) -> Tensor:
+    """x [..., in] @ W.T -> [..., out]."""
+    if torch.is_autocast_enabled(x.device.type):  # it has had its say before, and must not change the products within
+        with torch.autocast(x.device.type, enabled=False):
+            return _forward(x, source, packed, limits)
+    budget, few = limits
+    rows = x.reshape(-1, x.shape[-1])  # [t, in]
+    y = source.multiply(rows, packed) if rows.shape[0] <= few else None
+    if y is None:
+        y = _product(rows, source, packed, budget)
+    # Detached it is no view to autograd, which lets nobody modify the views that a function returns in place.
+    return y.reshape(*x.shape[:-1], y.shape[-1]).detach()
+
+
+def _product(x: Tensor, source: Rows, packed: Packed, budget: int) -> Tensor:
+    """x [t, in] @ W.T -> [t, out], a block of W's rows at a time."""
     out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(product_type(x))
-    step = _rows_per_block(source, in_features, budget, inputs)
+    step = _rows_per_block(source, x.shape[1], budget, inputs)
     if step >= out_features:
         return F.linear(inputs, source.dequantize(packed, slice(0, out_features), inputs.dtype)).to(dtype)
-    y = x.new_empty(tokens, out_features)
+    y = x.new_empty(x.shape[0], out_features)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
         y[:, rows] = F.linear(inputs, source.dequantize(packed, rows, inputs.dtype))  # [t, in] @ [r, in].T
     return y
 
 
-def _gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features: int, budget: int, few: int) -> Tensor:
-    """grad [t, out] @ W -> [t, in]."""
-    tokens, out_features = grad.shape
-    if tokens <= few and (grad_x := source.multiply(grad, packed, transposed=True)) is not None:
-        return grad_x
-    dtype = product_type(grad)
+def _gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int, limits: tuple[int, int]) -> Tensor:
+    """grad [..., out] @ W -> [..., in]."""
+    if torch.is_autocast_enabled(grad.device.type):
+        with torch.autocast(grad.device.type, enabled=False):
+            return _gradient(grad, source, packed, in_features, limits)
+    budget, few = limits
+    rows = grad.reshape(-1, grad.shape[-1])  # [t, out]
+    grad_x = source.multiply(rows, packed, transposed=True) if rows.shape[0] <= few else None
+    if grad_x is None:
+        grad_x = _product_transposed(rows, source, packed, in_features, budget)
+    return grad_x.reshape(*grad.shape[:-1], in_features)
+
+
+def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features: int, budget: int) -> Tensor:
+    """grad [t, out] @ W -> [t, in], a block of W's rows at a time."""
+    (tokens, out_features), dtype = grad.shape, product_type(grad)
     step = _rows_per_block(source, in_features, budget, grad.new_empty(0, dtype=dtype))
     if step >= out_features:
         return (grad.to(dtype) @ source.dequantize(packed, slice(0, out_features), dtype)).to(grad.dtype)
@@ -176,8 +187,7 @@ def _gradient(grad: Tensor, source: Rows, packed: dict[str, Tensor], in_features
 
 def product_type(x: Tensor) -> torch.dtype:
     """The type in which x is multiplied: its own, or float32 where the processor is faster in that."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return torch.float32 if half and x.device.type == "cpu" and not _multiplies(x.dtype) else x.dtype
+    return torch.float32 if x.dtype in _HALVES and x.device.type == "cpu" and not _multiplies(x.dtype) else x.dtype
 
 
 @constant_result
@@ -191,12 +201,6 @@ def _multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.float16:
         return bool(has & {"amx_fp16", "avx512_fp16"})
     return bool(has & {"amx_bf16", "bf16"}) or ("avx512_bf16" in has and "GenuineIntel" not in has)
-
-
-def _plain_types(x: Tensor) -> AbstractContextManager[Any]:
-    """Autocast has had its say before; it must not change the products within."""
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _rows_per_block(source: Rows, in_features: int, budget: int, inputs: Tensor) -> int:

@@ -7,9 +7,11 @@
 | `hqq`        | affine   | proximal               | –               | Badri & Shaji 2023|
 | `awq`        | affine   | clipped                | rescale         | arXiv:2306.00978  |
 | `optq`       | affine   | sequential             | – / permutation | arXiv:2210.17323  |
-| `signround`  | affine   | learned (`learned.py`) | –               | arXiv:2309.05516  |
+| `signround`  | affine   | learned                | –               | arXiv:2309.05516  |
 | `quip`       | affine   | sequential             | signed Hadamard | arXiv:2307.13304  |
 | `quip_sharp` | lattice  | sequential, by eights  | signed Hadamard | arXiv:2402.04396  |
+
+`signround` is in `learned.py`, `quip_sharp` in a file of its own: it searches a scale for each layer.
 """
 
 from __future__ import annotations
@@ -18,21 +20,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from ..errors import InputError
-from .base import Packed, later, quantizers
+from .base import later, quantizers
 from .bases import Basis, Permutation, Rescale, SignedHadamard
 from .composed import Composed
 from .grids.affine import BITS, Affine
 from .grids.base import Grid
 from .grids.codebook import Codebook
-from .grids.lattice import SCALE, Lattice
 from .grids.scalar import check_group_size, check_scale_type
 from .proximal import Proximal
 from .rounding import Clipped, Nearest, Rounding, Sequential
-from .suited import row_gains, suited_share
 
 
 @quantizers.register("rtn")
@@ -239,77 +236,6 @@ class QuIP(Composed):
     @cached_property
     def basis(self) -> Basis:
         return SignedHadamard(self.seed, rules=self.hadamard)
-
-
-@quantizers.register("quip_sharp")
-@dataclass(frozen=True)
-class QuIPSharp(Composed):
-    """QuIP# (arXiv:2402.04396): rotated weights, eight at a time on the lattice E8; the choice for 2 bits.
-
-    2, 3 or 4 bits a weight and nothing per group: two float16 vectors are all that is stored beside the codes.
-    """
-
-    needs_hessian: ClassVar[bool] = True
-
-    bits: int = 2
-    """2, 3 or 4."""
-    scale: float | None = None
-    """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
-    weights best, 1.03, 0.98 or 1.03, downwards."""
-    residual_scale: float | None = None
-    """How much larger the error of the first two bits is coded for the others; by default 2.04 at 3 bits, 3.45 at 4."""
-    damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
-    passes: int = 10
-    """Passes of coordinate descent after the sweep, at most; each costs about as much time as the sweep."""
-    seed: int = 0
-    """Of the random signs, which are stored."""
-    hadamard: int = 1
-    """Version of the rules that say which Hadamard matrix belongs to a size."""
-    scale_type: str = later("float16")
-    """Type of the scales of rows: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
-
-    def __post_init__(self) -> None:
-        if self.bits not in SCALE or isinstance(self.bits, bool):
-            raise InputError(f"{self.name}: bits={self.bits!r}; choose 2, 3 or 4")
-        Lattice(self.bits, self.residual_scale)
-        Sequential(self.damping, passes=self.passes)
-        SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
-
-    @cached_property
-    def grid(self) -> Grid:
-        return Lattice(self.bits, self.residual_scale)
-
-    @property
-    def rounding(self) -> Sequential:
-        return Sequential(self.damping, passes=self.passes)
-
-    @cached_property
-    def basis(self) -> SignedHadamard:
-        scale = SCALE[self.bits] if self.scale is None else self.scale
-        return SignedHadamard(self.seed, scale, rules=self.hadamard, scale_type=self.scale_type)
-
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
-        weight = self._checked(weight, hessian)
-        assert hessian is not None
-        hessian, basis = hessian.to(weight.device), self.basis
-        state = basis.draw(weight, hessian)
-        inner, _ = basis.rotate(weight, None, state)
-        if self.scale is None:
-            share = suited_share(inner, basis.second_moment(hessian, state), self.grid)
-            inner *= share
-            state["sv"] = basis.stored(state["sv"].float() / share)
-        codes, params = self.rounding.sweep(inner, lambda: basis.second_moment(hessian, state), self.grid)
-        columns = inner.shape[1]
-        del inner
-        packed = self.grid.pack(codes, params, columns) | state
-        gains = row_gains(weight, self.dequantize(packed, dtype=weight.dtype), hessian)
-        packed["sv"] = basis.stored(packed["sv"].to(gains) * gains)
-        return packed
-
-    def _scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
-        return norms / (weight.shape[1] ** 0.5 * SCALE[self.bits]), norms
 
 
 def _check(name: str, bits: int, group_size: int, scale_type: str) -> None:

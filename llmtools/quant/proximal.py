@@ -42,7 +42,7 @@ class Proximal(Rounding):
 
     def __call__(self, weight: Tensor, hessian: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
         assert isinstance(grid, Affine) and grid.float_zeros
-        parts = split(weight, grid.span(weight.shape[1]))  # each [out, G, c]
+        parts = split(weight, grid.resolve_group_size(weight.shape[1]))  # each [out, G, c]
         groups = [part.flatten(0, 1) for part in parts]
         trial = [_extremes(group, grid) for group in groups]
         best, least = trial, _distance(groups, trial, grid)
@@ -54,7 +54,7 @@ class Proximal(Rounding):
             best, least = trial, distance
         codes, params = [], []
         for part, group, fitted in zip(parts, groups, best, strict=True):
-            codes.append(grid.nearest(group, fitted).unflatten(0, part.shape[:2]).flatten(1))
+            codes.append(grid.quantize_values(group, fitted).unflatten(0, part.shape[:2]).flatten(1))
             params.append(fitted.unflatten(0, part.shape[:2]))
         return torch.cat(codes, 1), torch.cat(params, 1)
 
@@ -72,8 +72,8 @@ def _extremes(group: Tensor, grid: Affine) -> Tensor:
 def _step(group: Tensor, params: Tensor, grid: Affine) -> Tensor:
     """One turn of both steps: the same scales, new zero points."""
     scale = params[:, :1]
-    codes = grid.nearest(group, params)
-    error = group - grid.value(codes, params)
+    codes = grid.quantize_values(group, params)
+    error = group - grid.dequantize_codes(codes, params)
     size = error.abs()
     error = error.sign() * (size - size.pow(_P - 1) / _BETA).clamp_min(0)
     zero = (codes - (group - error) / scale).mean(-1, keepdim=True)
@@ -90,6 +90,8 @@ def _stored(x: Tensor, grid: Affine) -> Tensor:
 def _distance(groups: list[Tensor], params: list[Tensor], grid: Affine) -> float:
     """Σ|w − ŵ|."""
     return sum(
-        float((group - grid.value(grid.nearest(group, fitted), fitted)).abs().sum(dtype=torch.float64))
+        float(
+            (group - grid.dequantize_codes(grid.quantize_values(group, fitted), fitted)).abs().sum(dtype=torch.float64)
+        )
         for group, fitted in zip(groups, params, strict=True)
     )

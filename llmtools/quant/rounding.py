@@ -4,11 +4,20 @@ There is one data-driven rounding. GPTQ's loop (arXiv:2210.17323, algorithm 1) a
 section 3; block form in QuIP#, arXiv:2402.04396, section 4.1) choose the same codes: with H + λI = M D Mᵀ, M unit upper
 triangular, column j is rounded after adding Σ_{i<j} E_i M_ij, where E = W − Ŵ are the errors made so far.
 
-Once all codes are there, passes of coordinate descent may change one column (or block) at a time for the better, all
-others fixed (QuIP#, section 4.1): tr(E H Eᵀ) falls with every step.
+Once all codes are there, iterations of coordinate descent may change one column (or block) at a time for the better,
+all others fixed (QuIP#, section 4.1): tr(E H Eᵀ) falls with every step.
 
-Shapes: out, in — features; w — the grid's width; G — groups in a row; p — parameters of a group. Where w does not
-divide `in`, weights are filled up with zeros that no input sees, and codes are of the filled weight.
+Without groups, chunks and act-order the sweep is a few lines (`tests/quant/test_rounding.py` holds the fast one to it):
+
+    update = factor(lambda: H.double(), width=1, damping=0.01).update       # M
+    params, error, codes = grid.fit(W), W.clone(), []
+    for j in range(W.shape[1]):
+        target = W[:, j:j+1] + (error[:, :j] @ update[:j, j:j+1])           # W_j + Σ_{i<j} E_i M_ij
+        codes.append(grid.quantize_values(target, params))
+        error[:, j:j+1] = W[:, j:j+1] - grid.dequantize_codes(codes[-1], params)
+
+Shapes: out, in — features; h, w — the grid's height and width; G — groups in a row; p — parameters of a group. Where w
+does not divide `in`, or h `out`, weights are padded with zeros that no input sees and no output shows.
 """
 
 from __future__ import annotations
@@ -29,9 +38,15 @@ _CHUNK = 128  # columns between two products with all earlier errors
 
 
 class Rounding(ABC):
+    """How codes are chosen for a whole weight on a grid."""
+
     @abstractmethod
     def __call__(self, weight: Tensor, hessian: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-        """weight [out, in], hessian [in, in] -> codes [out, in / w], params [out, G, p]."""
+        """weight [out, in], hessian [in, in] -> codes [ceil(out / h), ceil(in / w)], params [out, G, p].
+
+        The weight is float32 or wider, codes are integers or whole floats, params have the weight's type. Raises
+        InputError where the rounding needs a Hessian and there is none.
+        """
 
 
 @dataclass(frozen=True)
@@ -39,14 +54,16 @@ class Nearest(Rounding):
     """Each weight to the nearest value of its group's grid ("RTN"); no data."""
 
     def __call__(self, weight: Tensor, hessian: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
-        weight = _filled(weight, grid.width)
+        out_features, weight = len(weight), _padded(weight, grid)
         codes, params = [], []
-        for groups in split(weight, grid.span(weight.shape[1])):  # [out, G, c]
-            flat = groups.flatten(0, 1)
+        for groups in split(weight, grid.resolve_group_size(weight.shape[1])):  # [out, G, c]
+            # Rows that share a code stay neighbours: group by group of columns, h rows at a time.
+            strips = groups.unflatten(0, (-1, grid.height)).transpose(1, 2)  # [out / h, G, h, c]
+            flat = strips.flatten(0, 2)
             fitted = grid.fit(flat)
-            codes.append(grid.nearest(flat, fitted).unflatten(0, groups.shape[:2]).flatten(1))
-            params.append(fitted.unflatten(0, groups.shape[:2]))
-        return torch.cat(codes, 1), torch.cat(params, 1)
+            codes.append(grid.quantize_values(flat, fitted).unflatten(0, strips.shape[:2]).flatten(1))
+            params.append(fitted.unflatten(0, strips.shape[:3]).transpose(1, 2).flatten(0, 1))
+        return torch.cat(codes, 1), torch.cat(params, 1)[:out_features]
 
 
 @dataclass(frozen=True)
@@ -61,19 +78,20 @@ class Clipped(Rounding):
     def __call__(self, weight: Tensor, hessian: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
         if hessian is None:
             raise InputError(f"{where()}this rounding needs calibration data: pass a Hessian")
-        assert grid.width == 1
-        hessian, span = hessian.to(weight), grid.span(weight.shape[1])
+        assert grid.width == grid.height == 1
+        hessian, group_size = hessian.to(weight), grid.resolve_group_size(weight.shape[1])
         codes, params = [], []
-        for start in range(0, weight.shape[1], span):
-            group, seen = weight[:, start : start + span], hessian[start : start + span, start : start + span]
+        for start in range(0, weight.shape[1], group_size):
+            columns = slice(start, start + group_size)
+            group, seen = weight[:, columns], hessian[columns, columns]
             best, least = grid.fit(group), weight.new_full((len(weight), 1), torch.inf)
             for step in range(10):
                 limit = group.abs().amax(1, keepdim=True) * (1 - step / 20)
                 fitted = grid.fit(group.clamp(-limit, limit))
-                error = group - grid.value(grid.nearest(group, fitted), fitted)
+                error = group - grid.dequantize_codes(grid.quantize_values(group, fitted), fitted)
                 loss = ((error @ seen) * error).sum(1, keepdim=True)
                 best, least = torch.where(loss < least, fitted, best), torch.minimum(loss, least)
-            codes.append(grid.nearest(group, best))
+            codes.append(grid.quantize_values(group, best))
             params.append(best)
         return torch.cat(codes, 1), torch.stack(params, 1)
 
@@ -94,7 +112,7 @@ class Sequential(Rounding):
     static_groups: bool = False
     """Fit every group before the sweep, to the original weights."""
     passes: int = 0
-    """Passes of coordinate descent after the sweep."""
+    """Iterations of coordinate descent after the sweep, at most."""
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -116,17 +134,18 @@ class Sequential(Rounding):
         `hessian` gives a new copy each time, [in, in], in the precision to work in. So three matrices of the weight's
         size are never in memory at once.
         """
-        weight = _filled(weight, grid.width)
+        out_features, weight = len(weight), _padded(weight, grid)
 
         def moment() -> Tensor:
             own = hessian()
             own.diagonal().masked_fill_(own.diagonal() == 0, 1)
-            return _filled_hessian(own, grid.width)
+            return _padded_hessian(own, grid.width)
 
         perm = torch.argsort(moment().diagonal(), descending=True, stable=True) if self.order else None
         factors = factor(moment if perm is None else lambda: moment()[perm][:, perm], grid.width, self.damping)
         if factors is None:
-            return Nearest()(weight, None, grid)
+            codes, params = Nearest()(weight, None, grid)
+            return codes, params[:out_features]
         update, cost, damping = factors.update.to(weight.dtype), factors.cost.to(weight.dtype), factors.damping
         del factors
         if self.static_groups or perm is not None:
@@ -136,61 +155,70 @@ class Sequential(Rounding):
         del update
         if self.passes:
             codes = _descend(weight, moment().to(weight.dtype), damping, grid, codes, params, self.passes)
-        return codes, params
+        return codes, params[:out_features]
 
 
 def _sweep(error: Tensor, update: Tensor, cost: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Groups fitted on the way. update and cost are of `factor`; columns of W become those of W − Ŵ when done."""
-    span, width = grid.span(error.shape[1]), grid.width
+    """Groups fitted on the way. error [out, in] is W and becomes W − Ŵ; update [in, in], cost [in] are of `factor`."""
+    group_size, width = grid.resolve_group_size(error.shape[1]), grid.width
     codes, params = [], []
-    for first in range(0, error.shape[1], span):
-        last = min(first + span, error.shape[1])
-        fed = error[:, :first] @ update[:first, first:last] if first else None
+    for first in range(0, error.shape[1], group_size):
+        last = min(first + group_size, error.shape[1])
+        # The grid of the group: for its weights with the feedback of all columns before, as it settles within.
+        fed = error[:, :first] @ update[:first, first:last] if first else None  # Σ_{i<first} E_i M_ij
         group = error[:, first:last]
         if fed is not None:
-            group = group + _settled(fed, update[first:last, first:last])
+            group = group + _steady_state(fed, update[first:last, first:last])
         params.append(grid.fit(group, cost[first:last]))
+        # Its columns, a chunk at a time: one product takes in the errors of the group's chunks before.
         for start in range(first, last, _CHUNK):
             stop = min(start + _CHUNK, last)
             target = error[:, start:stop] + error[:, first:start] @ update[first:start, start:stop]
             if fed is not None:
                 target += fed[:, start - first : stop - first]
+            # Within a chunk block after block, each after the errors of those before it.
             for j in range(start, stop, width):
                 column = slice(j, j + width)
                 x = target[:, j - start : j - start + width] + error[:, start:j] @ update[start:j, column]
-                codes.append(grid.nearest(x, params[-1]))
-                error[:, column] -= grid.value(codes[-1], params[-1])
+                codes.append(grid.quantize_values(x, params[-1]))
+                error[:, column] -= grid.dequantize_codes(codes[-1], params[-1])
     return torch.cat(codes, 1), torch.stack(params, 1)
 
 
-def _settled(fed: Tensor, within: Tensor) -> Tensor:
-    """The feedback [out, span] that a group ends up with if its own columns were stored without error.
+def _steady_state(fed: Tensor, within: Tensor) -> Tensor:
+    """The feedback [out, g] that a group of g columns ends up with if its own were stored without error.
 
-    A column passes on what it was fed: its E_i is then minus its own feedback. So the feedback u that settles is
-    u_j = fed_j − Σ_{i<j} u_i M_ij, that is u = fed · M⁻¹, with the group's own part of M [span, span].
+    A column passes on what it was fed: its E_i is then minus its own feedback. So the steady state u has
+    u_j = fed_j − Σ_{i<j} u_i M_ij, that is u = fed · M⁻¹, with the group's own part of M [g, g].
     """
-    settled: Tensor = torch.linalg.solve_triangular(within, fed, upper=True, left=False, unitriangular=True)
-    return settled
+    steady: Tensor = torch.linalg.solve_triangular(within, fed, upper=True, left=False, unitriangular=True)
+    return steady
 
 
 def _sweep_static(weight: Tensor, update: Tensor, grid: Grid, perm: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Groups fitted before, to the weights as they are; with perm [in], columns take that order. Grids of width 1."""
+    """Groups fitted before, to the weights as they are; with perm [in], columns take that order. Grids of width 1.
+
+    weight [out, in] becomes W − Ŵ, in its own order of columns; update [in, in] is in the order of the sweep.
+    """
     assert grid.width == 1
+    # The grids of all groups, and which of them each column of the sweep belongs to.
     _, params = Nearest()(weight, None, grid)
-    group = torch.arange(weight.shape[1], device=weight.device) // grid.span(weight.shape[1])
+    group = torch.arange(weight.shape[1], device=weight.device) // grid.resolve_group_size(weight.shape[1])
     error = weight
     if perm is not None:
         error, group = weight[:, perm], group[perm]
     codes: list[Tensor] = []
     of_column = group.tolist()
+    # As in `_sweep`: one product for all columns before a chunk, then column after column.
     for start in range(0, error.shape[1], _CHUNK):
         stop = min(start + _CHUNK, error.shape[1])
         target = error[:, start:stop] + error[:, :start] @ update[:start, start:stop]
         for j in range(start, stop):
             x = target[:, j - start, None] + error[:, start:j] @ update[start:j, j, None]
             fitted = params[:, of_column[j]]
-            codes.append(grid.nearest(x, fitted))
-            error[:, j, None] -= grid.value(codes[-1], fitted)
+            codes.append(grid.quantize_values(x, fitted))
+            error[:, j, None] -= grid.dequantize_codes(codes[-1], fitted)
+    # Back to the order of the weight.
     swept = torch.cat(codes, 1)
     if perm is None:
         return swept, params
@@ -199,64 +227,69 @@ def _sweep_static(weight: Tensor, update: Tensor, grid: Grid, perm: Tensor | Non
 
 
 def _descend(
-    error: Tensor, hessian: Tensor, damping: float, grid: Grid, codes: Tensor, params: Tensor, passes: int
+    error: Tensor, hessian: Tensor, damping: float, grid: Grid, codes: Tensor, params: Tensor, iterations: int
 ) -> Tensor:
-    """Codes after passes over the columns, last to first; each chooses anew with all others fixed.
+    """Codes [out / h, in / w] after coordinate descent over the columns, last to first, all others fixed at each.
 
     With G = E (H + λI) the loss as a function of the values v of block k is least at v + G_k H_kk⁻¹; the code nearest
-    to that is taken in the rows where it lowers the loss, which in a block of one column it always does. The error
-    [out, in] and the Hessian, here damped, are changed in place.
+    to that is taken in the rows (strips of h rows) where it lowers the loss, which in a block of one weight it always
+    does. The error [out, in] and the Hessian [in, in], here damped, are changed in place; params [out, G, p].
     """
-    width, span = grid.width, grid.span(error.shape[1])
+    width, height, group_size = grid.width, grid.height, grid.resolve_group_size(error.shape[1])
     codes = codes.clone()
     hessian.diagonal().add_(damping * hessian.diagonal().mean())
     blocks = [hessian[j : j + width, j : j + width] for j in range(0, len(hessian), width)]
     inverses = torch.linalg.inv(torch.stack(blocks))  # H_kk⁻¹
-    for _ in range(passes):
+    for _ in range(iterations):
         changed = torch.zeros((), dtype=torch.bool, device=error.device)
         for start in reversed(range(0, error.shape[1], _CHUNK)):
+            # G for a chunk of columns by one product; the chunk's own changes are taken off it as they happen.
             chunk = slice(start, min(start + _CHUNK, error.shape[1]))
-            inner = hessian[chunk, chunk]
+            within = hessian[chunk, chunk]
             slope = error @ hessian[:, chunk]  # G, [out, chunk]
             for j in reversed(range(start, chunk.stop, width)):
+                # The best values of the block, and the codes nearest to them.
                 here, column, k = slice(j - start, j - start + width), slice(j, j + width), j // width
-                fitted = params[:, j // span]
-                values = grid.value(codes[:, k, None], fitted)
-                wish = values + slope[:, here] @ inverses[k]
-                proposed = grid.nearest(wish, fitted).to(codes.dtype)
-                step = grid.value(proposed, fitted) - values  # the error becomes error − step
-                gain = (step * (2 * slope[:, here] - step @ blocks[k])).sum(1, keepdim=True)
-                better = (gain > 0) & (proposed != codes[:, k, None])
-                step = torch.where(better, step, 0)
+                fitted = params[:, j // group_size]
+                values = grid.dequantize_codes(codes[:, k, None], fitted)  # [out, w]
+                best = values + slope[:, here] @ inverses[k]
+                proposed = grid.quantize_values(best, fitted).to(codes.dtype)  # [out / h, 1]
+                step = grid.dequantize_codes(proposed, fitted) - values  # the error becomes error − step
+                # What the step lowers the loss by, for all rows that share a code; only then it is taken.
+                gain = (step * (2 * slope[:, here] - step @ blocks[k])).sum(1, keepdim=True)  # [out, 1]
+                if height > 1:
+                    gain = gain.unflatten(0, (-1, height)).sum(1)
+                better = (gain > 0) & (proposed != codes[:, k, None])  # [out / h, 1]
                 codes[:, k, None] = torch.where(better, proposed, codes[:, k, None])
+                step = torch.where(better.repeat_interleave(height, 0) if height > 1 else better, step, 0)
                 error[:, column] -= step
-                slope -= step @ inner[here]
+                slope -= step @ within[here]
                 changed |= better.any()
         if not changed:
             break
     return codes
 
 
-def _filled(weight: Tensor, width: int) -> Tensor:
-    """weight [out, in] with columns of zeros up to the next multiple of width."""
-    extra = -weight.shape[1] % width
-    return F.pad(weight, (0, extra)) if extra else weight
+def _padded(weight: Tensor, grid: Grid) -> Tensor:
+    """weight [out, in] with zeros up to the next multiples of the grid's height and width; itself where they fit."""
+    rows, columns = -weight.shape[0] % grid.height, -weight.shape[1] % grid.width
+    return F.pad(weight, (0, columns, 0, rows)) if rows or columns else weight
 
 
-def _filled_hessian(hessian: Tensor, width: int) -> Tensor:
-    """The Hessian of such a weight: inputs of common size that depend on no other."""
+def _padded_hessian(hessian: Tensor, width: int) -> Tensor:
+    """The Hessian [in, in] of a weight with so many more columns: inputs of common size that depend on no other."""
     extra = -hessian.shape[0] % width
     if not extra:
         return hessian
-    filled = F.pad(hessian, (0, extra, 0, extra))
-    filled.diagonal()[-extra:] = hessian.diagonal().mean()
-    return filled
+    padded = F.pad(hessian, (0, extra, 0, extra))
+    padded.diagonal()[-extra:] = hessian.diagonal().mean()
+    return padded
 
 
-def split(weight: Tensor, span: int) -> list[Tensor]:
-    """weight [out, in] in groups of columns: [out, G, span] and, where span does not divide in, [out, 1, rest]."""
-    whole = weight.shape[1] // span * span
-    parts = [weight[:, :whole].unflatten(1, (-1, span))] if whole else []
+def split(weight: Tensor, group_size: int) -> list[Tensor]:
+    """weight [out, in] by groups of columns: [out, G, group_size] and, where some are left over, [out, 1, rest]."""
+    whole = weight.shape[1] // group_size * group_size
+    parts = [weight[:, :whole].unflatten(1, (-1, group_size))] if whole else []
     if whole < weight.shape[1]:
         parts.append(weight[:, None, whole:])
     return parts

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from llmtools.kernels import affine, codebook, hadamard, lattice
+from llmtools.kernels import grouped, hadamard, lattice
 
 CAPABILITIES = {"ampere": 80, "hopper": 90}
 OUT, IN, TOKENS = 512, 2048, 16
@@ -67,23 +67,24 @@ def zeros(*shape, dtype=torch.bfloat16):
     return torch.zeros(shape, dtype=dtype)
 
 
-def test_affine(compiled, tmp_path):
-    kernels = import_module(f"{affine.__name__}.triton")
+def test_uniform_grids(compiled, tmp_path):
+    kernels = import_module(f"{grouped.__name__}.triton")
     weight = zeros(OUT, IN * 3 // 32, dtype=torch.int32), zeros(OUT, IN // 64, dtype=torch.float16)
-    weight += zeros(OUT, IN // 64 * 3 // 8, dtype=torch.uint8), 3, 64, IN
-    kernels.dequantize_affine(*weight, torch.bfloat16)
+    weight += zeros(OUT, IN // 64 * 3 // 8, dtype=torch.uint8), None, 3, 64, IN
+    kernels.dequantize_grouped(*weight, torch.bfloat16)
     for tokens in (1, TOKENS):
-        kernels.multiply_affine(zeros(tokens, IN), *weight)
-        kernels.multiply_transposed_affine(zeros(tokens, OUT), *weight)
+        kernels.multiply_grouped(zeros(tokens, IN), *weight, False)
+        kernels.multiply_grouped(zeros(tokens, OUT), *weight, True)
     check(compiled, 5, tmp_path)
 
 
-def test_codebook(compiled, tmp_path):
-    kernels = import_module(f"{codebook.__name__}.triton")
-    weight = zeros(OUT, IN // 8, dtype=torch.int32), zeros(OUT, IN // 64, dtype=torch.float32), zeros(16), 64, IN
-    kernels.dequantize_codebook(*weight, torch.float16)
-    kernels.multiply_codebook(zeros(TOKENS, IN), *weight)
-    kernels.multiply_transposed_codebook(zeros(TOKENS, OUT), *weight)
+def test_codebooks(compiled, tmp_path):
+    kernels = import_module(f"{grouped.__name__}.triton")
+    weight = zeros(OUT, IN // 8, dtype=torch.int32), zeros(OUT, IN // 64, dtype=torch.float32), None, zeros(16)
+    weight += 4, 64, IN
+    kernels.dequantize_grouped(*weight, torch.float16)
+    kernels.multiply_grouped(zeros(TOKENS, IN), *weight, False)
+    kernels.multiply_grouped(zeros(TOKENS, OUT), *weight, True)
     check(compiled, 3, tmp_path)
 
 

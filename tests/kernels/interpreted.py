@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmtools.kernels import affine, bits, codebook, hadamard, lattice, tiles
+from llmtools.kernels import bits, grouped, hadamard, lattice, triton_common
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.kernels.interpreter import mend
@@ -25,7 +25,7 @@ else:
 
 HALVES = (torch.bfloat16, torch.float16)
 TYPES = (*HALVES, torch.float32)
-KERNELS = {package: import_module(f"{package.__name__}.triton") for package in (affine, codebook, hadamard, lattice)}
+KERNELS = {package: import_module(f"{package.__name__}.triton") for package in (grouped, hadamard, lattice)}
 
 # Odd on purpose: one column, rows that end within a word or a byte, groups of any size, a short last one.
 AFFINE = [
@@ -38,7 +38,7 @@ AFFINE = [
     (4, 40, 5, 16, False),
     (6, 33, 1, 8, False),
 ]
-CODEBOOK = [(5, 70, 32), (9, 45, 9), (66, 136, 64)]
+CODEBOOK = [(5, 70, 32), (9, 45, 9), (66, 136, 64), (7, 90, 20, 3), (4, 50, 16, 8)]
 LATTICE = [((3, 5), None), ((2, 3, 33), torch.uint8), ((4, 17), torch.int16)]
 
 
@@ -47,12 +47,13 @@ def draw_affine(rows, columns, width, group, symmetric):
     codes, zeros = torch.randint(0, 2**width, (rows, columns)), torch.randint(0, 2**width, (rows, groups))
     scales = (torch.randn(rows, groups) * 0.1).to(torch.float16).to(DEVICE)
     qzeros = None if symmetric else bits.pack(zeros, width, torch.uint8).to(DEVICE)
-    return bits.pack(codes, width).to(DEVICE), scales, qzeros, width, group, columns
+    return bits.pack(codes, width).to(DEVICE), scales, qzeros, None, width, group, columns
 
 
-def draw_codebook(rows, columns, group):
-    codes, scales = torch.randint(0, 16, (rows, columns)), torch.rand(rows, -(-columns // group))
-    return bits.pack(codes, 4).to(DEVICE), scales.to(DEVICE), torch.randn(16).to(DEVICE), group, columns
+def draw_codebook(rows, columns, group, width=4):
+    codes, scales = torch.randint(0, 2**width, (rows, columns)), torch.rand(rows, -(-columns // group))
+    table = torch.randn(2**width).to(DEVICE)
+    return bits.pack(codes, width).to(DEVICE), scales.to(DEVICE), None, table, width, group, columns
 
 
 def draw_lattice(shape, kind):
@@ -84,22 +85,22 @@ def check_products(multiply, transposed, weight, tokens):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_affine_rows_have_the_references_bits(case, dtype):
     weight = draw_affine(*case)
-    truth = affine.reference.dequantize_affine(*weight, dtype)
-    assert torch.equal(KERNELS[affine].dequantize_affine(*weight, dtype), truth)
+    truth = grouped.reference.dequantize_grouped(*weight, dtype)
+    assert torch.equal(KERNELS[grouped].dequantize_grouped(*weight, dtype), truth)
 
 
 def test_affine_rows_of_other_scales_have_the_references_bits():
     qweight, scales, *rest = draw_affine(5, 64, 4, 16, False)
     for kind in (torch.bfloat16, torch.float32):
         weight = (qweight, scales.to(kind), *rest)
-        truth = affine.reference.dequantize_affine(*weight, torch.bfloat16)
-        assert torch.equal(KERNELS[affine].dequantize_affine(*weight, torch.bfloat16), truth)
+        truth = grouped.reference.dequantize_grouped(*weight, torch.bfloat16)
+        assert torch.equal(KERNELS[grouped].dequantize_grouped(*weight, torch.bfloat16), truth)
 
 
 def test_a_slice_of_rows_decodes_like_the_whole():
     qweight, scales, qzeros, *rest = draw_affine(9, 70, 3, 32, False)
-    whole = KERNELS[affine].dequantize_affine(qweight, scales, qzeros, *rest, torch.bfloat16)
-    part = KERNELS[affine].dequantize_affine(qweight[2:7], scales[2:7], qzeros[2:7], *rest, torch.bfloat16)
+    whole = KERNELS[grouped].dequantize_grouped(qweight, scales, qzeros, *rest, torch.bfloat16)
+    part = KERNELS[grouped].dequantize_grouped(qweight[2:7], scales[2:7], qzeros[2:7], *rest, torch.bfloat16)
     assert torch.equal(part, whole[2:7])
 
 
@@ -107,8 +108,8 @@ def test_a_slice_of_rows_decodes_like_the_whole():
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_codebook_rows_have_the_references_bits(case, dtype):
     weight = draw_codebook(*case)
-    truth = codebook.reference.dequantize_codebook(*weight, dtype)
-    assert torch.equal(KERNELS[codebook].dequantize_codebook(*weight, dtype), truth)
+    truth = grouped.reference.dequantize_grouped(*weight, dtype)
+    assert torch.equal(KERNELS[grouped].dequantize_grouped(*weight, dtype), truth)
 
 
 @pytest.mark.parametrize("case", LATTICE, ids=str)
@@ -130,11 +131,11 @@ def test_every_lattice_point_has_the_references_bits():
 @pytest.mark.parametrize("tokens", [0, 1, 3, 17])
 @pytest.mark.parametrize("case", AFFINE[:6], ids=str)
 def test_affine_products_are_as_accurate_as_plain_torch(case, tokens):
-    weight, kernels = draw_affine(*case), KERNELS[affine]
-    truth = affine.reference.dequantize_affine(*weight, torch.float64)
+    weight, kernels = draw_affine(*case), KERNELS[grouped]
+    truth = grouped.reference.dequantize_grouped(*weight, torch.float64)
     check_products(
-        lambda x: kernels.multiply_affine(x, *weight),
-        lambda g: kernels.multiply_transposed_affine(g, *weight),
+        lambda x: kernels.multiply_grouped(x, *weight, False),
+        lambda g: kernels.multiply_grouped(g, *weight, True),
         truth,
         tokens,
     )
@@ -143,11 +144,11 @@ def test_affine_products_are_as_accurate_as_plain_torch(case, tokens):
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("case", CODEBOOK, ids=str)
 def test_codebook_products_are_as_accurate_as_plain_torch(case, tokens):
-    weight, kernels = draw_codebook(*case), KERNELS[codebook]
-    truth = codebook.reference.dequantize_codebook(*weight, torch.float64)
+    weight, kernels = draw_codebook(*case), KERNELS[grouped]
+    truth = grouped.reference.dequantize_grouped(*weight, torch.float64)
     check_products(
-        lambda x: kernels.multiply_codebook(x, *weight),
-        lambda g: kernels.multiply_transposed_codebook(g, *weight),
+        lambda x: kernels.multiply_grouped(x, *weight, False),
+        lambda g: kernels.multiply_grouped(g, *weight, True),
         truth,
         tokens,
     )
@@ -168,33 +169,35 @@ def test_lattice_products_are_as_accurate_as_plain_torch(kind, tokens):
 
 @pytest.mark.parametrize("shape", [(6, 1100), (140, 40)], ids=str)
 def test_a_split_sum_is_the_same_sum_and_the_same_bits_each_time(monkeypatch, shape):
-    monkeypatch.setattr(tiles, "_programs", lambda device: 64)
-    weight, kernels = draw_affine(*shape, 4, 64, False), KERNELS[affine]
-    truth = affine.reference.dequantize_affine(*weight, torch.float64)
+    monkeypatch.setattr(triton_common, "_programs", lambda device: 64)
+    weight, kernels = draw_affine(*shape, 4, 64, False), KERNELS[grouped]
+    truth = grouped.reference.dequantize_grouped(*weight, torch.float64)
     for tokens in (1, 2):
         check_products(
-            lambda x: kernels.multiply_affine(x, *weight),
-            lambda g: kernels.multiply_transposed_affine(g, *weight),
+            lambda x: kernels.multiply_grouped(x, *weight, False),
+            lambda g: kernels.multiply_grouped(g, *weight, True),
             truth,
             tokens,
         )
         x = torch.randn(tokens, shape[1], device=DEVICE).to(torch.bfloat16)
-        assert torch.equal(kernels.multiply_affine(x, *weight), kernels.multiply_affine(x, *weight))
+        assert torch.equal(kernels.multiply_grouped(x, *weight, False), kernels.multiply_grouped(x, *weight, False))
 
 
 def test_more_tokens_than_a_launch_takes_and_strided_ones_are_multiplied():
     weight = draw_affine(7, 40, 4, 8, False)
-    x = torch.randn(40, tiles.MOST_TOKENS + 3, device=DEVICE).T
-    truth = x.double() @ affine.reference.dequantize_affine(*weight, torch.float64).T
-    torch.testing.assert_close(KERNELS[affine].multiply_affine(x, *weight).double(), truth, rtol=1e-5, atol=1e-5)
+    x = torch.randn(40, triton_common.MOST_TOKENS + 3, device=DEVICE).T
+    truth = x.double() @ grouped.reference.dequantize_grouped(*weight, torch.float64).T
+    torch.testing.assert_close(
+        KERNELS[grouped].multiply_grouped(x, *weight, False).double(), truth, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_wider_types_go_to_the_reference():
     weight = draw_affine(3, 20, 4, 8, False)
-    truth = affine.reference.dequantize_affine(*weight, torch.float64)
-    assert torch.equal(KERNELS[affine].dequantize_affine(*weight, torch.float64), truth)
+    truth = grouped.reference.dequantize_grouped(*weight, torch.float64)
+    assert torch.equal(KERNELS[grouped].dequantize_grouped(*weight, torch.float64), truth)
     x = torch.randn(2, 20, dtype=torch.float64, device=DEVICE)
-    torch.testing.assert_close(KERNELS[affine].multiply_affine(x, *weight), x @ truth.T)
+    torch.testing.assert_close(KERNELS[grouped].multiply_grouped(x, *weight, False), x @ truth.T)
 
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["plain", "transposed"])

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmtools.kernels import gpu
+from llmtools.kernels import ops
 from llmtools.kernels.lattice import reference
 
 HERE = Path(__file__).parent
@@ -65,7 +65,7 @@ def device(monkeypatch) -> torch.device:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    caches = gpu.usable, gpu._say
+    caches = ops.has_triton, ops._say
     for function in caches:
         function.cache_clear()
     yield torch.device("cuda", 0)
@@ -76,34 +76,34 @@ def device(monkeypatch) -> torch.device:
 def test_an_old_gpu_runs_in_plain_torch_and_one_line_says_so(device, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     with caplog.at_level(logging.WARNING):
-        assert not gpu.usable(device)
-        assert not gpu.usable(torch.device("cuda", 1))
+        assert not ops.has_triton(device)
+        assert not ops.has_triton(torch.device("cuda", 1))
     assert len(caplog.messages) == 1 and "older than Ampere" in caplog.messages[0]
 
 
 def test_without_triton_a_gpu_runs_in_plain_torch_and_one_line_says_so(device, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "triton", None)
     with caplog.at_level(logging.WARNING):
-        assert not gpu.usable(device)
+        assert not ops.has_triton(device)
     assert len(caplog.messages) == 1 and "pip install triton" in caplog.messages[0]
 
 
 def test_triton_can_be_turned_off_silently(device, monkeypatch, caplog):
     monkeypatch.setenv("LLMTOOLS_TRITON", "0")
     with caplog.at_level(logging.WARNING):
-        assert not gpu.usable(device)
+        assert not ops.has_triton(device)
     assert not caplog.messages
 
 
 @pytest.mark.parametrize("usable", [True, False])
 def test_ops_reach_the_kernel_or_the_reference(device, monkeypatch, usable):
-    monkeypatch.setattr(gpu, "usable", lambda device: usable)
+    monkeypatch.setattr(ops, "has_triton", lambda device: usable)
     module = type(sys)("stand_in.triton")
     module.dequantize_lattice = lambda *args: "kernel"
     monkeypatch.setitem(sys.modules, "stand_in", type(sys)("stand_in"))
     monkeypatch.setitem(sys.modules, "stand_in.triton", module)
     codes = torch.zeros(1, 1, dtype=torch.int16)
-    result = gpu.kernel("stand_in", reference.dequantize_lattice)(codes, None, 1.0, torch.float32)
+    result = ops.gpu("stand_in", reference.dequantize_lattice)(codes, None, 1.0, torch.float32)
     if usable:
         assert result == "kernel"
     else:

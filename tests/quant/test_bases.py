@@ -30,7 +30,7 @@ def problem(out: int, n: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("basis", BASES, ids=str)
 def test_state_is_what_the_layout_says(basis: Basis, shape: tuple[int, int]) -> None:
-    state = basis.draw(*problem(*shape))
+    state = basis.init(*problem(*shape))
     layout = basis.layout(*shape)
     assert {k: (tuple(t.shape), t.dtype) for k, t in state.items()} == {
         k: (v.shape, v.dtype) for k, v in layout.items()
@@ -41,17 +41,17 @@ def test_state_is_what_the_layout_says(basis: Basis, shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("basis", BASES, ids=str)
 def test_restore_undoes_rotate(basis: Basis, shape: tuple[int, int]) -> None:
     weight, hessian = problem(*shape)
-    state = basis.draw(weight, hessian)
-    rotated, _ = basis.rotate(weight, hessian, state)
-    torch.testing.assert_close(basis.restore(rotated, state), weight, rtol=1e-5, atol=1e-5)
+    state = basis.init(weight, hessian)
+    rotated, _ = basis.transform(weight, hessian, state)
+    torch.testing.assert_close(basis.inverse_transform(rotated, state), weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("basis", BASES, ids=str)
 def test_rotating_activations_is_rotating_the_weight(basis: Basis, shape: tuple[int, int]) -> None:
     weight, hessian = problem(*shape)
-    state = basis.draw(weight, hessian)
-    rotated, _ = basis.rotate(weight, hessian, state)
+    state = basis.init(weight, hessian)
+    rotated, _ = basis.transform(weight, hessian, state)
     x = torch.randn(2, 3, shape[1])
     y = basis.outputs(basis.inputs(x, state) @ rotated.T, state)
     torch.testing.assert_close(y, x @ weight.T, rtol=1e-4, atol=1e-4)
@@ -61,8 +61,8 @@ def test_rotating_activations_is_rotating_the_weight(basis: Basis, shape: tuple[
 @pytest.mark.parametrize("basis", BASES, ids=str)
 def test_the_proxy_loss_does_not_depend_on_the_coordinates(basis: Basis, shape: tuple[int, int]) -> None:
     weight, hessian = problem(*shape)
-    state = basis.draw(weight, hessian)
-    rotated, turned = basis.rotate(weight, hessian, state)
+    state = basis.init(weight, hessian)
+    rotated, turned = basis.transform(weight, hessian, state)
     assert turned is not None
     if "sv" in state:  # the size of each row
         weight = weight / state["sv"].abs()[:, None].float()
@@ -72,7 +72,7 @@ def test_the_proxy_loss_does_not_depend_on_the_coordinates(basis: Basis, shape: 
 
 @pytest.mark.parametrize("basis", BASES, ids=str)
 def test_gradients_pass_through_both_sides(basis: Basis) -> None:
-    state = basis.draw(*problem(7, 20))
+    state = basis.init(*problem(7, 20))
     x = torch.randn(2, 20, dtype=torch.float64, requires_grad=True)
     y = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: basis.inputs(x, state), x)
@@ -81,7 +81,7 @@ def test_gradients_pass_through_both_sides(basis: Basis) -> None:
 
 def test_the_permutation_is_by_falling_diagonal_with_ties_in_order() -> None:
     hessian = torch.diag(torch.tensor([1.0, 3.0, 1.0, 9.0, 3.0]))
-    assert Permutation().draw(torch.ones(2, 5), hessian)["perm"].tolist() == [3, 1, 4, 0, 2]
+    assert Permutation().init(torch.ones(2, 5), hessian)["perm"].tolist() == [3, 1, 4, 0, 2]
 
 
 # ---- the signed Hadamard transform ---------------------------------------------------------------------------------
@@ -95,8 +95,8 @@ def test_the_layer_is_the_product_of_five_matrices() -> None:
     weight = torch.randn(12, 24, dtype=torch.float64)
     q_in = torch.kron(q, torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64) / 2**0.5)
     basis = SignedHadamard(scale=1.0)
-    state = basis.draw(weight, None)
-    inner, _ = basis.rotate(weight, None, state)
+    state = basis.init(weight, None)
+    inner, _ = basis.transform(weight, None, state)
     su, sv = state["su"].double(), state["sv"].double()
     torch.testing.assert_close(sv.diag() @ q @ inner @ q_in.T @ su.diag(), weight)
 
@@ -106,7 +106,7 @@ def test_outliers_are_spread_over_the_whole_weight() -> None:
     weight[3] *= 20
     weight[:, 7] *= 20
     basis = SignedHadamard(scale=1.0)
-    inner, turned = basis.rotate(weight, hessian, basis.draw(weight, hessian))
+    inner, turned = basis.transform(weight, hessian, basis.init(weight, hessian))
     assert turned is not None
     assert inner.square().mean().sqrt() == pytest.approx(1, rel=1e-3)
     assert inner.abs().max() < 6 < (weight / weight.square().mean().sqrt()).abs().max()
@@ -117,9 +117,9 @@ def test_outliers_are_spread_over_the_whole_weight() -> None:
 def test_signs_depend_on_the_seed_and_nothing_else() -> None:
     weight, _ = problem(8, 16)
     torch.manual_seed(1)
-    first = SignedHadamard(seed=4).draw(weight, None)
+    first = SignedHadamard(seed=4).init(weight, None)
     torch.manual_seed(2)
-    again, other = SignedHadamard(seed=4).draw(2 * weight, None), SignedHadamard(seed=5).draw(weight, None)
+    again, other = SignedHadamard(seed=4).init(2 * weight, None), SignedHadamard(seed=5).init(weight, None)
     assert torch.equal(first["su"], again["su"]) and torch.equal(first["sv"], again["sv"])
     assert not torch.equal(first["su"], other["su"])
     assert set(first["su"].tolist()) == {-1.0, 1.0}
@@ -128,7 +128,7 @@ def test_signs_depend_on_the_seed_and_nothing_else() -> None:
 def test_trained_signs_are_any_numbers_and_get_gradients() -> None:
     basis = SignedHadamard(scale=1.0)
     weight, hessian = problem(12, 20)
-    state = {name: t.double().requires_grad_() for name, t in basis.draw(weight, hessian).items()}
+    state = {name: t.double().requires_grad_() for name, t in basis.init(weight, hessian).items()}
     inner = torch.randn(12, 24, dtype=torch.float64)
     x = torch.randn(3, 20, dtype=torch.float64)
 
@@ -139,24 +139,24 @@ def test_trained_signs_are_any_numbers_and_get_gradients() -> None:
     with torch.no_grad():
         state = {name: t * torch.rand_like(t).add(0.5) for name, t in state.items()}
         y = basis.outputs(basis.inputs(x, state) @ inner.T, state)
-        torch.testing.assert_close(y, x @ basis.restore(inner, state).T)
+        torch.testing.assert_close(y, x @ basis.inverse_transform(inner, state).T)
 
 
 @pytest.mark.parametrize("size", [1e-12, 1e-6, 1.0, 1e6])
 def test_scales_of_any_size_are_rounded_before_the_weight_is_divided(size: float) -> None:
     basis = SignedHadamard(scale=1.0)
     weight = problem(8, 16)[0] * size
-    state = basis.draw(weight, None)
-    inner, _ = basis.rotate(weight, None, state)
-    torch.testing.assert_close(basis.restore(inner, state), weight, rtol=1e-4, atol=1e-5 * size)
+    state = basis.init(weight, None)
+    inner, _ = basis.transform(weight, None, state)
+    torch.testing.assert_close(basis.inverse_transform(inner, state), weight, rtol=1e-4, atol=1e-5 * size)
 
 
 def test_half_precision_does_not_overflow_between_the_transforms() -> None:
     """Activations as massive as in some layers of real models, times inner weights of size one."""
     basis = SignedHadamard(scale=1.0)
     weight = torch.randn(64, 512) * 0.01
-    state = basis.draw(weight, None)
-    inner, _ = basis.rotate(weight, None, state)
+    state = basis.init(weight, None)
+    inner, _ = basis.transform(weight, None, state)
     x = torch.randn(4, 512)
     x[:, 5] = 20000
     y = basis.outputs(basis.inputs(x.half(), state) @ inner.half().T, state)
@@ -165,8 +165,8 @@ def test_half_precision_does_not_overflow_between_the_transforms() -> None:
 
 
 def test_a_layer_without_inputs_is_rounded_as_if_they_were_independent() -> None:
-    _, turned = SignedHadamard().rotate(
-        *problem(8, 16)[:1], torch.zeros(16, 16), SignedHadamard().draw(problem(8, 16)[0], None)
+    _, turned = SignedHadamard().transform(
+        *problem(8, 16)[:1], torch.zeros(16, 16), SignedHadamard().init(problem(8, 16)[0], None)
     )
     assert turned is not None and torch.equal(turned, torch.eye(16))
 
@@ -185,14 +185,14 @@ def test_large_inputs_get_large_columns() -> None:
     x = torch.randn(500, 64, generator=g)
     x[:, 5] *= 30
     weight, hessian = torch.randn(32, 64, generator=g), x.T @ x / 500
-    state = Rescale(Affine(3, 16)).draw(weight, hessian)
+    state = Rescale(Affine(3, 16)).init(weight, hessian)
     assert state["input_scales"].argmin() == 5 and state["input_scales"].max() > 2 * state["input_scales"][5]
 
 
 def test_even_inputs_are_left_alone_and_dead_ones_do_no_harm() -> None:
     weight = torch.randn(32, 64)
-    scales = Rescale(Affine(3, 16)).draw(weight, torch.eye(64))["input_scales"]
+    scales = Rescale(Affine(3, 16)).init(weight, torch.eye(64))["input_scales"]
     assert torch.equal(scales, torch.ones_like(scales))
     for hessian in (torch.zeros(64, 64), torch.diag((torch.arange(64) > 9).float() * torch.rand(64).add(0.1))):
-        scales = Rescale(Affine(3, 16)).draw(weight, hessian)["input_scales"]
+        scales = Rescale(Affine(3, 16)).init(weight, hessian)["input_scales"]
         assert torch.isfinite(scales).all() and (scales > 0).all()

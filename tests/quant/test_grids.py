@@ -23,9 +23,9 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> Tensor:
 def rounded(weight: Tensor, grid: Grid) -> Tensor:
     """What nearest rounding sees: values in the grid's own arithmetic, [out, in]."""
     codes, params = Nearest()(weight, None, grid)
-    span = grid.span(weight.shape[1])
+    span = grid.resolve_group_size(weight.shape[1])
     starts = range(0, weight.shape[1], span)
-    return torch.cat([grid.value(codes[:, s : s + span], params[:, i]) for i, s in enumerate(starts)], 1)
+    return torch.cat([grid.dequantize_codes(codes[:, s : s + span], params[:, i]) for i, s in enumerate(starts)], 1)
 
 
 def stored(weight: Tensor, grid: Grid) -> Tensor:
@@ -87,7 +87,7 @@ def test_zero_is_representable_even_in_one_sided_groups(low: float, high: float)
     grid = Affine(2)
     group = torch.linspace(low, high, 9)[None]
     params = grid.fit(group)
-    assert grid.value(grid.nearest(torch.zeros(1, 1), params), params).item() == 0
+    assert grid.dequantize_codes(grid.quantize_values(torch.zeros(1, 1), params), params).item() == 0
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -149,10 +149,10 @@ def test_every_level_is_its_own_code_and_midpoints_go_down() -> None:
     levels = torch.tensor(NF4)
     middle = (levels[1:] + levels[:-1]) / 2
     grid, one = Codebook(), torch.ones(1, 1)
-    assert grid.nearest(levels[None], one).tolist() == [list(range(16))]
-    assert grid.nearest(middle[None], one).tolist() == [list(range(15))]
+    assert grid.quantize_values(levels[None], one).tolist() == [list(range(16))]
+    assert grid.quantize_values(middle[None], one).tolist() == [list(range(15))]
     above = torch.nextafter(middle, torch.tensor(2.0))
-    assert grid.nearest(above[None], one).tolist() == [list(range(1, 16))]
+    assert grid.quantize_values(above[None], one).tolist() == [list(range(1, 16))]
 
 
 def test_nf4_equals_bitsandbytes() -> None:
@@ -208,7 +208,7 @@ def test_lattice_decoding_gives_exactly_the_values_that_rounding_saw(bits: int, 
     assert {k: (tuple(t.shape), t.dtype) for k, t in packed.items()} == {
         k: (v.shape, v.dtype) for k, v in layout.items()
     }
-    assert torch.equal(grid.dequantize(packed), grid.value(codes, params[:, 0]))
+    assert torch.equal(grid.dequantize(packed), grid.dequantize_codes(codes, params[:, 0]))
     assert sum(8 * t.nbytes for t in packed.values()) == bits * 5 * filled
 
 

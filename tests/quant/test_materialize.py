@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtools.nn.linear import QuantizedLinear
 from llmtools.quant import NF4, OPTQ, RTN, Packed, Quantizer, QuIPSharp, materialize_budget, materialized_linear
-from llmtools.quant.materialize import _rows_per_block, few_tokens
+from llmtools.quant.materialize import _rows_per_block, gemv_tokens
 
 QUANTIZERS = [RTN(bits=3, group_size=32), NF4(), OPTQ(bits=2, group_size=16, act_order=True)]
 
@@ -62,7 +62,7 @@ def test_half_precision_is_as_near_the_truth_as_the_dense_layer(
 ) -> None:
     packed, weight = packed_weight(quantizer)
     x = torch.randn(7, 64).to(dtype).requires_grad_()
-    with few_tokens(limit):
+    with gemv_tokens(limit):
         y = quantizer.linear(x, packed)
         grad = torch.randn_like(y)
         (grad_x,) = torch.autograd.grad(y, x, grad)
@@ -280,7 +280,7 @@ def test_few_tokens_take_the_kernel_for_few(tokens: int) -> None:
     quantizer = Counting(bits=4)
     packed, weight = packed_weight(quantizer)
     x = torch.randn(tokens, 64, requires_grad=True)
-    with few_tokens(16):
+    with gemv_tokens(16):
         y = materialized_linear(x, quantizer, packed)
     torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
     y.sum().backward()

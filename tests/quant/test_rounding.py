@@ -260,9 +260,9 @@ def test_blocks_of_eight_take_feedback_of_whole_blocks() -> None:
     done = torch.zeros_like(weight)
     for k in range(0, 48, 8):
         x = weight[:, k : k + 8] + (weight - done)[:, :k] @ m[:k, k : k + 8]
-        code = grid.nearest(x, params[:, 0])
+        code = grid.quantize_values(x, params[:, 0])
         assert torch.equal(code[:, 0], codes[:, k // 8])
-        done[:, k : k + 8] = grid.value(code, params[:, 0])
+        done[:, k : k + 8] = grid.dequantize_codes(code, params[:, 0])
 
 
 def test_rows_that_blocks_do_not_fill_are_filled_up() -> None:

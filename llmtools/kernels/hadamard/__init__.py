@@ -19,12 +19,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .. import gpu
-from ..native import direct
+from ..ops import define
 from . import native, reference
 from .matrices import matrix
 from .rules import rule_for
@@ -39,22 +37,7 @@ def hadamard(x: Tensor, rule: str, transpose: bool = False) -> Tensor:
     """
     if not x.is_floating_point() or x.dim() == 0:
         raise InputError(f"hadamard needs floating-point vectors, not {x.dtype} of shape {tuple(x.shape)}")
-    result: Tensor = (direct(native.hadamard, x) or _hadamard)(x, rule, transpose)
-    return result
-
-
-@torch.library.custom_op("llmtools::hadamard", mutates_args=())
-def _hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
-    return reference.hadamard(x, rule, transpose)
-
-
-_hadamard.register_kernel("cpu")(native.hadamard)
-_hadamard.register_kernel("cuda")(gpu.kernel(__name__, reference.hadamard))
-
-
-@_hadamard.register_fake
-def _(x: Tensor, rule: str, transpose: bool) -> Tensor:
-    return x.new_empty(x.shape)
+    return _hadamard(x, rule, transpose)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, str, bool], output: Tensor) -> None:
@@ -66,4 +49,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return hadamard(grad, ctx.rule, not ctx.transpose), None, None
 
 
-_hadamard.register_autograd(_backward, setup_context=_setup_context)
+_hadamard = define(
+    "hadamard(Tensor x, str rule, bool transpose) -> Tensor",
+    package=__name__,
+    reference=reference.hadamard,
+    native=native.hadamard,
+    fake=lambda x, rule, transpose: x.new_empty(x.shape),
+    backward=_backward,
+    setup_context=_setup_context,
+)

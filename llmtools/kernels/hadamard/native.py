@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import build
 from . import reference
 from .matrices import order
 from .rules import factors
@@ -38,7 +38,7 @@ def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = native.library("hadamard")
+    library = build.library("hadamard")
     if library is not None:
         long = ctypes.c_int64
         library.hadamard_walsh.argtypes = [ctypes.c_void_p, long, long, ctypes.c_float, ctypes.c_int]

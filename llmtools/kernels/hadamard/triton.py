@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles
+from .. import triton_common
 from . import reference
 from .matrices import order
 from .rules import factors
@@ -36,7 +36,7 @@ def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
     rows = min(64, max(16, 1 << (k - 1).bit_length())) if small else 1
     while rows > 16 and rows * run > _LONGEST // 2:
         rows //= 2
-    if len(small) > 1 or rows * run > _LONGEST or x.dtype not in tiles.FLOATS or x.numel() == 0:
+    if len(small) > 1 or rows * run > _LONGEST or x.dtype not in triton_common.FLOATS or x.numel() == 0:
         return reference.hadamard(x, rule, transpose)
     x, out = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     vectors = x.numel() // (k * run)

@@ -28,9 +28,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .. import gpu
-from ..compiling import constant_result
-from ..native import direct
+from ..ops import constant_result, define, has_triton
 from . import native, reference
 from .tables import e8p_table, e81b_table
 
@@ -71,9 +69,7 @@ def dequantize_lattice(
             )
         if not (isfinite(residual_scale) and residual_scale >= 1e-3):  # else sixteen bits might overflow
             raise InputError(f"residual_scale must be a number of at least 0.001, not {residual_scale}")
-    call = direct(native.dequantize_lattice, codes) or _dequantize_lattice
-    weights: Tensor = call(codes, residual, residual_scale, dtype)
-    return weights
+    return _dequantize(codes, residual, residual_scale, dtype)
 
 
 def multiply_lattice(
@@ -84,15 +80,13 @@ def multiply_lattice(
     transposed: bool = False,
 ) -> Tensor:
     """x [t, 8b] @ weight.T -> [t, out] of x's type; or x [t, out] @ weight -> [t, 8b]. Not differentiable."""
-    call = direct(native.multiply_lattice, x) or _multiply_lattice
-    product: Tensor = call(x, codes, residual, residual_scale, transposed)
-    return product
+    return _multiply(x, codes, residual, residual_scale, transposed)
 
 
 @constant_result
 def decodes(device: torch.device) -> bool:
     """Whether rows are decoded on that device without memory beside the result's."""
-    return gpu.usable(device) if device.type == "cuda" else native.usable(device)
+    return has_triton(device) if device.type == "cuda" else native.usable(device)
 
 
 @constant_result
@@ -145,31 +139,22 @@ def _vectors(x: Tensor) -> Tensor:
     return x.detach().to(torch.float32).reshape(-1, 8).contiguous()
 
 
-@torch.library.custom_op("llmtools::dequantize_lattice", mutates_args=())
-def _dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
-    return reference.dequantize_lattice(codes, residual, residual_scale, dtype)
-
-
-_dequantize_lattice.register_kernel("cpu")(native.dequantize_lattice)
-_dequantize_lattice.register_kernel("cuda")(gpu.kernel(__name__, reference.dequantize_lattice))
-
-
-@_dequantize_lattice.register_fake
-def _(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
-    return codes.new_empty((*codes.shape[:-1], 8 * codes.shape[-1]), dtype=dtype)
-
-
-@torch.library.custom_op("llmtools::multiply_lattice", mutates_args=())
-def _multiply_lattice(
-    x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
-) -> Tensor:
-    return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
-
-
-_multiply_lattice.register_kernel("cpu")(native.multiply_lattice)
-_multiply_lattice.register_kernel("cuda")(gpu.kernel(__name__, reference.multiply_lattice))
-
-
-@_multiply_lattice.register_fake
-def _(x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool) -> Tensor:
-    return x.new_empty((x.shape[0], 8 * codes.shape[1] if transposed else codes.shape[0]))
+_CODES = "Tensor codes, Tensor? residual, float residual_scale"
+_dequantize = define(
+    f"dequantize_lattice({_CODES}, ScalarType dtype) -> Tensor",
+    package=__name__,
+    reference=reference.dequantize_lattice,
+    native=native.dequantize_lattice,
+    fake=lambda codes, residual, residual_scale, dtype: codes.new_empty(
+        (*codes.shape[:-1], 8 * codes.shape[-1]), dtype=dtype
+    ),
+)
+_multiply = define(
+    f"multiply_lattice(Tensor x, {_CODES}, bool transposed) -> Tensor",
+    package=__name__,
+    reference=reference.multiply_lattice,
+    native=native.multiply_lattice,
+    fake=lambda x, codes, residual, residual_scale, transposed: x.new_empty(
+        (x.shape[0], 8 * codes.shape[1] if transposed else codes.shape[0])
+    ),
+)

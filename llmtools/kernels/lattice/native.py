@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from .. import native
+from .. import build
 from . import reference
 from .tables import e8p_magnitudes, e8p_parts, e81b_table
 
@@ -20,7 +20,7 @@ _ENCODED_A_THREAD, _DECODED_A_THREAD = 64, 1 << 12  # fewer vectors are done bef
 def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
     """See the package's docstring. Tensors on the CPU; without a compiler, and for float64, the reference."""
     library = _library()
-    if library is None or dtype not in native.TYPES:
+    if library is None or dtype not in build.TYPES:
         return reference.dequantize_lattice(codes, residual, residual_scale, dtype)
     codes, residual = codes.contiguous(), residual.contiguous() if residual is not None else None
     out = torch.empty(*codes.shape[:-1], 8 * codes.shape[-1], dtype=dtype, device="cpu")
@@ -30,7 +30,7 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
         residual_scale,
         codes.numel(),
         *_tables(residual),
-        native.TYPES[dtype],
+        build.TYPES[dtype],
         out.data_ptr(),
         _threads(codes.numel(), _DECODED_A_THREAD),
     )
@@ -109,7 +109,7 @@ def _threads(vectors: int, vectors_a_thread: int) -> int:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = native.library("lattice")
+    library = build.library("lattice")
     if library is not None:
         pointer, long, real, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
         library.lattice_encode_e8p.argtypes = [pointer, long, pointer, pointer, number]

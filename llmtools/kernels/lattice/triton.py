@@ -1,4 +1,4 @@
-"""Lattice decoding and products on a GPU: the tile that the kernels of `tiles.py` need, and the calls.
+"""Lattice decoding and products on a GPU: the tile that the kernels of `triton_common.py` need, and the calls.
 
     weight = E8P[code] + second[residual] / residual_scale              formed in float32
 
@@ -21,17 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import tiles
-from ..tiles import number, spread
+from .. import triton_common
+from ..triton_common import number, spread
 from . import reference
 from .tables import e8p_parts, e81b_table
 
 
 def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
     """See the package's docstring."""
-    if dtype not in tiles.FLOATS:
+    if dtype not in triton_common.FLOATS:
         return reference.dequantize_lattice(codes, residual, residual_scale, dtype)
-    weight = tiles.dequantize(_weight(codes, residual, residual_scale), dtype)
+    weight = triton_common.dequantize(_weight(codes, residual, residual_scale), dtype)
     return weight.reshape(*codes.shape[:-1], 8 * codes.shape[-1])
 
 
@@ -39,18 +39,18 @@ def multiply_lattice(
     x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
 ) -> Tensor:
     """See the package's docstring."""
-    if x.dtype not in tiles.FLOATS:
+    if x.dtype not in triton_common.FLOATS:
         return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
-    product = tiles.multiply_transposed if transposed else tiles.multiply
+    product = triton_common.multiply_transposed if transposed else triton_common.multiply
     return product(x, _weight(codes, residual, residual_scale))
 
 
-def _weight(codes: Tensor, residual: Tensor | None, residual_scale: float) -> tiles.Weight:
+def _weight(codes: Tensor, residual: Tensor | None, residual_scale: float) -> triton_common.Weight:
     blocks, device = codes.shape[-1], codes.device
     kind = 0 if residual is None else 1 if residual.dtype == torch.uint8 else 2
     tensors = (codes.contiguous(), residual.contiguous() if residual is not None else None, blocks)
     tables = (*_words(device), _levels(kind, residual_scale, device))
-    return tiles.Weight(_tile, (kind,), tensors + tables, codes.numel() // max(blocks, 1), 8 * blocks, stages=1)
+    return triton_common.Weight(_tile, (kind,), tensors + tables, codes.numel() // max(blocks, 1), 8 * blocks, stages=1)
 
 
 @cache

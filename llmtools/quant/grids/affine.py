@@ -16,27 +16,16 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ...kernels.affine import dequantize_affine, multiply_affine, multiply_transposed_affine
 from ...kernels.bits import pack, unpack, words
-from ...kernels.grouped import decodes, multiplies
 from ..base import ALL, Packed, TensorSpec
-from .base import Grid
-from .scalar import (
-    SCALE_TYPES,
-    check_group_size,
-    check_scale_type,
-    columns,
-    resolve_group_size,
-    scale_range,
-    stream_layout,
-)
+from .scalar import SCALE_TYPES, Scalar, check_group_size, check_scale_type, columns, scale_range, stream_layout
 
 BITS = (2, 3, 4, 8)
 """The widths of our own presets; the grid itself takes 1 … 8."""
 
 
 @dataclass(frozen=True)
-class Affine(Grid):
+class Affine(Scalar):
     bits: int
     group_size: int = -1
     symmetric: bool = False
@@ -59,9 +48,6 @@ class Affine(Grid):
     @property
     def _scale(self) -> torch.dtype:
         return SCALE_TYPES[self.scale_type]
-
-    def span(self, in_features: int) -> int:
-        return resolve_group_size(self.group_size, in_features)
 
     def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
         low = group.amin(-1, keepdim=True).clamp_max(0)
@@ -94,23 +80,23 @@ class Affine(Grid):
         return torch.cat([scale, zero], -1)
 
     def _cost(self, group: Tensor, params: Tensor, importance: Tensor | None) -> Tensor:
-        error = self.value(self.nearest(group, params), params) - group
+        error = self.dequantize_codes(self.quantize_values(group, params), params) - group
         if importance is None:
             return error.abs().pow(2.4).sum(-1, keepdim=True)
         return error.square() @ importance[:, None]
 
-    def nearest(self, block: Tensor, params: Tensor) -> Tensor:
+    def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
         scale, zero = params.unbind(-1)
         if self.float_zeros:
-            return torch.round(block / scale[:, None] + zero[:, None]).clamp(0, 2**self.bits - 1)
-        return (torch.round(block / scale[:, None]) + zero[:, None]).clamp(0, 2**self.bits - 1)
+            return torch.round(values / scale[:, None] + zero[:, None]).clamp(0, 2**self.bits - 1)
+        return (torch.round(values / scale[:, None]) + zero[:, None]).clamp(0, 2**self.bits - 1)
 
-    def value(self, codes: Tensor, params: Tensor) -> Tensor:
+    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
         scale, zero = params.unbind(-1)
         return scale[:, None] * (codes - zero[:, None])
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        groups = -(-in_features // self.span(in_features))
+        groups = -(-in_features // self.resolve_group_size(in_features))
         layout = stream_layout(out_features, in_features, self.bits)
         layout["scales"] = TensorSpec((out_features, groups), self._scale)
         if self.float_zeros:
@@ -131,33 +117,12 @@ class Affine(Grid):
         return {name: packed[name] for name in layout}
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        if not self.float_zeros:
+            return super().dequantize(packed, rows, dtype)
         in_features = columns(packed, self.bits)
-        span = self.span(in_features)
-        if self.float_zeros:
-            codes = unpack(packed["qweight"][rows], self.bits, in_features)
-            group = torch.arange(in_features, device=codes.device) // span
-            return shifted(codes, packed["zeros"][rows][:, group], packed["scales"][rows][:, group], dtype)
-        return dequantize_affine(
-            packed["qweight"][rows],
-            packed["scales"][rows],
-            None if self.symmetric else packed["qzeros"][rows],
-            self.bits,
-            span,
-            in_features,
-            dtype,
-        )
-
-    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
-        direct = not self.float_zeros and decodes(device, self.bits)
-        return dtype.itemsize if direct else super().scratch_bytes(device, dtype)
-
-    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        if self.float_zeros or not multiplies(x.device, self.bits):
-            return None
-        call = multiply_transposed_affine if transposed else multiply_affine
-        in_features = columns(packed, self.bits)
-        qzeros = None if self.symmetric else packed["qzeros"]
-        return call(x, packed["qweight"], packed["scales"], qzeros, self.bits, self.span(in_features), in_features)
+        codes = unpack(packed["qweight"][rows], self.bits, in_features)
+        group = torch.arange(in_features, device=codes.device) // self.resolve_group_size(in_features)
+        return shifted(codes, packed["zeros"][rows][:, group], packed["scales"][rows][:, group], dtype)
 
 
 def shifted(codes: Tensor, zeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

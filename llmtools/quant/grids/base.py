@@ -3,29 +3,35 @@
 A grid knows geometry (fit a scale to a group, find the nearest value) and storage (pack codes, decode rows). It does
 not know how codes are chosen over a whole matrix; that is the rounding's part.
 
-Shapes: n — rows at hand; c — columns at hand; p — parameters of a group; out, in — features; G — groups in a row.
+A code names one weight, or a tile of `height` rows and `width` columns: 1 × 8 on a lattice (QuIP#, arXiv:2402.04396,
+section 4), 16 × 16 on a trellis (QTIP, arXiv:2406.11235, section 3). Tiles lie in rows and columns from the first on;
+where a weight ends within one, roundings fill it up with zeros, and `dequantize` leaves them out again.
+
+Shapes: n — rows at hand, a multiple of the height h; c — columns at hand, a multiple of the width w; p — parameters of
+a group; out, in — features; G — groups in a row.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..base import ALL, Packed, TensorSpec
+from ..base import Packed, Rows, TensorSpec
 
 
-class Grid(ABC):
-    """The values a weight may take, group by group along the inputs."""
+class Grid(Rows):
+    """The values a weight may take, group by group along the inputs; rows of it, in the grid's own coordinates."""
 
     width: ClassVar[int] = 1
-    """Columns that share a code: 1 for scalars, 8 for a lattice."""
+    """Columns that share a code: the dimension of a vector code. It divides the group size, or a group is the row."""
+    height: ClassVar[int] = 1
+    """Rows that share a code."""
 
     @abstractmethod
-    def span(self, in_features: int) -> int:
-        """Columns that share a fit: the group size, resolved."""
+    def resolve_group_size(self, in_features: int) -> int:
+        """Columns that share a fit, at most in_features."""
 
     @abstractmethod
     def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -35,12 +41,12 @@ class Grid(ABC):
         """
 
     @abstractmethod
-    def nearest(self, block: Tensor, params: Tensor) -> Tensor:
-        """Codes of the nearest values: [n, c] and [n, p] -> [n, c / width] integers."""
+    def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
+        """Codes of the nearest values: [n, c] and [n, p] -> [n / h, c / w] integers."""
 
     @abstractmethod
-    def value(self, codes: Tensor, params: Tensor) -> Tensor:
-        """[n, c / width] and [n, p] -> [n, c], in the type of `params`."""
+    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
+        """[n / h, c / w] and [n, p] -> [n, c], in the type of `params`."""
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -48,20 +54,15 @@ class Grid(ABC):
 
     @abstractmethod
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
-        """codes [out, in / width], params [out, G, p] -> the tensors of `layout`."""
+        """codes [ceil(out / h), ceil(in / w)], params [out, G, p] -> the tensors of `layout`."""
 
-    @abstractmethod
-    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        """As `Quantizer.dequantize`, in the grid's own coordinates."""
 
-    def out_features(self, packed: Packed) -> int:
-        """As `Quantizer.out_features`."""
-        return next(iter(packed.values())).shape[0]
+def tile_rows(rows: slice, out_features: int, height: int) -> tuple[slice, slice]:
+    """The rows of tiles that `rows` of the weight touch, and where the wanted rows lie among theirs.
 
-    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
-        """As `Quantizer.scratch_bytes`."""
-        return 16
-
-    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        """As `Quantizer.multiply`, in the grid's own coordinates."""
-        return None
+    >>> tile_rows(slice(5, 8), 100, 2)        # rows 4 … 7 of the weight are decoded, and the first is dropped
+    (slice(2, 4, None), slice(1, 4, 1))
+    """
+    start, stop, step = rows.indices(out_features)
+    first = start // height
+    return slice(first, -(-stop // height)), slice(start - first * height, max(start, stop) - first * height, step)

@@ -10,16 +10,15 @@ Shapes: as in `grids/base.py`; params [n, 1] are the maxima; N = ceil(out · G /
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...kernels.bits import pack
-from ...kernels.codebook import dequantize_codebook, multiply_codebook, multiply_transposed_codebook
-from ...kernels.grouped import decodes, multiplies
+from ...kernels.grouped import Weight
 from ..base import ALL, Packed, TensorSpec
-from .base import Grid
-from .scalar import check_group_size, columns, resolve_group_size, stream_layout
+from .scalar import Scalar, check_group_size, stream_layout
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -31,30 +30,28 @@ _BLOCK = 256  # maxima that share a second scale
 
 
 @dataclass(frozen=True)
-class Codebook(Grid):
+class Codebook(Scalar):
     table: tuple[float, ...] = NF4
     group_size: int = 64
     double_quantization: bool = False
+    bits: ClassVar[int] = 4  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         check_group_size("codebook grid", self.group_size)
 
-    def span(self, in_features: int) -> int:
-        return resolve_group_size(self.group_size, in_features)
-
     def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
         return group.abs().amax(-1, keepdim=True)
 
-    def nearest(self, block: Tensor, params: Tensor) -> Tensor:
-        table = constant(self.table, block.device).to(block.dtype)
-        normal = block * torch.where(params == 0, 0.0, 1 / params)
+    def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
+        table = constant(self.table, values.device).to(values.dtype)
+        normal = values * torch.where(params == 0, 0.0, 1 / params)
         return torch.bucketize(normal.contiguous(), (table[1:] + table[:-1]) / 2)
 
-    def value(self, codes: Tensor, params: Tensor) -> Tensor:
+    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
         return constant(self.table, params.device).to(params.dtype)[codes] * params
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        groups = -(-in_features // self.span(in_features))
+        groups = -(-in_features // self.resolve_group_size(in_features))
         layout = stream_layout(out_features, in_features, 4)
         if not self.double_quantization:
             return layout | {"scales": TensorSpec((out_features, groups), torch.float32)}
@@ -73,34 +70,22 @@ class Codebook(Grid):
             packed |= _nest(packed["scales"])
         return {name: packed[name] for name in layout}
 
-    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        scales, in_features = self._scales(packed, rows), columns(packed, 4)
-        table = constant(self.table, scales.device)
-        return dequantize_codebook(packed["qweight"][rows], scales, table, self.span(in_features), in_features, dtype)
+    def grouped(self, packed: Packed, rows: slice = ALL) -> Weight:
+        qweight, scales, zeros, _, bits, group_size, in_features = super().grouped(packed, rows)
+        if self.double_quantization:
+            scales = self._maxima(packed, rows)
+        return qweight, scales, zeros, constant(self.table, qweight.device), bits, group_size, in_features
 
-    def _scales(self, packed: Packed, rows: slice = ALL) -> Tensor:
-        """The maxima of the groups of these rows, [rows, G]."""
-        scales = packed["scales"][rows]
-        if not self.double_quantization:
-            return scales
+    def _maxima(self, packed: Packed, rows: slice) -> Tensor:
+        """The maxima of the groups of these rows, out of their 8 bits: [rows, G] float32."""
         out_features, groups = packed["scales"].shape
         start, stop, step = rows.indices(out_features)
         first, last = start * groups, max(start, stop) * groups
         nested = packed["nested_scales"][first // _BLOCK : -(-last // _BLOCK)].repeat_interleave(_BLOCK)
         nested = nested[first % _BLOCK :][: last - first].reshape(-1, groups)[::step]
+        scales = packed["scales"][rows]
         values = constant(DYNAMIC, scales.device).index_select(0, scales.flatten().int()).reshape(scales.shape)
         return values.mul_(nested).add_(packed["nested_offset"])
-
-    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
-        return dtype.itemsize if decodes(device, 4) else super().scratch_bytes(device, dtype)
-
-    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        if not multiplies(x.device, 4):
-            return None
-        call = multiply_transposed_codebook if transposed else multiply_codebook
-        in_features = columns(packed, 4)
-        table = constant(self.table, x.device)
-        return call(x, packed["qweight"], self._scales(packed), table, self.span(in_features), in_features)
 
 
 def _dynamic_map() -> tuple[float, ...]:

@@ -60,18 +60,18 @@ class Lattice(Grid):
     def _scale(self) -> float:
         return RESIDUAL_SCALE[self.bits] if self.residual_scale is None else self.residual_scale
 
-    def span(self, in_features: int) -> int:
+    def resolve_group_size(self, in_features: int) -> int:
         return in_features
 
     def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
         return group.new_empty(group.shape[0], 0)
 
-    def nearest(self, block: Tensor, params: Tensor) -> Tensor:
-        codes, residual = encode_lattice(block, self.bits, self._scale)
+    def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
+        codes, residual = encode_lattice(values, self.bits, self._scale)
         joined = codes.to(torch.int64) & 0xFFFF
         return joined if residual is None else joined | (residual.to(torch.int64) & 0xFFFF) << 16
 
-    def value(self, codes: Tensor, params: Tensor) -> Tensor:
+    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
         values = decode_e8p(codes & 0xFFFF)
         if self.bits > 2:
             decode = decode_e81b if self.bits == 3 else decode_e8p

@@ -1,16 +1,21 @@
-"""What grids of one code a weight share: group sizes, and how the number of columns is remembered.
+"""Grids of one code a weight, in groups along the inputs: what `kernels/grouped` decodes and multiplies.
 
 The last word of a packed row may be partly filled, and then its length does not tell the number of columns. Such
 weights carry `columns`, a tensor of shape [0, in]: no bytes, only a shape.
+
+Shapes: as in `grids/base.py`; w = ceil(in·bits / 32) words in a row.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...errors import InputError, did_you_mean, where
 from ...kernels.bits import words
-from ..base import Packed, TensorSpec
+from ...kernels.grouped import Weight, decodes, dequantize_grouped, multiplies, multiply_grouped
+from ..base import ALL, Packed, TensorSpec
+from .base import Grid
 
 SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """The types in which scales are stored."""
@@ -55,3 +60,40 @@ def columns(packed: Packed, bits: int) -> int:
     if "columns" in packed:
         return packed["columns"].shape[1]
     return packed["qweight"].shape[1] * 32 // bits
+
+
+class Scalar(Grid):
+    """`qweight` [out, w] int32 and `scales` [out, G], beside `qzeros` [out, ·] uint8 of grids with zero points."""
+
+    bits: int
+    group_size: int
+    float_zeros: bool = False
+    """Zero points are stored as they are, in place of `qzeros`; then the kernels do not serve."""
+
+    def resolve_group_size(self, in_features: int) -> int:
+        return resolve_group_size(self.group_size, in_features)
+
+    def grouped(self, packed: Packed, rows: slice = ALL) -> Weight:
+        """These rows as `kernels/grouped` takes them: qweight, scales, qzeros, table, bits, group size, in_features.
+
+        It runs for every token that is generated: hence no calls.
+        """
+        qweight, zeros, group_size = packed["qweight"], packed.get("qzeros"), self.group_size
+        in_features = packed["columns"].shape[1] if "columns" in packed else qweight.shape[1] * 32 // self.bits
+        if not 0 < group_size < in_features:
+            group_size = in_features
+        zeros = zeros if zeros is None else zeros[rows]
+        return qweight[rows], packed["scales"][rows], zeros, None, self.bits, group_size, in_features
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        return dequantize_grouped(*self.grouped(packed, rows), dtype)
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        fused = not self.float_zeros and decodes(device, self.bits)
+        return dtype.itemsize if fused else super().scratch_bytes(device, dtype)
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        if self.float_zeros:
+            return None
+        weight = self.grouped(packed)
+        return multiply_grouped(x, *weight, transposed) if multiplies(x.device, self.bits) else None

@@ -1,0 +1,230 @@
+"""Grids that other programs store, as quantizers: what a checkpoint of others becomes when it is opened.
+
+| name             | what it stores                                   | written by                         |
+|------------------|--------------------------------------------------|------------------------------------|
+| `affine`         | a uniform grid: scales of any type, integer or   | GPTQ, AWQ, compressed-tensors, HQQ |
+|                  | float zero points, columns in any order          |                                    |
+| `affine_columns` | the same with groups that run along the outputs  | HQQ with axis 0                    |
+| `codebook`       | 16 values times a maximum                        | bitsandbytes                       |
+| `quip_sharp_rows`| rows of a matrix that was rotated with others    | QuIP#                              |
+
+They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export need to know nothing
+of where a layer came from. Asked to quantize, each rounds to nearest. The translations are in `llmtools.formats`.
+
+Shapes: out, in — features; P = ceil(out / group_size) rows of scales of `affine_columns`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InputError, did_you_mean
+from ..kernels.bits import pack, unpack
+from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
+from .bases import Basis, Permutation, SignedHadamard
+from .composed import Composed
+from .grids.affine import Affine, shifted
+from .grids.base import Grid
+from .grids.codebook import NF4, Codebook
+from .grids.lattice import Lattice
+from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
+from .materialize import materialized_linear
+from .quip_sharp import QuIPSharp
+from .rounding import Nearest, Rounding
+
+_POSITIVE = (0, 1, 32, 48, 64, 96, 128, 192)
+FP4 = tuple(n / 192 for n in (*(-n for n in reversed(_POSITIVE)), *_POSITIVE))
+"""bitsandbytes' 4-bit float: 0 (twice), 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and their negatives, sorted."""
+
+TABLES = {"nf4": NF4, "fp4": FP4}
+
+
+@quantizers.register("affine")
+@dataclass(frozen=True)
+class UniformGrid(Composed):
+    """A uniform grid as GPTQ, AWQ, HQQ and compressed-tensors store it; for weights that come from there."""
+
+    bits: int = 4
+    """1 to 8."""
+    group_size: int = 64
+    """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
+    symmetric: bool = False
+    """The zero point is the middle code, and none is stored."""
+    scale_type: str = "float16"
+    """float16, bfloat16 or float32."""
+    float_zeros: bool = False
+    """Zero points are no integers but of the scales' type."""
+    permuted: bool = False
+    """Groups are runs of permuted columns; the permutation is stored."""
+
+    def __post_init__(self) -> None:
+        _ = self.grid
+
+    @cached_property
+    def grid(self) -> Affine:
+        return Affine(self.bits, self.group_size, self.symmetric, False, self.scale_type, self.float_zeros)
+
+    @property
+    def rounding(self) -> Rounding:
+        return Nearest()
+
+    @cached_property
+    def basis(self) -> Basis | None:
+        return Permutation() if self.permuted else None
+
+
+@quantizers.register("codebook")
+@dataclass(frozen=True)
+class TableGrid(Composed):
+    """Sixteen values times a group's largest magnitude, as bitsandbytes has them; for weights that come from there."""
+
+    table: str | tuple[float, ...] = "fp4"
+    """nf4, fp4, or 16 numbers in rising order."""
+    group_size: int = 64
+    """Consecutive inputs of a row that share a maximum; -1 for the whole row."""
+    double_quantization: bool = False
+    """The maxima are stored in 8 bits."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.table, str):
+            if self.table not in TABLES:
+                raise InputError(f"codebook: no table {self.table!r}; {did_you_mean(self.table, TABLES)}")
+        else:
+            object.__setattr__(self, "table", tuple(float(value) for value in self.table))  # JSON has lists
+            if len(self.table) != 16 or sorted(self.table) != list(self.table):
+                raise InputError("codebook: a table is 16 numbers in rising order")
+        check_group_size("codebook", self.group_size)
+
+    @cached_property
+    def grid(self) -> Grid:
+        table = TABLES[self.table] if isinstance(self.table, str) else self.table
+        return Codebook(table, self.group_size, self.double_quantization)
+
+    @property
+    def rounding(self) -> Rounding:
+        return Nearest()
+
+
+@quantizers.register("affine_columns")
+@dataclass(frozen=True)
+class ColumnGrid(Quantizer):
+    """A uniform grid whose groups run along the outputs, as HQQ stores it with axis 0.
+
+    Rows r, r + P, r + 2P, … of one column share a scale and a zero point, for P = ceil(out / group_size).
+    """
+
+    bits: int = 4
+    """1 to 8."""
+    group_size: int = 64
+    """How many weights of a column share a scale and a zero point."""
+    scale_type: str = "float16"
+    """The type of scales and zero points: float16, bfloat16 or float32."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 1:
+            raise InputError(f"affine_columns: group_size={self.group_size}; give a positive number of rows")
+        _ = self._grid
+
+    @property
+    def _grid(self) -> Affine:
+        """The same grid with groups along the inputs: what a column of groups is fitted with."""
+        return Affine(self.bits, -1, scale_type=self.scale_type, float_zeros=True)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        shared = TensorSpec((-(-out_features // self.group_size), in_features), SCALE_TYPES[self.scale_type])
+        return stream_layout(out_features, in_features, self.bits) | {"scales": shared, "zeros": shared}
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        (out_features, in_features), layout = weight.shape, self.layout(*weight.shape)
+        period = layout["scales"].shape[0]
+        groups = F.pad(weight, (0, 0, 0, -out_features % period)).unflatten(0, (-1, period))  # [k, P, in]
+        flat = groups.permute(1, 2, 0).flatten(0, 1)  # [P·in, k]
+        params = self._grid.fit(flat)
+        codes = self._grid.quantize_values(flat, params).unflatten(0, (period, in_features)).permute(2, 0, 1)
+        scales, zeros = params.to(SCALE_TYPES[self.scale_type]).unflatten(0, (period, in_features)).unbind(-1)
+        packed = {
+            "qweight": pack(codes.flatten(0, 1)[:out_features], self.bits),
+            "columns": weight.new_empty((0, in_features), dtype=torch.uint8),
+            "scales": scales.contiguous(),
+            "zeros": zeros.contiguous(),
+        }
+        return {name: packed[name] for name in layout}
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        codes = unpack(packed["qweight"][rows], self.bits, columns(packed, self.bits))  # [r, in]
+        first, last, _ = rows.indices(packed["qweight"].shape[0])
+        shared = torch.arange(first, last, device=codes.device) % packed["scales"].shape[0]
+        return shifted(codes, packed["zeros"][shared], packed["scales"][shared], dtype)
+
+
+@quantizers.register("quip_sharp_rows")
+@dataclass(frozen=True)
+class FusedLattice(Quantizer):
+    """Rows of a matrix that QuIP# quantized as one: queries, keys and values, or up and gate.
+
+    Its files stack such matrices before they rotate the outputs, which mixes all rows. So each part needs the codes of
+    the whole, and parts that are opened together share them in memory; each computes the whole product, and keeps its
+    rows. sv holds the part's own rows, in float32 because two float16 scales are multiplied in it.
+    """
+
+    needs_hessian: ClassVar[bool] = True
+
+    bits: int = 2
+    """2, 3 or 4."""
+    residual_scale: float | None = None
+    """How much larger the error of the first two bits is coded; by default 2.04 at 3 bits, 3.45 at 4."""
+    first: int = 0
+    """The part's first row in the whole."""
+    total: int | None = None
+    """Rows of the whole; by default the part is the whole."""
+
+    def __post_init__(self) -> None:
+        _ = self._grid
+        if self.first < 0 or (self.total is not None and self.first >= self.total):
+            raise InputError(f"quip_sharp_rows: no row {self.first} of {self.total}")
+
+    @property
+    def _grid(self) -> Lattice:
+        return Lattice(self.bits, self.residual_scale)
+
+    def _total(self, out_features: int) -> int:
+        return self.first + out_features if self.total is None else self.total
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        codes = self._grid.layout(self._total(out_features), SignedHadamard().columns(in_features))
+        signs = {"su": TensorSpec((in_features,), torch.float16), "sv": TensorSpec((out_features,), torch.float32)}
+        return codes | signs
+
+    def out_features(self, packed: Packed) -> int:
+        return packed["sv"].shape[0]
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        if self.first or self._total(weight.shape[0]) != weight.shape[0]:
+            raise InputError("rows of a fused matrix cannot be quantized by themselves; use quip_sharp")
+        packed = QuIPSharp(self.bits, residual_scale=self.residual_scale).quantize(weight, hessian)
+        return packed | {"sv": packed["sv"].float()}
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        wide = torch.promote_types(dtype, torch.float32)
+        whole = SignedHadamard().inverse_transform(self._grid.dequantize(packed, ALL, wide), self._whole(packed))
+        return whole[self._part(packed)][rows].to(dtype)
+
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        basis, whole = SignedHadamard(), self._whole(packed)
+        y = materialized_linear(basis.inputs(x, whole), self._grid, packed)
+        return basis.outputs(y, whole)[..., self._part(packed)].clone()  # no view: it may be modified in place
+
+    def _part(self, packed: Packed) -> slice:
+        return slice(self.first, self.first + packed["sv"].shape[0])
+
+    def _whole(self, packed: Packed) -> Packed:
+        """The state of the whole matrix, with nothing in the other parts' rows."""
+        rest = packed["codes"].shape[0] - self._part(packed).stop
+        return {"su": packed["su"], "sv": F.pad(packed["sv"], (self.first, rest))}

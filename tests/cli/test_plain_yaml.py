@@ -16,7 +16,7 @@ from llmtools.cli.main.arguments import _hints
 
 from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
-from llmtools.recipes import config
+from llmtools.recipes import plain_yaml as config
 from llmtools.recipes.plain_yaml import parse_yaml, read_value
 
 SPEC = {"class_path": "canary.Thing", "init_args": {}}

@@ -15,7 +15,7 @@ from llmtools.checkpoint.folder import STARTS, load_starts
 from llmtools.cli.main import main
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.quantize import Report, quantize
-from llmtools.nn import start as start_module
+from llmtools.nn import lora_init as start_module
 from llmtools.nn.lora_init import Start, start_adapters, start_from_error
 from llmtools.quant import proxy_loss
 from tests.models import tiny_ids, tiny_model

@@ -142,6 +142,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
 
 def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
     from ..checkpoint.folder import load_starts
+    from ..checkpoint.inputs import content_of_model
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record, write_json
     from ..content import rows_content
@@ -149,7 +150,6 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..files import NameTaken, remove, sort_metadata, writing
     from ..model.integrity import note_checksums
     from ..nn.lora_init import start_adapters
-    from ..sweep.cache import content_of_model
     from ..train import checkpoints
     from .loading import import_plugins, open_model, quiet_libraries
 

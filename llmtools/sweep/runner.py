@@ -29,6 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..checkpoint.inputs import content_of_model, contents
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
 from ..files import MARK, claim, clear_unfinished, read_json, write_whole
@@ -37,7 +38,7 @@ from ..recipes.finetune import Finetune, Lora
 from ..recipes.loading import without_data
 from ..recipes.quantize import Quantize
 from ..signals import Stopped
-from .cache import Kept, content_of_model, contents, needed
+from .cache import Kept, needed
 
 log = logging.getLogger(__name__)
 

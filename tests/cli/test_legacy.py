@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from llmtools.cli.main.legacy import GONE, OLD, accumulation, translated
+from llmtools.cli.legacy import GONE, OLD, accumulation, translated
 
 from llmtools.cli.main import main
 from llmtools.errors import InputError

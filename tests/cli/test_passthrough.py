@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmtools.cli.main.passthrough import NEEDS
+from llmtools.cli.passthrough import NEEDS
 
 import llmtools
 from llmtools.cli.main import main

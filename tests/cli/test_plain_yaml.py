@@ -12,7 +12,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from llmtools.cli.main.arguments import _hints
+from llmtools.cli.arguments import _hints
 
 from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from llmtools.cli.main.legacy import ALIASES, GONE, OLD
+from llmtools.cli.legacy import ALIASES, GONE, OLD
 
 
 def test_the_guide_names_every_old_word(repository: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 pytest.importorskip("trl")
 
 from llmtools import document
+from llmtools.checkpoint.inputs import contents
 from llmtools.checkpoint.run_info import command, given
 from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
@@ -27,7 +28,6 @@ from llmtools.recipes.quantize import Quantize
 from llmtools.sweep import plots as pictures
 from llmtools.sweep import report as tradeoff
 from llmtools.sweep import runner as module
-from llmtools.sweep.cache import contents
 from llmtools.sweep.memory import meter
 from llmtools.sweep.runner import Sweep, sweep
 

@@ -173,7 +173,7 @@ def _main(args: list[str]) -> int:
     args = [arg for arg in args if arg != "--debug"]
     handler = _log_to_stderr(debug)
     try:
-        with _environment(_DEBUG if debug else _QUIET.get(args[0] if args else "", {})), warnings.catch_warnings():
+        with _environment(_DEBUG if debug else _quiet(args)), warnings.catch_warnings():
             if not debug:  # libraries on each other's future names
                 warnings.simplefilter("ignore", FutureWarning)
             return _run(args)
@@ -197,8 +197,15 @@ def _main(args: list[str]) -> int:
 
 
 _DEBUG = {"LLMTOOLS_DEBUG": "1"}
-_QUIET = {"sweep": {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}}
-"""command → what keeps torch's compiled code from writing: in a sweep the profiler measures memory, and says so"""
+
+
+def _quiet(args: list[str]) -> dict[str, str]:
+    """What keeps torch's compiled code from writing to the terminal.
+
+    In a sweep the profiler measures memory, and says so; what DDP warns of, one process says for all.
+    """
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
+    return quiet if args[:1] == ["sweep"] or not is_first() else {}
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def _file_of(name: str) -> str:
         return name
     if ASSETS in file.read_text(encoding="utf-8") and not os.path.isdir(ASSETS):
         checkout = FOLDER.parents[2]
-        where = f"cd {checkout}" if (checkout / ASSETS).is_dir() else "git clone llmtools and cd there"
+        where = f"cd {checkout}" if (checkout / ASSETS).is_dir() else "run it in a clone of the repository"
         raise InputError(
             f"{name} works on {ASSETS} of a checkout of llmtools, which is not here ({os.getcwd()}): {where}, or write "
             f"a recipe for a model and data of yours (`llmtools list {name}` shows this one)"

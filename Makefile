@@ -8,7 +8,7 @@ VENV   ?= .venv
 MODEL  ?=
 STAMP  := $(VENV)/.installed
 BIN    := $(VENV)/bin
-# Packages that a GPU user's pip finds by the same pin in its CUDA build, and a CPU machine in what it has at hand.
+# PyPI's build for Linux is CUDA's. The CPU build by the same pin: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make …
 TORCH  := torch==2.13.0
 
 .DEFAULT_GOAL := help
@@ -58,7 +58,7 @@ bench: $(STAMP)
 	    module=$$(echo "$${file%.py}" | tr / .); echo "== python -m $$module"; \
 	    HF_HUB_OFFLINE=1 $(BIN)/python -m "$$module" || exit 1; done
 
-# torch comes first and alone, so that pip takes the build that fits this machine before anything else asks for one.
+# torch comes first and alone, so that pip takes the build of this pin before anything else asks for another one.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "llmtools needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \

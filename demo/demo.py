@@ -248,14 +248,13 @@ def _shown(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    from jsonargparse import auto_parser
-
     from llmtools import InputError
+    from llmtools.cli.main import read_recipe
 
     logging.basicConfig(format="  %(message)s")
     logging.getLogger("llmtools").setLevel(logging.INFO)
-    parser = auto_parser(Demo)
     try:
-        main(parser.instantiate(parser.parse_args()))
+        if (demo := read_recipe("demo.py", Demo, sys.argv[1:])) is not None:
+            main(demo)
     except InputError as error:
         sys.exit(f"demo: {error}")

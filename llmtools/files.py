@@ -46,7 +46,7 @@ _OF_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 """how torch.save says that a file cannot be written"""
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _OF_EARLIER_VERSIONS = (
-    *("llmtools.json", "run.json", "metrics.jsonl", "README.md", "checkpoints/*"),
+    *("llmtools.json", "run.json", "metrics.jsonl", "loss.png", "README.md", "checkpoints/*"),
     *("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json", "*.py"),
     *("*.safetensors", "*.safetensors.index.json", "model.gguf"),
     *(
@@ -117,6 +117,7 @@ def claim(
     if target in _held.get():  # and what became of `folder` since then, `_put` will see
         yield
         return
+    _check_name(folder, target)
     if not adding:
         check_free(folder, overwrite=overwrite, reads=reads)
     parents = [parent for parent in target.parents if not parent.exists()]  # made here, so removed here
@@ -136,6 +137,22 @@ def claim(
         for parent in parents:
             with suppress(OSError):  # not empty, and so it stays
                 parent.rmdir()
+
+
+_LONGEST = 255
+"""bytes of a name, on nearly every file system"""
+_BESIDE = "..ffffff-9999999-ffff.partial.former"
+"""the longest that is put around an output's name while it is not finished, see `partial_of`"""
+
+
+def _check_name(folder: Path, target: Path) -> None:
+    """Raises InputError for a name that leaves no room for the names of unfinished work beside it."""
+    size, most = len(os.fsencode(target.name)), _LONGEST - len(_BESIDE)
+    if size > most:
+        raise InputError(
+            f"{str(folder)[:60]}…: name too long ({size} bytes); at most {most} are possible, since unfinished work "
+            f"has a longer name beside it"
+        )
 
 
 def check_free(

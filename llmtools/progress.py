@@ -12,7 +12,11 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+from .ranks import is_first
 
 log = logging.getLogger(__name__)
 
@@ -23,17 +27,40 @@ QUIET_SECONDS = 10.0
 
 
 @contextmanager
-def progress(title: str, unit: str = "steps") -> Iterator[Step]:
-    """Yields ``step(done, total, note="")``, to be called as work gets done; `note` is a word on what was just done."""
-    if sys.stderr.isatty():
-        with _bar(title, unit) as step:
+def progress(title: str, unit: str = "steps", *, brief: bool = False) -> Iterator[Step]:
+    """Yields ``step(done, total, note="")``, to be called as work gets done; `note` is a word on what was just done.
+
+    brief: work within other work. Its bar stands under the other one and goes at its end, and where there is no
+    terminal, nothing is said of it unless it is long.
+    """
+    if not is_first():
+        yield lambda *args: None
+    elif sys.stderr.isatty():
+        with _bar(title, unit, brief) as step:
             yield step
     else:
-        yield _lines(title, unit)
+        yield _lines(title, unit, brief)
+
+
+_display: ContextVar[Any] = ContextVar("display", default=None)
+"""the display on the terminal that bars are added to: there can be one only"""
 
 
 @contextmanager
-def _bar(title: str, unit: str) -> Iterator[Step]:
+def _bar(title: str, unit: str, brief: bool) -> Iterator[Step]:
+    shown = _display.get()
+    with nullcontext(shown) if shown is not None else _new_display() as display:
+        token = _display.set(display)
+        task = display.add_task(title, total=None, note="", unit=unit)
+        try:
+            yield lambda done, total, note="", *rest: display.update(task, completed=done, total=total, note=str(note))
+        finally:
+            _display.reset(token)
+            if brief:
+                display.remove_task(task)
+
+
+def _new_display() -> Any:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -48,24 +75,22 @@ def _bar(title: str, unit: str) -> Iterator[Step]:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn(unit),
+        TextColumn("{task.fields[unit]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, note="")
-        yield lambda done, total, note="", *rest: bar.update(task, completed=done, total=total, note=str(note))
+    return Progress(*columns, console=Console(stderr=True))
 
 
-def _lines(title: str, unit: str) -> Step:
+def _lines(title: str, unit: str, brief: bool) -> Step:
     began = said = time.monotonic()
 
     def step(done: int, total: int, note: object = "", *rest: object) -> None:
         nonlocal said
         now = time.monotonic()
-        if done < total and now - said < QUIET_SECONDS:
+        if now - (began if done >= total else said) < QUIET_SECONDS and (brief or done < total):
             return
         said = now
         left = (now - began) / max(done, 1) * (total - done)

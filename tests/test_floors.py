@@ -33,6 +33,7 @@ FLOORS = {
     "content": 1,
     "files": 1,
     "progress": 1,
+    "ranks": 1,
     "redaction": 1,
     "_hook": 1,
 }
@@ -48,6 +49,7 @@ NEEDS: dict[str, set[str]] = {
     "signals": set(),
     "content": set(),
     "files": set(),
+    "ranks": set(),
     "redaction": set(),
     "progress": {"rich"},
     "_hook": set(),

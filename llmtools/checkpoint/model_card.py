@@ -21,6 +21,8 @@ from ..errors import InputError, opening
 from ..files import read_json
 
 CARD = "README.md"
+LOSSES = "loss.png"
+"""the picture of a run's losses"""
 MARK = "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
 UNKNOWN = "unknown"
 NO_DATA = "none: the quantizer saw no data"
@@ -144,7 +146,9 @@ model = PeftModel.from_pretrained(model, "{name}")"""
         "made with": _versions(run),
     }
     head = _head("peft", base, "adapter", [kind, *(spec["name"] for spec in quantizers)])
-    return _written(head, name, "An adapter for a language model; the base model is not in here.", rows, use, results)
+    what = "An adapter for a language model; the base model is not in here."
+    picture = f"\n![training and validation loss over the steps]({LOSSES})\n" * (folder / LOSSES).exists()
+    return _written(head, name, what, rows, use, results, picture)
 
 
 # ------------------------------------------------------------------------------------------------------ the page itself
@@ -166,6 +170,7 @@ def _written(
     rows: Mapping[str, str],
     use: str,
     results: Sequence[Mapping[str, Any]],
+    picture: str = "",
 ) -> str:
     table = "\n".join(f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items())
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
@@ -186,7 +191,7 @@ def _written(
 ```python
 {use}
 ```
-{_measures(results)}
+{picture}{_measures(results)}
 The licence is that of the base model and of the data it was made with; this page does not know it.
 """
 

@@ -29,8 +29,12 @@ OLD: dict[str, dict[str, str]] = {
         "weights": "model",
     },
     "finetune": {
-        "output_dir": "out",
-        "model_name_or_path": "model",
+        "dataset_name": "data",
+        "max_seq_length": "training.max_length",
+        "lora_target_modules": "lora.target_modules",
+        "load_in_4bit": "load=nf4",
+        "load_in_8bit": "load=int8",
+        "overwrite_output_dir": "overwrite",
         "dataset": "data",
         "data_type": "task",
         "ds_type": "task",
@@ -63,11 +67,18 @@ OLD: dict[str, dict[str, str]] = {
 }
 """verb → old word → today's; with ``=``, a flag that stands for a value; empty, a word that the checkpoint answers"""
 
-ALIASES = ("output_dir", "model_name_or_path", "for")
-"""words of TRL's scripts, and others that are not old"""
+EVERYWHERE = {"model_name_or_path": "model", "output_dir": "out", "adapter_name_or_path": "adapter"}
+"""words of transformers' and TRL's scripts, for every verb that has the option"""
 
-ALONE = ("act_order", "nearest", "resume_checkpoint")
-"""old words that may stand without a value"""
+ALIASES = (
+    *EVERYWHERE,
+    *("dataset_name", "max_seq_length", "lora_target_modules", "load_in_4bit", "load_in_8bit", "overwrite_output_dir"),
+    "for",
+)
+"""words that are not old"""
+
+ALONE = ("act_order", "nearest", "resume_checkpoint", "load_in_4bit", "load_in_8bit", "overwrite_output_dir")
+"""words that may stand without a value"""
 
 GONE = {
     "tokenizer": "the tokenizer is the one in the model's folder; copy its files there",
@@ -83,7 +94,8 @@ def translated(verb: str, args: list[str], known: list[str]) -> list[str]:
     >>> translated("quantize", ["--groupsize", "64", "--act-order"], ["bits", "group_size"])
     ['--group_size', '64', '--options.act_order', 'true']
     """
-    table = {old: new for old, new in OLD.get(verb, {}).items() if old not in known}
+    everywhere = {word: today for word, today in EVERYWHERE.items() if today in known}
+    table = {old: new for old, new in {**everywhere, **OLD.get(verb, {})}.items() if old not in known}
     if not table:
         return args
     found: dict[str, str] = {}

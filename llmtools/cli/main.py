@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import io
 import json
 import logging
@@ -24,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import InputError, did_you_mean
+from ..ranks import is_first, on_one_machine, rank
 from ..recipes.configs import with_packaged
 from ..recipes.plain_yaml import read_value, shown
 from .arguments import check_numbers, read_arguments, with_declared
@@ -49,12 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(args: list[str]) -> int:
     debug = "--debug" in args or os.environ.get("LLMTOOLS_DEBUG", "") not in ("", "0")
     args = [arg for arg in args if arg != "--debug"]
-    former = os.environ.get("LLMTOOLS_DEBUG")
-    if debug:
-        os.environ["LLMTOOLS_DEBUG"] = "1"
     handler = _log_to_stderr(debug)
     try:
-        with warnings.catch_warnings():
+        with _environment(_DEBUG if debug else _quiet(args)), warnings.catch_warnings():
             if not debug:  # libraries on each other's future names
                 warnings.simplefilter("ignore", FutureWarning)
             return _run(args)
@@ -67,12 +66,38 @@ def _main(args: list[str]) -> int:
         code, line = _said(error)
         named = args and not isinstance(error, KeyboardInterrupt) and not args[0].startswith("-")
         command = f"llmtools {args[0]}" if named else "llmtools"
+        if not is_first():
+            if isinstance(error, (InputError, KeyboardInterrupt)) and on_one_machine():
+                return code  # the first process meets the same, and says so
+            command = f"{command} (process {rank()})"
         print(f"{command}: {line}", file=sys.stderr)
         return code
     finally:
         logging.getLogger("llmtools").removeHandler(handler)
-        if debug and former is None:
-            del os.environ["LLMTOOLS_DEBUG"]
+
+
+_DEBUG = {"LLMTOOLS_DEBUG": "1"}
+
+
+def _quiet(args: list[str]) -> dict[str, str]:
+    """What keeps torch's compiled code from writing to the terminal.
+
+    In a sweep the profiler measures memory, and says so; what DDP warns of, one process says for all.
+    """
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
+    return quiet if args[:1] == ["sweep"] or not is_first() else {}
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables for the length of the block, but for those that the user has set."""
+    fresh = [name for name in variables if name not in os.environ]
+    os.environ.update({name: variables[name] for name in fresh})
+    try:
+        yield
+    finally:
+        for name in fresh:
+            os.environ.pop(name, None)
 
 
 def _said(error: BaseException) -> tuple[int, str]:
@@ -133,11 +158,13 @@ def _run(args: list[str]) -> int:
     args = with_packaged(translated(name, args, _names(options)))
     if name == "finetune":
         args = _with_training(args, _names(options))
-    recipe = _parse(_parser(name, verb, options), name, options, [arg for arg in args if arg != "--json"])
+    recipe = read_recipe(name, options, [arg for arg in args if arg != "--json"])
     if recipe is None:
         return 0
     result = verb.run(recipe)
-    if as_json:
+    if not is_first():
+        pass
+    elif as_json:
         ascii_only = not _is_unicode(sys.stdout)
         print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=ascii_only, default=str))
     else:
@@ -160,6 +187,13 @@ def _with_training(args: list[str], known: list[str]) -> list[str]:
     ]
 
 
+def _bare(options: type[Any]) -> list[str]:
+    """What `_with_training` takes beside a recipe's own options, for a word that is neither."""
+    from ..recipes.finetune import Finetune, training_arguments
+
+    return list(training_arguments()) if options is Finetune else []
+
+
 def _check_text(args: list[str]) -> None:
     """Raises InputError for an argument that is no text: the system's bytes may be anything but NUL."""
     for arg in args:
@@ -178,21 +212,30 @@ _COMMON = ("config", "json", "help", "help_all")
 """Options of every command that the short help shows after the command's own."""
 
 
-def _parser(name: str, verb: Verb, options: type[Any]) -> Any:
+def read_recipe(name: str, options: type[Any], args: list[str]) -> Any:
+    """The recipe, of the dataclass `options`, that a command's arguments make: flags, and YAML files as plain data.
+
+    name: one of VERBS, or of a program. Gives None where help or the configuration was asked for and printed. Raises
+    InputError for what cannot be read.
+    """
+    return _parse(_parser(name, VERBS.get(name), options), name, options, args)
+
+
+def _parser(name: str, verb: Verb | None, options: type[Any]) -> Any:
     from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("llmtools", read_value)
     parser = ArgumentParser(
-        prog=f"llmtools {name}",
+        prog=_called(name),
         description=(options.__doc__ or "").strip(),
-        epilog="examples:\n" + textwrap.indent(verb.example, "  "),
-        formatter_class=formatter((*verb.first, *_COMMON) if verb.first else ()),
+        epilog="examples:\n" + textwrap.indent(verb.example, "  ") if verb else None,
+        formatter_class=formatter((*verb.first, *_COMMON) if verb and verb.first else ()),
         parser_mode="llmtools",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    if verb.first:
+    if verb and verb.first:
         parser.add_argument("--help_all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help="show every option")
     parser.add_argument(
         "--config", action="config", help="a YAML of these options, or the name of a packaged one; flags override it"
@@ -248,15 +291,15 @@ def _readable(message: str, name: str, options: type[Any]) -> str:
     if found := re.match(r"unrecognized arguments: (--?)?([^\s=]+)", message):
         dashes, word = found.groups()
         if not dashes:
-            return f"{word!r} is too much here; options are --key value (see llmtools {name} --help)"
-        return f"no option --{word}; {_near(word, known)}"
+            return f"{word!r} is too much here; options are --key value (see {_called(name)} --help)"
+        return f"no option --{word}; {_near(word, known, _bare(options))}"
     if found := re.match(r"Option '([^']+)' is not accepted", message):
         return f"no key {found[1]!r}; {_near(found[1], known)}"
     if found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
         return f"no key '{found[1]}.{found[2]}'; {_near(f'{found[1]}.{found[2]}', known)}"
     if found := re.match(r"the following arguments are required: (.*)", message):
         missing = ", ".join(f"--{word.strip()}" for word in found[1].split(","))
-        return f"missing: {missing} (see llmtools {name} --help)"
+        return f"missing: {missing} (see {_called(name)} --help)"
     if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, flags=re.DOTALL):
         key, reason = found.groups()
         if expected := re.findall(r"Expected an? (?:<class '(\w+)'>|([^\n.]+))", reason):
@@ -267,7 +310,14 @@ def _readable(message: str, name: str, options: type[Any]) -> str:
     return " ".join(message.split())
 
 
-def _near(word: str, known: list[str]) -> str:
+def _called(name: str) -> str:
+    return f"llmtools {name}" if name in VERBS else name
+
+
+def _near(word: str, known: list[str], further: Sequence[str] = ()) -> str:
+    near = difflib.get_close_matches(word, [*known, *further], n=1, cutoff=0.5)
+    if near and near[0] in further:
+        return f"did you mean {near[0]!r}, of trl.SFTConfig?"
     return did_you_mean(word, known).replace("(there are: ", "(there are: config, ", 1)
 
 
@@ -310,7 +360,7 @@ def _log_to_stderr(debug: bool) -> logging.Handler:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("llmtools")
     logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO if is_first() else logging.ERROR)
     return handler
 
 

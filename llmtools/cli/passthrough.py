@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,6 +38,9 @@ def run(command: str, args: Sequence[str]) -> int:
                 f"{arg} is an adapter, and {command} takes whole models; merge it first: llmtools export "
                 f"--adapter {arg} --format dense --out MERGED"
             )
+    if command == "serve":
+        _check_served(args)
+        _make_cache()
     app = _app(command)
     hook = sys.excepthook
     try:
@@ -44,10 +48,35 @@ def run(command: str, args: Sequence[str]) -> int:
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except ValueError as error:  # transformers' word for what the user can mend, such as a server that is not there
-        raise InputError(f"{error}") from error
+        raise InputError(f"{error}".replace("`transformers serve`", "`llmtools serve MODEL`")) from error
+    except ImportError as error:
+        raise _missing(command, error) from error
     finally:
         sys.excepthook = hook  # typer replaces it
     return 0
+
+
+def _check_served(args: Sequence[str]) -> None:
+    """Raises InputError for a model, the first argument, that cannot be served."""
+    from ..recipes.loading import check_model
+
+    if not args or args[0].startswith("-"):
+        return
+    check_model(args[0])
+    if "@" in args[0] and os.path.isdir(args[0]):
+        raise InputError(f"{args[0]}: transformers takes what follows @ for a revision; rename the folder")
+
+
+def _make_cache() -> None:
+    """Makes the hub's cache folder, which /v1/models lists, and fails without."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    with suppress(OSError):
+        os.makedirs(HF_HUB_CACHE, exist_ok=True)
+
+
+def _missing(command: str, error: ImportError) -> InputError:
+    return InputError(f"{command}: {error}; pip install 'llmtools[serve]'")
 
 
 def _holds(folder: str, name: str) -> bool:
@@ -58,15 +87,15 @@ def _app(command: str) -> Any:
     """transformers' command line, if it has `command`."""
     import transformers
 
-    reason = ""
     try:
         if find_spec(f"transformers.cli.{command}") is not None:
             from transformers.cli.transformers import app
 
             return app
-    except ImportError as error:
-        reason = f" ({error})"
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("transformers"):
+            raise _missing(command, error) from error
     raise InputError(
-        f"transformers {transformers.__version__} has no command {command!r} that can be borrowed{reason}; "
+        f"transformers {transformers.__version__} has no command {command!r} that can be borrowed; "
         "pip install 'transformers>=5.16,<6', or answer prompts with `llmtools generate`"
     )

@@ -94,19 +94,27 @@ def tensors(model: nn.Module) -> Tensors:
 
 
 def peak(
-    model: Any, batch: int, length: int, *, device: str = "cpu", autocast: bool = False, chunked_loss: bool = True
+    model: Any,
+    batch: int,
+    length: int,
+    *,
+    device: str = "cpu",
+    autocast: bool = False,
+    chunked_loss: bool = True,
+    training: bool = True,
 ) -> Peak:
-    """The peak of a forward and a backward of a model on the meta device, `batch` sequences of `length` tokens.
+    """The peak of a forward and a backward, or in validation of a forward alone, of a model on the meta device, `batch`
+    sequences of `length` tokens.
 
     model: with adapters, and with checkpointing turned on if it is wanted. device: "cpu" or "cuda", which says how many
     rows of a weight are decoded at a time. autocast: to bfloat16. chunked_loss: as `llmtools finetune` does it, where
-    the output head allows; else the model makes all logits.
+    the output head allows; else the model makes all logits. training: False for validation.
     """
     depth = len(main_stack(model).blocks)
     fewer, more = _DEPTHS
 
     def at(blocks: int) -> Peak:
-        return _peak(_first_blocks(model, blocks), batch, length, device, autocast, chunked_loss)
+        return _peak(_first_blocks(model, blocks), batch, length, device, autocast, chunked_loss, training)
 
     if depth <= more:
         return at(depth)
@@ -136,7 +144,7 @@ def planning_attention() -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def _peak(model: Any, batch: int, length: int, device: str, autocast: bool, chunked_loss: bool) -> Peak:
+def _peak(model: Any, batch: int, length: int, device: str, autocast: bool, chunked_loss: bool, training: bool) -> Peak:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with ExitStack() as stack:
@@ -144,24 +152,28 @@ def _peak(model: Any, batch: int, length: int, device: str, autocast: bool, chun
             stack.enter_context(materialize_budget(DEVICE_MATERIALIZE_BYTES))
             stack.enter_context(gemv_tokens(GEMV_TOKENS["cuda"]))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.set_grad_enabled(training))
+        chunked_loss = chunked_loss and fits(_base(model).get_output_embeddings())  # fake parameters are no Parameters
         _fake(model)
+        model.train(training)
         ids = torch.zeros(batch, length, dtype=torch.long)
         ledger = stack.enter_context(Ledger([*model.parameters(), *model.buffers(), ids]))
         loss = _loss(model, ids, ledger, autocast, chunked_loss)
         ledger.phase = "work"
-        loss.backward()
+        if training:
+            loss.backward()
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         found = ledger.peak(without=grads)
     return Peak(**{name: found.get(name, 0) for name in Peak._fields})
 
 
 def _loss(model: Any, ids: Tensor, ledger: Ledger, autocast: bool, chunked_loss: bool) -> Tensor:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base(model)
     head = base.get_output_embeddings()
     decoder = getattr(base, base.base_model_prefix, None)
     ledger.phase = "activations"
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        if chunked_loss and decoder is not None and head is not None and fits(head):
+        if chunked_loss and decoder is not None and head is not None:
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             ledger.phase = "loss"
             # chunked_loss itself first picks the rows that have labels, and fake labels have no values
@@ -173,6 +185,11 @@ def _loss(model: Any, ids: Tensor, ledger: Ledger, autocast: bool, chunked_loss:
         if handle:
             handle.remove()
         return result
+
+
+def _base(model: Any) -> Any:
+    """The model without its adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class Ledger(TorchDispatchMode):

@@ -51,6 +51,8 @@ class Plan:
     """the adapter, as in finetune"""
     batch: int = 1
     """sequences in a step of one device (per_device_train_batch_size)"""
+    eval_batch: int | None = None
+    """sequences in a batch of validation (per_device_eval_batch_size); by default as in a step, which holds more"""
     length: int | None = None
     """tokens of a sequence; by default the model's positions, at most 1024, as in finetune"""
     gradient_checkpointing: bool | None = None
@@ -126,6 +128,10 @@ class Planned:
     fits: bool | None
     ways_out: list[str]
     """where it does not fit: what to change, with the total after each change"""
+    validation: int | None = None
+    """bytes while a batch of validation is at hand, where its size was given"""
+    validation_16_bit: int | None = None
+    eval_batch: int | None = None
     not_counted: str = NOT_COUNTED
 
     def __str__(self) -> str:
@@ -152,6 +158,9 @@ class Planned:
         rows = [line(names[key], *(size(n) if n else "–" for n in pair)) for key, pair in pairs.items() if any(pair)]
         total = line("total", size(self.total), size(self.total_16_bit))
         lines = [f"{self.model}: a finetuning step, {self.step}", head, *rows, total]
+        if self.validation is not None and self.validation_16_bit is not None:
+            label = f"validation, batches of {self.eval_batch}"
+            lines.append(line(label, size(self.validation), size(self.validation_16_bit)))
         if self.available is not None:
             verdict = "it fits" if self.fits else "it does not fit"
             lines.append(f"{self.available_where}: {size(self.available)}, so {verdict}")
@@ -182,9 +191,9 @@ def plan_for(config: Any, recipe: Plan) -> Planned:
     checkpointing = device == "cuda" if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
     recipe = dataclasses.replace(recipe, device=device, length=length, gradient_checkpointing=checkpointing)
     ours, name, facts = step_memory(config, recipe)
-    dense, _, _ = step_memory(config, recipe, dense=True)
+    dense, _, dense_facts = step_memory(config, recipe, dense=True)
     available, where = _available(recipe)
-    fits = None if available is None else ours.total <= available
+    fits = None if available is None else max(ours.total, facts["validation"]) <= available
     words = [f"{recipe.batch} × {length} tokens", "with checkpointing" if checkpointing else "without checkpointing"]
     return Planned(
         model=recipe.model,
@@ -202,6 +211,9 @@ def plan_for(config: Any, recipe: Plan) -> Planned:
         available_where=where,
         fits=fits,
         ways_out=_ways_out(config, recipe, available) if available is not None and not fits else [],
+        validation=facts["validation"] or None,
+        validation_16_bit=dense_facts["validation"] or None,
+        eval_batch=recipe.eval_batch,
     )
 
 
@@ -238,20 +250,22 @@ def size(count: float) -> str:
 
 
 def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory, str, dict[str, int]]:
-    """(bytes, the quantizer's name, counts) of a step of the model, quantized or dense; the recipe has no gaps left."""
+    """(bytes, the quantizer's name, counts) of a step of the model, quantized or dense; the recipe has no gaps left.
+
+    Among the counts are the bytes of a batch of validation, 0 where its size was not given: gradients are not there
+    then, and the optimizer's state is.
+    """
     from ..model.memory import peak, tensors
 
     assert recipe.length is not None
     model, name, modules = _model(config, recipe, dense)
     held = tensors(model)
-    moving = peak(
-        model,
-        recipe.batch,
-        recipe.length,
-        device=str(recipe.device),
-        autocast=recipe.device == "cuda",
-        chunked_loss=recipe.chunked_loss,
-    )
+    how: dict[str, Any] = {
+        "device": str(recipe.device),
+        "autocast": recipe.device == "cuda",
+        "chunked_loss": recipe.chunked_loss,
+    }
+    moving = peak(model, recipe.batch, recipe.length, **how)
     memory = Memory(
         packed=held.packed,
         linears=held.linears,
@@ -264,7 +278,12 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         loss=moving.loss,
         work=moving.work,
     )
-    return memory, name, {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
+    validation = 0
+    if recipe.eval_batch is not None:
+        forward = peak(model, recipe.eval_batch, recipe.length, training=False, **how)
+        validation = held.frozen + held.adapters + memory.optimizer + forward.total
+    facts = {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
+    return memory, name, {**facts, "validation": validation}
 
 
 def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
@@ -390,9 +409,10 @@ def _ways_out(config: Any, recipe: Plan, available: int) -> list[str]:
     said: list[str] = []
     for words, change in _changes(recipe):
         recipe = dataclasses.replace(recipe, **change)
-        memory, _, _ = step_memory(config, recipe)
-        fits = memory.total <= available
-        said.append(f"{'and ' if said else ''}{words}: {size(memory.total)}{', fits' if fits else ''}")
+        memory, _, facts = step_memory(config, recipe)
+        needed = max(memory.total, facts["validation"])
+        fits = needed <= available
+        said.append(f"{'and ' if said else ''}{words}: {size(needed)}{', fits' if fits else ''}")
         if fits:
             return said
     return [*said, "a smaller model, more memory, or several devices"]
@@ -400,10 +420,14 @@ def _ways_out(config: Any, recipe: Plan, available: int) -> list[str]:
 
 def _changes(recipe: Plan) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
+    if recipe.eval_batch is not None and recipe.eval_batch > recipe.batch:
+        found.append((f"--eval_batch {recipe.batch}", {"eval_batch": recipe.batch}))
     if not recipe.gradient_checkpointing:
         found.append(("--gradient_checkpointing true", {"gradient_checkpointing": True}))
     if recipe.batch > 1:
-        found.append(("--batch 1 (with gradient accumulation)", {"batch": 1}))
+        smaller = {"batch": 1, "eval_batch": recipe.eval_batch and 1}
+        words = "--batch 1 --eval_batch 1" if recipe.eval_batch else "--batch 1"
+        found.append((f"{words} (with gradient accumulation)", smaller))
     if OPTIMIZERS[recipe.optim] > 3 and recipe.device == "cuda":
         found.append(("--optim adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}))
     if recipe.quantizer not in ("quip_sharp",) or (recipe.bits or 2) > 2:
@@ -421,7 +445,7 @@ def _best_device() -> str:
 
 
 def _check(recipe: Plan) -> None:
-    for name in ("batch", "length"):
+    for name in ("batch", "eval_batch", "length"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise InputError(f"{name}={value}; at least 1 is expected")

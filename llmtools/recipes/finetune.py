@@ -1,9 +1,10 @@
 """Finetune adapters on a model, quantized or not. Adapters are PEFT's, training is TRL's SFTTrainer.
 
 Work goes on in a folder beside the output, ``OUT.training``: checkpoints, ``metrics.jsonl``, ``run.json``. At the end
-the adapter is written to ``OUT`` in one piece, with the last checkpoints for a later ``--resume``, and the work folder
-goes. A run that was stopped is continued by ``--resume``; it ends with the same bits as one that was not. It goes on
-with what it began with: ``run.json`` holds hashes of the rows, the model and the tokenizer.
+the adapter is written to ``OUT`` in one piece, with a picture of the losses and the last checkpoints for a later
+``--resume``, and the work folder goes. A run that was stopped is continued by ``--resume``; it ends with the same bits
+as one that was not. It goes on with what it began with: ``run.json`` holds hashes of the rows, the model and the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
 import secrets
 import shutil
@@ -24,6 +24,7 @@ from typing import Any
 
 from ..errors import InputError, did_you_mean
 from ..files import json_or_empty
+from ..ranks import is_first, processes
 from ..signals import Request, Stopped, interruptible, put_off
 
 log = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
     out = Path(recipe.out).expanduser()
     work = out.with_name(f"{out.name}.training")
     check_model(recipe.model)
-    if not _is_first():
+    if not is_first():
         with interruptible():
             return _finetune(recipe, out, work, callbacks)
     reads = [recipe.model, recipe.data, recipe.validation if isinstance(recipe.validation, str) else None]
@@ -151,6 +152,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..model.integrity import note_checksums
     from ..nn.lora_init import start_adapters
     from ..train import checkpoints
+    from ..train.losses import draw_losses
     from .loading import import_plugins, open_model, quiet_libraries
 
     began = time.monotonic()
@@ -166,7 +168,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     model, tokenizer = open_model(
         recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
     )
-    inputs |= content_of_model(recipe.model) if _is_first() else {}
+    inputs |= content_of_model(recipe.model) if is_first() else {}
     _leave_out(config, model)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
@@ -209,13 +211,14 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             left_out=left_out,
             seconds=time.monotonic() - began,
         )
-        if _is_first():
+        if is_first():
             try:
                 with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
                     trainer.model.save_pretrained(folder)
                     sort_metadata(folder)
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
+                    draw_losses(folder)
                     note = {**run, "result": asdict(result)}
                     write_json(folder / "run.json", {**note, "checksums": note_checksums(folder, note)})
                     write_card(folder, name=out.name, former=out)  # in place of PEFT's empty form
@@ -229,7 +232,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                     raise
                 raise InputError(f"{error} but the checkpoints in {work}; --resume writes it from them") from error
         _together()  # nobody goes on, or ends, before the adapter is on the disk
-    if _is_first():
+    if is_first():
         _done(work, out)
     return result
 
@@ -283,14 +286,14 @@ def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None
     from ..train.checkpoints import all_in
 
     run = record("finetune", recipe) if run is None else run
-    checkpoint = _begin(recipe, out, work, run) if _is_first() else None
+    checkpoint = _begin(recipe, out, work, run) if is_first() else None
     _together()
-    if recipe.resume and not _is_first():
+    if recipe.resume and not is_first():
         checkpoint = next(iter(all_in(work / "checkpoints")), None)  # what is damaged, the first has put aside
     try:
         yield checkpoint
     except BaseException as error:
-        if not _is_first():
+        if not is_first():
             raise
         last = next(iter(all_in(work / "checkpoints")), None)
         if last is None:
@@ -310,14 +313,9 @@ def _done(work: Path, out: Path) -> None:
         log.warning("%s stays, because it holds something that is not of this run: %s", work, (others or ["?"])[0])
 
 
-def _is_first() -> bool:
-    """Whether this is the only process of the run, or the first of those that torchrun or accelerate started."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def _together() -> None:
     """Waits until each process of the run has come here."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
@@ -585,6 +583,9 @@ def _fed(example: Any) -> Row:
 
 def training_arguments() -> dict[str, str]:
     """Each argument of SFTConfig, with its type as it is written there."""
+    from .loading import quiet_libraries
+
+    quiet_libraries()
     try:
         from trl import SFTConfig
     except ImportError as error:
@@ -608,6 +609,31 @@ def _check_training(training: dict[str, Any]) -> None:
         kinds = set(re.findall(r"\b(int|float|bool|str|dict|list)\b", known[key]))
         if kinds and value is not None and type(value).__name__ not in kinds | ({"int"} if "float" in kinds else set()):
             raise InputError(f"training.{key}={value!r}: {' or '.join(sorted(kinds))} is expected")
+    reports = training.get("report_to")
+    for name in [reports] if isinstance(reports, str) else reports or []:
+        _check_report(str(name))
+
+
+PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit flytekitplugins-deck-standard"}
+"""what to install for a name of `report_to`, where that is not the package's own"""
+
+
+def _check_report(name: str) -> None:
+    """Raises InputError unless transformers can report to `name` here."""
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    if name in ("none", "all", *get_available_reporting_integrations()):
+        return
+    try:
+        for callback in get_reporting_integration_callbacks([name]):
+            callback()
+    except ValueError as error:
+        raise InputError(f"training.report_to={name!r}: {error}") from error
+    except (RuntimeError, ImportError) as error:  # how a callback says that its package is missing
+        raise InputError(
+            f"training.report_to={name!r}: its package is not installed: pip install {PACKAGES.get(name, name)}, or "
+            f"leave it out: metrics.jsonl has the same numbers"
+        ) from error
 
 
 def _check_choosing(recipe: Finetune, validation: list[Row]) -> None:
@@ -712,6 +738,8 @@ def _arguments(
     }
     if validates:
         ours |= {"eval_strategy": "steps", "eval_steps": 0.1}
+    if "per_device_train_batch_size" in recipe.training:  # a batch that fits in training fits in validation
+        ours["per_device_eval_batch_size"] = recipe.training["per_device_train_batch_size"]
     if recipe.early_stopping is not None:
         ours |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     if 0 < recipe.training.get("max_steps", 0) < 100:
@@ -847,7 +875,8 @@ def _lean(trainer: type) -> type:
 
 
 def _watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
-    """The callback that shows progress, writes one JSON line a record, and stops where the loss is no number."""
+    """The callback that shows progress, of validation too, writes one JSON line a record, and stops where the loss is
+    no number."""
     from contextlib import ExitStack
 
     from transformers import TrainerCallback
@@ -855,19 +884,34 @@ def _watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
     from ..progress import progress
 
     begun = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
-    if _is_first():
+    if is_first():
         _forget_after(metrics, begun)
 
     class Watch(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step >= state.max_steps:
-                return
-            self.stack = ExitStack()
-            self.step = self.stack.enter_context(progress("finetune", unit="steps"))
+        def __init__(self) -> None:
+            self.stack, self.validation = ExitStack(), ExitStack()
             self.note = ""
+            self.batches = 0
+            """of this validation, so far"""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step < state.max_steps:
+                self.step = self.stack.enter_context(progress("finetune", unit="steps"))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.step(state.global_step, state.max_steps, self.note)
+
+        def on_prediction_step(
+            self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+        ) -> None:
+            if self.batches == 0:
+                self.validating = self.validation.enter_context(progress("validation", unit="batches", brief=True))
+            self.batches += 1
+            self.validating(self.batches, len(eval_dataloader))
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.batches = 0
+            self.validation.close()
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.stack.close()
@@ -878,6 +922,7 @@ def _watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
             numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
             bad = {key: value for key, value in numbers.items() if not math.isfinite(value)}
             if any(key in bad for key in ("loss", "eval_loss", "grad_norm")):
+                self.validation.close()
                 self.stack.close()
                 raise InputError(
                     f"training diverged: {', '.join(f'{key} is {value}' for key, value in bad.items())} at step "

@@ -51,16 +51,9 @@ class Listing:
     def __str__(self) -> str:
         if self.detailed:
             return "\n\n".join(_details(entry) for entry in self.entries)
-        lines = []
-        width = max((len(entry.name) for entry in self.entries), default=0)
-        for kind in sorted({entry.kind for entry in self.entries}):
-            lines += [f"{kind}s"]
-            lines += [
-                f"  {entry.name:<{width}}  {entry.doc.splitlines()[0] if entry.doc else ''}".rstrip()
-                for entry in self.entries
-                if entry.kind == kind
-            ]
-        return "\n".join(lines)
+        kinds = dict.fromkeys(entry.kind for entry in self.entries)
+        shown = (_table(kind, [entry for entry in self.entries if entry.kind == kind]) for kind in kinds)
+        return "\n\n".join(shown) + "\n\n`llmtools list NAME` shows the options of one."
 
 
 def listing(recipe: List) -> Listing:
@@ -74,7 +67,10 @@ def listing(recipe: List) -> Listing:
     registries: list[tuple[str, Any]] = [("quantizer", quantizers), ("task", tasks)]
     if recipe.name is None:
         entries = [
-            entry_of(kind, name, registry.get(name)) for kind, registry in registries for name in registry.names()
+            entry_of(kind, name, cls)
+            for kind, registry in registries
+            for name in registry.names()
+            if not _is_format(cls := registry.get(name))
         ]
         entries += [Entry("recipe", name, each.summary, []) for name, each in packaged().items()]
         return Listing(entries, detailed=False)
@@ -142,6 +138,27 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return "required"
+
+
+USE = {
+    "quantizer": "llmtools quantize --quantizer NAME",
+    "task": "llmtools finetune | evaluate --task NAME",
+    "recipe": "llmtools quantize | finetune | sweep --config NAME",
+}
+"""how a name of each kind is used"""
+
+
+def _table(kind: str, entries: list[Entry]) -> str:
+    width = max(len(entry.name) for entry in entries)
+    lines = (f"  {entry.name:<{width}}  {entry.doc.partition(chr(10))[0]}".rstrip() for entry in entries)
+    return "\n".join([f"{kind}s ({USE[kind]})", *lines])
+
+
+def _is_format(cls: type[Any]) -> bool:
+    """Whether a quantizer is there for what other programs stored, and nobody's choice for quantizing."""
+    from ..quant import external
+
+    return cls.__module__ == external.__name__
 
 
 def _details(entry: Entry) -> str:

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..document import Block
+from ..train.losses import NO_PICTURES
 from .report import Story
 
 COLOURS = ("#1b1b1b", "#2563a8", "#2e8b57", "#c2571a", "#7d4fa3", "#b0304f", "#6b7280", "#0e8a8a", "#a68a00")
@@ -19,7 +20,7 @@ def pictures(story: Story) -> list[Block]:
     if not story.rows:
         return []
     if find_spec("matplotlib") is None:
-        return [Block("paragraph", "The pictures are drawn by matplotlib: pip install 'llmtools[plot]'.")]
+        return [Block("paragraph", f"The pictures {NO_PICTURES}.")]
     drawn = [
         _panels(story, "Quality against bytes of the linear layers", _against("weight_bytes", "linear layers")),
         _panels(story, "Quality against memory at the peak of training", _against("peak_bytes", "memory at the peak")),

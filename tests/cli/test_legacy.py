@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from llmtools.cli.legacy import GONE, OLD, accumulation, translated
 
+from llmtools.cli.legacy import GONE, OLD, accumulation, translated
 from llmtools.cli.main import main
 from llmtools.errors import InputError
 
@@ -120,3 +120,24 @@ def test_old_commands_run(stories: Path, tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr()
     assert shown.out.startswith("Below is an instruction")
     assert "older words: --weights --max_length --instruction" in shown.err
+
+
+def test_words_of_transformers_scripts_work_for_every_verb_that_has_the_option() -> None:
+    from importlib import import_module
+
+    from llmtools.cli.main import _names
+    from llmtools.cli.verbs import VERBS
+
+    for verb, found in VERBS.items():
+        known = _names(getattr(import_module(f"llmtools.recipes.{found.module}"), found.options))
+        for word, option in (
+            ("model_name_or_path", "model"),
+            ("output_dir", "out"),
+            ("adapter_name_or_path", "adapter"),
+        ):
+            wanted = [f"--{option}", "x"] if option in known else [f"--{word}", "x"]
+            assert translated(verb, [f"--{word}", "x"], known) == wanted, verb
+    assert today("finetune", "--load_in_4bit --dataset_name d --max_seq_length 64 --lora_target_modules q_proj") == (
+        "--load nf4 --data d --training.max_length 64 --lora.target_modules q_proj"
+    )
+    assert today("finetune", "--load_in_8bit true --overwrite_output_dir") == "--load int8 --overwrite true"

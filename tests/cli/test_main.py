@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -413,3 +417,150 @@ def test_names_that_no_file_can_have_are_one_line(stories: Path, capsys: pytest.
             ("chat", name),
         ):
             assert "name too long" in fails(capsys, *words) or words[0] == "chat"
+
+
+def examples(verb: str) -> list[list[str]]:
+    """The example commands of a verb's help, as a shell gives them to it."""
+    commands = VERBS[verb].example.replace("\\\n", " ").splitlines()
+    return [shlex.split(command)[1:] for command in commands]
+
+
+@pytest.mark.parametrize("words", [each for verb in VERBS for each in examples(verb)], ids=" ".join)
+def test_the_examples_of_the_help_are_read(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each command that a verb's help shows makes the recipe that its flags say."""
+    (tmp_path / "demo" / "assets").mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("model: DIR\nout: QDIR\nquantizer: optq\n", encoding="utf-8")
+    (tmp_path / "sweep.yaml").write_text("model: DIR\ntasks: {text: {data: a.txt}}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    verb, made = words[0], list[Any]()
+
+    def note(recipe: Any) -> Any:
+        made.append(recipe)
+        return recipe
+
+    monkeypatch.setattr(f"llmtools.recipes.{VERBS[verb].module}.{VERBS[verb].function}", note)
+    assert main(words) == 0
+    (recipe,) = made
+    for flag, value in pairwise([*words, "--"]):
+        name = flag.removeprefix("--")
+        if flag.startswith("--") and not value.startswith("--") and name not in ("config", "json"):
+            found: Any = recipe
+            for key in name.split("."):
+                found = found[key] if isinstance(found, dict) else getattr(found, key)
+            assert found == float(value) if isinstance(found, float) else str(found).lower() == value.lower()
+
+
+def test_examples_in_the_help_of_options_are_read_as_they_are_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Docstrings show flags, too: ``--options.prompt "Q: {question}"``."""
+    import dataclasses
+    import importlib
+
+    from llmtools.recipes.listing import field_docs
+
+    needed = {"model": "DIR", "data": "a.txt", "out": "OUT", "prompt": "a", "folder": "F", "repo": "a/b", "tasks": "{}"}
+    needed |= {"quantizer": "rtn"}
+    seen = 0
+    for name, verb in VERBS.items():
+        module = importlib.import_module(f"llmtools.recipes.{verb.module}")
+        options = getattr(module, verb.options)
+        required = {
+            field.name
+            for field in dataclasses.fields(options)
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        }
+        for key, doc in field_docs(options).items():
+            for flag, value in re.findall(rf'(--{key}\.[\w.]+) ("[^"]*"|[\w./]+)', doc):
+                made: list[Any] = []
+                monkeypatch.setattr(module, verb.function, made.append)
+                words = [part for each in sorted(required) for part in (f"--{each}", needed[each])]
+                assert main([name, *words, flag, value.strip('"')]) == 0, (name, flag, value)
+                found: Any = made[0]
+                for part in flag[2:].split("."):
+                    found = found[part] if isinstance(found, dict) else getattr(found, part)
+                assert str(found).lower() == value.strip('"').lower()
+                seen += 1
+    assert seen > 5
+
+
+def test_a_near_miss_of_a_training_argument_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl")
+    for word, near in (("max_step", "max_steps"), ("learning_rat", "learning_rate"), ("num_train_epoch", "num_train_")):
+        line = fails(capsys, "finetune", "--model", "m", "--data", "d", "--out", "o", f"--{word}", 1)
+        assert f"no option --{word}; did you mean '{near}" in line
+    assert "did you mean 'data'" in fails(capsys, "finetune", "--model", "m", "--out", "o", "--daat", "d")
+
+
+def test_a_name_without_room_for_unfinished_work_is_refused_first(
+    stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmtools.recipes.loading.open_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    for name in ("x" * 255, "x" * 225, "é" * 127):
+        line = fails(capsys, "quantize", "--model", stories, "--quantizer", "rtn", "--out", tmp_path / name)
+        assert f"name too long ({len(name.encode())} bytes); at most 2" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_all_processes_meet_is_said_by_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank, world, printed in ((0, 2, 1), (1, 2, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        capsys.readouterr()
+        assert run("env") == 0
+        assert bool(capsys.readouterr().out) == printed
+        assert run("quantise") == 2
+        assert len(capsys.readouterr().err.splitlines()) == printed
+    monkeypatch.setattr("llmtools.recipes.env.env", lambda recipe: raises(MemoryError("x")))
+    assert run("env") == 2
+    assert capsys.readouterr().err == "llmtools env (process 1): not enough memory x\n"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # another machine, with other files
+    assert run("quantise") == 2
+    assert "(process 1): no such command" in capsys.readouterr().err
+
+
+def test_torch_writes_nothing_into_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that torch reads when it is imported, which the command line does after the arguments."""
+    names = ("TORCH_CPP_LOG_LEVEL", "KINETO_LOG_LEVEL")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    seen: list[Any] = []
+    monkeypatch.setattr("llmtools.sweep.runner.sweep", lambda recipe: seen.append([os.environ.get(n) for n in names]))
+    words = ("sweep", "--model", "m", "--tasks", "{a: {}}")
+    assert run(*words) == 0
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "1")
+    assert run(*words) == 0 and run(*words, "--debug") == 0
+    assert seen == [["ERROR", "99"], ["ERROR", "1"], [None, "1"]]
+    assert "TORCH_CPP_LOG_LEVEL" not in os.environ
+
+
+def test_the_profiler_is_silent_with_them() -> None:
+    measure = """
+import sys
+from llmtools.cli.main import _environment
+from llmtools.cli.main import _quiet
+with _environment(_quiet(["sweep"])):
+    import torch
+    x = torch.randn(9)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        del x
+        torch.randn(9)
+    assert any(event.name() == "[memory]" for event in profile.profiler.kineto_results.events())
+"""
+    done = program(measure)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_list_is_of_names_for_use(capsys: pytest.CaptureFixture[str]) -> None:
+    from llmtools.quant import imported, quantizers
+
+    assert run("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = {line.split()[0] for line in lines if line.startswith("  ")}
+    formats = {name for name in quantizers.names() if quantizers.get(name).__module__ == imported.__name__}
+    assert formats and not formats & shown
+    assert set(quantizers.names()) - formats < shown
+    assert all(len(line.split("  ", 2)) == 3 for line in lines if line.startswith("  "))  # a name and what it is
+    assert run("list", *sorted(formats)[:1]) == 0

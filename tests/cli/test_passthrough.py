@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmtools.cli.passthrough import NEEDS
 
 import llmtools
 from llmtools.cli.main import main
+from llmtools.cli.passthrough import NEEDS
 
 served = pytest.mark.skipif(
     any(importlib.util.find_spec(module) is None for module in NEEDS["serve"]),
@@ -92,6 +92,8 @@ def test_a_quantized_checkpoint_answers_over_http(checkpoint: Path, address: str
     written = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
     assert answer["choices"][0]["text"].strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
     assert answer["usage"]["completion_tokens"] == 8
+    with LOCAL.open(f"{address}/v1/models", timeout=60) as listed:
+        assert json.loads(listed.read())["object"] == "list"
     chat = {"model": str(checkpoint), "messages": [{"role": "user", "content": "Once upon"}], "max_tokens": 8}
     assert ask(f"{address}/v1/chat/completions", chat)["choices"][0]["message"]["role"] == "assistant"
 
@@ -118,6 +120,54 @@ def test_mistakes_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setitem(NEEDS, "serve", ("no_such_module",))
     assert main(["serve"]) == 2
     assert "serve needs no_such_module: pip install 'llmtools[serve]'" in capsys.readouterr().err
+
+
+def test_the_model_to_serve_is_looked_at_first(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And a relative folder is handed on as it was typed: requests name it so."""
+    asked: list[list[str]] = []
+    monkeypatch.setitem(NEEDS, "serve", ())
+    monkeypatch.setattr(
+        "llmtools.cli.passthrough._app", lambda command: lambda args, prog_name: asked.append(list(args))
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.chdir(checkpoint.parent)
+    for name in (checkpoint.name, f"./{checkpoint.name}", "owner/name"):
+        assert main(["serve", name, "--port", "1"]) == 0
+    assert [args[1] for args in asked] == [checkpoint.name, f"./{checkpoint.name}", "owner/name"]
+    assert (tmp_path / "home" / "hub").is_dir()  # /v1/models lists it, and failed without
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model@2").mkdir()
+    (tmp_path / "model@2" / "config.json").write_text("{}")
+    for name, says in (
+        ("./nowhere", "there is no folder ./nowhere"),
+        (str(tmp_path / "nowhere"), "there is no folder"),
+        (str(tmp_path / "empty"), "holds no config.json"),
+        (str(tmp_path / "model@2"), "rename the folder"),
+    ):
+        capsys.readouterr()
+        assert main(["serve", name]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
+    assert len(asked) == 3
+
+
+def test_what_is_missing_or_not_running_is_said_in_our_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error, says in (
+        (ModuleNotFoundError("No module named 'opentelemetry'", name="opentelemetry"), "pip install 'llmtools[serve]'"),
+        (ValueError("No server. Please run `transformers serve` in a shell."), "run `llmtools serve MODEL` in"),
+    ):
+
+        def app(args: list[str], prog_name: str, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr("llmtools.cli.passthrough._app", lambda command, app=app: app)
+        assert main(["chat", "model"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
 
 
 def test_a_transformers_without_the_command_is_told(

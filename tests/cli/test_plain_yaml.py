@@ -12,8 +12,8 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from llmtools.cli.arguments import _hints
 
+from llmtools.cli.arguments import _hints
 from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
 from llmtools.recipes import plain_yaml as config

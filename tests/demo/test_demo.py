@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,20 @@ def test_the_demo_reports_every_model(monkeypatch: pytest.MonkeyPatch, repositor
     assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "quality.png" in (out / "report.md").read_text()
     assert "/" + "tmp" not in (out / "report.md").read_text()
+
+
+def test_the_demo_reads_its_flags_as_plain_data(repository: Path, tmp_path: Path) -> None:
+    """As the command line does: no objects of classes that a YAML or a flag names, and mistakes are one line."""
+    ran = tmp_path / "ran"
+    harmful = f"model: !!python/object/apply:os.mkdir [{ran}]\n"
+    (tmp_path / "a.yaml").write_text(harmful)
+    for words, says in (
+        (["--config", str(tmp_path / "a.yaml")], "a.yaml"),
+        (["--steps", "many"], "--steps many: int is expected"),
+        (["--stepz", "3"], "did you mean 'steps'"),
+    ):
+        command = [sys.executable, str(repository / "demo" / "demo.py"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 1 and done.stderr.startswith("demo: "), done.stderr
+        assert len(done.stderr.splitlines()) == 1 and says in done.stderr
+    assert not ran.exists()

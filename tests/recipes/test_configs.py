@@ -183,3 +183,17 @@ def test_a_name_is_listed_and_a_file_of_that_name_comes_first(
     (tmp_path / "mnli_lora").write_text("model: x\n")
     assert with_packaged(["--config", "mnli_lora"]) == ["--config", "mnli_lora"]
     assert main(["finetune", "--config", "mnli_loar"]) == 2
+
+
+def test_a_recipe_on_the_demos_files_wants_a_checkout(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llmtools.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "sweep_demo"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "sweep_demo works on demo/assets of a checkout" in line and f"cd {repository}" in line
+    assert main(["list", "sweep_demo"]) == 0
+    assert with_packaged(["--config", "samsum_lora"]) == ["--config", str(packaged()["samsum_lora"])]
+    assert list(tmp_path.iterdir()) == []

@@ -218,3 +218,54 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     assert _free_here(tmp_path) == 2000
     (group / "memory.max").write_text("max\n")
     assert _free_here(tmp_path) == 4096
+
+
+@pytest.mark.slow
+def test_validation_is_that_of_a_real_forward() -> None:
+    from transformers import AutoModelForCausalLM
+
+    from llmtools import prepare_for_training, quantize
+
+    config = llama_config(**FIVE)
+    made = recipe(batch=1, length=96, eval_batch=4, gradient_checkpointing=False)
+    planned = plan_for(config, made)
+    model: Any = AutoModelForCausalLM.from_config(config)
+    quantize(model, "rtn", None, clip=False)
+    prepare_for_training(model, gradient_checkpointing=False)
+    lora = peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora).eval()
+    base, ids = model.get_base_model(), torch.randint(3, 512, (4, 96))
+
+    @torch.no_grad()
+    def validate() -> None:
+        hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state
+        chunked_loss(hidden, base.lm_head, ids)
+
+    validate()
+    kept = held(base) + planned.memory.optimizer  # adapters are in the model
+    assert planned.validation is not None
+    assert planned.validation - kept == pytest.approx(peak_growth(validate), rel=0.1)
+    assert "validation, batches of 4" in str(planned)
+
+
+def test_a_batch_of_validation_may_be_what_does_not_fit() -> None:
+    config = llama_config(**FIVE)
+    alone = plan_for(config, recipe())
+    assert alone.validation is None and "validation" not in str(alone)
+    same, large = (plan_for(config, recipe(eval_batch=batch)) for batch in (1, 64))
+    assert same.validation < same.total < large.validation  # type: ignore[operator]
+    assert same.memory == large.memory == alone.memory
+    between = (large.total + large.validation) / 2e9  # type: ignore[operator]
+    narrow = plan_for(config, recipe(eval_batch=64, memory=between))
+    assert narrow.fits is False and narrow.ways_out[0].startswith("--eval_batch 1: ")
+    assert narrow.ways_out[0].endswith("fits")
+    with pytest.raises(InputError, match="eval_batch=0"):
+        plan_for(config, recipe(eval_batch=0))
+
+
+def test_the_loss_is_planned_without_all_logits() -> None:
+    words, length = 2**19, 128
+    config = llama_config(**FIVE, vocab_size=words)
+    chunked, whole = (plan_for(config, recipe(length=length, chunked_loss=chunked)) for chunked in (True, False))
+    logits = 4 * words * length
+    assert chunked.memory.loss < logits / 2 < logits <= whole.memory.loss + whole.memory.work

@@ -85,3 +85,69 @@ def test_arguments_of_sft_config_may_stand_without_their_prefix(
     told = json.loads((tmp_path / "a" / "run.json").read_text())["recipe"]["training"]
     assert told == {"max_steps": 1, "learning_rate": 2e-4, "num_train_epochs": 3}
     assert main(["finetune", *words, "--max_stepz", "1"]) == 2
+
+
+def test_validation_shows_how_far_it_is(
+    stories: Path, data: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("llmtools.progress.QUIET_SECONDS", 0.0)
+    with caplog.at_level("INFO", logger="llmtools"):
+        run(stories, data, tmp_path / "a", {"max_steps": 2, "eval_steps": 1, "eval_on_start": True})
+    shown = [record.message.split(",")[0].split(" in ")[0] for record in caplog.records]
+    batches = [f"validation: {number} of 3 batches" for number in (1, 2, 3)]  # 5 rows, two at a time as in training
+    assert [line for line in shown if line.startswith("validation: ")] == 3 * batches
+
+
+def test_a_batch_of_validation_is_as_large_as_one_of_training(
+    stories: Path, data: tuple[str, str], tmp_path: Path
+) -> None:
+    for asked, wanted in (({}, 2), ({"per_device_eval_batch_size": 5}, 5)):
+        run(stories, data, tmp_path / f"a{wanted}", {"max_steps": 1, **asked})
+        written = json.loads((tmp_path / f"a{wanted}" / "run.json").read_text())
+        assert written["training"]["per_device_eval_batch_size"] == wanted
+
+
+def test_the_losses_are_drawn_and_shown_in_the_card(
+    stories: Path, data: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("matplotlib")
+    from llmtools.checkpoint.upload import files_of
+    from llmtools.train import losses as pictures
+
+    out = tmp_path / "a"
+    run(stories, data, out, {"max_steps": 2, "eval_steps": 1})
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "(loss.png)" in (out / "README.md").read_text()
+    assert "loss.png" in files_of(out)[0]
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    drawn = pictures.losses(out / "metrics.jsonl")
+    assert drawn["training"] == [(record["step"], record["loss"]) for record in records if "loss" in record]
+    assert [step for step, _ in drawn["validation"]] == [1, 2]
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no fonts\nat all")
+
+    for patch, says in (
+        (("find_spec", lambda name: None), "pip install 'llmtools[plot]'"),
+        (("_draw_lines", broken), "loss.png could not be drawn: no fonts"),
+    ):
+        with monkeypatch.context() as patched, caplog.at_level("INFO", logger="llmtools"):
+            patched.setattr(pictures, *patch)
+            run(stories, data, out, {"max_steps": 1}, overwrite=True)
+        assert sum(says in record.getMessage() for record in caplog.records) == 1
+        assert not (out / "loss.png").exists() and "loss.png" not in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name, says", [("wandb", "pip install wandb"), ("tensorbord", "not supported")])
+def test_what_cannot_be_reported_to_is_said_before_anything_is_loaded(
+    name: str, says: str, stories: Path, data: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    monkeypatch.setattr("llmtools.recipes.loading.open_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    for given in (name, ["tensorboard", name]):
+        with pytest.raises(InputError, match=says):
+            run(stories, data, tmp_path / "a", {"report_to": given})
+    assert list(tmp_path.iterdir()) == []

@@ -13,9 +13,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...errors import InputError
 from ..plain_yaml import read_yaml
 
 FOLDER = Path(__file__).parent
+ASSETS = "demo/assets"
+"""Where a checkout has the demo's model and texts, which do not come with the package."""
 
 
 class Packaged(NamedTuple):
@@ -64,18 +67,35 @@ def packaged() -> dict[str, Packaged]:
 
 
 def with_packaged(args: list[str]) -> list[str]:
-    """Command line arguments in which what a packaged recipe says replaces its name after ``--config``."""
-    known = packaged()
+    """Command line arguments in which what a packaged recipe says replaces its name after ``--config``.
+
+    Raises InputError for a recipe on files of a checkout, such as sweep_demo's, that is not run in one.
+    """
     out: list[str] = []
     for index, arg in enumerate(args):
         flag, _, value = arg.partition("=")
-        if index and args[index - 1] == "--config" and arg in known and _is_name(arg):
-            out[-1:] = known[arg].arguments()
-        elif flag == "--config" and value in known and _is_name(value):
-            out += known[value].arguments()
+        if index and args[index - 1] == "--config" and _is_name(arg):
+            out[-1:] = _arguments(arg) or ["--config", arg]
+        elif flag == "--config" and _is_name(value):
+            out += _arguments(value) or [arg]
         else:
             out.append(arg)
     return out
+
+
+def _arguments(name: str) -> list[str]:
+    """The arguments of the packaged recipe of that name; none where there is none."""
+    recipe = packaged().get(name)
+    if recipe is None:
+        return []
+    if ASSETS in recipe.file.read_text(encoding="utf-8") and not os.path.isdir(ASSETS):
+        checkout = FOLDER.parents[2]
+        where = f"cd {checkout}" if (checkout / ASSETS).is_dir() else "run it in a clone of the repository"
+        raise InputError(
+            f"{name} works on {ASSETS} of a checkout of llmtools, which is not here ({os.getcwd()}): {where}, or write "
+            f"a recipe for a model and data of yours (`llmtools list {name}` shows this one)"
+        )
+    return recipe.arguments()
 
 
 def _is_name(word: str) -> bool:

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..integrity import refuse_pickles, shards_of
+from ..integrity import reading, refuse_pickles, shards_of
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -20,11 +20,9 @@ class Tensors(Mapping[str, Tensor]):
         self._files = {}
         refuse_pickles(folder)
         for path in shards_of(folder):
-            try:
+            with reading(path):
                 file = safe_open(path, framework="pt")
                 names = list(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
             self._files.update(dict.fromkeys(names, file))
 
     def __getitem__(self, name: str) -> Tensor:

@@ -182,6 +182,10 @@ def _beyond(model: nn.Module, key: str) -> bool:
     return False
 
 
+_LOOKED_AT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of floats that torch finds extremes among; those of 8 bits and less are others' packed weights."""
+
+
 def check_values(model: nn.Module, name: str) -> None:
     """Raises CheckpointError for numbers that cannot be: NaN and infinity, a permutation that is none.
 
@@ -202,7 +206,7 @@ def check_values(model: nn.Module, name: str) -> None:
     problems += [
         f"{path} holds NaN or infinite values"
         for path, tensor in model.named_parameters()
-        if id(tensor) not in packed and tensor.is_floating_point() and not tensor.is_meta and tensor.numel()
+        if id(tensor) not in packed and tensor.dtype in _LOOKED_AT and not tensor.is_meta and tensor.numel()
         if not all(bool(torch.isfinite(end)) for end in tensor.detach().aminmax())
     ]
     if problems:

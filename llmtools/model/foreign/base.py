@@ -27,6 +27,10 @@ class Format(ABC):
 
     marker: ClassVar[str]
     """The name of a tensor that every quantized module has, and no other."""
+    companion: ClassVar[str]
+    """The name of another tensor of every quantized module: with the marker, it tells the format without a config."""
+    implied: ClassVar[Mapping[str, Any] | None] = None
+    """The quantization config of a folder that has none, if the tensors describe themselves; else None."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Names of tensors that writers put beside the others, and that say nothing about the weight."""
 

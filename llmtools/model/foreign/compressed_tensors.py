@@ -26,7 +26,7 @@ from .tensors import Module
 
 
 class CompressedTensors(Format):
-    marker = "weight_packed"
+    marker, companion = "weight_packed", "weight_scale"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -51,7 +51,9 @@ class CompressedTensors(Format):
         method, packing = config.get("quant_method"), config.get("format")
         if method in ("auto-round", "intel/auto-round"):
             return config.get("packing_format") == "auto_round:llm_compressor" and packing == "pack-quantized"
-        return method == "compressed-tensors" and packing == "pack-quantized"
+        return method == "compressed-tensors" and (
+            packing == "pack-quantized" or (packing == "mixed-precision" and _all_packed(config.get("config_groups")))
+        )
 
     def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         if "weight_shape" in stored and stored.get("weight_shape").tolist() != [out_features, in_features]:
@@ -101,6 +103,12 @@ class CompressedTensors(Format):
         if len(found) > 1 and _before_dense(str(self.config.get("version") or "")):
             return found[-1]
         return found[0]
+
+
+def _all_packed(groups: Any) -> bool:
+    """Whether each group of a "mixed-precision" config, which names its own format, has this one."""
+    each = list(groups.values()) if isinstance(groups, Mapping) else []
+    return bool(each) and all(isinstance(one, Mapping) and one.get("format") == "pack-quantized" for one in each)
 
 
 def _padded_words(count: int, bits: int) -> int:

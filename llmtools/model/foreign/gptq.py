@@ -39,7 +39,7 @@ _AUTOROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2",
 
 
 class GPTQ(Format):
-    marker = "qweight"
+    marker, companion = "qweight", "qzeros"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -66,7 +66,7 @@ class GPTQ(Format):
 
     def convert(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         options = self._options(stored.path)
-        bits, group_size = whole(options, "bits"), whole(options, "group_size", -1)
+        bits, group_size = whole(options, "bits"), whole(options, "group_size", _group_size(stored, in_features))
         if bits not in range(2, 9):
             raise CheckpointError(f"{stored.path}: GPTQ with {bits} bits is not read; 2 to 8 are")
         group_size = in_features if group_size < 1 else min(group_size, in_features)
@@ -111,6 +111,14 @@ class GPTQ(Format):
         extra = mapping(self.config.get("extra_config"), "extra_config")  # AutoRound's way: by path
         own = mapping(extra.get(path), f"extra_config[{path!r}]")
         return options | {key: value for key, value in own.items() if value is not None}
+
+
+def _group_size(stored: Module, in_features: int) -> int:
+    """As the scales have it, where the config does not say: programs differ in their defaults."""
+    groups = max(stored.get("scales", None, None).shape[0], 1)
+    if in_features % groups:
+        raise CheckpointError(f"{stored.path}: the quantization config has no group_size for {groups} groups")
+    return in_features // groups
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,3 +24,24 @@ def opened(form: Format, tensors: Mapping[str, Tensor], out: int, n: int) -> Qua
 
 def linear(out: int = 64, n: int = 128, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Linear:
     return nn.Linear(n, out, dtype=dtype, **options).requires_grad_(False)
+
+
+class LlamaCpp:
+    """llama.cpp with the ``model.gguf`` of a folder, on the processor."""
+
+    def __init__(self, folder: Path) -> None:
+        import xllamacpp
+
+        options = xllamacpp.CommonParams()
+        options.model.path = str(folder / "model.gguf")
+        options.n_ctx, options.n_gpu_layers, options.cpuparams.n_threads, options.warmup = 128, 0, 1, False
+        self.server = xllamacpp.Server(options)
+
+    def greedy(self, prompt: str | list[int], count: int) -> tuple[list[int], list[dict[int, float]]]:
+        """(tokens, of each step the log probabilities of the likeliest ones by token) of a greedy continuation."""
+        asked = {"prompt": prompt, "max_tokens": count, "temperature": 0, "logprobs": 5, "ignore_eos": True}
+        told = self.server.handle_completions(asked)
+        steps = told["choices"][0]["logprobs"]["content"]
+        return [step["id"] for step in steps], [
+            {each["id"]: each["logprob"] for each in step["top_logprobs"]} for step in steps
+        ]

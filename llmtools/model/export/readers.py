@@ -12,8 +12,9 @@
 |                | gptq, gptq_v2      | what GPTQModel takes, through it |
 | `llama.cpp`    | gguf               | everything |
 
-From the sources of vLLM 0.33 and transformers 5.23. `make test-interop` opens exports in GPTQModel and in transformers
-with compressed-tensors; vLLM is not run. What is not in the table is not known to work.
+`make test-interop` has each of them but vLLM open exports of the default grids and of symmetric ones: what the table says
+that it takes has to give the same logits, what not to stop. vLLM's rows are from the source of version 0.33; it is not
+run. What is not in the table is not known to work.
 """
 
 from __future__ import annotations

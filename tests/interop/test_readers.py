@@ -5,6 +5,7 @@ The models are quantized with the default options, asymmetric groups of 64, and 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmtools.model.export.gptq import LIMITS
 from llmtools.model.export.readers import READERS, refusal
 from llmtools.model.export.uniform import uniform_layers
 from llmtools.nn.swap import quantized_linears
-from tests.interop.peers import LlamaCpp
+from tests.interop.peers import LlamaCpp, assert_as_likely
 from tests.models import tiny_ids, tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -67,7 +68,7 @@ def by_gptqmodel(folder: Path, form: str, ids: Tensor) -> Tensor:
 READ = {"transformers": by_transformers, "gptqmodel": by_gptqmodel}
 
 
-@pytest.mark.parametrize(("reader", "form"), NEEDS, ids="-".join)
+@pytest.mark.parametrize(("reader", "form"), NEEDS, ids=str)
 def test_a_reader_opens_what_the_table_says_and_nothing_else(
     reader: str, form: str, model: Any, stories: Path, tmp_path: Path
 ) -> None:
@@ -75,21 +76,18 @@ def test_a_reader_opens_what_the_table_says_and_nothing_else(
         pytest.importorskip(package, exc_type=ImportError)
     from transformers import AutoTokenizer
 
-    layers = list(uniform_layers(quantized_linears(model), LIMITS["gptq_v2"])[0].values())
+    layers = list(uniform_layers(quantized_linears(model), LIMITS["gptq_v2"], lossy=False)[0].values())
     refused = refusal(reader, form, layers)
-    given = llmtools.dequantize(model, torch.float16) if form == "dense" else model
-    export(given, AutoTokenizer.from_pretrained(stories), tmp_path / "out", form)
+    export(copy.deepcopy(model), AutoTokenizer.from_pretrained(stories), tmp_path / "out", form)
     ids = tiny_ids(1, 12)
     with torch.no_grad():
         expected = model(input_ids=ids).logits[0].float()
         if reader == "llama.cpp":
             assert refused is None
-            _, (probabilities,) = LlamaCpp(tmp_path / "out").greedy(ids[0].tolist(), 1)
-            for token, value in probabilities.items():
-                assert value == pytest.approx(expected[-1].log_softmax(-1)[token].item(), abs=0.1)
+            assert_as_likely(LlamaCpp(tmp_path / "out"), model)
         elif refused is None:
             got = READ[reader](tmp_path / "out", form, ids).float()
-            assert (got - expected).norm() < 0.01 * expected.norm()
+            assert (got - expected).norm() < 0.03 * expected.norm()  # GPTQModel computes in bfloat16 here
         else:
             with pytest.raises(Exception):  # noqa: B017 (whatever another program says)
                 READ[reader](tmp_path / "out", form, ids)

@@ -43,11 +43,12 @@ unit: $(STAMP)
 # needs, so it comes without its dependencies, and the ones that it does need are named.
 test-interop:
 	$(MAKE) VENV=.venv-interop .venv-interop/.installed
-	.venv-interop/bin/python -m pip install --quiet bitsandbytes compressed-tensors gguf hqq lm-eval optimum pillow -c constraints.txt
+	.venv-interop/bin/python -m pip install --quiet bitsandbytes compressed-tensors gguf hqq lm-eval optimum pillow xllamacpp -c constraints.txt
 	.venv-interop/bin/python -m pip install --quiet --no-deps gptqmodel Defuser Device-SMI LogBar PyPcre TokeNicer kernels \
 	    threadpoolctl torchao
 	LLMTOOLS_INTEROP=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-interop/bin/python -m pytest -q tests/interop \
 	    tests/recipes/test_tasks.py tests/recipes/test_harness.py $(ARGS)
+	OMP_NUM_THREADS=1 .venv-interop/bin/python -m tests.interop.peft_suite
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -16,14 +16,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .files import sha256
+from .files import safetensors_header, sha256
 
 WHOLE = 1 << 28
 """bytes up to which a file of weights is hashed as a whole"""
 PIECE, PIECES = 4096, 16
 """bytes of a piece, and how many of a tensor are read"""
-LONGEST_HEADER = 100_000_000
-"""bytes of a .safetensors header, by the library's own limit"""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 _WORDS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
@@ -97,11 +95,9 @@ def _file(path: Path) -> str:
 
 def _spans(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     """(begin, end) of parts of a file: the header and each tensor of a .safetensors, else the whole in 4096 parts."""
-    length = int.from_bytes(file.read(8), "little")
     try:
-        if not 2 <= length <= min(size - 8, LONGEST_HEADER):
-            raise ValueError
-        header = json.loads(file.read(length))
+        text = safetensors_header(file)
+        length, header = len(text), json.loads(text)
         offsets = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         step = max(size // 4096, PIECE)

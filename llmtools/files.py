@@ -26,9 +26,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from .errors import InputError
+from .errors import CheckpointError, InputError
 from .signals import interruptible
 
 if sys.platform != "win32":  # which has other locks
@@ -225,6 +225,39 @@ def files_of(folder: Path, *to_come: str) -> list[str]:
 def partial_of(target: Path) -> Path:
     """A name beside an output for what is not finished, or about to go: the output's next run clears it away."""
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(2)}.partial")
+
+
+LONGEST_HEADER = 100_000_000
+"""bytes of a .safetensors header, by the library's own limit"""
+
+
+def safetensors_header(stream: BinaryIO) -> bytes:
+    """The JSON text that opens a .safetensors file: its length in 8 bytes, then which tensor lies where.
+
+    The stream stands behind it afterwards. Raises ValueError where the file is shorter, or no file of this kind.
+    """
+    length = int.from_bytes(stream.read(8), "little")
+    if not 2 <= length <= LONGEST_HEADER or len(text := stream.read(length)) < length:
+        raise ValueError("no safetensors file, or a truncated one")
+    return text
+
+
+_UNPICKLED_BY = {
+    "qmodel.pt": "write it again with hqq's save_to_safetensors, or with save_pretrained of a model that transformers "
+    "quantized (HqqConfig)",
+    "adapter_model.bin": "load it with peft and save_pretrained",
+}
+"""file → how its writer makes safetensors of it"""
+
+
+def unpickled(file: str | os.PathLike[str]) -> CheckpointError:
+    """The refusal of a file that only unpickling would open, with the way to a safetensors file."""
+    path = Path(file)
+    remedy = _UNPICKLED_BY.get(path.name, "AutoModelForCausalLM.from_pretrained, save_pretrained")
+    return CheckpointError(
+        f"{path.parent} holds {path.name}, which is a pickle, and we unpickle nothing, since that can run code; where "
+        f"you trust it, convert it to safetensors once ({remedy})"
+    )
 
 
 def sort_metadata(folder: Path) -> None:
@@ -497,11 +530,10 @@ def _sync(folder: Path) -> None:
 
 def _sort_metadata(file: Path) -> None:
     with file.open("r+b") as stream, suppress(ValueError, TypeError, AttributeError):  # not one of that library's
-        length = min(int.from_bytes(stream.read(8), "little"), file.stat().st_size)
-        text = stream.read(length)
+        text = safetensors_header(stream)
         header = json.loads(text)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items())) if "__metadata__" in header else {}
-        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
-        if header["__metadata__"] and ordered != text and len(ordered) == length:
+        ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(len(text))
+        if header["__metadata__"] and ordered != text and len(ordered) == len(text):
             stream.seek(8)
             stream.write(ordered)

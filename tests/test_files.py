@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmtools import InputError, files
-from llmtools.files import MARK, NameTaken, check_free, claim, partial_of, remove, strangers, write_whole, writing
+from llmtools.files import (
+    MARK,
+    NameTaken,
+    check_free,
+    claim,
+    partial_of,
+    remove,
+    safetensors_header,
+    strangers,
+    unpickled,
+    write_whole,
+    writing,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -324,3 +337,23 @@ def test_the_metadata_of_weights_are_written_in_order(tmp_path: Path) -> None:
         back = load_file(file)
         assert back.keys() == tensors.keys() and all(torch.equal(back[key], tensors[key]) for key in tensors)
     assert len(written) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x02", b"\xff" * 8 + b"{}", (5).to_bytes(8, "little") + b"{}", bytes(8)])
+def test_the_header_of_a_safetensors_file_is_read_whole_or_not_at_all(damage: bytes, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / "x.safetensors", metadata={"b": "1"})
+    with (tmp_path / "x.safetensors").open("rb") as stream:
+        header = json.loads(safetensors_header(stream))
+        assert header["a"]["shape"] == [3] and header["__metadata__"] == {"b": "1"}
+        assert stream.read() == torch.ones(3).numpy().tobytes()
+    with pytest.raises(ValueError, match="safetensors"):
+        safetensors_header(io.BytesIO(damage))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("qmodel.pt", "save_to_safetensors"), ("adapter_model.bin", "peft"), ("x.bin", "AutoModelForCausalLM")],
+)
+def test_a_pickle_is_named_with_the_way_out_of_its_writer(name: str, remedy: str, tmp_path: Path) -> None:
+    said = str(unpickled(tmp_path / name))
+    assert f"holds {name}, which is a pickle" in said and remedy in said and "\n" not in said

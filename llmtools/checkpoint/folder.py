@@ -26,7 +26,7 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
 from ..files import MARK, files_of, sort_metadata, writing
-from ..formats.reading import detect, open_model
+from ..formats.reading import detect, left_to_transformers, naming_method, open_model
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
 from ..model.architectures import auto_class
@@ -166,6 +166,12 @@ def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: 
     if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
         return _load_with_adapter(Path(name), options)
     config = _check_before(name, options, verify=verify)
+    with naming_method(config, name), opening(name):
+        return _checked(name, config, options, asked)
+
+
+def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], asked: set[str]) -> Any:
+    """The model of a folder, or name on the hub, that its files are whole for. asked: the options the caller gave."""
     where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
     lenient = bool(options.setdefault("ignore_mismatched_sizes", True)) and "ignore_mismatched_sizes" in asked
     with opening(where), _named(name):
@@ -232,6 +238,7 @@ def _misshapen(mismatched: Iterable[Any]) -> str:
 def _check_before(name: str, options: Mapping[str, Any], *, verify: bool) -> dict[str, Any]:
     """config.json, after all that can be seen to be wrong before anything is built, see `integrity.py`."""
     config = _config_of(name, options)
+    left_to_transformers(config, name)
     folder = Path(name)
     if not folder.exists():
         if verify:

@@ -27,7 +27,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class AWQ(Format):
     """AutoAWQ's files."""
 
-    marker = "qweight"
+    marker, companion = "qweight", "qzeros"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -36,7 +36,7 @@ class AWQ(Format):
             self.version = str(config.get("version") or "gemm").lower()
         if self.version not in ("gemm", "gemv"):
             raise CheckpointError(f"AWQ version {self.version!r} is not read; gemm and gemv are")
-        bits = config.get("bits", config.get("w_bit", 4))
+        bits = whole({"bits": config.get("bits", config.get("w_bit", 4))}, "bits")
         if bits != 4:
             raise CheckpointError(f"AWQ with {bits} bits is not read; 4 are")
 

@@ -67,6 +67,10 @@ class Format(ABC):
     """Name in the registry, and on the command line where the format is written."""
     marker: ClassVar[str]
     """Name of a tensor that every quantized module has, and no other."""
+    companion: ClassVar[str | None] = None
+    """Name of another tensor of every quantized module: with the marker, it tells the format without a config."""
+    implied: ClassVar[Mapping[str, Any] | None] = None
+    """The quantization config of a folder that has none, if the tensors describe themselves; else None."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Names of tensors that writers put beside the others, and that say nothing about the weight."""
     limits: ClassVar[Limits | None] = None

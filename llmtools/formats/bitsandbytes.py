@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ _STATE = "weight.quant_state.bitsandbytes__"
 class BitsAndBytes(Format):
     """bitsandbytes' 4-bit files."""
 
-    marker = "weight.quant_map"
+    marker, companion = "weight.quant_map", "weight.absmax"
+    implied = MappingProxyType({"quant_method": "bitsandbytes", "load_in_4bit": True})
 
     @classmethod
     def detect(cls, config: Mapping[str, Any]) -> bool:

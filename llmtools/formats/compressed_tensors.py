@@ -33,7 +33,7 @@ _VERSION = "0.18.0"
 class CompressedTensors(Format):
     """compressed-tensors' "pack-quantized" files."""
 
-    marker = "weight_packed"
+    marker, companion = "weight_packed", "weight_scale"
     limits = Limits(
         bits=(2, 3, 4, 5, 6, 7, 8),
         scale_types=(torch.float16, torch.bfloat16, torch.float32),
@@ -64,7 +64,9 @@ class CompressedTensors(Format):
         method, packing = config.get("quant_method"), config.get("format")
         if method in ("auto-round", "intel/auto-round"):
             return config.get("packing_format") == "auto_round:llm_compressor" and packing == "pack-quantized"
-        return method == "compressed-tensors" and packing == "pack-quantized"
+        return method == "compressed-tensors" and (
+            packing == "pack-quantized" or (packing == "mixed-precision" and _all_packed(config.get("config_groups")))
+        )
 
     def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         if "weight_shape" in stored and stored.get("weight_shape").tolist() != [out_features, in_features]:
@@ -155,6 +157,12 @@ class CompressedTensors(Format):
             "config_groups": groups,
             "ignore": dense,
         }
+
+
+def _all_packed(groups: Any) -> bool:
+    """Whether each group of a "mixed-precision" config, which names its own format, has this one."""
+    each = list(groups.values()) if isinstance(groups, Mapping) else []
+    return bool(each) and all(isinstance(one, Mapping) and one.get("format") == "pack-quantized" for one in each)
 
 
 def _padded_words(count: int, bits: int) -> int:

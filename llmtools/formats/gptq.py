@@ -44,7 +44,7 @@ _AUTOROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2",
 class GPTQ(Format):
     """GPTQ's files of all versions; written as version 1."""
 
-    marker = "qweight"
+    marker, companion = "qweight", "qzeros"
     limits = Limits(bits=(2, 3, 4, 8), zero_codes=False)
     written_version: ClassVar[str] = "gptq"
 
@@ -73,7 +73,7 @@ class GPTQ(Format):
 
     def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         options = self._options(stored.path)
-        bits, group_size = whole(options, "bits"), whole(options, "group_size", -1)
+        bits, group_size = whole(options, "bits"), whole(options, "group_size", _group_size(stored, in_features))
         if bits not in range(2, 9):
             raise CheckpointError(f"{stored.path}: GPTQ with {bits} bits is not read; 2 to 8 are")
         group_size = in_features if group_size < 1 else min(group_size, in_features)
@@ -178,6 +178,14 @@ def _options_of(layer: Uniform) -> tuple[int, int, bool, bool]:
 
 def _as_json(options: tuple[int, int, bool, bool]) -> dict[str, Any]:
     return dict(zip(("bits", "group_size", "sym", "desc_act"), options, strict=True))
+
+
+def _group_size(stored: Module, in_features: int) -> int:
+    """As the scales have it, where the config does not say: programs differ in their defaults."""
+    groups = max(stored.get("scales", None, None).shape[0], 1)
+    if in_features % groups:
+        raise CheckpointError(f"{stored.path}: the quantization config has no group_size for {groups} groups")
+    return in_features // groups
 
 
 def _matches(pattern: str, path: str) -> bool:

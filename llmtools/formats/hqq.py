@@ -12,6 +12,7 @@ the first block takes the highest field.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ _FIELDS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": 
 class HQQ(Format):
     """HQQ's files."""
 
-    marker = "W_q"
+    marker, companion = "W_q", "packing"
+    implied = MappingProxyType({"quant_method": "hqq"})  # hqq's own save_to_safetensors writes no config
     unused = (
         "channel_wise", "compute_dtype", "encoded_state_dict", "offload_meta", "optimize", "round_zero",
         "stores_quant_config", "unpack_view_dtype", "view_as_float",

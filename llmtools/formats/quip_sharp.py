@@ -38,7 +38,7 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", 
 class QuIPSharpFiles(Format):
     """QuIP#'s files."""
 
-    marker = "Qidxs"
+    marker, companion = "Qidxs", "SU"
     unused = ("scaleWH", "A", "B", "ocs_dupe_inds")
 
     def __init__(self, config: Mapping[str, Any]) -> None:

@@ -11,7 +11,8 @@ transformers opens some of these formats as well, with the peers' packages, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from ..errors import CheckpointError, opening, within
 from ..files import read_json
 from ..model.architectures import auto_class
-from ..model.integrity import config_of
+from ..model.integrity import config_of, read_headers, shards_of
 from ..model.transformers_integration import METHOD, LLMToolsConfig, locate
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import computes_otherwise, quantized_linears
@@ -47,21 +48,50 @@ def detect(name: str, options: Mapping[str, Any]) -> External | None:
     folder = Path(name)
     if not folder.exists():
         return _from_hub(name, options)
-    config = config_of(folder)
-    quantization = quantization_config(config, folder)
+    quantization = quantization_config(config_of(folder), folder)
     found = format_of(quantization)
-    if found is not None:
-        return External(folder, found(quantization))
-    method = quantization.get("quant_method") if quantization else METHOD
-    if method == "bitsandbytes":  # int8; transformers lists it by the width
-        method = (
-            "bitsandbytes_8bit"
-            if quantization.get("load_in_8bit", quantization.get("_load_in_8bit"))
-            else "bitsandbytes_4bit"
-        )
+    return External(folder, found(quantization)) if found is not None else None
+
+
+def left_to_transformers(config: Mapping[str, Any], name: str) -> str | None:
+    """The method of a quantized checkpoint that is transformers' to open; None where it is dense, or ours to read.
+
+    Raises CheckpointError for a method that neither can open.
+    """
+    folder = Path(name) if Path(name).exists() else None
+    quantization = quantization_config(config, folder)
+    if not quantization or format_of(quantization) is not None or quantization.get("quant_method") == METHOD:
+        return None
+    method, form = quantization.get("quant_method"), quantization.get("format")
+    if method == "bitsandbytes":  # transformers lists it by the width
+        eight = quantization.get("load_in_8bit", quantization.get("_load_in_8bit"))
+        method = "bitsandbytes_8bit" if eight else "bitsandbytes_4bit"
     if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise CheckpointError(f"{folder} is quantized by {method!r}, which neither llmtools nor transformers can read")
-    return None
+        raise CheckpointError(f"{name} is quantized by {method!r}, which neither llmtools nor transformers can read")
+    if method in _REFUSED:
+        raise CheckpointError(f"{name} is quantized by {method}, which llmtools does not read; {_REMEDY}")
+    return f"{method} (format {form})" if isinstance(form, str) else method
+
+
+_REFUSED = ("torchao",)
+"""Methods whose weights are tensors of a type of their own, which nothing here could check, train on or save."""
+_REMEDY = (
+    "give the dense model that it was made from, or dequantize it with the program that wrote it and save_pretrained"
+)
+
+
+@contextmanager
+def naming_method(config: Mapping[str, Any], name: str) -> Iterator[None]:
+    """Errors of a checkpoint that was left to transformers name its method, and the way out."""
+    try:
+        yield
+    except CheckpointError as error:
+        if (method := left_to_transformers(config, name)) is None:
+            raise
+        raise CheckpointError(
+            f"{str(error).rstrip('.')}; the model is quantized by {method}, which llmtools leaves to transformers: "
+            f"install what that asks for, or {_REMEDY}"
+        ) from error
 
 
 def format_of(quantization: Mapping[str, Any]) -> type[Format] | None:
@@ -72,21 +102,68 @@ def format_of(quantization: Mapping[str, Any]) -> type[Format] | None:
     if not quantization or quantization.get("quant_method") == METHOD:
         return None
     known = quantization.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
-    return next((kind for kind in formats.classes(plugins=not known) if kind.detect(quantization)), None)
+    with opening("the quantization config is damaged"):
+        return next((kind for kind in formats.classes(plugins=not known) if kind.detect(quantization)), None)
 
 
 def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
     """What a model's config says about its quantization, or the file beside it; {} where nothing does."""
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
-        return mapping(quantization, "quantization_config")
+        told = mapping(quantization, "quantization_config")
+        return told if told.get("quant_method") is not None else _guessed(told)
     if config.get(QUIP_PARAMS):
         return {"quant_method": "quip_sharp", **mapping(config[QUIP_PARAMS], QUIP_PARAMS)}
     for name in _SIDE_FILES if folder else ():
         if folder and (side := read_json(folder / name, CheckpointError)):
-            method = "awq" if "w_bit" in side or str(side.get("version")).lower() in ("gemm", "gemv") else "gptq"
-            return {"quant_method": method, **side}
+            return _guessed(side)
+    return _implied(folder) if folder else {}
+
+
+def _guessed(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A quantization config with the method that it does not name, by the options that only one program has."""
+    if told.get("load_in_4bit") or told.get("load_in_8bit"):
+        method = "bitsandbytes"
+    elif "w_bit" in told or str(told.get("version")).lower() in ("gemm", "gemv"):
+        method = "awq"
+    elif "config_groups" in told:
+        method = "compressed-tensors"
+    elif "bits" in told:
+        method = "gptq"
+    else:
+        return dict(told)
+    return {**told, "quant_method": method}
+
+
+def _implied(folder: Path) -> dict[str, Any]:
+    """The quantization config of a folder that has none, by its tensors' names; {} where they are a dense model's.
+
+    Raises CheckpointError for quantized tensors that do not tell how they were quantized.
+    """
+    names = read_headers(shards_of(folder)).keys()
+    for kind in formats.classes(plugins=False):
+        if kind.companion is None:
+            continue
+        end = f".{kind.marker}"
+        found = next((name for name in names if name.endswith(end) and _other(name, kind) in names), None)
+        if found is None:
+            continue
+        if kind.implied is None:
+            raise CheckpointError(
+                f"{folder}: {found} is a quantized weight, as {_writers(kind)} writes it, and neither config.json nor "
+                "a file beside it says how it was quantized; copy the quantization_config from where the model is from"
+            )
+        return dict(kind.implied)
     return {}
+
+
+def _other(name: str, kind: type[Format]) -> str:
+    return f"{name.removesuffix(kind.marker)}{kind.companion}"
+
+
+def _writers(kind: type[Format]) -> str:
+    """The names of the formats that share a kind's tensors."""
+    return " or ".join(each.__name__ for each in formats.classes(plugins=False) if each.marker == kind.marker)
 
 
 def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

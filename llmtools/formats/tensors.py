@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..model.integrity import refuse_pickles, shards_of
+from ..model.integrity import reading, refuse_pickles, shards_of
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -24,11 +24,9 @@ class Tensors(Mapping[str, Tensor]):
         self._files = {}
         refuse_pickles(folder)
         for path in shards_of(folder):
-            try:
+            with reading(path):
                 file = safe_open(path, framework="pt")
                 names = list(file.keys())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
             self._files.update(dict.fromkeys(names, file))
 
     def __getitem__(self, name: str) -> Tensor:

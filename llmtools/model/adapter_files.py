@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, InputError, opening
-from ..files import read_json
+from ..files import read_json, unpickled
 from ..limits import PATTERN_SECONDS, matching
 from ..options import fits
 from .integrity import Header, check_checksums, integers, read_headers
@@ -103,10 +103,7 @@ def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
 def _headers(folder: Path) -> dict[str, Header]:
     if not (folder / WEIGHTS).exists():
         if (folder / "adapter_model.bin").exists():
-            raise CheckpointError(
-                f"{folder} holds adapter_model.bin, which is a pickle, and nothing is ever unpickled here, since that "
-                "can run code; where you trust it, convert it once: load it with peft and save_pretrained"
-            )
+            raise unpickled(folder / "adapter_model.bin")
         raise CheckpointError(f"adapter {str(folder)!r} holds no {WEIGHTS}; copy or download it again")
     return read_headers([folder / WEIGHTS])
 

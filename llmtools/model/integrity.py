@@ -12,8 +12,8 @@ import hashlib
 import json
 import logging
 import re
-import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CheckpointError, InputError
-from ..files import read_json, sha256
+from ..files import read_json, safetensors_header, sha256, unpickled
 from ..nn.linear import QuantizedLinear
 from ..options import fits, type_name
 
@@ -71,14 +71,20 @@ def read_headers(files: Iterable[str | Path] | None) -> dict[str, Header]:
     """Name → shape and type of the tensors in safetensors files. Raises CheckpointError for a damaged file."""
     headers: dict[str, Header] = {}
     for file in files or ():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                    part = tensors.get_slice(key)
-                    headers[key] = Header(list(part.get_shape()), str(part.get_dtype()))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
+        with reading(file), safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                part = tensors.get_slice(key)
+                headers[key] = Header(list(part.get_shape()), str(part.get_dtype()))
     return headers
+
+
+@contextmanager
+def reading(file: str | Path) -> Iterator[None]:
+    """Raises CheckpointError where safetensors cannot read the file."""
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or damaged ({error}); copy or download it again") from error
 
 
 # ---- before a model is built -----------------------------------------------------------------------------------------
@@ -176,6 +182,10 @@ def _beyond(model: nn.Module, key: str) -> bool:
     return False
 
 
+_LOOKED_AT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of floats that torch finds extremes among; those of 8 bits and less are others' packed weights."""
+
+
 def check_values(model: nn.Module, name: str) -> None:
     """Raises CheckpointError for numbers that cannot be: NaN and infinity, a permutation that is none.
 
@@ -196,7 +206,7 @@ def check_values(model: nn.Module, name: str) -> None:
     problems += [
         f"{path} holds NaN or infinite values"
         for path, tensor in model.named_parameters()
-        if id(tensor) not in packed and tensor.is_floating_point() and not tensor.is_meta and tensor.numel()
+        if id(tensor) not in packed and tensor.dtype in _LOOKED_AT and not tensor.is_meta and tensor.numel()
         if not all(bool(torch.isfinite(end)) for end in tensor.detach().aminmax())
     ]
     if problems:
@@ -298,11 +308,11 @@ def _checksum(file: Path) -> dict[str, str]:
 
 
 def _header_sha256(file: Path) -> str:
-    """Of the first bytes of a safetensors file, which say where each tensor lies: 8 bytes of length, then JSON."""
-    with file.open("rb") as stream:
-        length = stream.read(8)
-        size = struct.unpack("<Q", length)[0] if len(length) == 8 else 0
-        return hashlib.sha256(length + stream.read(min(size, 100 * 2**20))).hexdigest()
+    """Of the first bytes of a safetensors file, which say where each tensor lies; "" where it has none."""
+    with file.open("rb") as stream, suppress(ValueError):
+        text = safetensors_header(stream)
+        return hashlib.sha256(len(text).to_bytes(8, "little") + text).hexdigest()
+    return ""
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -338,10 +348,7 @@ def refuse_pickles(folder: Path) -> None:
     if shards_of(folder):
         return
     kinds = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-    found = [path.name for kind in kinds for path in sorted(folder.glob(kind)) if path.name != "training_args.bin"]
+    found = [path for kind in kinds for path in sorted(folder.glob(kind)) if path.name != "training_args.bin"]
     if found:
-        raise CheckpointError(
-            f"{folder} holds {found[0]}, which is a pickle, and we unpickle nothing, since that can run code; "
-            "where you trust it, convert it to safetensors once (AutoModelForCausalLM.from_pretrained, save_pretrained)"
-        )
+        raise unpickled(found[0])
     raise CheckpointError(f"{folder}: there is no model.safetensors, nor any other safetensors file in it")

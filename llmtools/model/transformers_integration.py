@@ -37,6 +37,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import CheckpointError, InputError, within
+from ..files import unpickled
 from ..nn.adapters import dequantize
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import aliases, computes_otherwise, quantized_linears, set_everywhere
@@ -445,10 +446,7 @@ def _shortened(value: Any) -> str:
 def _refuse_pickles(files: Iterable[str] | None) -> None:
     for file in files or ():
         if not str(file).endswith(".safetensors"):
-            raise CheckpointError(
-                f"{file} is not a safetensors file, and we unpickle nothing; convert the model first "
-                "(load it where you trust it and save_pretrained)"
-            )
+            raise unpickled(file)
 
 
 def _refuse_tensor_parallel(model: Any) -> None:

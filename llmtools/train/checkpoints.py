@@ -199,12 +199,11 @@ def _unreadable(file: Path) -> str | None:
             log.debug("%s: %s", file, error)
             return f"{file} is damaged, or holds more than tensors and plain values, which is not opened"
     elif file.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
+        from ..model.integrity import read_headers
 
         try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError):
+            read_headers([file])
+        except InputError:
             return f"{file} is damaged"
     elif file.name == STATE:
         try:

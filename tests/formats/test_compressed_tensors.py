@@ -98,3 +98,23 @@ def test_what_cannot_be_read_is_refused(told: dict[str, Any], complaint: str, tm
     write(tmp_path / "q", writer(4), told)
     with pytest.raises(CheckpointError, match=complaint):
         llmtools.load(tmp_path / "q")
+
+
+def mixed_precision(**formats: str) -> dict[str, Any]:
+    """A config whose groups name their own formats."""
+    groups = {name: config(4)["config_groups"]["group_0"] | {"format": form} for name, form in formats.items()}
+    return config(4, format="mixed-precision", config_groups=groups)
+
+
+def test_mixed_precision_opens_where_every_group_is_packed(tmp_path: Path) -> None:
+    told = mixed_precision(group_0="pack-quantized", group_1="pack-quantized")
+    assert_same(tmp_path / "q", write(tmp_path / "q", writer(4), told))
+
+
+@pytest.mark.parametrize("form", ["float-quantized", "nvfp4-pack-quantized", "int-quantized"])
+def test_other_formats_are_named_in_one_line(form: str, tmp_path: Path) -> None:
+    """Neither the reader here nor, without tensors of theirs, transformers opens them."""
+    write(tmp_path / "q", writer(4), mixed_precision(group_0="pack-quantized", group_1=form))
+    with pytest.raises(CheckpointError, match=r"compressed-tensors \(format mixed-precision\), which .* dense") as said:
+        llmtools.load(tmp_path / "q")
+    assert "\n" not in str(said.value)

@@ -90,3 +90,11 @@ def test_quantized_scales_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "q", nested, CONFIG)
     with pytest.raises(CheckpointError, match="quant_scale is not read"):
         llmtools.load(tmp_path / "q")
+
+
+def test_what_hqq_pickles_is_refused_with_its_own_way_out(tmp_path: Path) -> None:
+    """hqq's save_quantized: a config.json of the dense model, and a pickle."""
+    write(tmp_path / "q", writer(4, 1), CONFIG)
+    (tmp_path / "q" / "model.safetensors").rename(tmp_path / "q" / "qmodel.pt")
+    with pytest.raises(CheckpointError, match=r"qmodel\.pt, which is a pickle.*hqq's save_to_safetensors"):
+        llmtools.load(tmp_path / "q")

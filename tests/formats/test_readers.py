@@ -37,7 +37,7 @@ def layer(bits: int = 4, group_size: int = 32, *, symmetric: bool = True, reorde
         ("gptq", [layer(4, 16)], {"gptqmodel", "transformers"}),
         ("gptq", [layer(reordered=True)], {"gptqmodel", "transformers"}),
         ("gptq", [layer(), layer(8)], {"gptqmodel", "transformers"}),
-        ("gptq", [layer(symmetric=False)], set()),
+        ("gptq", [layer(symmetric=False)], {"transformers"}),
         ("gptq_v2", [layer(symmetric=False)], {"gptqmodel", "transformers"}),
         ("compressed-tensors", [layer(), layer(8)], {"vllm", "transformers"}),
         ("compressed-tensors", [layer(3)], {"transformers"}),

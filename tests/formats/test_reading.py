@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import llmtools
 from llmtools import CheckpointError
+from llmtools.checkpoint.folder import load_model
+from llmtools.model.integrity import check_values
 from tests.formats import test_awq, test_bitsandbytes, test_compressed_tensors, test_gptq, test_hqq
 from tests.formats.writers import write
-from tests.models import tiny_ids
+from tests.models import tiny_ids, tiny_model
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gptq": (test_gptq.writer(3, act_order=True), test_gptq.config(3)),
@@ -75,6 +78,15 @@ def test_adapters_train_on_it(folder: Path) -> None:
 def test_the_type_of_the_model_can_be_chosen(folder: Path) -> None:
     model, _ = llmtools.load(folder, dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and torch.isfinite(logits(model)).all()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Kind → folder and logits."""
+    root = tmp_path_factory.mktemp("written")
+    for kind in ("gptq", "awq"):
+        write(root / kind, *KINDS[kind])
+    return {kind: (root / kind, logits(load_model(root / kind))) for kind in ("gptq", "awq")}
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
@@ -157,6 +169,93 @@ def test_methods_that_nobody_knows_are_refused(gptq: Path) -> None:
         llmtools.load(gptq)
 
 
+def told(folder: Path, quantization: Any) -> None:
+    """Makes a folder's config.json say this about its quantization; None takes it out."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": quantization} if quantization else {}))
+    )
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dense")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", sorted(set(AUTO_QUANTIZATION_CONFIG_MAPPING) - {"llmtools"}))
+def test_every_method_of_transformers_opens_or_is_named_in_one_line_with_a_way_out(method: str, dense: Path) -> None:
+    """The tensors are a dense model's, which a method that packs cannot open, wherever its package is installed."""
+    told(dense, {"quant_method": method})
+    try:
+        load_model(dense)
+    except CheckpointError as error:
+        assert method in str(error) and "\n" not in str(error)
+        ours = method in ("awq", "gptq", "hqq")
+        assert ("no module has a tensor" if ours else "give the dense model") in str(error)
+
+
+@pytest.mark.parametrize("weights", ["pytorch_model.bin", WEIGHTS])
+def test_torchao_is_refused_by_name_however_it_was_saved(weights: str, tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / weights)
+    told(tmp_path, {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig"}}})
+    with pytest.raises(CheckpointError, match="is quantized by torchao, which llmtools does not read; give the dense"):
+        llmtools.load(tmp_path)
+
+
+def test_weights_in_eight_bits_of_another_library_are_not_taken_for_damage(tmp_path: Path) -> None:
+    model: Any = tiny_model()
+    model.extra = torch.nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn), requires_grad=False)
+    check_values(model, "a folder")
+    model.model.norm.weight.data[0] = float("inf")
+    with pytest.raises(CheckpointError, match="infinite"):
+        check_values(model, "a folder")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_whose_config_is_silent_opens_by_its_tensors_or_is_refused(kind: str, tmp_path: Path) -> None:
+    write(tmp_path / "theirs", *KINDS[kind])
+    expected = logits(load_model(tmp_path / "theirs"))
+    told(tmp_path / "theirs", None)
+    if kind.partition(" ")[0] in ("hqq", "bitsandbytes"):
+        assert torch.equal(logits(load_model(tmp_path / "theirs")), expected)
+        return
+    writers = "GPTQ or AWQ" if kind in ("gptq", "awq") else "CompressedTensors"
+    with pytest.raises(CheckpointError, match=f"quantized weight, as {writers} writes it, and neither config"):
+        load_model(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("hqq")])
+def test_a_config_without_its_method_is_told_by_its_options(kind: str, tmp_path: Path) -> None:
+    writer, config = KINDS[kind]
+    write(tmp_path / "theirs", writer, config)
+    expected = logits(load_model(tmp_path / "theirs"))
+    told(tmp_path / "theirs", {key: value for key, value in config.items() if key != "quant_method"})
+    assert torch.equal(logits(load_model(tmp_path / "theirs")), expected)
+
+
+@pytest.mark.parametrize("value", ["4", 4.5, True, None, [3], {"a": 1}, "", -3, 0, 99, "absent"], ids=str)
+@pytest.mark.parametrize("key", ["bits", "group_size", "quant_method", "desc_act", "checkpoint_format", "pack_dtype"])
+@pytest.mark.parametrize("kind", ["gptq", "awq"])
+def test_options_of_another_type_open_alike_or_are_one_line(
+    kind: str, key: str, value: Any, written: dict[str, tuple[Path, torch.Tensor]]
+) -> None:
+    config = KINDS[kind][1] | ({} if value == "absent" else {key: value})
+    if value == "absent":
+        config.pop(key, None)
+    folder, expected = written[kind]
+    told(folder, config)
+    try:
+        model = load_model(folder)
+    except CheckpointError as error:
+        assert "\n" not in str(error) and "Error:" not in str(error)
+    else:
+        assert torch.equal(logits(model), expected)
+
+
 SCALE_OF = {
     "gptq": "scales",
     "awq": "scales",
@@ -187,7 +286,7 @@ def test_numbers_that_are_none_and_tensors_too_many_are_refused(kind: str, tmp_p
     "damage",
     [
         5, [], "gptq", {"quant_method": ["gptq"]}, {"quant_method": "nobody"},
-        {"quant_method": "gptq", "bits": 3, "dynamic": {"(a+)+$": 5}}, {"quant_method": "gptq", "bits": "x"},
+        {"quant_method": "gptq", "bits": 3, "dynamic": {"model.*": 5}}, {"quant_method": "gptq", "bits": "x"},
         {"quant_method": "gptq", "bits": 3, "dynamic": [1]}, {"quant_method": "awq", "bits": 4, "version": 5},
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": 5}},
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"g": {"weights": [4]}}},

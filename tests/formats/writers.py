@@ -76,11 +76,16 @@ def write(
     else:
         config["quantization_config"] = dict(quantization)
     (folder / "config.json").write_text(json.dumps(config))
+    tiny_tokenizer().save_pretrained(folder)
+    return model
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w3, w4, … of the tiny models' vocabulary."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{index}": index for index in range(3, VOCABULARY)}}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>").save_pretrained(folder)
-    return model
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>")
 
 
 def assert_same(folder: Path, expected: Any, dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)) -> Any:

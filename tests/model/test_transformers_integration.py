@@ -461,6 +461,7 @@ def test_a_process_without_llmtools_fails_instead_of_guessing(checkpoint: Path) 
     done = python(code)
     assert done.returncode != 0 and "SILENT" not in done.stdout
     assert "size" in done.stderr and "weight" in done.stderr
+    assert "Unknown quantization type, got llmtools" in done.stderr  # what it takes to open the folder
 
 
 OPEN = """

@@ -43,6 +43,8 @@ class Evaluate:
     adapter was trained with, if it was on this task"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    allow_other_base: bool = False
+    """permission to open the adapter on another base than the one it was trained on, with a warning"""
     verify: bool = False
     """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
@@ -95,7 +97,12 @@ def evaluate(recipe: Evaluate) -> Evaluation:
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
     model, tokenizer = open_model(
-        name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+        name,
+        adapter=adapter,
+        load=load,
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        allow_other_base=recipe.allow_other_base,
     )
     details = judge(model, tokenizer)
     measure = next(iter(details))

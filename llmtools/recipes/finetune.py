@@ -88,6 +88,8 @@ class Finetune:
     """replace the output folder, or a stopped run, if there is one"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    allow_other_base: bool = False
+    """permission to go on (--resume) with another base model than the one that the run began with, with a warning"""
     verify: bool = False
     """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
@@ -141,11 +143,12 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
 
 
 def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
-    from ..content import rows_content
+    from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
-    from ..files import NameTaken, remove, sort_metadata, writing
+    from ..files import NameTaken, remove, sort_metadata, write_whole, writing
     from ..model.card import write_card
     from ..model.checkpoint import load_starts
+    from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
     from ..model.integrity import note_checksums
     from ..nn.start import start_adapters
     from . import checkpoints
@@ -166,7 +169,10 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     model, tokenizer = open_model(
         recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
     )
-    inputs |= content_of_model(recipe.model) if _is_first() else {}
+    if _is_first():
+        inputs |= content_of_model(recipe.model)
+        inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
+    base = fingerprint(model)
     _leave_out(config, model)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
@@ -181,9 +187,10 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
 
     run = record("finetune", recipe, words=words, training=arguments, base_model=_lasting_name(recipe.model))
     run["inputs"] = inputs
-    with _working(recipe, out, work, run) as checkpoint:
+    with _working(recipe, out, work, run, base) as checkpoint:
         request = Request()
-        keeper = checkpoints.keeper(request, _seconds(recipe.training), also=[work / "metrics.jsonl"])
+        notes = {FINGERPRINT: as_text(base)}
+        keeper = checkpoints.keeper(request, _seconds(recipe.training), also=[work / "metrics.jsonl"], notes=notes)
         watch = _watch(work / "metrics.jsonl", checkpoint, keeper)
         listeners = [watch, keeper, *_stopper(recipe), *callbacks]
         trainer = _trainer(model, tokenizer, arguments, config, train, validation, listeners)
@@ -214,6 +221,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                 with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
                     trainer.model.save_pretrained(folder)
                     sort_metadata(folder)
+                    write_whole(folder / FINGERPRINT, notes[FINGERPRINT])
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
                     note = {**run, "result": asdict(result)}
@@ -272,10 +280,13 @@ def _seconds(training: dict[str, Any]) -> float | None:
 
 
 @contextmanager
-def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None = None) -> Iterator[Path | None]:
+def _working(
+    recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None = None, base: dict[str, Any] | None = None
+) -> Iterator[Path | None]:
     """Makes the folder to work in ready, and gives the checkpoint to go on from, if any.
 
     run: what its ``run.json`` is to say; gets the ``id`` of the run that goes on.
+    base: the fingerprint of the base model, to compare with that of the run that goes on.
     A run that ends early leaves its folder if there is a checkpoint in it, and nothing otherwise. Of several processes
     the first makes and clears folders, and the others wait for it.
     """
@@ -283,7 +294,7 @@ def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None
     from .record import record
 
     run = record("finetune", recipe) if run is None else run
-    checkpoint = _begin(recipe, out, work, run) if _is_first() else None
+    checkpoint = _begin(recipe, out, work, run, base) if _is_first() else None
     _together()
     if recipe.resume and not _is_first():
         checkpoint = next(iter(all_in(work / "checkpoints")), None)  # what is damaged, the first has put aside
@@ -323,7 +334,7 @@ def _together() -> None:
         PartialState().wait_for_everyone()
 
 
-def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path | None:
+def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path | None:
     from ..files import remove, strangers, write_whole
     from .checkpoints import all_in
     from .record import as_json
@@ -333,7 +344,7 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path
         what = "is no folder of such a run" if others is None else f"holds {others[0]}, which llmtools did not write"
         raise InputError(f"this run would work in {work}, which {what}; move that away, or choose another --out")
     if recipe.resume:
-        checkpoint = _going_on(recipe, out, work, run)
+        checkpoint = _going_on(recipe, out, work, run, base)
         run["id"] = _run(work).get("id")
         write_whole(work / "run.json", as_json(run))
         return checkpoint
@@ -345,7 +356,7 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path
     return None
 
 
-def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path:
+def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path:
     """The checkpoint to go on from, in `work`; what a finished run kept is brought there."""
     from .checkpoints import SEAL, last_whole, put_aside, seal, steps_of
 
@@ -366,6 +377,7 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> P
         if complaints:
             raise InputError(f"--resume: no checkpoint {where} is whole: {complaints[0]}; begin anew with --overwrite")
         raise InputError(f"--resume: there is no checkpoint {where}; start without --resume")
+    _check_base(recipe, checkpoint or kept, base)
     _check_same(recipe, former, run)
     for complaint in complaints:
         log.warning("%s; going on from %s", complaint, checkpoint or kept)
@@ -409,8 +421,27 @@ def _run(folder: Path) -> dict[str, Any]:
     return json_or_empty(folder / "run.json")
 
 
+def _check_base(recipe: Finetune, checkpoint: Path | None, base: dict[str, Any] | None) -> None:
+    """Raises InputError where the base model is another one than that of the checkpoint, unless that is allowed."""
+    from ..model.fingerprint import compare, read_fingerprint
+
+    former = None if checkpoint is None else read_fingerprint(checkpoint)
+    difference = None if former is None or base is None else compare(former, base)
+    if difference is None:
+        return
+    if not recipe.allow_other_base:
+        raise InputError(
+            f"--resume: the model's weights changed since this run began: it {difference}; go on with the same, pass "
+            "--allow_other_base, or begin anew with --overwrite"
+        )
+    log.warning("the run that goes on %s", difference)
+
+
 ROWS = ("training data", "validation data")
 """names of the hashes of rows in ``inputs`` of run.json; the others are of the model"""
+MODEL = ("model's configuration", "model's weights", "model's revision on the hub")
+TENSORS = "model's tensors"
+"""the name of the hash that is the same for other shards of the same weights"""
 
 
 def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -> None:
@@ -423,12 +454,18 @@ def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -
         return
     way_out = "go on with the same, or begin anew with --overwrite"
     now = json.loads(as_json(asdict(recipe)))  # without secrets, as what was written
-    changed = [key for key in {**inputs, **here} if inputs.get(key) != here.get(key)]
+    ignored = {TENSORS}  # runs of earlier versions have none
+    if recipe.allow_other_base:
+        ignored |= {*MODEL}
+    elif inputs.get(TENSORS) is not None and inputs[TENSORS] == here.get(TENSORS):
+        ignored |= {"model's weights"}
+    changed = [key for key in {**inputs, **here} if inputs.get(key) != here.get(key) and key not in ignored]
     moved = {  # the same from another place is the same
         "data": not {*ROWS} & {*changed},
         "validation": not {*ROWS} & {*changed},
         "model": not {*changed} - {*ROWS},
     }
+    moved |= {key: True for key in ("model", "load") if recipe.allow_other_base}
     for key in ("model", "load", "data", "validation", "limit", "lora", "task", "options", "seed"):
         if before.get(key) != now[key] and not moved.get(key):
             raise InputError(f"--resume: {key} was {before.get(key)!r} and is {now[key]!r}; {way_out}")

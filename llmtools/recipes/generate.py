@@ -40,6 +40,8 @@ class Generate:
     """take the prompt as it stands: no chat template, and no prompt template that the adapter was trained with"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    allow_other_base: bool = False
+    """permission to open the adapter on another base than the one it was trained on, with a warning"""
     verify: bool = False
     """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
@@ -87,7 +89,12 @@ def generate(recipe: Generate) -> Generated:
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
     model, tokenizer = open_model(
-        name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+        name,
+        adapter=adapter,
+        load=load,
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        allow_other_base=recipe.allow_other_base,
     )
     template = {} if recipe.raw else words_of(adapter)
     chat = not recipe.raw and _is_chat(template, adapter, tokenizer)

@@ -33,13 +33,15 @@ def open_model(
     trust_remote_code: bool = False,
     verify: bool = False,
     any_task: bool = False,
+    allow_other_base: bool | None = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
 
     With `verify` all bytes of both are compared with the checksums beside them. Weights keep the type of the
     checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes to the GPU if there is one.
 
-    Raises InputError for a model that is no decoder with a language model head, unless `any_task`.
+    Raises InputError for a model that is no decoder with a language model head, unless `any_task`, and for one that is
+    not the base of the adapter, unless `allow_other_base` (None: that was looked at before).
     """
     import torch
 
@@ -64,7 +66,7 @@ def open_model(
         _use_plain_kernel(model)
         _decode_ourselves(model)
     if adapter is not None:
-        model = open_adapter(model, adapter, verify=verify)
+        model = open_adapter(model, adapter, verify=verify, allow_other_base=allow_other_base)
     model.eval()
     return model, tokenizer
 

@@ -153,6 +153,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..nn.start import start_adapters
     from . import checkpoints
     from .kept import content_of_model
+    from .learning import learning_check
     from .loading import import_plugins, open_model, quiet_libraries
     from .record import record, write_json
 
@@ -192,7 +193,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         notes = {FINGERPRINT: as_text(base)}
         keeper = checkpoints.keeper(request, _seconds(recipe.training), also=[work / "metrics.jsonl"], notes=notes)
         watch = _watch(work / "metrics.jsonl", checkpoint, keeper)
-        listeners = [watch, keeper, *_stopper(recipe), *callbacks]
+        listeners = [watch, keeper, learning_check(), *_stopper(recipe), *callbacks]
         trainer = _trainer(model, tokenizer, arguments, config, train, validation, listeners)
         if starts is not None and checkpoint is None:
             start_adapters(trainer.model, starts)
@@ -839,6 +840,8 @@ def _lean(trainer: type) -> type:
                 and getattr(self.accelerator, "parallelism_config", None) is None
             )
             self.causal_loss = CausalLoss(self.model) if plain else None
+            head = self.model.get_base_model().get_output_embeddings()
+            self.from_logits = plain and hasattr(head, "token_adapter")  # trained tokens of a tied head: not TRL's case
             self.hits: list[Any] = []
             self.validated: list[Any] = []
 
@@ -847,13 +850,20 @@ def _lean(trainer: type) -> type:
         ) -> Any:
             found = None
             if not model.training and "labels" in inputs:
-                result = super().compute_loss(model, inputs, return_outputs=return_outputs)
-                loss = result[0] if return_outputs else result
+                if self.from_logits:
+                    outputs, found = _from_logits(model, inputs)
+                    loss = found.sum / found.tokens.clamp(min=1)
+                    result = (loss, outputs) if return_outputs else loss
+                else:
+                    result = super().compute_loss(model, inputs, return_outputs=return_outputs)
+                    loss = result[0] if return_outputs else result
                 tokens = (inputs["labels"][:, 1:] != -100).sum()
                 self.validated.append(torch.stack([loss.detach().double() * tokens, tokens.double()]))
                 return result
             if self.causal_loss is not None and model.training and not return_outputs:
                 found = self.causal_loss(model, inputs)
+            if found is None and self.from_logits and not return_outputs:
+                _, found = _from_logits(model, inputs)
             if found is None:
                 return super().compute_loss(
                     model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -881,6 +891,14 @@ def _lean(trainer: type) -> type:
             super().log(logs, start_time)
 
     return Lean
+
+
+def _from_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """(the model's outputs, the loss of its logits)"""
+    from ..nn.loss import loss_of_logits
+
+    outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    return outputs, loss_of_logits(outputs.logits[:, :-1], inputs["labels"][:, 1:])
 
 
 def _watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:

@@ -132,7 +132,7 @@ def _task(recipe: Evaluate) -> Judge:
     """One of our tasks. What is wrong with its options or data is said here, before minutes of loading."""
     from ..data.tasks import make_task
     from ..progress import progress
-    from .loading import options_of, with_current_folder
+    from .loading import options_of, template_of, with_current_folder, words_of
 
     if ":" in recipe.task:
         with_current_folder()
@@ -148,6 +148,9 @@ def _task(recipe: Evaluate) -> Judge:
     options = {**trained, **{k: v for k, v in given.items() if v is not None}, **recipe.options}
     task = make_task(recipe.task, **options)
     _check_data(recipe)
+    former, template = words_of(recipe.adapter).get("template"), template_of(task)
+    if former and template and former != template:
+        log.warning("the adapter was trained in another prompt template: %r; this is %r", former, template)
 
     def judge(model: Any, tokenizer: Any) -> dict[str, Any]:
         with progress(recipe.task, unit="steps") as step:

@@ -107,6 +107,8 @@ class Finetuned:
     validation_loss: float | None
     trainable: int
     """parameters of the adapter"""
+    parameters: int
+    """of model and adapter, a packed weight counted as the weights that it stands for"""
     examples: int
     left_out: int
     """examples longer than max_length"""
@@ -117,7 +119,8 @@ class Finetuned:
         validation = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4f}"
         left_out = f", {self.left_out} examples too long" if self.left_out else ""
         return (
-            f"{self.out}: {self.trainable} parameters, {self.steps} steps on {self.examples} "
+            f"{self.out}: {self.trainable} of {self.parameters} parameters trained "
+            f"({100 * self.trainable / max(self.parameters, 1):.2g} %), {self.steps} steps on {self.examples} "
             f"example{'s' * (self.examples != 1)}{loss}{validation}"
             f"{left_out}, in {self.seconds:.1f} s"
         )
@@ -151,10 +154,11 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
     from ..model.integrity import note_checksums
     from ..nn.start import start_adapters
+    from ..nn.swap import count_parameters
     from . import checkpoints
     from .kept import content_of_model
     from .learning import learning_check
-    from .loading import import_plugins, open_model, quiet_libraries
+    from .loading import content_of_template, import_plugins, open_model, quiet_libraries
     from .record import record, write_json
 
     began = time.monotonic()
@@ -162,8 +166,10 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     inputs = {"training data": rows_content(train), "validation data": rows_content(validation)}
     quiet_libraries()
     _check_training(recipe.training)
+    _check_fsdp(recipe.training)
     _check_choosing(recipe, validation)
     config = _lora_config(recipe)
+    _check_start(recipe)
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
     import_plugins(recipe.plugin)
@@ -177,6 +183,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     _leave_out(config, model)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
+        words["chat_template"] = content_of_template(tokenizer.chat_template)
     if tokenizer.eos_token is None:
         raise InputError(f"{recipe.model}: its tokenizer has no end-of-text token, which training teaches to write")
     arguments = _arguments(recipe, work, model, words["form"], bool(validation), task.max_length())
@@ -207,12 +214,14 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         if keeper.stopped:
             raise Stopped(exit_code=request.exit_code)
         history = trainer.state.log_history
+        counted = count_parameters(trainer.model)
         result = Finetuned(
             out=recipe.out,
             steps=trainer.state.global_step,
             train_loss=_last(history, "loss"),
             validation_loss=_best_loss(trainer) or _last(history, "eval_loss"),
-            trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            trainable=counted.trainable,
+            parameters=counted.total,
             examples=len(train),
             left_out=left_out,
             seconds=time.monotonic() - began,
@@ -259,6 +268,11 @@ def _train(trainer: Any, checkpoint: Path | None) -> None:
                 raise InputError(f"--resume: the best checkpoint is asked for, and {why}") from None
             trainer.model.load_adapter(str(best), "default", is_trainable=True)
     except Exception as error:  # of the libraries that write checkpoints, each has its own
+        if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+            raise InputError(
+                "no adapter is used by the model: the loss depends on none of them; name modules that the model uses "
+                "in --lora.target_modules"
+            ) from error
         if (reason := disk_says_no(error)) is None:
             raise
         place = Path(trainer.args.output_dir)
@@ -494,7 +508,7 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     """(task, training rows, validation rows, the words they are in), checked before anything is loaded."""
     from ..data.tasks import make_task, tasks
     from ..data.tasks.base import spread
-    from .loading import with_current_folder
+    from .loading import template_of, with_current_folder
 
     if ":" in recipe.task:
         with_current_folder()
@@ -506,21 +520,18 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     if not train:
         raise InputError(f"{recipe.data}: there is nothing to train on")
     form = _form(train[0])
-    template = task.template
-    words: dict[str, Any] = {"form": form, "template": None if template is None else template._asdict()}
-    if recipe.task == "text" and recipe.options.get("prompt") is not None:
-        words["template"] = {key: recipe.options[key] for key in ("prompt", "completion")}
-    if form == "messages" and (system := _system_prompt(rows)) is not None:
-        words["system"] = system
+    words: dict[str, Any] = {"form": form, "template": template_of(task)}
+    if form == "messages" and len(systems := _system_prompts(rows)) == 1:
+        words["system"] = systems.pop()
     if form == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = _turns(train), _turns(validation)
     return task, train, validation, words
 
 
-def _system_prompt(rows: list[Row]) -> str | None:
-    """The system prompt that all chats begin with; None where they differ, or have none."""
-    first = {row["messages"][0]["content"] if row["messages"][0]["role"] == "system" else None for row in rows}
-    return str(first.pop()) if len(first) == 1 and None not in first else None
+def _system_prompts(rows: list[Row]) -> set[str | None]:
+    """The system prompts that chats begin with; None stands for chats without one."""
+    first = (row["messages"][0] for row in rows)
+    return {str(message["content"]) if message["role"] == "system" else None for message in first}
 
 
 def _form(row: Row) -> str:
@@ -648,6 +659,20 @@ def _check_training(training: dict[str, Any]) -> None:
             raise InputError(f"training.{key}={value!r}: {' or '.join(sorted(kinds))} is expected")
 
 
+def _check_fsdp(training: dict[str, Any]) -> None:
+    """Raises InputError where the arguments, or accelerate's launcher, ask for the first version of FSDP."""
+    from ..nn.adapters import refuse_fsdp1
+
+    config: Any = training.get("fsdp_config") or {}
+    if isinstance(config, str) and config.lstrip().startswith("{"):
+        with suppress(ValueError):
+            config = json.loads(config)
+    if isinstance(config, str):
+        config = json_or_empty(Path(config).expanduser())
+    version = config.get("version", config.get("fsdp_version"))
+    refuse_fsdp1(None if version is None else str(version))
+
+
 def _check_choosing(recipe: Finetune, validation: list[Row]) -> None:
     """Raises InputError for arguments that use validation rows where there are none."""
     training = recipe.training
@@ -704,6 +729,32 @@ def _lora_config(recipe: Finetune) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: {error}") from error
+
+
+_PREPARED = {"corda": "preprocess_corda", "eva": "initialize_lora_eva_weights", "lora_ga": "preprocess_loraga"}
+"""Values of init_lora_weights → the function of PEFT that has to be called with data of its own."""
+
+
+def _check_start(recipe: Finetune) -> None:
+    """Raises InputError for starts of PEFT's that change the base's weights, where these are quantized, or need a
+    preparation that is not made here."""
+    from .loading import is_quantized
+
+    start = recipe.lora.options.get("init_lora_weights")
+    kind = start.lower().split("_niter")[0] if isinstance(start, str) else ""
+    why = ""
+    if kind in ("pissa", "olora", "corda", "loftq") and (recipe.load or is_quantized(recipe.model)):
+        why = "changes the weights of the base, and quantized weights are read-only"
+    elif kind.startswith(tuple(_PREPARED)):
+        name = next(name for name in _PREPARED if kind.startswith(name))
+        why = f"needs peft's {_PREPARED[name]} with data of its own, which this command does not call"
+    elif kind == "loftq":
+        why = "quantizes the base in a way of its own, and this command does not"
+    if why:
+        raise InputError(
+            f"lora.options.init_lora_weights={start!r} {why}; adapters that begin with what best makes up for the "
+            "quantization error: llmtools quantize --adapter_rank R, then finetune --lora.init error"
+        )
 
 
 def _leave_out(config: Any, model: Any) -> None:
@@ -791,13 +842,14 @@ def _trainer(
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise InputError(NEEDS_TRAIN.format(error=error)) from error
-    from ..nn.adapters import prepare_for_training
+    from ..nn.adapters import prepare_for_training, refuse_fsdp1
     from .heap import keep_large_blocks_apart
 
     try:
         args = SFTConfig(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"training: {error}") from error
+    refuse_fsdp1(str((getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version")))
     datasets.disable_progress_bars()
     keep_large_blocks_apart()
     prepare_for_training(model, gradient_checkpointing=args.gradient_checkpointing)

@@ -160,8 +160,7 @@ def _not_finite(adapters: Mapping[str, list[str]], finite: Mapping[str, bool], s
     bad = [path for path, names in adapters.items() if not all(finite.get(name, True) for name in names)]
     return (
         f"training diverged: at step {state.global_step + 1} the gradient of {len(bad)} of {len(adapters)} adapters is "
-        f"not finite ({_listed(bad)}); look for broken examples, or train in a wider type (training.fp16 false); the "
-        "step was not taken"
+        f"not finite ({_listed(bad)}); look for broken examples or weights; the step was not taken"
     )
 
 
@@ -172,7 +171,7 @@ def _listed(paths: list[str]) -> str:
 
 def _local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process has; under FSDP2 they are distributed."""
-    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # type: ignore[operator]
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part.detach()
 
 

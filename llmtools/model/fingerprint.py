@@ -189,7 +189,7 @@ def _close(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float
 def _values(text: str | None) -> tuple[float, ...] | None:
     if text is None:
         return None
-    stored = base64.b64decode(text)
+    stored = base64.b64decode(text, validate=True)
     return struct.unpack(f"<{len(stored) // 4}f", stored)
 
 

@@ -168,8 +168,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     _check_training(recipe.training)
     _check_fsdp(recipe.training)
     _check_choosing(recipe, validation)
-    config = _lora_config(recipe)
     _check_start(recipe)
+    config = _lora_config(recipe)
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
     import_plugins(recipe.plugin)

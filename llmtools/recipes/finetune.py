@@ -454,7 +454,7 @@ def _check_base(recipe: Finetune, checkpoint: Path | None, base: dict[str, Any] 
 
 ROWS = ("training data", "validation data")
 """names of the hashes of rows in ``inputs`` of run.json; the others are of the model"""
-MODEL = ("model's configuration", "model's weights", "model's revision on the hub")
+MODEL = ("model's configuration", "model's weights", "model's revision on the hub", "tokenizer")
 TENSORS = "model's tensors"
 """the name of the hash that is the same for other shards of the same weights"""
 

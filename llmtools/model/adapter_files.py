@@ -102,7 +102,7 @@ def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
         opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # about the name of the base, which may lie elsewhere now
+        warnings.filterwarnings("ignore", ".*base_model_name_or_path")  # the base may lie elsewhere now
         asked: Any = PeftConfig.from_pretrained(str(folder))
         if hasattr(asked, "init_lora_weights"):
             asked.init_lora_weights = True  # where it began is of no interest, and may need the weights

@@ -52,6 +52,28 @@ def model_content(folder: str | os.PathLike[str]) -> dict[str, str]:
     return {part: _joined((file.name, _file(file)) for file in files) for part, files in parts.items() if files}
 
 
+def tensors_content(folder: str | os.PathLike[str]) -> str | None:
+    """The hash of a model's tensors, however many files they are in; None where no .safetensors file can be read."""
+    found: dict[str, str] = {}
+    files = sorted(Path(os.path.expanduser(folder)).glob("*.safetensors"))
+    files = [file for file in files if not file.name.startswith((".", "adapter_", "lora_"))]
+    whole = sum(file.stat().st_size for file in files) <= WHOLE
+    for path in files:
+        with path.open("rb") as file:
+            try:
+                begin, header = _header(file)
+                spans = {name: (entry, *entry.pop("data_offsets")) for name, entry in header.items()}
+            except _NO_HEADER:
+                return None
+            for name, (entry, first, last) in spans.items():
+                piece = hashlib.sha256(json.dumps(entry, sort_keys=True).encode())
+                for at in [begin + first] if whole else _pieces(begin + first, begin + last):
+                    file.seek(at)
+                    piece.update(file.read(last - first if whole else min(PIECE, begin + last - at)))
+                found[name] = piece.hexdigest()
+    return _joined(sorted(found.items())) if found else None
+
+
 def rows_content(rows: Iterable[Any]) -> str:
     """The hash of rows of data, one after the other, whatever file they came from."""
     found = hashlib.sha256()
@@ -96,15 +118,24 @@ def _file(path: Path) -> str:
 def _spans(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
     """(begin, end) of parts of a file: the header and each tensor of a .safetensors, else the whole in 4096 parts."""
     try:
-        text = safetensors_header(file)
-        length, header = len(text), json.loads(text)
-        offsets = sorted(entry["data_offsets"] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        behind, header = _header(file)
+        offsets = sorted(entry["data_offsets"] for entry in header.values())
+    except _NO_HEADER:
         step = max(size // 4096, PIECE)
         yield from ((at, min(at + step, size)) for at in range(0, size, step))
         return
-    yield from ((at, min(at + PIECE, 8 + length)) for at in range(0, 8 + length, PIECE))
-    yield from ((8 + length + begin, 8 + length + end) for begin, end in offsets)
+    yield from ((at, min(at + PIECE, behind)) for at in range(0, behind, PIECE))
+    yield from ((behind + begin, behind + end) for begin, end in offsets)
+
+
+_NO_HEADER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+"""what reading something else as a .safetensors header raises"""
+
+
+def _header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """(the byte behind the header of a .safetensors file, tensor → what the header says of it)."""
+    text = safetensors_header(file)
+    return 8 + len(text), {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
 
 
 def _pieces(begin: int, end: int) -> Iterator[int]:

@@ -46,7 +46,7 @@ _OF_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 """how torch.save says that a file cannot be written"""
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
 _OF_EARLIER_VERSIONS = (
-    *("llmtools.json", "run.json", "metrics.jsonl", "loss.png", "README.md", "checkpoints/*"),
+    *("llmtools.json", "run.json", "metrics.jsonl", "loss.png", "README.md", "checkpoints/*", "base_fingerprint.json"),
     *("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json", "*.py"),
     *("*.safetensors", "*.safetensors.index.json", "model.gguf"),
     *(

@@ -126,12 +126,15 @@ def write(
     (folder / NOTE).write_text(json.dumps(note, indent=2, default=str) + "\n", encoding="utf-8")
 
 
-def load(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -> tuple[Any, Any]:
+def load(
+    folder: str | PathLike[str], *, verify: bool = False, allow_other_base: bool = False, **options: Any
+) -> tuple[Any, Any]:
     """Opens a folder that `save` wrote, any Hugging Face model, or a quantized checkpoint of others (`foreign`).
 
     Returns (model in eval mode, tokenizer).
 
     verify: compare every byte with the checksums that `save` noted; without it, small files and headers alone.
+    allow_other_base: for the folder of an adapter whose base is not the one that it was trained on any more.
     The model is of the class that config.json names (`auto_class`): as a rule a decoder with its head.
     options go to ``from_pretrained`` (``dtype``, ``device_map``, …). Stricter than that: a
     tensor that is missing in the files is an error here, not a warning. ``trust_remote_code`` is off unless it is
@@ -141,7 +144,7 @@ def load(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -
     """
     from transformers import AutoTokenizer
 
-    model = load_model(folder, verify=verify, **options)
+    model = load_model(folder, verify=verify, allow_other_base=allow_other_base, **options)
     name = _name_of(folder)
     passed_on: dict[str, Any] = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
     passed_on["trust_remote_code"] = bool(options.get("trust_remote_code", False))
@@ -153,7 +156,9 @@ def load(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -
     return model, tokenizer
 
 
-def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: Any) -> Any:
+def load_model(
+    folder: str | PathLike[str], *, verify: bool = False, allow_other_base: bool = False, **options: Any
+) -> Any:
     """The model alone, as `load` opens it: for a folder without a tokenizer.
 
     The folder of an adapter is opened with the base model that it names.
@@ -164,7 +169,7 @@ def load_model(folder: str | PathLike[str], *, verify: bool = False, **options: 
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
     options.pop("output_loading_info", None)
     if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
-        return _load_with_adapter(Path(name), options)
+        return _load_with_adapter(Path(name), options, verify=verify, allow_other_base=allow_other_base)
     config = _check_before(name, options, verify=verify)
     with naming_method(config, name), opening(name):
         return _checked(name, config, options, asked)
@@ -251,12 +256,13 @@ def _check_before(name: str, options: Mapping[str, Any], *, verify: bool) -> dic
     return config
 
 
-def _load_with_adapter(folder: Path, options: dict[str, Any]) -> Any:
+def _load_with_adapter(folder: Path, options: dict[str, Any], *, verify: bool, allow_other_base: bool) -> Any:
     config = check_adapter(folder)
     base = config.get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder} is an adapter that does not say what it was trained on; open that first")
-    return open_adapter(load_model(str(base), **options), folder)
+    model = load_model(str(base), verify=verify, **options)
+    return open_adapter(model, folder, verify=verify, allow_other_base=allow_other_base)
 
 
 def _check_chat_template(tokenizer: Any, name: str) -> None:

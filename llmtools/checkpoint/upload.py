@@ -31,6 +31,7 @@ BELONGS = (
     *("config.json", "generation_config.json", "quantize_config.json", "quant_config.json"),
     *("model*.safetensors", "model*.safetensors.index.json", "*.gguf"),
     *("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json"),
+    "base_fingerprint.json",
     *("lora_start.safetensors", "llmtools.json", "run.json", "metrics.jsonl", "loss.png"),
     *("README.md", "LICENSE*", "NOTICE*"),
     # tokenizers, by the names that transformers' have, and processors

@@ -12,6 +12,7 @@ start (A₀, B₀), and that is a plain adapter of twice the rank: A' = [A; A₀
 from __future__ import annotations
 
 import json
+import shutil
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import read_json, writing
 from ..model.adapter_files import CONFIG, WEIGHTS, check_adapter
+from ..model.fingerprint import FINGERPRINT
 from ..model.integrity import note_checksums
 
 _PLAIN = (None, True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga", "error")
@@ -64,6 +66,8 @@ def export_adapter(
     with writing(folder, overwrite=overwrite) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if (source / FINGERPRINT).exists():
+            shutil.copy(source / FINGERPRINT, partial / FINGERPRINT)
         if run := _how_it_is_asked(source):
             run["checksums"] = note_checksums(partial, run)
             (partial / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

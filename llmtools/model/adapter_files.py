@@ -1,4 +1,4 @@
-"""Opening the folder of a PEFT adapter on a model: all of it finds its place, or it is refused.
+"""Opening the folder of a PEFT adapter on its base model: all of it finds its place, or it is refused.
 
 PEFT is lenient. What is missing in a file keeps its random start, what has another name is ignored, and both leave only
 a warning; a file named ``adapter_model.bin`` is unpickled; regular expressions of the config are matched against every
@@ -22,6 +22,7 @@ from ..errors import CheckpointError, InputError, opening
 from ..files import read_json, unpickled
 from ..limits import PATTERN_SECONDS, matching
 from ..options import fits
+from .fingerprint import check_base
 from .integrity import Header, check_checksums, integers, read_headers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,12 +53,17 @@ def check_adapter(folder: str | PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def open_adapter(model: Any, folder: str | PathLike[str], *, verify: bool = False) -> Any:
+def open_adapter(
+    model: Any, folder: str | PathLike[str], *, verify: bool = False, allow_other_base: bool | None = False
+) -> Any:
     """The model with the adapter of `folder` on it, as `peft.PeftModel`, in eval mode.
 
     verify: compare all bytes with the checksums in the adapter's run.json; without it, small files and headers alone.
+    allow_other_base: open it on another base than the one that it was trained on, with a warning (`fingerprint.py`);
+    None: the base was compared before.
 
-    Raises CheckpointError where a tensor of the file is missing, misshapen, no number, or finds no place.
+    Raises CheckpointError where a tensor of the file is missing, misshapen, no number, or finds no place, and for
+    another base.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -65,6 +71,8 @@ def open_adapter(model: Any, folder: str | PathLike[str], *, verify: bool = Fals
     config, stored = check_adapter(folder), _headers(folder)
     _check_patterns(config, (name for name, _ in model.named_modules()), folder)
     check_checksums(folder, "run.json", verify=verify)
+    if allow_other_base is not None:
+        check_base(model, folder, allow_other_base=allow_other_base)
     with (
         opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"),
         warnings.catch_warnings(),
@@ -90,7 +98,11 @@ def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
     folder = Path(folder).expanduser()
     config, stored = check_adapter(folder), _headers(folder)
     _check_patterns(config, (name for name, _ in skeleton.named_modules()), folder)
-    with opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"):
+    with (
+        opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", ".*base_model_name_or_path")  # the base may lie elsewhere now
         asked: Any = PeftConfig.from_pretrained(str(folder))
         if hasattr(asked, "init_lora_weights"):
             asked.init_lora_weights = True  # where it began is of no interest, and may need the weights

@@ -33,7 +33,7 @@ def prepare_for_training(
 
     Raises InputError for a model without gradient checkpointing that is asked for it, and under FSDP1.
     """
-    _refuse_fsdp1()
+    refuse_fsdp1()
     model.requires_grad_(False)
     if not gradient_checkpointing:
         return model
@@ -52,13 +52,17 @@ def prepare_for_training(
     return model
 
 
-def _refuse_fsdp1() -> None:
-    """Raises InputError where accelerate was launched with the FSDP that makes one tensor of all parameters."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if asked and os.environ.get("FSDP_VERSION", "1") == "1":
+def refuse_fsdp1(version: str | None = None) -> None:
+    """Raises InputError for the FSDP that makes one tensor of all parameters.
+
+    version: of FSDP, as the arguments of training say; None where they say nothing, and accelerate's launcher decides.
+    """
+    if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        version = os.environ.get("FSDP_VERSION", "1")
+    if version == "1":
         raise InputError(
-            "FSDP1 cannot shard packed weights, which are integers; use FSDP2 (fsdp_version: 2 in accelerate's "
-            "configuration, or accelerate launch --fsdp_version 2)"
+            "FSDP1 cannot shard packed weights, which are integers; use FSDP2 (training.fsdp_config: {version: 2}; "
+            "fsdp_version: 2 in accelerate's configuration, or accelerate launch --fsdp_version 2)"
         )
 
 

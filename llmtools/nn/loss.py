@@ -111,6 +111,14 @@ def chunked_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Loss:
     return Loss(total, correct, kept.sum())
 
 
+def loss_of_logits(logits: Tensor, labels: Tensor) -> Loss:
+    """The same from logits [..., v], for a head that is no plain linear."""
+    logits, labels = logits.float().flatten(0, -2), labels.flatten().to(logits.device)
+    kept = labels != IGNORED
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return Loss(total, ((logits.argmax(-1) == labels) & kept).sum(), kept.sum())
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:

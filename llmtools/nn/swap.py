@@ -144,7 +144,7 @@ class Parameters(NamedTuple):
 
     trainable: int
     total: int
-    """those of a quantized layer's weight counted as the out · in that they stand for"""
+    """those of a quantized layer's weight (bitsandbytes' too) counted as the out · in that they stand for"""
 
 
 def count_parameters(model: nn.Module) -> Parameters:
@@ -157,5 +157,11 @@ def count_parameters(model: nn.Module) -> Parameters:
     plain = [each for each in model.parameters() if id(each) not in packed]
     return Parameters(
         trainable=sum(each.numel() for each in plain if each.requires_grad),
-        total=sum(each.numel() for each in plain) + sum(layer.out_features * layer.in_features for layer in layers),
+        total=sum(map(_weights, plain)) + sum(layer.out_features * layer.in_features for layer in layers),
     )
+
+
+def _weights(parameter: nn.Parameter) -> int:
+    """How many weights a parameter stands for; bitsandbytes keeps two of 4 bits in a byte, or more in wider words."""
+    state: Any = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else torch.Size(state.shape).numel()

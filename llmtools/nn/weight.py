@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 _READ_ONLY = (
     "this weight is quantized and read-only, so nothing can be merged or written into it. "
     "llmtools.merge(peft_model) returns a dense model with the adapter merged; "
-    "llmtools.dequantize(model) returns the dense base; or keep the adapter beside the quantized model."
+    "llmtools.dequantize(model) returns the dense base; or keep the adapter beside the quantized model. "
+    "Adapters that begin by changing it (PiSSA, OLoRA, CorDA) can begin from the quantization error instead: "
+    "llmtools quantize --adapter_rank R, then finetune --lora.init error."
 )
 
 

@@ -43,6 +43,8 @@ class Evaluate:
     adapter was trained with, if it was on this task"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    allow_other_base: bool = False
+    """permission to open the adapter on another base than the one it was trained on, with a warning"""
     verify: bool = False
     """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
@@ -95,7 +97,12 @@ def evaluate(recipe: Evaluate) -> Evaluation:
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
     model, tokenizer = open_model(
-        name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+        name,
+        adapter=adapter,
+        load=load,
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        allow_other_base=recipe.allow_other_base,
     )
     details = judge(model, tokenizer)
     measure = next(iter(details))
@@ -125,7 +132,7 @@ def _task(recipe: Evaluate) -> Judge:
     """One of our tasks. What is wrong with its options or data is said here, before minutes of loading."""
     from ..data.tasks import make_task
     from ..progress import progress
-    from .loading import options_of, with_current_folder
+    from .loading import options_of, template_of, with_current_folder, words_of
 
     if ":" in recipe.task:
         with_current_folder()
@@ -141,6 +148,9 @@ def _task(recipe: Evaluate) -> Judge:
     options = {**trained, **{k: v for k, v in given.items() if v is not None}, **recipe.options}
     task = make_task(recipe.task, **options)
     _check_data(recipe)
+    former, template = words_of(recipe.adapter).get("template"), template_of(task)
+    if former and template and former != template:
+        log.warning("the adapter was trained in another prompt template: %r; this is %r", former, template)
 
     def judge(model: Any, tokenizer: Any) -> dict[str, Any]:
         with progress(recipe.task, unit="steps") as step:

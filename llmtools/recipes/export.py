@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Export:
     """replace the output folder if there is one"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    allow_other_base: bool = False
+    """permission to open the adapter on another base than the one it was trained on, with a warning"""
     verify: bool = False
     """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
@@ -91,7 +94,7 @@ def export(recipe: Export) -> ExportedModel:
         import_plugins(recipe.plugin)
         if name is None or recipe.format == "lora":
             return _export_lora(recipe)
-        return _export_model(recipe, name, adapter)
+        return _export_model(recipe, name, adapter, recipe.allow_other_base)
 
 
 def _check_format(recipe: Export) -> None:
@@ -103,7 +106,9 @@ def _check_format(recipe: Export) -> None:
     check_reader(recipe.reader)
 
 
-def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedModel:
+def _export_model(
+    recipe: Export, name: str, adapter: str | None, allow_other_base: bool | None = False
+) -> ExportedModel:
     from ..checkpoint.folder import save, save_dense
     from ..formats.readers import readers_of
     from ..formats.writing import export as export_model
@@ -116,7 +121,11 @@ def _export_model(recipe: Export, name: str, adapter: str | None) -> ExportedMod
     if load is not None:
         return _export_loaded(recipe, name, load)
     model, tokenizer = open_model(
-        name, adapter=adapter, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+        name,
+        adapter=adapter,
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        allow_other_base=allow_other_base,
     )
     model = model.cpu()
     if adapter is not None:
@@ -149,6 +158,7 @@ def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:
     """
     import tempfile
 
+    from ..model.fingerprint import check_base
     from .loading import open_model
 
     if load != "nf4":
@@ -158,10 +168,12 @@ def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:
         )
     with tempfile.TemporaryDirectory() as place:
         base, tokenizer = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+        assert recipe.adapter is not None
+        check_base(base, recipe.adapter, allow_other_base=recipe.allow_other_base)
         base.save_pretrained(place)  # type: ignore[operator]
         tokenizer.save_pretrained(place)
         del base
-        return _export_model(recipe, place, recipe.adapter)
+        return _export_model(recipe, place, recipe.adapter, None)
 
 
 def _dtype(recipe: Export) -> Any:
@@ -179,24 +191,36 @@ def _dtype(recipe: Export) -> Any:
 
 def _export_lora(recipe: Export) -> ExportedModel:
     from ..formats.lora import export_adapter
-    from .loading import open_model
 
     assert recipe.adapter is not None
-    _check_against_base(recipe.adapter, recipe.model)
-    base = None
-    if recipe.model is not None:
-        base, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+    base = _checked_base(recipe, recipe.adapter)
     export_adapter(recipe.adapter, recipe.out, base=base, base_name=recipe.base_name, overwrite=recipe.overwrite)
     return ExportedModel(recipe.out, "lora", 0)
 
 
-def _check_against_base(adapter: str, model: str | None) -> None:
-    """Raises InputError unless the adapter has all tensors for its base model; a base that is not here is said."""
+def _checked_base(recipe: Export, adapter: str) -> Any:
+    """The base model, where it is here, after a look at whether it is the adapter's; None where it is not here.
+
+    Raises InputError unless the adapter has all tensors for it, and was trained on it (or `allow_other_base`).
+    """
     from ..checkpoint.folder import skeleton
     from ..model.adapter_files import check_adapter, check_fits
+    from ..model.fingerprint import check_base, read_fingerprint
+    from .loading import loaded_as, open_model
 
-    name = model or check_adapter(adapter).get("base_model_name_or_path")
-    if name and Path(name).expanduser().exists():
-        check_fits(skeleton(name), adapter)
-    else:
+    name = recipe.model or check_adapter(adapter).get("base_model_name_or_path")
+    here = name is not None and Path(name).expanduser().exists()
+    if name is None or not (here or recipe.model):
         log.warning("the base model (%s) is not here, so it is not known whether the adapter is whole", name)
+        return None
+    if here:
+        check_fits(skeleton(name), adapter)
+    if recipe.model is None and read_fingerprint(Path(adapter).expanduser()) is None:
+        return None
+    load = loaded_as(None, name, adapter)
+    if load is not None and find_spec("bitsandbytes") is None:
+        log.warning("bitsandbytes is not installed, so it is not known whether %s is the adapter's base", name)
+        return None
+    base, _ = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+    check_base(base, adapter, allow_other_base=recipe.allow_other_base)
+    return base if recipe.model is not None else None

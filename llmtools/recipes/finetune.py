@@ -89,6 +89,8 @@ class Finetune:
     """replace the output folder, or a stopped run, if there is one"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    allow_other_base: bool = False
+    """permission to go on (--resume) with another base model than the one that the run began with, with a warning"""
     verify: bool = False
     """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
@@ -106,6 +108,8 @@ class Finetuned:
     validation_loss: float | None
     trainable: int
     """parameters of the adapter"""
+    parameters: int
+    """of model and adapter, a packed weight counted as the weights that it stands for"""
     examples: int
     left_out: int
     """examples longer than max_length"""
@@ -116,7 +120,8 @@ class Finetuned:
         validation = "" if self.validation_loss is None else f", validation loss {self.validation_loss:.4f}"
         left_out = f", {self.left_out} examples too long" if self.left_out else ""
         return (
-            f"{self.out}: {self.trainable} parameters, {self.steps} steps on {self.examples} "
+            f"{self.out}: {self.trainable} of {self.parameters} parameters trained "
+            f"({100 * self.trainable / max(self.parameters, 1):.2g} %), {self.steps} steps on {self.examples} "
             f"example{'s' * (self.examples != 1)}{loss}{validation}"
             f"{left_out}, in {self.seconds:.1f} s"
         )
@@ -146,21 +151,26 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record, write_json
-    from ..content import rows_content
+    from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
-    from ..files import NameTaken, remove, sort_metadata, writing
+    from ..files import NameTaken, remove, sort_metadata, write_whole, writing
+    from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
     from ..model.integrity import note_checksums
     from ..nn.lora_init import start_adapters
+    from ..nn.swap import count_parameters
     from ..train import checkpoints
+    from ..train.learning import learning_check
     from ..train.losses import draw_losses
-    from .loading import import_plugins, open_model, quiet_libraries
+    from .loading import content_of_template, import_plugins, open_model, quiet_libraries
 
     began = time.monotonic()
     task, train, validation, words = _rows(recipe)
     inputs = {"training data": rows_content(train), "validation data": rows_content(validation)}
     quiet_libraries()
     _check_training(recipe.training)
+    _check_fsdp(recipe.training)
     _check_choosing(recipe, validation)
+    _check_start(recipe)
     config = _lora_config(recipe)
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
@@ -168,10 +178,14 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     model, tokenizer = open_model(
         recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
     )
-    inputs |= content_of_model(recipe.model) if is_first() else {}
+    if is_first():
+        inputs |= content_of_model(recipe.model)
+        inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
+    base = fingerprint(model)
     _leave_out(config, model)
     if words["form"] == "messages":
         needs_chat_template(tokenizer)
+        words["chat_template"] = content_of_template(tokenizer.chat_template)
     if tokenizer.eos_token is None:
         raise InputError(f"{recipe.model}: its tokenizer has no end-of-text token, which training teaches to write")
     arguments = _arguments(recipe, work, model, words["form"], bool(validation), task.max_length())
@@ -183,11 +197,12 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
 
     run = record("finetune", recipe, words=words, training=arguments, base_model=_lasting_name(recipe.model))
     run["inputs"] = inputs
-    with _working(recipe, out, work, run) as checkpoint:
+    with _working(recipe, out, work, run, base) as checkpoint:
         request = Request()
-        keeper = checkpoints.keeper(request, _seconds(recipe.training), also=[work / "metrics.jsonl"])
+        notes = {FINGERPRINT: as_text(base)}
+        keeper = checkpoints.keeper(request, _seconds(recipe.training), also=[work / "metrics.jsonl"], notes=notes)
         watch = _watch(work / "metrics.jsonl", checkpoint, keeper)
-        listeners = [watch, keeper, *_stopper(recipe), *callbacks]
+        listeners = [watch, keeper, learning_check(), *_stopper(recipe), *callbacks]
         trainer = _trainer(model, tokenizer, arguments, config, train, validation, listeners)
         if starts is not None and checkpoint is None:
             start_adapters(trainer.model, starts)
@@ -201,12 +216,14 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         if keeper.stopped:
             raise Stopped(exit_code=request.exit_code)
         history = trainer.state.log_history
+        counted = count_parameters(trainer.model)
         result = Finetuned(
             out=recipe.out,
             steps=trainer.state.global_step,
             train_loss=_last(history, "loss"),
             validation_loss=_best_loss(trainer) or _last(history, "eval_loss"),
-            trainable=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            trainable=counted.trainable,
+            parameters=counted.total,
             examples=len(train),
             left_out=left_out,
             seconds=time.monotonic() - began,
@@ -216,6 +233,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                 with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
                     trainer.model.save_pretrained(folder)
                     sort_metadata(folder)
+                    write_whole(folder / FINGERPRINT, notes[FINGERPRINT])
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
                     draw_losses(folder)
@@ -253,6 +271,11 @@ def _train(trainer: Any, checkpoint: Path | None) -> None:
                 raise InputError(f"--resume: the best checkpoint is asked for, and {why}") from None
             trainer.model.load_adapter(str(best), "default", is_trainable=True)
     except Exception as error:  # of the libraries that write checkpoints, each has its own
+        if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+            raise InputError(
+                "no adapter is used by the model: the loss depends on none of them; name modules that the model uses "
+                "in --lora.target_modules"
+            ) from error
         if (reason := disk_says_no(error)) is None:
             raise
         place = Path(trainer.args.output_dir)
@@ -275,10 +298,13 @@ def _seconds(training: dict[str, Any]) -> float | None:
 
 
 @contextmanager
-def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None = None) -> Iterator[Path | None]:
+def _working(
+    recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None = None, base: dict[str, Any] | None = None
+) -> Iterator[Path | None]:
     """Makes the folder to work in ready, and gives the checkpoint to go on from, if any.
 
     run: what its ``run.json`` is to say; gets the ``id`` of the run that goes on.
+    base: the fingerprint of the base model, to compare with that of the run that goes on.
     A run that ends early leaves its folder if there is a checkpoint in it, and nothing otherwise. Of several processes
     the first makes and clears folders, and the others wait for it.
     """
@@ -286,7 +312,7 @@ def _working(recipe: Finetune, out: Path, work: Path, run: dict[str, Any] | None
     from ..train.checkpoints import all_in
 
     run = record("finetune", recipe) if run is None else run
-    checkpoint = _begin(recipe, out, work, run) if is_first() else None
+    checkpoint = _begin(recipe, out, work, run, base) if is_first() else None
     _together()
     if recipe.resume and not is_first():
         checkpoint = next(iter(all_in(work / "checkpoints")), None)  # what is damaged, the first has put aside
@@ -321,7 +347,7 @@ def _together() -> None:
         PartialState().wait_for_everyone()
 
 
-def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path | None:
+def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path | None:
     from ..checkpoint.run_info import as_json
     from ..files import remove, strangers, write_whole
     from ..train.checkpoints import all_in
@@ -331,7 +357,7 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path
         what = "is no folder of such a run" if others is None else f"holds {others[0]}, which llmtools did not write"
         raise InputError(f"this run would work in {work}, which {what}; move that away, or choose another --out")
     if recipe.resume:
-        checkpoint = _going_on(recipe, out, work, run)
+        checkpoint = _going_on(recipe, out, work, run, base)
         run["id"] = _run(work).get("id")
         write_whole(work / "run.json", as_json(run))
         return checkpoint
@@ -343,7 +369,7 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path
     return None
 
 
-def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> Path:
+def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path:
     """The checkpoint to go on from, in `work`; what a finished run kept is brought there."""
     from ..train.checkpoints import SEAL, last_whole, put_aside, seal, steps_of
 
@@ -364,6 +390,7 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any]) -> P
         if complaints:
             raise InputError(f"--resume: no checkpoint {where} is whole: {complaints[0]}; begin anew with --overwrite")
         raise InputError(f"--resume: there is no checkpoint {where}; start without --resume")
+    _check_base(recipe, checkpoint or kept, base)
     _check_same(recipe, former, run)
     for complaint in complaints:
         log.warning("%s; going on from %s", complaint, checkpoint or kept)
@@ -407,8 +434,27 @@ def _run(folder: Path) -> dict[str, Any]:
     return json_or_empty(folder / "run.json")
 
 
+def _check_base(recipe: Finetune, checkpoint: Path | None, base: dict[str, Any] | None) -> None:
+    """Raises InputError where the base model is another one than that of the checkpoint, unless that is allowed."""
+    from ..model.fingerprint import compare, read_fingerprint
+
+    former = None if checkpoint is None else read_fingerprint(checkpoint)
+    difference = None if former is None or base is None else compare(former, base)
+    if difference is None:
+        return
+    if not recipe.allow_other_base:
+        raise InputError(
+            f"--resume: the model's weights changed since this run began: it {difference}; go on with the same, pass "
+            "--allow_other_base, or begin anew with --overwrite"
+        )
+    log.warning("the run that goes on %s", difference)
+
+
 ROWS = ("training data", "validation data")
 """names of the hashes of rows in ``inputs`` of run.json; the others are of the model"""
+MODEL = ("model's configuration", "model's weights", "model's revision on the hub", "tokenizer")
+TENSORS = "model's tensors"
+"""the name of the hash that is the same for other shards of the same weights"""
 
 
 def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -> None:
@@ -421,12 +467,18 @@ def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -
         return
     way_out = "go on with the same, or begin anew with --overwrite"
     now = json.loads(as_json(asdict(recipe)))  # without secrets, as what was written
-    changed = [key for key in {**inputs, **here} if inputs.get(key) != here.get(key)]
+    ignored = {TENSORS}  # runs of earlier versions have none
+    if recipe.allow_other_base:
+        ignored |= {*MODEL}
+    elif inputs.get(TENSORS) is not None and inputs[TENSORS] == here.get(TENSORS):
+        ignored |= {"model's weights"}
+    changed = [key for key in {**inputs, **here} if inputs.get(key) != here.get(key) and key not in ignored]
     moved = {  # the same from another place is the same
         "data": not {*ROWS} & {*changed},
         "validation": not {*ROWS} & {*changed},
         "model": not {*changed} - {*ROWS},
     }
+    moved |= {key: True for key in ("model", "load") if recipe.allow_other_base}
     for key in ("model", "load", "data", "validation", "limit", "lora", "task", "options", "seed"):
         if before.get(key) != now[key] and not moved.get(key):
             raise InputError(f"--resume: {key} was {before.get(key)!r} and is {now[key]!r}; {way_out}")
@@ -454,7 +506,7 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     """(task, training rows, validation rows, the words they are in), checked before anything is loaded."""
     from ..data.tasks import make_task, tasks
     from ..data.tasks.base import spread
-    from .loading import with_current_folder
+    from .loading import template_of, with_current_folder
 
     if ":" in recipe.task:
         with_current_folder()
@@ -466,21 +518,18 @@ def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
     if not train:
         raise InputError(f"{recipe.data}: there is nothing to train on")
     form = _form(train[0])
-    template = task.template
-    words: dict[str, Any] = {"form": form, "template": None if template is None else template._asdict()}
-    if recipe.task == "text" and recipe.options.get("prompt") is not None:
-        words["template"] = {key: recipe.options[key] for key in ("prompt", "completion")}
-    if form == "messages" and (system := _system_prompt(rows)) is not None:
-        words["system"] = system
+    words: dict[str, Any] = {"form": form, "template": template_of(task)}
+    if form == "messages" and len(systems := _system_prompts(rows)) == 1:
+        words["system"] = systems.pop()
     if form == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = _turns(train), _turns(validation)
     return task, train, validation, words
 
 
-def _system_prompt(rows: list[Row]) -> str | None:
-    """The system prompt that all chats begin with; None where they differ, or have none."""
-    first = {row["messages"][0]["content"] if row["messages"][0]["role"] == "system" else None for row in rows}
-    return str(first.pop()) if len(first) == 1 and None not in first else None
+def _system_prompts(rows: list[Row]) -> set[str | None]:
+    """The system prompts that chats begin with; None stands for chats without one."""
+    first = (row["messages"][0] for row in rows)
+    return {str(message["content"]) if message["role"] == "system" else None for message in first}
 
 
 def _form(row: Row) -> str:
@@ -636,6 +685,20 @@ def _check_report(name: str) -> None:
         ) from error
 
 
+def _check_fsdp(training: dict[str, Any]) -> None:
+    """Raises InputError where the arguments, or accelerate's launcher, ask for the first version of FSDP."""
+    from ..nn.adapters import refuse_fsdp1
+
+    config: Any = training.get("fsdp_config") or {}
+    if isinstance(config, str) and config.lstrip().startswith("{"):
+        with suppress(ValueError):
+            config = json.loads(config)
+    if isinstance(config, str):
+        config = json_or_empty(Path(config).expanduser())
+    version = config.get("version", config.get("fsdp_version"))
+    refuse_fsdp1(None if version is None else str(version))
+
+
 def _check_choosing(recipe: Finetune, validation: list[Row]) -> None:
     """Raises InputError for arguments that use validation rows where there are none."""
     training = recipe.training
@@ -692,6 +755,32 @@ def _lora_config(recipe: Finetune) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: {error}") from error
+
+
+_PREPARED = {"corda": "preprocess_corda", "eva": "initialize_lora_eva_weights", "lora_ga": "preprocess_loraga"}
+"""Values of init_lora_weights → the function of PEFT that has to be called with data of its own."""
+
+
+def _check_start(recipe: Finetune) -> None:
+    """Raises InputError for starts of PEFT's that change the base's weights, where these are quantized, or need a
+    preparation that is not made here."""
+    from .loading import is_quantized
+
+    start = recipe.lora.options.get("init_lora_weights")
+    kind = start.lower().split("_niter")[0] if isinstance(start, str) else ""
+    why = ""
+    if kind in ("pissa", "olora", "corda", "loftq") and (recipe.load or is_quantized(recipe.model)):
+        why = "changes the weights of the base, and quantized weights are read-only"
+    elif kind.startswith(tuple(_PREPARED)):
+        name = next(name for name in _PREPARED if kind.startswith(name))
+        why = f"needs peft's {_PREPARED[name]} with data of its own, which this command does not call"
+    elif kind == "loftq":
+        why = "quantizes the base in a way of its own, and this command does not"
+    if why:
+        raise InputError(
+            f"lora.options.init_lora_weights={start!r} {why}; adapters that begin with what best makes up for the "
+            "quantization error: llmtools quantize --adapter_rank R, then finetune --lora.init error"
+        )
 
 
 def _leave_out(config: Any, model: Any) -> None:
@@ -781,13 +870,14 @@ def _trainer(
         from trl import SFTConfig, SFTTrainer
     except ImportError as error:
         raise InputError(NEEDS_TRAIN.format(error=error)) from error
-    from ..nn.adapters import prepare_for_training
+    from ..nn.adapters import prepare_for_training, refuse_fsdp1
     from ..train.heap import keep_large_blocks_apart
 
     try:
         args = SFTConfig(**arguments)
     except (TypeError, ValueError) as error:
         raise InputError(f"training: {error}") from error
+    refuse_fsdp1(str((getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version")))
     datasets.disable_progress_bars()
     keep_large_blocks_apart()
     prepare_for_training(model, gradient_checkpointing=args.gradient_checkpointing)
@@ -830,6 +920,8 @@ def _lean(trainer: type) -> type:
                 and getattr(self.accelerator, "parallelism_config", None) is None
             )
             self.causal_loss = CausalLoss(self.model) if plain else None
+            head = self.model.get_base_model().get_output_embeddings()
+            self.from_logits = plain and hasattr(head, "token_adapter")  # trained tokens of a tied head: not TRL's case
             self.hits: list[Any] = []
             self.validated: list[Any] = []
 
@@ -838,13 +930,20 @@ def _lean(trainer: type) -> type:
         ) -> Any:
             found = None
             if not model.training and "labels" in inputs:
-                result = super().compute_loss(model, inputs, return_outputs=return_outputs)
-                loss = result[0] if return_outputs else result
+                if self.from_logits:
+                    outputs, found = _from_logits(model, inputs)
+                    loss = found.sum / found.tokens.clamp(min=1)
+                    result = (loss, outputs) if return_outputs else loss
+                else:
+                    result = super().compute_loss(model, inputs, return_outputs=return_outputs)
+                    loss = result[0] if return_outputs else result
                 tokens = (inputs["labels"][:, 1:] != -100).sum()
                 self.validated.append(torch.stack([loss.detach().double() * tokens, tokens.double()]))
                 return result
             if self.causal_loss is not None and model.training and not return_outputs:
                 found = self.causal_loss(model, inputs)
+            if found is None and self.from_logits and not return_outputs:
+                _, found = _from_logits(model, inputs)
             if found is None:
                 return super().compute_loss(
                     model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
@@ -872,6 +971,14 @@ def _lean(trainer: type) -> type:
             super().log(logs, start_time)
 
     return Lean
+
+
+def _from_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+    """(the model's outputs, the loss of its logits)"""
+    from ..nn.loss import loss_of_logits
+
+    outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    return outputs, loss_of_logits(outputs.logits[:, :-1], inputs["labels"][:, 1:])
 
 
 def _watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:

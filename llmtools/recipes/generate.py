@@ -40,6 +40,8 @@ class Generate:
     """take the prompt as it stands: no chat template, and no prompt template that the adapter was trained with"""
     plugin: str | list[str] | None = None
     """module:Class of your own quantizer, if the checkpoint was made with it"""
+    allow_other_base: bool = False
+    """permission to open the adapter on another base than the one it was trained on, with a warning"""
     verify: bool = False
     """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
     trust_remote_code: bool = False
@@ -87,7 +89,12 @@ def generate(recipe: Generate) -> Generated:
     import_plugins(recipe.plugin)
     load = loaded_as(recipe.load, name, adapter)
     model, tokenizer = open_model(
-        name, adapter=adapter, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+        name,
+        adapter=adapter,
+        load=load,
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        allow_other_base=recipe.allow_other_base,
     )
     template = {} if recipe.raw else words_of(adapter)
     chat = not recipe.raw and _is_chat(template, adapter, tokenizer)
@@ -96,9 +103,8 @@ def generate(recipe: Generate) -> Generated:
         raise InputError(
             "--system goes with a chat template, which this model or adapter is not asked in; leave it out"
         )
-    if recipe.system is not None and template.get("system") not in (None, recipe.system):
-        log.warning("the adapter was trained with another system prompt: %r", template["system"])
     if chat:
+        _say_what_differs(template, system, tokenizer)
         prompts = [_as_chat(prompt, system, tokenizer) for prompt in prompts]
     elif not recipe.raw:
         prompts = [_in_template(prompt, template) for prompt in prompts]
@@ -156,6 +162,17 @@ def _is_chat(template: dict[str, Any], adapter: str | None, tokenizer: Any) -> b
         return False
     form = template.get("form")
     return form == "messages" if adapter is not None and form is not None else True
+
+
+def _say_what_differs(trained: dict[str, Any], system: str | None, tokenizer: Any) -> None:
+    """Warns where chats had another system prompt, or another chat template, when the adapter was trained."""
+    from .loading import content_of_template
+
+    if "system" in trained and (trained["system"] or None) != (system or None):
+        other = f"with another system prompt: {trained['system']!r}" if trained["system"] else "without a system prompt"
+        log.warning("the adapter was trained %s", other)
+    if trained.get("chat_template") not in (None, content_of_template(tokenizer.chat_template)):
+        log.warning("the adapter was trained in another chat template than that of this model's tokenizer")
 
 
 def _as_chat(prompt: str, system: str | None, tokenizer: Any) -> str:

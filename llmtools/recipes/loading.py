@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..content import rows_content
 from ..errors import InputError, first_line
 from ..files import read_json
 from ..options import fits
@@ -33,13 +34,15 @@ def open_model(
     trust_remote_code: bool = False,
     verify: bool = False,
     any_task: bool = False,
+    allow_other_base: bool | None = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
 
     With `verify` all bytes of both are compared with the checksums beside them. Weights keep the type of the
     checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes to the GPU if there is one.
 
-    Raises InputError for a model that is no decoder with a language model head, unless `any_task`.
+    Raises InputError for a model that is no decoder with a language model head, unless `any_task`, and for one that is
+    not the base of the adapter, unless `allow_other_base` (None: that was looked at before).
     """
     import torch
 
@@ -64,7 +67,7 @@ def open_model(
         _use_plain_kernel(model)
         _decode_ourselves(model)
     if adapter is not None:
-        model = open_adapter(model, adapter, verify=verify)
+        model = open_adapter(model, adapter, verify=verify, allow_other_base=allow_other_base)
     model.eval()
     return model, tokenizer
 
@@ -92,7 +95,7 @@ def bitsandbytes_config(name: str, kind: str) -> Any:
         raise InputError(f"--load {kind}: nf4 or int8 is expected")
     if find_spec("bitsandbytes") is None:
         raise InputError(f"--load {kind} is done by bitsandbytes: pip install 'llmtools[bitsandbytes]'")
-    if _is_quantized(name):
+    if is_quantized(name):
         raise InputError(f"--load {kind}: {name} is quantized already; give the plain model")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -164,13 +167,13 @@ def loaded_as(load: str | None, name: str, adapter: str | None) -> str | None:
     A model that is quantized already stays as it is.
     """
     trained = _recipe_of(adapter).get("load")
-    if load is not None or trained is None or _is_quantized(name):
+    if load is not None or trained is None or is_quantized(name):
         return load
     log.info("the adapter was trained with --load %s, so %s is loaded like that, too", trained, name)
     return str(trained)
 
 
-def _is_quantized(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """Whether the configuration of a folder or hub name says so."""
     from transformers import PreTrainedConfig
 
@@ -213,12 +216,26 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
 def words_of(adapter: str | None) -> dict[str, Any]:
     """The prompt template that an adapter was trained with, by its run.json; {} if it has none.
 
-    ``{"form": "prompt", "template": {"prompt": …, "completion": …}}``. Raises InputError for anything else.
+    ``{"form": "prompt", "template": {"prompt": …, "completion": …}}``; for chats ``"system"`` where all had the same
+    system prompt, or none, and ``"chat_template"``, a hash. Raises InputError for anything else.
     """
     words = _run_of(adapter).get("words") or {}
     if not fits(words, dict[str, Any]) or not fits(words.get("template"), dict[str, str] | None):
         raise _damaged_run(adapter, "words", words)
     return dict(words)
+
+
+def content_of_template(chat_template: Any) -> str:
+    """The hash of a tokenizer's chat template, by which it is seen whether an adapter was trained in another one."""
+    return rows_content([chat_template])
+
+
+def template_of(task: Any) -> dict[str, str] | None:
+    """The prompt template of a task, its own or that of its options; None where it has none."""
+    if task.template is not None:
+        return dict(task.template._asdict())
+    halves = {key: getattr(task, key, None) for key in ("prompt", "completion")}
+    return halves if task.name == "text" and halves["prompt"] is not None else None  # type: ignore[return-value]
 
 
 def options_of(adapter: str | None, task: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +105,15 @@ class Finished(Exception):
     """The checkpoint that a run goes on from has all its steps already."""
 
 
-def keeper(request: Request, seconds: float | None, also: Iterable[Path] = ()) -> Any:
+def keeper(
+    request: Request, seconds: float | None, also: Iterable[Path] = (), notes: Mapping[str, str] | None = None
+) -> Any:
     """The TrainerCallback that has checkpoints written in time, seals them, and ends the run when that was asked for.
 
     request: where a signal is noted. The current step is finished and saved then, and training stops.
     seconds: of work that may be lost; None: the Trainer's arguments alone say when to save.
     also: files beside the checkpoints that are to be on the disk with them.
+    notes: name → text of files to put into each checkpoint.
 
     Of several processes each has its own, and they act as one.
     """
@@ -146,7 +149,10 @@ def keeper(request: Request, seconds: float | None, also: Iterable[Path] = ()) -
                 for file in also:
                     if file.exists():
                         sync(file)
-                seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+                checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                for name, text in (notes or {}).items():
+                    write_whole(checkpoint / name, text)
+                seal(checkpoint)
             self._saved = time.monotonic()
             if self._stop and state.global_step < state.max_steps:
                 self.stopped = control.should_training_stop = True

@@ -558,6 +558,161 @@ def test_a_loss_that_is_no_number_stops_the_run(stories: Path, data: str, tmp_pa
     assert not (tmp_path / "a").exists()
 
 
+@pytest.fixture
+def changed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Has finetune open a model that something was done to."""
+    from llmtools.recipes import loading
+
+    def change(what: Any) -> None:
+        def opened(*args: Any, former: Any = loading.open_model, **kwargs: Any) -> Any:
+            model, tokenizer = former(*args, **kwargs)
+            what(model)
+            return model, tokenizer
+
+        monkeypatch.setattr(loading, "open_model", opened)
+
+    return change
+
+
+def bypass(model: Any) -> None:
+    model.model.layers[1].mlp.forward = lambda x: x
+
+
+def nan_behind(model: Any) -> None:
+    model.model.layers[2].register_full_backward_hook(lambda module, ins, outs: (ins[0] * float("nan"),))
+
+
+def test_an_adapter_that_the_model_bypasses_is_named(
+    changed: Any, packed: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed(bypass)
+    with caplog.at_level("WARNING", logger="llmtools"):
+        finetune(recipe(packed, data, tmp_path / "a", training={**TRAINING, "max_steps": 2}))
+    (warning,) = [each for each in caplog.messages if "no gradient" in each]
+    assert "3 of 35 adapters" in warning
+    assert {f"model.layers.1.mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")} == {
+        each.strip() for each in warning.rpartition(": ")[2].split(",")
+    }
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        {"bf16": True},
+        {"warmup_steps": 1},
+        {"learning_rate": 0.0},
+    ],
+    ids=["plain", "accumulated and recomputed", "bf16", "warm-up", "no rate"],
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"modules_to_save": ["norm"]}, {"trainable_token_indices": [5, 6, 300]}], ids=str
+)
+def test_training_as_usual_gives_no_warning(
+    training: Any, options: Any, packed: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if training and options:
+        pytest.skip("one of the two is enough")
+    asked = recipe(packed, data, tmp_path / "a", training={**TRAINING, "max_steps": 2, **training}, validation=0.25)
+    with caplog.at_level("WARNING", logger="llmtools"):
+        result = finetune(replace(asked, lora=Lora(r=2, options=options)))
+    assert "adapters" not in caplog.text
+    assert 0 < result.trainable < result.parameters and result.validation_loss is not None
+
+
+def test_a_step_that_changes_nothing_is_said(
+    packed: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    with caplog.at_level("WARNING", logger="llmtools"):
+        finetune(recipe(packed, data, tmp_path / "a", training={**TRAINING, "max_steps": 1, "optim": "adamw_torch"}))
+    assert "35 of 35 adapters have a gradient, and the first step did not change them" in caplog.text
+
+
+def test_adapters_that_the_loss_does_not_reach_are_an_error(
+    changed: Any, packed: str, data: str, tmp_path: Path
+) -> None:
+    changed(bypass)
+    target = r".*layers\.1\.mlp\..*_proj"
+    with pytest.raises(InputError, match=r"no adapter .*lora.target_modules"):
+        finetune(replace(recipe(packed, data, tmp_path / "a"), lora=Lora(r=2, target_modules=target)))
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.training").exists()
+
+
+def test_a_gradient_that_is_no_number_is_an_error_before_the_step(
+    changed: Any, packed: str, data: str, tmp_path: Path
+) -> None:
+    training = {**TRAINING, "max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"}
+    finetune(recipe(packed, data, tmp_path / "a", training=training))
+    former = adapter(tmp_path / "a")
+    changed(nan_behind)
+    with pytest.raises(
+        InputError, match=r"step 3 the gradient of 14 of 35 adapters is not finite .*layers\.0"
+    ) as error:
+        finetune(recipe(packed, data, tmp_path / "a", training={**training, "max_steps": 3}, resume=True))
+    assert "layers.3" not in str(error.value)
+    assert all(torch.equal(tensor, former[key]) for key, tensor in adapter(tmp_path / "a").items())
+    assert len(list((tmp_path / "a.training" / "checkpoints").glob("checkpoint-2"))) == 1
+
+
+def test_every_verb_refuses_another_base_and_resuming_knows_the_same_one_in_shards(
+    stories: Path, packed: str, data: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    import llmtools
+    from llmtools.recipes.evaluate import Evaluate, evaluate
+    from llmtools.recipes.export import Export, export
+    from llmtools.recipes.generate import Generate, generate
+    from llmtools.recipes.push import Push, push
+
+    training = {**TRAINING, "max_steps": 2, "save_steps": 1, "lr_scheduler_type": "constant"}
+    asked = recipe(packed, data, tmp_path / "a", training=training)
+    finetune(asked)
+    last = tmp_path / "a" / "checkpoints" / "checkpoint-2"
+    texts = {(folder / "base_fingerprint.json").read_text() for folder in (tmp_path / "a", last)}
+    assert len(texts) == 1
+    assert "base_fingerprint.json" in push(Push(str(tmp_path / "a"), "me/adapter", dry_run=True)).files
+
+    said = "a base with rtn 4 bits, this is dense"
+    text = tmp_path / "text.txt"
+    text.write_text("Tom had three cats and a ball. " * 20)
+    more = {**training, "max_steps": 3}
+    for folder in (str(tmp_path / "a"), str(last)):
+        with pytest.raises(InputError, match=said):
+            generate(Generate(model=str(stories), adapter=folder, prompt="Tom", max_new_tokens=1))
+    generate(Generate(model=str(stories), adapter=folder, prompt="Tom", max_new_tokens=1, allow_other_base=True))
+    assert said in caplog.text
+    with pytest.raises(InputError, match=said):
+        evaluate(Evaluate(model=str(stories), adapter=folder, data=str(text), context=32))
+    for form in ("dense", "lora"):
+        out = tmp_path / form
+        with pytest.raises(InputError, match=said):
+            export(Export(format=form, model=str(stories), adapter=folder, out=str(out)))
+        assert not out.exists()
+        export(Export(format=form, model=str(stories), adapter=folder, out=str(out), allow_other_base=True))
+    assert (tmp_path / "lora" / "base_fingerprint.json").exists()
+    with pytest.raises(InputError, match=f"the model's weights changed since this run began: it was .*{said}"):
+        finetune(replace(asked, model=str(stories), training=more, resume=True))
+    shards = llmtools.save(llmtools.load(packed)[0], None, tmp_path / "shards", max_shard_size="60KB")
+    for file in Path(packed).glob("tokenizer*"):
+        shutil.copy(file, shards)
+    shutil.copy(Path(packed) / "config.json", shards)
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    assert finetune(replace(asked, model=str(shards), training=more, resume=True)).steps == 3
+    again = replace(asked, model=str(stories), training={**more, "max_steps": 4}, resume=True, allow_other_base=True)
+    assert finetune(again).steps == 4
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "corda", "eva", "loftq", "lora_ga"])
+def test_a_start_that_cannot_be_made_names_the_one_that_can(start: str, packed: str, data: str, tmp_path: Path) -> None:
+    lora = Lora(options={"init_lora_weights": start})
+    with pytest.raises(InputError, match=rf"{start}.*quantize --adapter_rank R, then finetune --lora.init error"):
+        finetune(replace(recipe(packed, data, tmp_path / "a"), lora=lora))
+    assert not list(tmp_path.glob("a*"))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -567,6 +722,8 @@ def test_a_loss_that_is_no_number_stops_the_run(stories: Path, data: str, tmp_pa
         ({"training": {"max_length": 4096}}, "512 positions"),
         ({"training": {"load_best_model_at_end": True}}, "no validation rows; pass --validation"),
         ({"training": {"eval_strategy": "epoch"}}, "no validation rows; pass --validation"),
+        ({"training": {"fsdp": "full_shard", "fsdp_config": {"version": 1}}}, "use FSDP2"),
+        ({"training": {"fsdp_config": {"fsdp_version": 1}}}, "use FSDP2"),
         ({"validation": 1.5}, "from 0 to below 1"),
         ({"options": {"prompts": "x"}}, "did you mean 'prompt'"),
         ({"resume": True}, "there is no checkpoint"),

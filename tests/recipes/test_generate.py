@@ -91,3 +91,26 @@ def test_the_system_prompt_of_training_is_used_and_another_one_is_said(
     with caplog.at_level(logging.WARNING, "llmtools"):
         generate(Generate(adapter=adapter, prompt="Hi", system="Be rude.", max_new_tokens=1))
     assert "trained with another system prompt: 'Be kind.'" in caplog.text
+
+
+def test_a_system_prompt_or_a_chat_template_that_training_had_not_is_said(
+    chat_model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("trl")
+    from llmtools.recipes.finetune import Finetune, finetune
+
+    chat = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"))]
+    (tmp_path / "c.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 2)
+    adapter = str(tmp_path / "a")
+    finetune(Finetune(model=chat_model, data=str(tmp_path / "c.jsonl"), out=adapter, training={"max_steps": 1}))
+    with caplog.at_level(logging.WARNING, "llmtools"):
+        generate(Generate(adapter=adapter, prompt="Hi", max_new_tokens=1))
+        assert "trained" not in caplog.text
+        generate(Generate(adapter=adapter, prompt="Hi", system="Be kind.", max_new_tokens=1))
+        assert "trained without a system prompt" in caplog.text
+        assert "another chat template" not in caplog.text
+        other = Path(shutil.copytree(chat_model, tmp_path / "other"))
+        template = other / "chat_template.jinja"
+        template.write_text(template.read_text() + " ")
+        generate(Generate(model=str(other), adapter=adapter, prompt="Hi", max_new_tokens=1))
+        assert "another chat template" in caplog.text

@@ -71,7 +71,8 @@ def _library() -> ctypes.CDLL | None:
     library = native.library("ranges")
     if library is not None:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        groups, ranges = [pointer, pointer, size, size], [pointer, pointer, pointer, size]
-        library.best_shares.argtypes = [*groups, *ranges, ctypes.POINTER(Kind), pointer, number]
+        library.best_shares.argtypes = [
+            pointer, pointer, size, size, pointer, pointer, pointer, size, ctypes.POINTER(Kind), pointer, number,
+        ]  # fmt: skip
         library.best_shares.restype = None
     return library

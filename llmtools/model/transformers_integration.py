@@ -473,6 +473,12 @@ def _from_spec(spec: Mapping[str, Any]) -> Quantizer:
     try:
         return from_spec(dict(spec))
     except InputError as error:
+        if ":" in str(spec.get("name")):
+            raise CheckpointError(
+                f"the checkpoint was made with a quantizer of the user's own, {spec['name']}, and a file has no code "
+                f"imported; if you trust that module, pass --plugin {spec['name']} (in Python: import the module, then "
+                f"llmtools.quantizers.get({spec['name']!r}))"
+            ) from error
         raise CheckpointError(
             f"the checkpoint's quantizer {dict(spec)} cannot be made here: {error}. "
             "If it comes from a plug-in, install it (or import the module that registers it) before loading"

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
@@ -91,7 +90,7 @@ def evaluate(recipe: Evaluate) -> Evaluation:
     began = time.monotonic()
     if (recipe.limit is not None and recipe.limit < 1) or recipe.batch_size < 1:
         raise InputError(f"limit={recipe.limit}, batch_size={recipe.batch_size}: at least 1 is expected")
-    judge = _harness(recipe) if recipe.harness else _task(recipe)
+    judge = judge_of(recipe)
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
     quiet_libraries()
     import_plugins(recipe.plugin)
@@ -121,23 +120,25 @@ def evaluate(recipe: Evaluate) -> Evaluation:
     )
 
 
-OWN_DATA = ("text", "chat")
-"""Tasks on the user's own data: what they judge is called their validation data."""
-
 Judge = Callable[[Any, Any], dict[str, Any]]
 """(model, tokenizer) -> measures, the one that counts first."""
+
+
+def judge_of(recipe: Evaluate) -> Judge:
+    """What measures a model by this recipe. Raises InputError for what is wrong with task, options or data."""
+    return _harness(recipe) if recipe.harness else _task(recipe)
 
 
 def _task(recipe: Evaluate) -> Judge:
     """One of our tasks. What is wrong with its options or data is said here, before minutes of loading."""
     from ..data.tasks import make_task
+    from ..data.tasks.base import check_data
     from ..progress import progress
-    from .loading import options_of, template_of, with_current_folder, words_of
+    from .loading import options_of, task_class, template_of, words_of
 
-    if ":" in recipe.task:
-        with_current_folder()
+    cls = task_class(recipe.task)
     given: dict[str, Any] = {"data": recipe.data, "context": recipe.context}
-    if recipe.task in OWN_DATA and "validation_data" not in recipe.options:
+    if cls.validates_on_data and "validation_data" not in recipe.options:
         given["validation_data"] = recipe.data
     for key in recipe.options:
         if given.get(key) is not None:
@@ -147,7 +148,7 @@ def _task(recipe: Evaluate) -> Judge:
         log.info("options of the task as the adapter was trained: %s", ", ".join(taken))
     options = {**trained, **{k: v for k, v in given.items() if v is not None}, **recipe.options}
     task = make_task(recipe.task, **options)
-    _check_data(recipe)
+    check_data(cls, recipe.data)
     former, template = words_of(recipe.adapter).get("template"), template_of(task)
     if former and template and former != template:
         log.warning("the adapter was trained in another prompt template: %r; this is %r", former, template)
@@ -190,23 +191,10 @@ def _names(harness: str | list[str] | None) -> list[str]:
 
 def _data(recipe: Evaluate) -> str | None:
     """What is measured on, in the user's words."""
-    own = recipe.options.get("validation_data") if recipe.task in OWN_DATA else None
+    from .loading import task_class
+
+    own = recipe.options.get("validation_data") if task_class(recipe.task).validates_on_data else None
     return own if isinstance(own, str) else recipe.data or recipe.options.get("data")
-
-
-def _check_data(recipe: Evaluate) -> None:
-    """Finds a missing file before minutes of loading, for the tasks that read one."""
-    from ..data.calibration import HUB
-    from ..data.text_io import existing_file
-
-    if recipe.task in ("perplexity", "wikitext2", "c4", *OWN_DATA) and recipe.data not in (None, *HUB):
-        existing_file(str(recipe.data))
-    elif (
-        recipe.data is not None
-        and recipe.data.startswith((".", "/", "~"))
-        and not Path(recipe.data).expanduser().exists()
-    ):
-        raise InputError(f"there is no file or folder {recipe.data} (looked in {Path.cwd()})")
 
 
 def linear_weights(model: Any) -> tuple[float, int]:

@@ -502,17 +502,26 @@ def _lasting_name(model: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
-    """(task, training rows, validation rows, the words they are in), checked before anything is loaded."""
-    from ..data.tasks import make_task, tasks
-    from ..data.tasks.base import spread
-    from .loading import template_of, with_current_folder
+def training_task(recipe: Finetune) -> Any:
+    """The task with its options. Raises InputError for an unknown one, wrong options, or files that are not there."""
+    from ..data.tasks import make_task
+    from ..data.tasks.base import check_data
+    from .loading import task_class
 
-    if ":" in recipe.task:
-        with_current_folder()
-    known = {each.name for each in fields(tasks.get(recipe.task))}  # type: ignore[arg-type]
+    cls = task_class(recipe.task)
+    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
     given = {"data": recipe.data, "validation_data": recipe.validation, "seed": recipe.seed}
     task = make_task(recipe.task, **{key: given[key] for key in given if key in known}, **recipe.options)
+    check_data(cls, recipe.data, recipe.validation)
+    return task
+
+
+def _rows(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
+    """(task, training rows, validation rows, the words they are in), checked before anything is loaded."""
+    from ..data.tasks.base import spread
+    from .loading import template_of
+
+    task = training_task(recipe)
     rows = task.train()
     train, validation = spread(rows, recipe.limit), spread(task.validation(), recipe.limit)
     if not train:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from ..data.tasks import Task
+
 log = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
@@ -277,6 +279,18 @@ def import_plugins(plugin: str | list[str] | None) -> None:
             raise InputError(f"plugin {name!r}: module:Class is expected, such as mypackage:MyQuantizer")
         with_current_folder()
         quantizers.get(name)
+
+
+def task_class(name: str) -> type[Task]:
+    """The task that the user names, registered or ``module:Class``. Raises InputError where there is none."""
+    from ..data.tasks import Task, tasks
+
+    if ":" in name:
+        with_current_folder()
+    cls = tasks.get(name)
+    if not issubclass(cls, Task):
+        raise InputError(f"task {name!r}: {cls!r} is no subclass of llmtools.data.Task")
+    return cls
 
 
 def with_current_folder() -> None:

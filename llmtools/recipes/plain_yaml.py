@@ -46,6 +46,7 @@ _FLOAT = re.compile(
 )
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 _NULL = re.compile(r"(?:null|Null|NULL)$")
+_OCTAL = re.compile(r"0o[0-7]+$")  # in YAML 1.2
 _YES = re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")  # in YAML 1.1, so in files, not in flags
 
 
@@ -116,6 +117,17 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"{where} is not YAML: {place}{reason}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
+def as_yaml(value: Any) -> str:
+    """Plain data as YAML that reads back as the same here, and in any reader of YAML 1.1 or 1.2.
+
+    >>> as_yaml({"rate": 1e-4, "name": "1e-4"})
+    'rate: 0.0001\\nname: "1e-4"\\n'
+    """
+    import yaml
+
+    return str(yaml.dump(value, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
 
 
 def without_code(contents: dict[str, Any], where: Path, given: Collection[str], spelled: Collection[str]) -> None:
@@ -304,6 +316,23 @@ def _loader() -> Any:
             f"tag:yaml.org,2002:{kind}", lambda loader, node, make=make: make(loader.construct_scalar(node))
         )
     return Plain
+
+
+@functools.cache
+def _dumper() -> Any:
+    """PyYAML's safe dumper, which quotes what YAML 1.1 takes for no string, and what others take for a number, too."""
+    import yaml
+
+    class Quoting(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: Any, value: str) -> Any:
+        quoted = any(pattern.match(value) for pattern in (_INT, _FLOAT, _BOOL, _NULL, _YES, _OCTAL))
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if quoted else None)
+
+    Quoting.add_representer(str, text)
+    return Quoting
 
 
 def _bool(text: str) -> bool:

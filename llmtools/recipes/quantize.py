@@ -88,9 +88,8 @@ def _quantize(recipe: Quantize) -> Quantized:
     from ..checkpoint.folder import write
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record, write_json
-    from ..data.calibration import HUB, calibration
+    from ..data.calibration import calibration
     from ..data.metrics import model_positions
-    from ..data.text_io import existing_file
     from ..files import writing
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
@@ -99,16 +98,7 @@ def _quantize(recipe: Quantize) -> Quantized:
     began = time.monotonic()
     check_model(recipe.model)
     import_plugins(recipe.plugin)
-    quantizer = resolve_quantizer(recipe)
-    if quantizer.needs_hessian and recipe.calibration is None:
-        raise InputError(
-            f"{quantizer.name} learns from text: pass --calibration FILE (.txt or .jsonl), or use a quantizer that "
-            f"needs none, such as --quantizer rtn"
-        )
-    if recipe.finetune_blocks.epochs and recipe.calibration is None:
-        raise InputError("--finetune_blocks learns from text: pass --calibration FILE (.txt or .jsonl)")
-    if recipe.calibration is not None and recipe.calibration not in HUB:
-        existing_file(recipe.calibration)
+    quantizer = checked_quantizer(recipe)
 
     quiet_libraries()
     model, tokenizer = open_model(
@@ -145,6 +135,24 @@ def _quantize(recipe: Quantize) -> Quantized:
         report=report.to_json(),
         table=report.table(),
     )
+
+
+def checked_quantizer(recipe: Quantize) -> Any:
+    """What the recipe describes. Raises InputError for wrong options, and where it lacks the text that it needs."""
+    from ..data.calibration import HUB
+    from ..data.text_io import existing_file
+
+    quantizer = resolve_quantizer(recipe)
+    if quantizer.needs_hessian and recipe.calibration is None:
+        raise InputError(
+            f"{quantizer.name} learns from text: pass --calibration FILE (.txt or .jsonl), or use a quantizer that "
+            f"needs none, such as --quantizer rtn"
+        )
+    if recipe.finetune_blocks.epochs and recipe.calibration is None:
+        raise InputError("--finetune_blocks learns from text: pass --calibration FILE (.txt or .jsonl)")
+    if recipe.calibration is not None and recipe.calibration not in HUB:
+        existing_file(recipe.calibration)
+    return quantizer
 
 
 def resolve_quantizer(recipe: Quantize) -> Any:

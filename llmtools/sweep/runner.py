@@ -23,16 +23,18 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from ..checkpoint.inputs import content_of_model, contents
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
 from ..files import MARK, claim, clear_unfinished, read_json, write_whole
+from ..options import fits, type_name
+from ..recipes import plain_yaml as config
 from ..recipes.evaluate import Evaluate
 from ..recipes.finetune import Finetune, Lora
 from ..recipes.loading import without_data
@@ -263,8 +265,24 @@ class _Run:
         grid = itertools.product(self.recipe.seeds, self.recipe.ranks, self.recipe.tasks, forms)
         cells = [Cell(form, task, rank, seed) for seed, rank, task, form in grid]
         for cell in cells:  # every option is looked at before the first hour
-            self.finetune(cell), self.evaluate(cell, adapter=True), self.quantize(cell.form)
+            self._check(cell)
         return cells
+
+    def _check(self, cell: Cell) -> None:
+        """Raises InputError, led by the cell's name, for what can be seen to be wrong with it without a model."""
+        from ..recipes.evaluate import judge_of
+        from ..recipes.finetune import training_task
+        from ..recipes.quantize import checked_quantizer
+
+        trained, judged, made = self.finetune(cell), self.evaluate(cell), self.quantize(cell.form)
+        if self.recipe.report_only:
+            return
+        try:
+            training_task(trained), judge_of(judged)
+            if made is not None:
+                checked_quantizer(made)
+        except InputError as error:
+            raise InputError(f"{cell.name}: {error}") from error
 
     def cell(self, cell: Cell) -> dict[str, Any] | None:
         """What was measured, now or before; None where nothing is to be made and nothing is there."""
@@ -370,15 +388,12 @@ class _Run:
 
     def answer_tokens(self, name: str) -> int | None:
         """How long an answer may get, for tasks that have answers."""
-        from ..data.tasks import tasks
-        from ..recipes.loading import with_current_folder
+        from ..recipes.loading import task_class
 
         recipe = self.evaluate(Cell(Form("floor"), name, 1, 0))
-        if _has_no_answers(recipe):
+        if recipe.harness or not task_class(recipe.task).has_answers:
             return None
-        if ":" in recipe.task:
-            with_current_folder()
-        return int(recipe.options.get("max_new_tokens", tasks.get(recipe.task).max_new_tokens))
+        return int(recipe.options.get("max_new_tokens", task_class(recipe.task).max_new_tokens))
 
     def floor(self, name: str) -> dict[str, Any] | None:
         """What a constant answer scores: the commonest right one, for tasks that have answers."""
@@ -392,15 +407,20 @@ class _Run:
         def make() -> dict[str, Any]:
             task = make_task(recipe.task, **{"data": recipe.data, **recipe.options})
             rows = spread(task.test(), recipe.limit)
+            if not rows:
+                raise InputError(f"task {recipe.task!r} has no test rows; one without answers says has_answers = False")
             constant = Counter(map(answer, rows)).most_common(1)[0][0].strip()
             shown = constant if len(constant) <= 20 else f"{constant[:19]}…"
             return {"scores": task.score([constant] * len(rows), rows), "answer": shown}
 
-        if _has_no_answers(recipe):
+        if self.answer_tokens(name) is None:
             return None
         file = self.out / "before" / f"constant-answer.{name}.json"
         found = self.kept.get(file, {"evaluate": given(recipe), "evaluate reads": contents(recipe)}, make)
-        return None if found is None or "failed" in found else found
+        if found is not None and "failed" in found:
+            log.warning("%s: no constant answer to compare with: %s", name, found["failed"])
+            return None
+        return found
 
     # ------------------------------------------------------------------------------------------------------ recipes
 
@@ -472,10 +492,6 @@ class _Run:
         return {**named, **task, **own, **data}
 
 
-def _has_no_answers(recipe: Evaluate) -> bool:
-    return bool(recipe.harness) or recipe.context is not None or recipe.task in ("perplexity", "wikitext2", "c4")
-
-
 def _free() -> None:
     """Gives back what the last model held, before the next is loaded."""
     import gc
@@ -495,6 +511,13 @@ def _check(recipe: Sweep) -> None:
     for name in recipe.baselines:
         if name not in BASELINES:
             raise InputError(f"baselines: no baseline {name!r}; {did_you_mean(name, BASELINES)}")
+    for name, task in recipe.tasks.items():
+        _check_mapping(f"tasks.{name}", task)
+        for verb in ("finetune", "evaluate"):
+            _check_mapping(f"tasks.{name}.{verb}", task.get(verb, {}))
+            for key in ("options", "training"):
+                _check_mapping(f"tasks.{name}.{verb}.{key}", task.get(verb, {}).get(key, {}))
+        _check_mapping(f"tasks.{name}.options", task.get("options", {}))
     for name, data in recipe.data.items():
         if name not in recipe.tasks:
             raise InputError(f"--data.{name}: no such task in this sweep; {did_you_mean(name, recipe.tasks)}")
@@ -528,6 +551,11 @@ def _check(recipe: Sweep) -> None:
             )
 
 
+def _check_mapping(where: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a mapping of options (key: value) is expected, not {config.shown(value)}")
+
+
 def _unrolled(quantizers: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Each combination of the values that are lists: {bits: [4, 3]} is two quantizers."""
     for options in quantizers:
@@ -550,14 +578,16 @@ def _built(cls: Any, ours: dict[str, Any], theirs: dict[str, Any], where: str) -
         if key not in known:
             why = "the sweep decides this" if key in ours else did_you_mean(key, known)
             raise InputError(f"{where}: {key!r} cannot be given for {cls.__name__.lower()}; {why}")
-    try:
-        return cls(**theirs, **ours)
-    except TypeError as error:
-        raise InputError(f"{where}: {error}") from error
+    hints = get_type_hints(cls)
+    for key, value in theirs.items():
+        if not fits(value, hints[key]):
+            raise InputError(f"{where}: {key}={config.shown(value)}; {type_name(hints[key])} is expected")
+    for each in fields(cls):
+        if each.default is MISSING and each.default_factory is MISSING and each.name not in {*theirs, *ours}:
+            raise InputError(f"{where}: {each.name!r} is missing, which {cls.__name__.lower()} needs")
+    return cls(**theirs, **ours)
 
 
 def as_yaml(recipe: Sweep) -> str:
     """The sweep as `llmtools sweep FILE` reads it."""
-    import yaml
-
-    return yaml.safe_dump(given(replace(recipe, report=None, report_only=False)), sort_keys=False, allow_unicode=True)
+    return config.as_yaml(given(replace(recipe, report=None, report_only=False)))

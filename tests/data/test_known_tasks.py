@@ -81,6 +81,29 @@ def test_mnli_is_modulora_s_template_with_words_or_digits(tmp_path: Path) -> Non
     assert [row["completion"] for row in rows("mnli", data=str(data), digits=True)] == [" 2", " 2"]
 
 
+def test_mnli_genre_asks_for_the_genre_of_each_premise_once(tmp_path: Path) -> None:
+    pairs = [
+        {"premise": " The bill passed . ", "hypothesis": "It failed.", "label": 2, "genre": "government"},
+        {"premise": " The bill passed . ", "hypothesis": "It passed.", "label": 0, "genre": "government"},
+        {"premise": "uh-huh", "hypothesis": "Yes.", "label": -1, "genre": "telephone"},
+        {"premise": "Nobody knows.", "hypothesis": "Yes.", "label": 1, "genre": None},
+    ]
+    data = tmp_path / "a.json"
+    data.write_text(json.dumps(pairs))
+    bill, phone = rows("mnli_genre", data=str(data))
+    assert bill["prompt"] == "### Text: The bill passed .\n ### Genre:"
+    assert [bill["completion"], phone["completion"]] == [" government", " telephone"]
+    assert [row["completion"] for row in rows("mnli_genre", data=str(data), digits=True)] == [" 1", " 3"]
+    task = make_task("mnli_genre", data=str(data))
+    assert task.score([" government", "telephone."], [bill, phone]) == {
+        "accuracy": 1, "recall_government": 1, "recall_telephone": 1,
+    }  # fmt: skip
+    assert task.score([" slate", "telephone"], [bill, phone])["accuracy"] == 0.5
+    data.write_text(json.dumps([{**pairs[0], "genre": "verse"}]))
+    with pytest.raises(InputError, match="record 1: the genre is 'verse'"):
+        rows("mnli_genre", data=str(data))
+
+
 def test_mnli_is_stripped_and_a_label_that_is_none_is_named(tmp_path: Path) -> None:
     record = {"premise": " It rains. ", "hypothesis": "It is dry.\n", "label": 0, "genre": " travel"}
     data = tmp_path / "dev_matched.jsonl"

@@ -247,16 +247,17 @@ def test_two_sweeps_do_not_write_to_one_folder(recipe: Sweep, tmp_path: Path) ->
 def test_a_cell_that_fails_says_why_and_stops_no_other(recipe: Sweep, data: Path, tmp_path: Path) -> None:
     late = tmp_path / "late.jsonl"
     task = recipe.tasks["cats"]
+    late.write_text("{")
     tasks = {"late": {**task, "finetune": {"task": "text", "data": str(late)}}, **recipe.tasks}
-    quantizers = [{"name": "optq", "bits": 3, "group_size": 32}]
+    quantizers = [{"name": "rtn", "bits": 3, "group_size": 32}]
     here = replace(recipe, out=str(tmp_path / "s"), tasks=tasks, quantizers=quantizers, baselines=["lora"])
     result = sweep(here)
-    assert (result.cells, result.made, result.kept, result.exit_code) == (4, 1, 0, 1)
-    assert "there is no file" in result.failed["lora-not-quantized.late.r2.s0"]
-    assert "learns from text" in result.failed["optq-3-bit-group-size-32.cats.r2.s0"]
+    assert (result.cells, result.made, result.kept, result.exit_code) == (4, 2, 0, 1)
+    assert set(result.failed) == {"lora-not-quantized.late.r2.s0", "rtn-3-bit-group-size-32.late.r2.s0"}
+    assert "late.jsonl:1" in result.failed["lora-not-quantized.late.r2.s0"]
     assert "Traceback" in cell(here, "lora-not-quantized.late.r2.s0")["traceback"]
     text = Path(f"{result.report}.md").read_text()
-    assert "lora-not-quantized.late.r2.s0: there is no file" in text
+    assert "lora-not-quantized.late.r2.s0: " in text
     late.write_text((data / "train.jsonl").read_text())
     result = sweep(replace(here, quantizers=[]))
     assert (result.made, result.kept, result.failed) == (1, 1, {})
@@ -281,6 +282,31 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"tasks": {"a/b": task}}, "'a/b'"),
         ({"tasks": {"cats": {**task, "evaluate": {"limits": 3}}}}, "did you mean 'limit'"),
         ({"tasks": {"cats": {**task, "finetune": {"seed": 3}}}}, "the sweep decides this"),
+        ({"tasks": {"cats": task, "late": {**task, "finetune": 3}}}, "tasks.late.finetune: a mapping"),
+        ({"tasks": {"cats": task, "late": 3}}, "tasks.late: a mapping"),
+        ({"tasks": {"cats": task, "late": {**task, "evaluate": ["x"]}}}, "tasks.late.evaluate: a mapping"),
+        ({"tasks": {"cats": task, "late": {**task, "finetune": {"training": 3}}}}, "finetune.training: a mapping"),
+        ({"tasks": {"cats": task, "late": {**task, "options": "x"}}}, "tasks.late.options: a mapping"),
+        ({"tasks": {"cats": task, "late": {**task, "evaluate": {"limit": "x"}}}}, "limit='x'; int or null is expected"),
+        (
+            {"tasks": {"cats": task, "late": {"task": "catz", "data": "x"}}},
+            "not-quantized.late.r2.s0: task 'catz' is not known",
+        ),
+        (
+            {"tasks": {"cats": task, "late": {"task": "text", "data": "gone.jsonl"}}},
+            "late.r2.s0: there is no file gone",
+        ),
+        (
+            {"tasks": {"cats": task, "late": {**task, "evaluate": {"task": "perplexity", "data": "./gone.txt"}}}},
+            "late.r2.s0: there is no file gone.txt",
+        ),
+        ({"tasks": {"late": {"task": "mnli", "data": "/no/such"}}}, "late.r2.s0: there is no file or folder /no/such"),
+        (
+            {"quantizers": [{"name": "rtn"}, {"name": "optq", "bits": 3}]},
+            "optq-3-bit.cats.r2.s0: optq learns from text",
+        ),
+        ({"quantizers": [{"name": "rtn", "bits": [4, "x"]}]}, "bits"),
+        ({"tasks": {"cats": task, "late": {"task": "text"}}}, "tasks.late: 'data' is missing"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
             sweep(replace(recipe, out=str(tmp_path / "s"), **changes))  # type: ignore[arg-type]
@@ -518,3 +544,68 @@ def test_the_meter_counts_what_stays_and_what_a_step_allocates() -> None:
     if not torch.cuda.is_available():
         assert 6_040_800 <= memory.peak_bytes < 6_050_000
     assert memory.close() is None
+
+
+OWN_TASK = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llmtools.data.tasks import Task
+
+
+@dataclass(frozen=True)
+class Surprise(Task):
+    data: str
+
+    has_answers: ClassVar[bool] = False
+    reads_file: ClassVar[bool] = True
+
+    def evaluate(self, model, tokenizer, *, limit=None, batch_size=1, on_step=None):
+        return {"perplexity": 7.0}
+
+
+@dataclass(frozen=True)
+class Silent(Surprise):
+    has_answers: ClassVar[bool] = True
+"""
+
+
+def test_a_plug_in_s_task_says_what_it_can_do(
+    recipe: Sweep, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One without answers has no constant answer to compare with; one that only forgot to say so gets a line."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "surprise_task.py").write_text(OWN_TASK)
+    finetune = recipe.tasks["cats"]["finetune"]
+
+    def of(name: str, text: str = "text.txt") -> Sweep:
+        judged = {"task": f"surprise_task:{name}", "data": str(data / text)}
+        return replace(recipe, out=str(tmp_path / "s"), tasks={"own": {"finetune": finetune, "evaluate": judged}})
+
+    run = module._Run(of("Surprise"))
+    assert run.cells() and run.answer_tokens("own") is None and run.floor("own") is None
+    assert not (tmp_path / "s").exists() and not caplog.records
+    with pytest.raises(InputError, match=r"own\.r2\.s0: there is no file .*gone\.txt"):
+        module._Run(of("Surprise", "gone.txt")).cells()
+    assert module._Run(of("Silent")).floor("own") is None
+    assert "own: no constant answer to compare with: task 'surprise_task:Silent' has no test rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1e-4", "1E5", ".5", "-.inf", "yes", "No", "on", "null", "~", "", "0x10", "0o17", "0b1", "12:30:00", "1_000", " a",
+     "a ", "a: b", "# a", "- a", "a\nb\n\n c\n", "'", '"', "{a}", "[a", "&a", "*a", "!a", "%a", "2020-01-01",
+     "\u00e9\u2028",
+     "\t", "=", "<<", "---", "true", "1e", "x" * 300],
+)  # fmt: skip
+def test_what_is_written_as_yaml_is_read_as_the_same(text: str) -> None:
+    """As a value, a key and in a list; by our reader, and as the same string by one of YAML 1.1."""
+    import yaml
+
+    from llmtools.recipes.plain_yaml import as_yaml, parse_yaml
+
+    value = {"options": {"a": text, "b": [text, text], f"k{text}": 1e-5, "n": [1, True, None, 0.1, "c"]}, text: text}
+    written = as_yaml(value)
+    assert parse_yaml(written, "here") == value
+    assert yaml.safe_load(as_yaml({"a": text})) == {"a": text}
+    assert '"1e-4"' in as_yaml({"a": "1e-4"}) and '"0o17"' in as_yaml(["0o17"])  # which others take for numbers

@@ -31,6 +31,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from abc import ABC
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -38,9 +39,10 @@ from ...errors import InputError, did_you_mean
 from ...limits import TEMPLATE_SECONDS, bounded
 from ...options import built
 from ...registry import Registry
+from ..calibration import HUB
 from ..generation import complete
 from ..metrics import OnStep, model_positions
-from ..text_io import Row
+from ..text_io import Row, existing_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,6 +78,12 @@ class Task(ABC):
     """An answer ends before the first of these strings."""
     max_new_tokens: int = 64
     """How long an answer may get in `evaluate`."""
+    has_answers: ClassVar[bool] = True
+    """Whether `evaluate` has the model answer the test rows and `score` compares; false for perplexity."""
+    reads_file: ClassVar[bool] = False
+    """Whether `data` is one file (or wikitext2, c4), and no folder of splits or another name on the hub."""
+    validates_on_data: ClassVar[bool] = False
+    """Whether `evaluate` judges all of the data that it is given, as `validation_data`: the user's own."""
 
     def train(self) -> list[Row]:
         """The rows to train on."""
@@ -185,6 +193,17 @@ def make_task(name: str, **options: Any) -> Task:
         if no_default and options.get(key) is None:
             raise InputError(f"task {name!r} needs {key!r}: pass --{key} (a field of the recipe or one of its options)")
     return built(f"task {name!r}", cls, options)
+
+
+def check_data(task: type[Task], *data: Any) -> None:
+    """Raises InputError where data that a task is given are a path with nothing there. Nothing is read."""
+    for each in data:
+        if not isinstance(each, str) or each in HUB:
+            continue
+        if task.reads_file:
+            existing_file(each)
+        elif each.startswith((".", "/", "~")) and not Path(each).expanduser().exists():
+            raise InputError(f"there is no file or folder {each} (looked in {Path.cwd()})")
 
 
 def answer(row: Row) -> str:

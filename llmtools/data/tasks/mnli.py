@@ -1,5 +1,7 @@
 """MultiNLI: does a premise entail a hypothesis, contradict it, or neither? (Williams et al. 2018, arXiv:1704.05426)
 
+`mnli_genre` asks for the genre of a snippet instead, the text classification of ModuLoRA's paper (table 1).
+
 The words are those of ModuLoRA's scripts (arXiv:2309.16119), which strip premise, hypothesis and genre of white space
 and write the label as a digit: `digits`. It is judged twice: by which label the model finds likeliest, and by what it
 writes.
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+GENRES = ("fiction", "government", "slate", "telephone", "travel")
 LABELS = ("entailment", "neutral", "contradiction")
 WITHOUT_GENRE = Template("### Premise: {premise}\n ### Hypothesis: {hypothesis}\n ### Label:", " {answer}")
 
@@ -37,6 +40,7 @@ class Mnli(DataTask):
     digits: bool = False
     """write the labels as 0, 1 and 2 (entailment, neutral, contradiction), as the published scripts do"""
 
+    labels: ClassVar[tuple[str, ...]] = LABELS
     hub: ClassVar[str] = "nyu-mll/multi_nli"
     template: ClassVar[Template] = Template(
         "### Premise: {premise}\n ### Hypothesis: {hypothesis}\n ### Genre: {genre} ### Label:", " {answer}"
@@ -74,7 +78,7 @@ class Mnli(DataTask):
         def halves(first: int) -> OnStep | None:
             return on_step and (lambda done, total: on_step(first + done, 2 * total))
 
-        choices = [" " + self._answer(label) for label in LABELS]
+        choices = [" " + self._answer(label) for label in self.labels]
         chosen = choose(
             model, tokenizer, [row["prompt"] for row in rows], choices, batch_size=batch_size, on_step=halves(0)
         )
@@ -92,11 +96,44 @@ class Mnli(DataTask):
         told = [(output.split() or [""])[0].strip(".,").lower() for output in outputs]
         hits = [one == answer(row).strip() for one, row in zip(told, rows, strict=True)]
         scores = {"accuracy": sum(hits) / len(hits)}
-        for label in LABELS:
+        for label in self.labels:
             of_label = [hit for hit, row in zip(hits, rows, strict=True) if row["label"] == label]
             if of_label:
                 scores[f"recall_{label}"] = sum(of_label) / len(of_label)
         return scores
 
     def _answer(self, label: str) -> str:
-        return str(LABELS.index(label)) if self.digits else label
+        return str(self.labels.index(label)) if self.digits else label
+
+
+@tasks.register("mnli_genre")
+@dataclass(frozen=True)
+class MnliGenre(Mnli):
+    """The genre of a snippet of MultiNLI's (a pair's premise): accuracy by likelihood and by generation.
+
+    The five genres of the training set, which are those of dev-matched. The prompt template is ours: the paper prints
+    none for this task. Rows without a genre are left out.
+    """
+
+    digits: bool = False
+    """write the genres as 0 … 4 (fiction, government, slate, telephone, travel)"""
+
+    labels: ClassVar[tuple[str, ...]] = GENRES
+    template: ClassVar[Template] = Template("### Text: {premise}\n ### Genre:", " {answer}")
+    shorten: ClassVar[tuple[str, ...]] = ("premise",)
+
+    def records(self, split: str) -> list[Row]:
+        """A premise stands in three pairs, and is asked for once."""
+        records = DataTask.records(self, split)
+        first: dict[Any, Row] = {}
+        for record in records:
+            if record.get("genre"):
+                first.setdefault(record.get("premise"), record)
+        return list(first.values())
+
+    def row(self, record: Row, where: str = "row") -> Row:
+        genre = record.get("genre")
+        if genre not in GENRES:
+            raise InputError(f"{where}: the genre is {genre!r}; {', '.join(GENRES)} are expected")
+        record = stripped({**record, "label": genre, "answer": self._answer(genre)}, "premise")
+        return {**record, **self.template.fill(record, where)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ class PerplexityTask(Task):
 
     data: str
     """the text: a .txt or .jsonl file (.gz, .xz too), or wikitext2 | c4 from the hub"""
+    has_answers: ClassVar[bool] = False
+    reads_file: ClassVar[bool] = True
+
     context: int | None = None
     """tokens in a window; the default is the model's positions, at most 2048"""
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ...errors import InputError, did_you_mean
 from ..metrics import rouge
@@ -54,6 +55,9 @@ class TextTask(Task):
     """of the choice of the rows that are held out"""
     max_new_tokens: int = 64
     """tokens of an answer in evaluate"""
+
+    reads_file: ClassVar[bool] = True
+    validates_on_data: ClassVar[bool] = True
 
     def train(self) -> list[Row]:
         if (halves := self._halves()) is not None:

@@ -17,11 +17,16 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...kernels.bits import pack, unpack, words
+from ...kernels.build import TYPES
+from ...kernels.ranges import Kind, best_shares, searches
 from ..base import ALL, Packed, TensorSpec
 from .scalar import SCALE_TYPES, Scalar, check_group_size, check_scale_type, columns, scale_range, stream_layout
 
 BITS = (2, 3, 4, 8)
 """The widths of our own presets; the grid itself takes 1 … 8."""
+_SHARES = tuple(1 - step / 100 for step in range(80))
+"""What is left of a range in a search."""
+_CHUNK = 2**18  # weights of a search at a time, which with what is computed from them stay in a cache
 
 
 @dataclass(frozen=True)
@@ -55,17 +60,32 @@ class Affine(Scalar):
         if self.symmetric:
             high = torch.maximum(high, -low)
             low = -high
-        best = self._params(low, high)
         if not self.clip:
-            return best
+            return self._params(low, high)
+        if searches(group):
+            shares = torch.tensor(_SHARES, dtype=low.dtype)
+            share = shares[best_shares(group, low, high, shares, self._kind, importance)][:, None]
+            return self._params(low * share, high * share)
+        some = max(1, _CHUNK // group.shape[1])
+        parts = zip(group.split(some), low.split(some), high.split(some), strict=True)
+        return torch.cat([self._search(part, least, most, importance) for part, least, most in parts])
+
+    def _search(self, group: Tensor, low: Tensor, high: Tensor, importance: Tensor | None) -> Tensor:
+        """Of the range [low, high], each [n, 1], and shrunken ones the params [n, 2] that cost least."""
+        best = self._params(low, high)
         least = self._cost(group, best, importance)
-        for step in range(1, 80):
-            params = self._params(low * (1 - step / 100), high * (1 - step / 100))
+        for share in _SHARES[1:]:
+            params = self._params(low * share, high * share)
             cost = self._cost(group, params, importance)
             better = cost < least
             least = torch.where(better, cost, least)
             best = torch.where(better, params, best)
         return best
+
+    @property
+    def _kind(self) -> Kind:
+        limits = scale_range(self._scale)
+        return Kind(TYPES[self._scale], self.symmetric, not self.float_zeros, 2**self.bits - 1, *limits)
 
     def _params(self, low: Tensor, high: Tensor) -> Tensor:
         """(scale, zero) [n, 2] of the range [low, high], each [n, 1]."""

@@ -114,7 +114,7 @@ def sixteen_bits(demo: Demo, folder: Path) -> Path:
     It is written in 32 bits again: all models of the demo then compute in the same type.
     """
     import llmtools
-    from llmtools.recipes.loading import check_model, quiet_libraries
+    from llmtools.checkpoint.loading import check_model, quiet_libraries
 
     quiet_libraries()
     check_model(demo.model)

@@ -179,7 +179,7 @@ def _with_training(args: list[str], known: list[str]) -> list[str]:
     words = [arg.partition("=")[0].lstrip("-") for arg in args if arg.startswith("--")]
     if all(word in ours or "." in word for word in words):
         return args
-    from ..recipes.finetune import training_arguments
+    from ..train.arguments import training_arguments
 
     bare = set(training_arguments()) - ours
     return [
@@ -189,7 +189,8 @@ def _with_training(args: list[str], known: list[str]) -> list[str]:
 
 def _bare(options: type[Any]) -> list[str]:
     """What `_with_training` takes beside a recipe's own options, for a word that is neither."""
-    from ..recipes.finetune import Finetune, training_arguments
+    from ..train.arguments import training_arguments
+    from ..train.options import Finetune
 
     return list(training_arguments()) if options is Finetune else []
 

@@ -58,7 +58,7 @@ def run(command: str, args: Sequence[str]) -> int:
 
 def _check_served(args: Sequence[str]) -> None:
     """Raises InputError for a model, the first argument, that cannot be served."""
-    from ..recipes.loading import check_model
+    from ..checkpoint.loading import check_model
 
     if not args or args[0].startswith("-"):
         return

@@ -57,11 +57,11 @@ class Checked:
 
 def check(recipe: Check) -> Checked:
     """Runs every law on every drawn problem."""
+    from ..checkpoint.loading import with_current_folder
     from ..progress import progress
     from ..quant import quantizer
     from ..quant.laws import LAWS, problems
     from ..quant.laws import check as outcomes
-    from .loading import with_current_folder
 
     if ":" in recipe.quantizer:
         with_current_folder()

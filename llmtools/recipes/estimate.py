@@ -170,7 +170,7 @@ class Planned:
 
 def plan(recipe: Plan) -> Planned:
     """The bytes of a finetuning step of the model that the recipe names."""
-    from .loading import import_plugins, quiet_libraries
+    from ..checkpoint.loading import import_plugins, quiet_libraries
 
     import_plugins(recipe.plugin)
     quiet_libraries()
@@ -221,9 +221,9 @@ def read_config(recipe: Plan) -> Any:
     """The model's configuration, from a folder, a file or the hub."""
     from transformers import AutoConfig, PreTrainedConfig
 
+    from ..checkpoint.loading import check_model
     from ..files import read_json
     from ..model.integrity import check_config
-    from .loading import check_model
 
     path = Path(recipe.model).expanduser()
     if path.is_file():
@@ -295,7 +295,8 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..nn import QuantizedLinear
     from ..nn.adapters import prepare_for_training
     from ..nn.swap import set_module
-    from .finetune import Finetune, _leave_out, _lora_config
+    from ..train.adapters import leave_out, lora_config
+    from ..train.options import Finetune
 
     with torch.device("meta"), planning_attention() as attention:
         model = _empty(config, recipe, attention)
@@ -305,8 +306,8 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
                 set_module(model, path, QuantizedLinear.empty(model.get_submodule(path), quantizer))
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
-            config = _lora_config(Finetune(recipe.model, data="", out="", lora=recipe.lora))
-            _leave_out(config, model)
+            config = lora_config(Finetune(recipe.model, data="", out="", lora=recipe.lora))
+            leave_out(config, model)
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"lora: {error}") from error

@@ -85,7 +85,7 @@ class Evaluation:
 
 def evaluate(recipe: Evaluate) -> Evaluation:
     """Measures a model on a task."""
-    from .loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries
+    from ..checkpoint.loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries
 
     began = time.monotonic()
     if (recipe.limit is not None and recipe.limit < 1) or recipe.batch_size < 1:
@@ -131,10 +131,10 @@ def judge_of(recipe: Evaluate) -> Judge:
 
 def _task(recipe: Evaluate) -> Judge:
     """One of our tasks. What is wrong with its options or data is said here, before minutes of loading."""
+    from ..checkpoint.loading import options_of, task_class, template_of, words_of
     from ..data.tasks import make_task
     from ..data.tasks.base import check_data
     from ..progress import progress
-    from .loading import options_of, task_class, template_of, words_of
 
     cls = task_class(recipe.task)
     given: dict[str, Any] = {"data": recipe.data, "context": recipe.context}
@@ -191,7 +191,7 @@ def _names(harness: str | list[str] | None) -> list[str]:
 
 def _data(recipe: Evaluate) -> str | None:
     """What is measured on, in the user's words."""
-    from .loading import task_class
+    from ..checkpoint.loading import task_class
 
     own = recipe.options.get("validation_data") if task_class(recipe.task).validates_on_data else None
     return own if isinstance(own, str) else recipe.data or recipe.options.get("data")

@@ -70,9 +70,9 @@ class ExportedModel:
 
 def export(recipe: Export) -> ExportedModel:
     """Writes the model or the adapter."""
+    from ..checkpoint.loading import import_plugins, model_and_adapter, quiet_libraries
     from ..files import claim
     from ..model.adapter_files import check_adapter
-    from .loading import import_plugins, model_and_adapter, quiet_libraries
 
     _check_format(recipe)
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
@@ -110,11 +110,11 @@ def _export_model(
     recipe: Export, name: str, adapter: str | None, allow_other_base: bool | None = False
 ) -> ExportedModel:
     from ..checkpoint.folder import save, save_dense
+    from ..checkpoint.loading import loaded_as, open_model
     from ..formats.readers import readers_of
     from ..formats.writing import export as export_model
     from ..nn.adapters import merge
     from ..nn.swap import quantized_linears
-    from .loading import loaded_as, open_model
 
     dtype: Any = _dtype(recipe)
     load = loaded_as(None, name, adapter)
@@ -158,8 +158,8 @@ def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:
     """
     import tempfile
 
+    from ..checkpoint.loading import open_model
     from ..model.fingerprint import check_base
-    from .loading import open_model
 
     if load != "nf4":
         raise InputError(
@@ -204,9 +204,9 @@ def _checked_base(recipe: Export, adapter: str) -> Any:
     Raises InputError unless the adapter has all tensors for it, and was trained on it (or `allow_other_base`).
     """
     from ..checkpoint.folder import skeleton
+    from ..checkpoint.loading import loaded_as, open_model
     from ..model.adapter_files import check_adapter, check_fits
     from ..model.fingerprint import check_base, read_fingerprint
-    from .loading import loaded_as, open_model
 
     name = recipe.model or check_adapter(adapter).get("base_model_name_or_path")
     here = name is not None and Path(name).expanduser().exists()

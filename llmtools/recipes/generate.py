@@ -80,9 +80,9 @@ def generate(recipe: Generate) -> Generated:
             f"temperature={recipe.temperature}, top_p={recipe.top_p}, max_new_tokens={recipe.max_new_tokens}: "
             f"at least 0, above 0 and at most 1, and at least 1 are expected"
         )
+    from ..checkpoint.loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries, words_of
     from ..data.generation import write
     from ..progress import progress
-    from .loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries, words_of
 
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
     quiet_libraries()
@@ -166,7 +166,7 @@ def _is_chat(template: dict[str, Any], adapter: str | None, tokenizer: Any) -> b
 
 def _say_what_differs(trained: dict[str, Any], system: str | None, tokenizer: Any) -> None:
     """Warns where chats had another system prompt, or another chat template, when the adapter was trained."""
-    from .loading import content_of_template
+    from ..checkpoint.loading import content_of_template
 
     if "system" in trained and (trained["system"] or None) != (system or None):
         other = f"with another system prompt: {trained['system']!r}" if trained["system"] else "without a system prompt"

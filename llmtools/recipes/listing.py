@@ -58,10 +58,10 @@ class Listing:
 
 def listing(recipe: List) -> Listing:
     """What there is, or the options of one."""
+    from ..checkpoint.loading import import_plugins, with_current_folder
     from ..data.tasks import tasks
     from ..quant import quantizers
     from .configs import packaged
-    from .loading import import_plugins, with_current_folder
 
     import_plugins(recipe.plugin)
     registries: list[tuple[str, Any]] = [("quantizer", quantizers), ("task", tasks)]

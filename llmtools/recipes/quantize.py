@@ -86,6 +86,7 @@ def quantize(recipe: Quantize) -> Quantized:
 
 def _quantize(recipe: Quantize) -> Quantized:
     from ..checkpoint.folder import write
+    from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record, write_json
     from ..data.calibration import calibration
@@ -93,7 +94,6 @@ def _quantize(recipe: Quantize) -> Quantized:
     from ..files import writing
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
-    from .loading import check_model, import_plugins, open_model, quiet_libraries
 
     began = time.monotonic()
     check_model(recipe.model)
@@ -157,8 +157,8 @@ def checked_quantizer(recipe: Quantize) -> Any:
 
 def resolve_quantizer(recipe: Quantize) -> Any:
     """What the recipe describes: name or {name, options}, then `options`, then `bits` and `group_size`."""
+    from ..checkpoint.loading import with_current_folder
     from ..quant import quantizer
-    from .loading import with_current_folder
 
     options: dict[str, Any] = {}
     if isinstance(recipe.quantizer, str):

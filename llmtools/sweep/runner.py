@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from ..checkpoint.inputs import content_of_model, contents
+from ..checkpoint.loading import without_data
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
 from ..files import MARK, claim, clear_unfinished, read_json, write_whole
@@ -37,7 +38,6 @@ from ..options import fits, type_name
 from ..recipes import plain_yaml as config
 from ..recipes.evaluate import Evaluate
 from ..recipes.finetune import Finetune, Lora
-from ..recipes.loading import without_data
 from ..recipes.quantize import Quantize
 from ..signals import Stopped
 from .cache import Kept, needed
@@ -138,7 +138,7 @@ class Cell(NamedTuple):
 
 def sweep(recipe: Sweep) -> Swept:
     """Runs the cells that are missing, and draws the report."""
-    from ..recipes.loading import check_model, import_plugins, quiet_libraries
+    from ..checkpoint.loading import check_model, import_plugins, quiet_libraries
 
     check_model(recipe.model)
     import_plugins(recipe.plugin)
@@ -271,8 +271,8 @@ class _Run:
     def _check(self, cell: Cell) -> None:
         """Raises InputError, led by the cell's name, for what can be seen to be wrong with it without a model."""
         from ..recipes.evaluate import judge_of
-        from ..recipes.finetune import training_task
         from ..recipes.quantize import checked_quantizer
+        from ..train.rows import training_task
 
         trained, judged, made = self.finetune(cell), self.evaluate(cell), self.quantize(cell.form)
         if self.recipe.report_only:
@@ -388,7 +388,7 @@ class _Run:
 
     def answer_tokens(self, name: str) -> int | None:
         """How long an answer may get, for tasks that have answers."""
-        from ..recipes.loading import task_class
+        from ..checkpoint.loading import task_class
 
         recipe = self.evaluate(Cell(Form("floor"), name, 1, 0))
         if recipe.harness or not task_class(recipe.task).has_answers:

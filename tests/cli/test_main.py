@@ -495,7 +495,7 @@ def test_a_near_miss_of_a_training_argument_is_named(capsys: pytest.CaptureFixtu
 def test_a_name_without_room_for_unfinished_work_is_refused_first(
     stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmtools.recipes.loading.open_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("llmtools.checkpoint.loading.open_model", lambda *args, **kwargs: pytest.fail("loaded"))
     for name in ("x" * 255, "x" * 225, "é" * 127):
         line = fails(capsys, "quantize", "--model", stories, "--quantizer", "rtn", "--out", tmp_path / name)
         assert f"name too long ({len(name.encode())} bytes); at most 2" in line

@@ -74,7 +74,7 @@ def test_chats_in_other_spellings_are_the_same_chat(tmp_path: Path, row: dict[st
 
 @pytest.mark.parametrize("completion", ["yo", [{"role": "assistant", "content": "yo"}]], ids=["string", "messages"])
 def test_of_a_prompt_that_is_a_chat_only_the_completion_is_learned(tmp_path: Path, completion: Any) -> None:
-    from llmtools.recipes.finetune import _turns
+    from llmtools.train.rows import turns as turns_of
 
     prompt = [
         {"role": "user", "content": "a"},
@@ -82,18 +82,18 @@ def test_of_a_prompt_that_is_a_chat_only_the_completion_is_learned(tmp_path: Pat
         {"role": "user", "content": "hi"},
     ]
     rows = rows_of_one_form(write(tmp_path / "a.jsonl", json.dumps({"prompt": prompt, "completion": completion})))
-    (turn,) = _turns(rows)
+    (turn,) = turns_of(rows)
     assert turn["completion"] == [{"role": "assistant", "content": "yo"}] and len(turn["prompt"]) == 3
 
 
 def test_an_answer_of_weight_zero_is_not_learned(tmp_path: Path) -> None:
-    from llmtools.recipes.finetune import _turns
+    from llmtools.train.rows import turns as turns_of
 
     messages = [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", "weight": 0},
         {"role": "user", "content": "b"}, {"role": "assistant", "content": "good", "weight": 1},
     ]  # fmt: skip
-    turns = _turns(rows_of_one_form(write(tmp_path / "a.jsonl", json.dumps({"messages": messages}))))
+    turns = turns_of(rows_of_one_form(write(tmp_path / "a.jsonl", json.dumps({"messages": messages}))))
     assert [turn["completion"][0]["content"] for turn in turns] == ["good"]
 
 
@@ -201,7 +201,7 @@ def test_a_template_without_an_end_gets_one_and_says_so(tokenizer: Any) -> None:
 
 
 def test_tools_stand_before_the_chat_and_calls_have_their_own_arguments_only(tokenizer: Any, tmp_path: Path) -> None:
-    from llmtools.recipes.finetune import _turns
+    from llmtools.train.rows import turns as turns_of
 
     tokenizer.chat_template = TEMPLATE
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
@@ -212,7 +212,7 @@ def test_tools_stand_before_the_chat_and_calls_have_their_own_arguments_only(tok
     ]  # fmt: skip
     file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for turn, arguments in zip(
-        _turns(rows_of_one_form(file)), ('{"x": 1}', '{"y": "s"}', '{"x": "a string"}'), strict=True
+        turns_of(rows_of_one_form(file)), ('{"x": 1}', '{"y": "s"}', '{"x": "a string"}'), strict=True
     ):
         text = tokenizer.decode(tokenized(turn, tokenizer).input_ids)
         assert "clock" in text.partition("[user]")[0]

@@ -68,9 +68,9 @@ def adapter_digest(base: Path) -> Callable[[Path], str]:
 
     def digest(folder: Path) -> str:
         import llmtools
+        from llmtools.checkpoint.loading import options_of, words_of
         from llmtools.checkpoint.model_card import card
         from llmtools.model.adapter_files import open_adapter
-        from llmtools.recipes.loading import options_of, words_of
         from tests.models import tiny_ids
 
         words, options = words_of(str(folder)), options_of(str(folder), "text")

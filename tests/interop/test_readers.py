@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from llmtools.formats.gptq_writing import LIMITS
 from torch import Tensor
 
 import llmtools
+from llmtools.formats import formats
 from llmtools.formats.readers import READERS, refusal
 from llmtools.formats.uniform import uniform_layers
 from llmtools.formats.writing import export, writable
@@ -76,7 +76,7 @@ def test_a_reader_opens_what_the_table_says_and_nothing_else(
         pytest.importorskip(package, exc_type=ImportError)
     from transformers import AutoTokenizer
 
-    layers = list(uniform_layers(quantized_linears(model), LIMITS["gptq_v2"], lossy=False)[0].values())
+    layers = list(uniform_layers(quantized_linears(model), formats.known("gptq_v2").limits, lossy=False)[0].values())
     refused = refusal(reader, form, layers)
     export(copy.deepcopy(model), AutoTokenizer.from_pretrained(stories), tmp_path / "out", form)
     ids = tiny_ids(1, 12)

@@ -159,7 +159,7 @@ def test_an_adapters_bits_are_verified(seeds: Path, adapter: Path) -> None:
 )
 def test_a_damaged_run_json_is_named(adapter: Path, run: Any) -> None:
     from llmtools import InputError
-    from llmtools.recipes.loading import options_of, words_of
+    from llmtools.checkpoint.loading import options_of, words_of
 
     (adapter / "run.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match=r"run\.json"):

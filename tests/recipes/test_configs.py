@@ -35,8 +35,8 @@ def test_there_is_one_for_each_published_row() -> None:
 
 @pytest.mark.parametrize("name", packaged())
 def test_it_builds_and_says_how_it_is_run(name: str) -> None:
-    from llmtools.recipes.finetune import _check_training
     from llmtools.recipes.quantize import resolve_quantizer
+    from llmtools.train.arguments import check_training
 
     recipe = built(name)
     comment = packaged()[name].file.read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
@@ -61,7 +61,7 @@ def test_it_builds_and_says_how_it_is_run(name: str) -> None:
         return
     pytest.importorskip("trl")
     assert any(f"finetune --config {recipe.task}_" in command for command in commands)
-    _check_training(recipe.training)
+    check_training(recipe.training)
     assert recipe.task == recipe.data == name.removesuffix("_" + next(m for m in METHODS if name.endswith("_" + m)))
     assert (recipe.lora.r, recipe.lora.alpha, recipe.lora.dropout) == (8, 32, 0.1)
     training = recipe.training

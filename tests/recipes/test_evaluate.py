@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("peft")
 
+from llmtools.checkpoint import loading
 from llmtools.errors import InputError
-from llmtools.recipes import loading
 from llmtools.recipes.evaluate import Evaluate, evaluate
 from llmtools.recipes.generate import Generate, generate
 from llmtools.recipes.quantize import Quantize, quantize

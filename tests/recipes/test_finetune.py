@@ -511,7 +511,7 @@ def test_the_loss_is_on_the_completion_alone(stories: Path, data: str, tmp_path:
 def test_our_loss_is_that_of_trl(packed: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {**TRAINING, "gradient_accumulation_steps": 2}
     finetune(recipe(packed, data, tmp_path / "ours", training=training))
-    monkeypatch.setattr("llmtools.recipes.finetune._lean", lambda trainer: trainer)
+    monkeypatch.setattr("llmtools.train.trainer._lean", lambda trainer: trainer)
     finetune(recipe(packed, data, tmp_path / "trl", training=training))
     records = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -561,7 +561,7 @@ def test_a_loss_that_is_no_number_stops_the_run(stories: Path, data: str, tmp_pa
 @pytest.fixture
 def changed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Has finetune open a model that something was done to."""
-    from llmtools.recipes import loading
+    from llmtools.checkpoint import loading
 
     def change(what: Any) -> None:
         def opened(*args: Any, former: Any = loading.open_model, **kwargs: Any) -> Any:
@@ -761,19 +761,19 @@ def test_a_missing_extra_is_named(stories: Path, data: str, tmp_path: Path, monk
 def test_of_several_processes_only_the_first_makes_and_clears_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmtools.recipes import finetune as module
+    from llmtools.train import run_folder as module
 
-    monkeypatch.setattr(module, "_together", lambda: None)
+    monkeypatch.setattr(module, "together", lambda: None)
     out, work = tmp_path / "a", tmp_path / "a.training"
     made = recipe("model", "data", out)
     monkeypatch.setenv("RANK", "1")
-    with module._working(made, out, work) as checkpoint:
+    with module.working(made, out, work) as checkpoint:
         assert checkpoint is None and not work.exists()
     monkeypatch.setenv("RANK", "0")
-    with module._working(made, out, work):
+    with module.working(made, out, work):
         assert work.is_dir()
         monkeypatch.setenv("RANK", "1")
-        with pytest.raises(KeyError), module._working(made, out, work):
+        with pytest.raises(KeyError), module.working(made, out, work):
             raise KeyError
         assert work.is_dir()
         monkeypatch.setenv("RANK", "0")

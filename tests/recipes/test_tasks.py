@@ -122,7 +122,7 @@ def test_the_baselines_of_bitsandbytes_train_and_are_judged(kind: str, stories: 
 def test_what_cannot_be_loaded_is_said(stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="nf4 or int8 is expected"):
         finetune(recipe(stories, tmp_path / "a", load="nf5"))
-    monkeypatch.setattr("llmtools.recipes.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("llmtools.checkpoint.loading.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'llmtools\[bitsandbytes\]'"):
         finetune(recipe(stories, tmp_path / "a", load="nf4"))
     assert not (tmp_path / "a.training").exists()

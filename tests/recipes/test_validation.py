@@ -146,7 +146,7 @@ def test_what_cannot_be_reported_to_is_said_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
-    monkeypatch.setattr("llmtools.recipes.loading.open_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("llmtools.checkpoint.loading.open_model", lambda *args, **kwargs: pytest.fail("loaded"))
     for given in (name, ["tensorboard", name]):
         with pytest.raises(InputError, match=says):
             run(stories, data, tmp_path / "a", {"report_to": given})

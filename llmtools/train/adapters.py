@@ -1,0 +1,73 @@
+"""The configuration of the adapters: PEFT's, with what quantized layers need."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from ..errors import InputError, did_you_mean
+from .options import Finetune
+
+
+def lora_config(recipe: Finetune) -> Any:
+    from peft import LoraConfig
+
+    lora = recipe.lora
+    own = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
+    known = {each.name for each in fields(LoraConfig) if each.init}
+    for key in lora.options:
+        if key in own:
+            raise InputError(f"lora.options.{key}: this is --lora.{own[key]}")
+        if key not in known:
+            raise InputError(f"lora.options: no argument {key!r} in peft.LoraConfig; {did_you_mean(key, known)}")
+    if lora.r < 1 or not 0 <= lora.dropout < 1 or lora.alpha <= 0:
+        raise InputError(
+            f"lora: r={lora.r}, alpha={lora.alpha}, dropout={lora.dropout}; r at least 1, alpha above 0, dropout from "
+            f"0 to below 1 are expected"
+        )
+    if lora.init not in ("zero", "error"):
+        raise InputError(f"lora.init={lora.init!r}; {did_you_mean(lora.init, ('zero', 'error'))}")
+    try:
+        return LoraConfig(
+            r=lora.r,
+            lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            **{"task_type": "CAUSAL_LM", **lora.options},
+        )
+    except (TypeError, ValueError) as error:
+        raise InputError(f"lora: {error}") from error
+
+
+_PREPARED = {"corda": "preprocess_corda", "eva": "initialize_lora_eva_weights", "lora_ga": "preprocess_loraga"}
+"""Values of init_lora_weights → the function of PEFT that has to be called with data of its own."""
+
+
+def check_start(recipe: Finetune) -> None:
+    """Raises InputError for starts of PEFT's that change the base's weights, where these are quantized, or need a
+    preparation that is not made here."""
+    from ..checkpoint.loading import is_quantized
+
+    start = recipe.lora.options.get("init_lora_weights")
+    kind = start.lower().split("_niter")[0] if isinstance(start, str) else ""
+    why = ""
+    if kind in ("pissa", "olora", "corda", "loftq") and (recipe.load or is_quantized(recipe.model)):
+        why = "changes the weights of the base, and quantized weights are read-only"
+    elif kind.startswith(tuple(_PREPARED)):
+        name = next(name for name in _PREPARED if kind.startswith(name))
+        why = f"needs peft's {_PREPARED[name]} with data of its own, which this command does not call"
+    elif kind == "loftq":
+        why = "quantizes the base in a way of its own, and this command does not"
+    if why:
+        raise InputError(
+            f"lora.options.init_lora_weights={start!r} {why}; adapters that begin with what best makes up for the "
+            "quantization error: llmtools quantize --adapter_rank R, then finetune --lora.init error"
+        )
+
+
+def leave_out(config: Any, model: Any) -> None:
+    """Takes out of PEFT's "all-linear" what it cannot adapt, in place."""
+    from ..nn.adapters import not_adaptable
+
+    if config.target_modules == "all-linear" and not config.exclude_modules:
+        config.exclude_modules = not_adaptable(model) or None

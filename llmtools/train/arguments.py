@@ -1,0 +1,170 @@
+"""Arguments of TRL's trainer: which there are, whether the given ones fit, and our defaults."""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files import json_or_empty
+from .options import NEEDS_TRAIN, Finetune, Row
+
+
+def training_arguments() -> dict[str, str]:
+    """Each argument of SFTConfig, with its type as it is written there."""
+    from ..checkpoint.loading import quiet_libraries
+
+    quiet_libraries()
+    try:
+        from trl import SFTConfig
+    except ImportError as error:
+        raise InputError(NEEDS_TRAIN.format(error=error)) from error
+    return {each.name: str(each.type) for each in fields(SFTConfig) if each.init}
+
+
+def yes_or_no(key: str, value: Any) -> Any:
+    """``save_strategy: no`` is the word; YAML reads it as false."""
+    return "no" if value is False and key.endswith("_strategy") else value
+
+
+def check_training(training: dict[str, Any]) -> None:
+    """Raises InputError for an argument that SFTConfig does not have, or a value of another kind."""
+    known = training_arguments()
+    for key, value in training.items():
+        if key not in known:
+            raise InputError(f"training: no argument {key!r} in trl.SFTConfig; {_near(key, known)}")
+        if key == "output_dir":
+            raise InputError("training.output_dir: the output folder is --out")
+        kinds = set(re.findall(r"\b(int|float|bool|str|dict|list)\b", known[key]))
+        if kinds and value is not None and type(value).__name__ not in kinds | ({"int"} if "float" in kinds else set()):
+            raise InputError(f"training.{key}={value!r}: {' or '.join(sorted(kinds))} is expected")
+    reports = training.get("report_to")
+    for name in [reports] if isinstance(reports, str) else reports or []:
+        _check_report(str(name))
+
+
+PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit flytekitplugins-deck-standard"}
+"""what to install for a name of `report_to`, where that is not the package's own"""
+
+
+def _check_report(name: str) -> None:
+    """Raises InputError unless transformers can report to `name` here."""
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    if name in ("none", "all", *get_available_reporting_integrations()):
+        return
+    try:
+        for callback in get_reporting_integration_callbacks([name]):
+            callback()
+    except ValueError as error:
+        raise InputError(f"training.report_to={name!r}: {error}") from error
+    except (RuntimeError, ImportError) as error:  # how a callback says that its package is missing
+        raise InputError(
+            f"training.report_to={name!r}: its package is not installed: pip install {PACKAGES.get(name, name)}, or "
+            f"leave it out: metrics.jsonl has the same numbers"
+        ) from error
+
+
+def check_fsdp(training: dict[str, Any]) -> None:
+    """Raises InputError where the arguments, or accelerate's launcher, ask for the first version of FSDP."""
+    from ..nn.adapters import refuse_fsdp1
+
+    config: Any = training.get("fsdp_config") or {}
+    if isinstance(config, str) and config.lstrip().startswith("{"):
+        with suppress(ValueError):
+            config = json.loads(config)
+    if isinstance(config, str):
+        config = json_or_empty(Path(config).expanduser())
+    version = config.get("version", config.get("fsdp_version"))
+    refuse_fsdp1(None if version is None else str(version))
+
+
+def check_choosing(recipe: Finetune, validation: list[Row]) -> None:
+    """Raises InputError for arguments that use validation rows where there are none."""
+    training = recipe.training
+    if recipe.early_stopping is not None:
+        if recipe.early_stopping < 1:
+            raise InputError(
+                f"early_stopping={recipe.early_stopping}: at least 1 validation without a gain is expected"
+            )
+        if not validation:
+            raise InputError(
+                "early_stopping needs validation rows: pass --validation with a file, or a share such as 0.1"
+            )
+    for key in ("load_best_model_at_end", "eval_strategy"):
+        if not validation and training.get(key) not in (None, False, "no"):
+            raise InputError(
+                f"training.{key}={training[key]}: there are no validation rows; pass --validation with a file, or the "
+                f"share of the data to hold out, such as 0.1"
+            )
+
+
+def _near(key: str, known: dict[str, str]) -> str:
+    """Only the nearest names: there are 150 of them."""
+    import difflib
+
+    near = difflib.get_close_matches(key, known, n=4, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else "see the documentation of trl.SFTConfig"
+
+
+def arguments_of(
+    recipe: Finetune, work: Path, model: Any, form: str, validates: bool, length: int | None = None
+) -> dict[str, Any]:
+    """The arguments of SFTConfig: ours where the user gave none.
+
+    Adapters are float32. "bf16" computes with them in bfloat16 (autocast), on a GPU that can. On a CPU only for a model
+    that is bfloat16 itself: then nothing is lost by it, and PEFT keeps no float32 copy of each layer's input.
+    Checkpointing recomputes activations to save memory, which on a CPU is worth less than its time.
+    """
+    import torch
+
+    from ..data.metrics import model_positions
+
+    gpu = torch.cuda.is_available()
+    positions = model_positions(model)
+    cpu = not gpu and not torch.accelerator.is_available()
+    half = cpu and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    ours: dict[str, Any] = {
+        "learning_rate": 2e-4,
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "bf16": torch.cuda.is_bf16_supported() if gpu else half,
+        "use_cpu": cpu,
+        "gradient_checkpointing": gpu,
+        "max_length": min(length or 1024, positions or length or 1024),
+        "packing": form == "text",
+        "save_strategy": "steps",
+        "save_steps": 0.1,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": gpu,
+    }
+    if validates:
+        ours |= {"eval_strategy": "steps", "eval_steps": 0.1}
+    if "per_device_train_batch_size" in recipe.training:  # a batch that fits in training fits in validation
+        ours["per_device_eval_batch_size"] = recipe.training["per_device_train_batch_size"]
+    if recipe.early_stopping is not None:
+        ours |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    if 0 < recipe.training.get("max_steps", 0) < 100:
+        ours["logging_steps"] = max(1, recipe.training["max_steps"] // 10)
+    arguments = ours | recipe.training
+    if form == "text" and arguments["packing"]:
+        arguments.setdefault("packing_strategy", "wrapped")  # cuts anywhere and loses nothing
+    elif arguments["packing"]:
+        arguments.setdefault("packing_strategy", "bfd")
+    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # renamed in transformers 5.23
+        new = old.replace("gradient", "activation")
+        if old in arguments and new in training_arguments():
+            arguments.setdefault(new, arguments.pop(old))
+    length = arguments["max_length"]
+    if length is not None and positions is not None and length > positions:
+        raise InputError(
+            f"training.max_length={length} is longer than the model's {positions} positions; use at most {positions}"
+        )
+    return {**arguments, "output_dir": str(work / "checkpoints")}

@@ -37,6 +37,8 @@ if sys.platform != "win32":  # which has other locks
 log = logging.getLogger(__name__)
 
 MARK = "llmtools.json"
+RUN = "run.json"
+"""What a run at work writes into its folder; in outputs, of earlier versions."""
 """what makes a folder one of ours, with the list of its ``files``"""
 
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}")
@@ -214,6 +216,14 @@ def strangers(folder: Path) -> list[str] | None:
         return [] if next(found, None) is None else None
     known = note["files"] if isinstance(note.get("files"), list) else None
     return sorted(name for name in found if not _is_ours(name, known))
+
+
+def read_info(folder: Path, error: type[InputError] = InputError) -> dict[str, Any]:
+    """What llmtools wrote of how a folder came to be, its ``llmtools.json``; {} where there is none.
+
+    Earlier versions wrote a part of it into ``run.json``. Raises `error` for a damaged file.
+    """
+    return {**read_json(folder / RUN, error), **read_json(folder / MARK, error)}
 
 
 def files_of(folder: Path, *to_come: str) -> list[str]:

@@ -10,11 +10,8 @@ the same in a README.md. Where the quantization was asked for start values of ad
 
 from __future__ import annotations
 
-import json
-import platform
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -48,10 +45,10 @@ from ..nn.adapters import dequantize
 from ..nn.lora_init import Start
 from ..nn.swap import packed_bytes, quantized_linears
 from .model_card import write_card
+from .run_info import versions, write_json
 
 NOTE = MARK
 STARTS = "lora_start.safetensors"
-_PACKAGES = ("llmtools", "torch", "transformers", "safetensors", "peft")
 
 
 def save(
@@ -97,9 +94,17 @@ def save_dense(
 
 
 def write(
-    model: nn.Module, tokenizer: Any, folder: Path, *, report: Any = None, max_shard_size: str | int = "5GB"
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    report: Any = None,
+    run: Mapping[str, Any] | None = None,
+    max_shard_size: str | int = "5GB",
 ) -> None:
     """Writes the files of `save` but for the card into a folder that is there; for what writes more beside them.
+
+    run: what `run_info.record` gave, for ``llmtools.json``.
 
     Raises InputError where the model carries adapters or is half quantized.
     """
@@ -121,9 +126,8 @@ def write(
             metadata={"format": "pt"},
         )
     sort_metadata(folder)
-    note = {**_note(model, report), "files": files_of(folder, "README.md", "run.json")}
-    note["checksums"] = note_checksums(folder, note)
-    (folder / NOTE).write_text(json.dumps(note, indent=2, default=str) + "\n", encoding="utf-8")
+    info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
+    write_json(folder / NOTE, {**info, "checksums": note_checksums(folder, info)})
 
 
 def load(
@@ -252,7 +256,7 @@ def _check_before(name: str, options: Mapping[str, Any], *, verify: bool) -> dic
         return config
     refuse_pickles(folder)
     check_config(config, read_headers(shards_of(folder)), name)
-    check_checksums(folder, NOTE, verify=verify)
+    check_checksums(folder, verify=verify)
     return config
 
 
@@ -353,7 +357,7 @@ def _check_loadable(name: str) -> None:
         raise CheckpointError(f"{name} is no checkpoint: it has no config.json ({holds})")
 
 
-def _note(model: nn.Module, report: Any) -> dict[str, Any]:
+def _about(model: nn.Module, report: Any) -> dict[str, Any]:
     config = getattr(model, "config", None)
     specs: list[dict[str, Any]] = []
     layers = quantized_linears(model).values()
@@ -362,7 +366,6 @@ def _note(model: nn.Module, report: Any) -> dict[str, Any]:
             specs.append(spec)
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
         "base_model": getattr(config, "name_or_path", None) or None,
         "quantizers": specs,
         "bits_per_weight": 8 * packed_bytes(model) / weights if weights else None,
@@ -374,14 +377,3 @@ def _as_json(report: Any) -> Any:
     if report is None or isinstance(report, Mapping):
         return report if report is None else dict(report)
     return report.to_json()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        if package != "llmtools":
-            return None
-        from .. import __version__
-
-        return __version__

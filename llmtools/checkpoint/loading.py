@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..content import rows_content
 from ..errors import InputError, first_line
-from ..files import read_json
+from ..files import MARK, RUN, read_info, read_json
 from ..options import fits
 
 if TYPE_CHECKING:
@@ -215,16 +215,20 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
     return model, adapter
 
 
-def words_of(adapter: str | None) -> dict[str, Any]:
-    """The prompt template that an adapter was trained with, by its run.json; {} if it has none.
+def prompt_format_of(adapter: str | None) -> dict[str, Any]:
+    """How the prompts were written that an adapter was trained with; {} if it does not say.
 
-    ``{"form": "prompt", "template": {"prompt": …, "completion": …}}``; for chats ``"system"`` where all had the same
-    system prompt, or none, and ``"chat_template"``, a hash. Raises InputError for anything else.
+    ``{"record_format": "prompt", "template": {"prompt": …, "completion": …}}``; for chats ``"system_prompt"`` where all
+    had the same one, or none, and ``"chat_template"``, a hash. Raises InputError for anything else.
     """
-    words = _run_of(adapter).get("words") or {}
-    if not fits(words, dict[str, Any]) or not fits(words.get("template"), dict[str, str] | None):
-        raise _damaged_run(adapter, "words", words)
-    return dict(words)
+    info = _info_of(adapter)
+    found = info.get("prompt_format", info.get("words")) or {}
+    if not fits(found, dict[str, Any]) or not fits(found.get("template"), dict[str, str] | None):
+        raise _damaged_info(adapter, "prompt_format", found)
+    return {_EARLIER_KEYS.get(key, key): value for key, value in found.items()}
+
+
+_EARLIER_KEYS = {"form": "record_format", "system": "system_prompt"}
 
 
 def content_of_template(chat_template: Any) -> str:
@@ -252,21 +256,23 @@ def without_data(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recipe_of(adapter: str | None) -> dict[str, Any]:
-    recipe = _run_of(adapter).get("recipe") or {}
+    recipe = _info_of(adapter).get("recipe") or {}
     if not fits(recipe, dict[str, Any]) or not fits(recipe.get("options"), dict[str, Any] | None):
-        raise _damaged_run(adapter, "recipe", recipe)
+        raise _damaged_info(adapter, "recipe", recipe)
     return dict(recipe)
 
 
-def _run_of(adapter: str | None) -> dict[str, Any]:
-    """How an adapter was trained, by its run.json; {} where there is none. Raises InputError for a damaged one."""
-    return {} if adapter is None else read_json(Path(adapter).expanduser() / "run.json")
+def _info_of(adapter: str | None) -> dict[str, Any]:
+    """How an adapter was trained; {} where it does not say. Raises InputError for a damaged file."""
+    return {} if adapter is None else read_info(Path(adapter).expanduser())
 
 
-def _damaged_run(adapter: str | None, key: str, value: Any) -> InputError:
+def _damaged_info(adapter: str | None, key: str, value: Any) -> InputError:
+    folder = Path(str(adapter)).expanduser()
+    file = next((folder / name for name in (RUN, MARK) if (folder / name).exists()), folder / MARK)
     return InputError(
-        f"{Path(str(adapter)) / 'run.json'} is damaged: {key} is {str(value)[:60]!r}; copy it again, or delete it to "
-        "go on without the prompt template and the options that the adapter was trained with"
+        f"{file} is damaged: {key} is {str(value)[:60]!r}; copy it again, or delete it to go on without the prompt "
+        "template and the options that the adapter was trained with"
     )
 
 

@@ -1,6 +1,6 @@
 """The model card of a checkpoint or an adapter: a README.md that any way of sharing carries along.
 
-A card is a function of a folder. It says what the files there say (``config.json``, ``llmtools.json``, ``run.json``,
+A card is a function of a folder. It says what the files there say (``config.json``, ``llmtools.json``,
 ``adapter_config.json``) and what somebody measured, and calls the rest unknown. Paths of this machine stay out of it:
 a folder is named by its last part, and only what looks like a name on the hub becomes ``base_model`` in the card's
 head, which the hub checks.
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, opening
-from ..files import read_json
+from ..files import read_info, read_json
+from .run_info import facts_of
 
 CARD = "README.md"
 LOSSES = "loss.png"
@@ -70,7 +71,7 @@ def card(
     Raises InputError where the folder holds neither, or a file in it is not JSON.
     """
     name = name or folder.resolve().name
-    damaged = f"the card of {folder} cannot be written: what llmtools.json, run.json or a config says is damaged"
+    damaged = f"the card of {folder} cannot be written: what llmtools.json or a config says is damaged"
     with opening(damaged, error=InputError):
         if (folder / "adapter_config.json").exists():
             return _adapter_card(folder, name, base_name, results)
@@ -80,8 +81,8 @@ def card(
 
 
 def _model_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
-    note, run = read_json(folder / "llmtools.json"), read_json(folder / "run.json")
-    base = base_name or note.get("base_model")
+    info = read_info(folder)
+    base = base_name or info.get("base_model")
     quantizers = _quantizers(folder)
     head = _head("transformers", base, "quantized" if quantizers else None, [spec["name"] for spec in quantizers])
     use = f"""\
@@ -94,28 +95,27 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
     if quantizers:
         rows |= {
             "quantizer": "; ".join(map(_spec, quantizers)),
-            "bits a weight": _bits(note),
-            "calibration data": _calibration(note, run),
-            "errors of the quantized layers": _errors(note),
+            "bits per weight": _bits(info),
+            "calibration data": _calibration(info),
+            "errors of the quantized layers": _errors(info),
         }
     else:
         rows["weights"] = "dense, not quantized"
-    rows |= {"adapters": "none in this folder", "measured quality": _quality(results), "made with": _versions(note)}
+    rows |= {"adapters": "none in this folder", "measured quality": _quality(results), "made with": _versions(info)}
     what = "A language model with quantized linear layers." if quantizers else "A language model with dense weights."
     return _written(head, name, what, rows, use, results)
 
 
 def _adapter_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
-    config, run = read_json(folder / "adapter_config.json"), read_json(folder / "run.json")
+    config, info = read_json(folder / "adapter_config.json"), read_info(folder)
     base = base_name or config.get("base_model_name_or_path")
     under = Path(str(config.get("base_model_name_or_path") or "")).expanduser()  # the model here, if it is still here
     known = under.is_dir() and (under / "config.json").exists()
-    load = (run.get("recipe") or {}).get("load")  # of which the base's own files know nothing
+    load = facts_of(info).get("base", {}).get("loaded as")  # of which the base's own files know nothing
     quantizers = [{"name": load, "by": "bitsandbytes, while it loads"}] if load else _quantizers(under) if known else []
-    note = read_json(under / "llmtools.json") if known and not load else {}
-    base_run = read_json(under / "run.json") if known else {}
+    base_info = read_info(under) if known and not load else {}
     dense = "none: its weights are dense" if known else UNKNOWN
-    calibration = NO_DATA if load else _calibration(note, base_run) if quantizers else dense
+    calibration = NO_DATA if load else _calibration(base_info) if quantizers else dense
     kind = str(config.get("peft_type") or "LoRA").lower()
     called = _hub_name(base) or (Path(base).name if base else "…")
     if load:
@@ -137,13 +137,13 @@ model = PeftModel.from_pretrained(model, "{name}")"""
     rows = {
         "base model": _called(base),
         "quantizer of the base model": "; ".join(map(_spec, quantizers)) or dense,
-        "bits a weight of the base model": _bits(note) if quantizers else dense,
+        "bits per weight of the base model": _bits(base_info) if quantizers else dense,
         "calibration data of the base model": calibration,
         "adapters": _adapter(config),
-        "trained on": _training(run),
-        "losses": _losses(run),
+        "trained on": _training(info),
+        "losses": _losses(info),
         "measured quality": _quality(results),
-        "made with": _versions(run),
+        "made with": _versions(info),
     }
     head = _head("peft", base, "adapter", [kind, *(spec["name"] for spec in quantizers)])
     what = "An adapter for a language model; the base model is not in here."
@@ -231,21 +231,22 @@ def _spec(spec: Mapping[str, Any]) -> str:
     return f"{spec['name']} ({options})" if options else str(spec["name"])
 
 
-def _bits(note: Mapping[str, Any]) -> str:
-    bits = note.get("bits_per_weight")
+def _bits(info: Mapping[str, Any]) -> str:
+    bits = info.get("bits_per_weight")
     if bits is None:
         return UNKNOWN
-    size = (_totals(note)).get("packed_bytes")
+    size = _totals(info).get("packed_bytes")
     stored = "" if size is None else f"; {size / 2**20:.2f} MiB of packed weights"
     return f"{bits:.2f}, with scales and everything else that is stored{stored}"
 
 
-def _calibration(note: Mapping[str, Any], run: Mapping[str, Any]) -> str:
-    recipe = run.get("recipe") or {} if run.get("command") == "quantize" else {}
-    tokens = {row.get("tokens") for row in (note.get("report") or {}).get("modules") or ()}
-    if source := recipe.get("calibration"):
+def _calibration(info: Mapping[str, Any]) -> str:
+    known = facts_of(info).get("calibration")
+    tokens = {row.get("tokens") for row in (info.get("report") or {}).get("modules") or ()}
+    if known:
         seen = f", {max(t or 0 for t in tokens)} tokens" if tokens - {None} else ""
-        return f"{Path(str(source)).name}: {recipe.get('samples', '?')} windows{seen}, seed {recipe.get('seed', '?')}"
+        windows, seed = known.get("windows", "?"), known.get("seed", "?")
+        return f"{Path(str(known['text'])).name}: {windows} windows{seen}, seed {seed}"
     if tokens and tokens <= {None}:
         return NO_DATA
     if tokens:
@@ -253,8 +254,8 @@ def _calibration(note: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     return UNKNOWN
 
 
-def _errors(note: Mapping[str, Any]) -> str:
-    totals = _totals(note)
+def _errors(info: Mapping[str, Any]) -> str:
+    totals = _totals(info)
     if totals.get("relative_error") is None:
         return UNKNOWN
     outputs = totals.get("relative_proxy_loss")
@@ -262,8 +263,8 @@ def _errors(note: Mapping[str, Any]) -> str:
     return f"relative to what was there, mean over layers: weights {totals['relative_error']:.4f}{of_outputs}"
 
 
-def _totals(note: Mapping[str, Any]) -> dict[str, Any]:
-    return dict((note.get("report") or {}).get("totals") or {})
+def _totals(info: Mapping[str, Any]) -> dict[str, Any]:
+    return dict((info.get("report") or {}).get("totals") or {})
 
 
 def _quality(results: Sequence[Mapping[str, Any]]) -> str:
@@ -290,19 +291,18 @@ def _adapter(config: Mapping[str, Any]) -> str:
     )
 
 
-def _training(run: Mapping[str, Any]) -> str:
-    if run.get("command") != "finetune":
+def _training(info: Mapping[str, Any]) -> str:
+    known = facts_of(info).get("training")
+    if not known:
         return UNKNOWN
-    recipe, result = run.get("recipe") or {}, run.get("result") or {}
-    data = recipe.get("data")
-    source = Path(str(data)).name if data else UNKNOWN
-    shown = f", examples {result['examples']}, steps {result['steps']}" if "steps" in result else ""
-    return f"{source} (task {recipe.get('task', UNKNOWN)}){shown}, seed {recipe.get('seed', UNKNOWN)}"
+    source = Path(str(known["data"])).name if known.get("data") else UNKNOWN
+    shown = f", examples {known['examples']}, steps {known['steps']}" if "steps" in known else ""
+    return f"{source} (task {known.get('task', UNKNOWN)}){shown}, seed {known.get('seed', UNKNOWN)}"
 
 
-def _losses(run: Mapping[str, Any]) -> str:
-    result = run.get("result") or {}
-    losses = {"training": result.get("train_loss"), "validation": result.get("validation_loss")}
+def _losses(info: Mapping[str, Any]) -> str:
+    known = facts_of(info).get("training", {})
+    losses = {"training": known.get("training loss"), "validation": known.get("validation loss")}
     return ", ".join(f"{key} {value:.4f}" for key, value in losses.items() if value is not None) or UNKNOWN
 
 

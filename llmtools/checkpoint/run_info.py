@@ -11,7 +11,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,10 @@ PACKAGES = (
 
 
 def record(command: str, recipe: Any, **more: Any) -> dict[str, Any]:
-    """One run as JSON: ``{"command", "recipe", "versions", "python", "platform", "started", …}`` and `more`."""
+    """One run as JSON: ``{"command", "recipe", "versions", "python", "platform", "started", …}`` and `more`.
+
+    `more` may have ``facts``, see `facts_of`.
+    """
     run = {
         "command": command,
         "recipe": dataclasses.asdict(recipe),
@@ -59,6 +62,33 @@ def versions() -> dict[str, str]:
 
         found["llmtools"] = __version__
     return found
+
+
+def facts_of(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a model card says of the run that an output came from, by the names that the card shows.
+
+    ``calibration`` {text, windows, seed}; ``training`` {data, task, seed, examples, steps, training loss,
+    validation loss}; ``base`` {loaded as}. What is not known is left out. A command gives them to `record`; those of
+    earlier versions are read off its recipe and result.
+    """
+    if isinstance(info.get("facts"), Mapping):
+        return {name: dict(facts) for name, facts in info["facts"].items()}
+    recipe, result = (dict(info.get(key) or {}) for key in ("recipe", "result"))
+    facts: dict[str, dict[str, Any]] = {"base": {"loaded as": recipe.get("load")}}
+    if info.get("command") == "quantize" and recipe.get("calibration"):
+        facts["calibration"] = {
+            "text": recipe["calibration"],
+            "windows": recipe.get("samples"),
+            "seed": recipe.get("seed"),
+        }
+    if info.get("command") == "finetune":
+        facts["training"] = {
+            **{key: recipe.get(key) for key in ("data", "task", "seed")},
+            **{key: result.get(key) for key in ("examples", "steps")},
+            "training loss": result.get("train_loss"),
+            "validation loss": result.get("validation_loss"),
+        }
+    return {name: {key: value for key, value in each.items() if value is not None} for name, each in facts.items()}
 
 
 def as_json(value: Any) -> str:

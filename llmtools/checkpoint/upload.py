@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
-from ..files import read_json
+from ..files import MARK, RUN, read_json
 from ..redaction import redacted
 from .folder import save
 from .model_card import CARD, card, is_ours
@@ -161,12 +161,12 @@ def texts_of(
     elif results:
         raise InputError(f"{folder / CARD} is in your own words; write the results into it, or delete it for a new one")
     files, _ = files_of(folder)
-    if "run.json" in files:
-        run = read_json(files["run.json"])
+    for name in {MARK, RUN} & files.keys():
+        run = read_json(files[name])
         rewritten = base_name is not None and "adapter_config.json" in files
         if (public := redacted(run)) != run or rewritten:  # a secret of before they were left out; another base's name
             public.pop("checksums", None)  # of the files as they were
-            texts["run.json"] = json.dumps(public, indent=2, ensure_ascii=False) + "\n"
+            texts[name] = json.dumps(public, indent=2, ensure_ascii=False) + "\n"
     if "adapter_config.json" in files:
         path = files["adapter_config.json"]
         config = read_json(path)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import read_json, writing
+from ..files import MARK, files_of, read_info, writing
 from ..model.adapter_files import CONFIG, WEIGHTS, check_adapter
 from ..model.fingerprint import FINGERPRINT
 from ..model.integrity import note_checksums
@@ -68,18 +68,20 @@ def export_adapter(
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (source / FINGERPRINT).exists():
             shutil.copy(source / FINGERPRINT, partial / FINGERPRINT)
-        if run := _how_it_is_asked(source):
-            run["checksums"] = note_checksums(partial, run)
-            (partial / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+        if info := _how_it_is_asked(source):
+            info["files"] = files_of(partial)
+            info["checksums"] = note_checksums(partial, info)
+            (partial / MARK).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 
 def _how_it_is_asked(source: Path) -> dict[str, Any]:
-    """Of the adapter's run.json what generating and evaluating need: prompt template, task, how its base is loaded."""
-    run = read_json(source / "run.json")
-    recipe: Any = run.get("recipe") if isinstance(run.get("recipe"), dict) else {}
+    """Of what is known of the adapter what generating and evaluating need: prompt format, task, how its base loads."""
+    info = read_info(source)
+    recipe: Any = info.get("recipe") if isinstance(info.get("recipe"), dict) else {}
     kept = {key: recipe[key] for key in ("task", "options", "load") if recipe.get(key) is not None}
-    return {"command": "export", "words": run["words"], "recipe": kept} if run.get("words") else {}
+    formats = {key: info[key] for key in ("prompt_format", "words") if info.get(key)}
+    return {"command": "export", **formats, "recipe": kept} if formats else {}
 
 
 def _refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

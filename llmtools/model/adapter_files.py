@@ -58,7 +58,7 @@ def open_adapter(
 ) -> Any:
     """The model with the adapter of `folder` on it, as `peft.PeftModel`, in eval mode.
 
-    verify: compare all bytes with the checksums in the adapter's run.json; without it, small files and headers alone.
+    verify: compare all bytes with the checksums that were noted; without it, small files and headers alone.
     allow_other_base: open it on another base than the one that it was trained on, with a warning (`fingerprint.py`);
     None: the base was compared before.
 
@@ -70,7 +70,7 @@ def open_adapter(
     folder = Path(folder).expanduser()
     config, stored = check_adapter(folder), _headers(folder)
     _check_patterns(config, (name for name, _ in model.named_modules()), folder)
-    check_checksums(folder, "run.json", verify=verify)
+    check_checksums(folder, verify=verify)
     if allow_other_base is not None:
         check_base(model, folder, allow_other_base=allow_other_base)
     with (

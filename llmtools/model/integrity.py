@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import CheckpointError, InputError
-from ..files import read_json, safetensors_header, sha256, unpickled
+from ..files import MARK, RUN, read_json, safetensors_header, sha256, unpickled
 from ..nn.linear import QuantizedLinear
 from ..options import fits, type_name
 
@@ -252,14 +252,16 @@ def note_checksums(folder: Path, note: Mapping[str, Any]) -> dict[str, dict[str,
     return files | {"": {"sha256": _sha256_of(note)}}
 
 
-def check_checksums(folder: Path, note_file: str, *, verify: bool = False) -> None:
-    """Compares a folder's files with what `note_checksums` said of them, in `note_file`, when they were written.
+def check_checksums(folder: Path, *, verify: bool = False) -> None:
+    """Compares a folder's files with what `note_checksums` said of them, in ``llmtools.json``, when they were written.
 
     Small files and the headers of tensors are always compared, and a difference is one line of the log: people edit
     config.json. With `verify` all bytes are read, and a difference is a CheckpointError; so is a folder of which
     nothing was noted.
     """
-    note = read_json(folder / note_file, CheckpointError)
+    notes = {name: read_json(folder / name, CheckpointError) for name in (MARK, RUN)}
+    note_file = next((name for name, note in notes.items() if note.get("checksums")), MARK)
+    note = notes[note_file]
     noted = note.get("checksums") or {}
     if not fits(noted, dict[str, dict[str, str]]) or any(Path(name).name != name for name in noted):
         raise CheckpointError(
@@ -298,7 +300,7 @@ def _sha256_of(note: Mapping[str, Any]) -> str:
 def _has_checksum(file: Path) -> bool:
     """Whether a file decides what a model computes: its tensors, configuration and tokenizer."""
     kept = (".safetensors", ".json", ".jinja", ".txt", ".model")
-    notes = ("llmtools.json", "run.json", "README.md")
+    notes = (MARK, RUN, "README.md")
     return file.is_file() and file.suffix in kept and file.name not in notes and not file.name.startswith(".")
 
 

@@ -131,7 +131,7 @@ def judge_of(recipe: Evaluate) -> Judge:
 
 def _task(recipe: Evaluate) -> Judge:
     """One of our tasks. What is wrong with its options or data is said here, before minutes of loading."""
-    from ..checkpoint.loading import options_of, task_class, template_of, words_of
+    from ..checkpoint.loading import options_of, prompt_format_of, task_class, template_of
     from ..data.tasks import make_task
     from ..data.tasks.base import check_data
     from ..progress import progress
@@ -149,7 +149,7 @@ def _task(recipe: Evaluate) -> Judge:
     options = {**trained, **{k: v for k, v in given.items() if v is not None}, **recipe.options}
     task = make_task(recipe.task, **options)
     check_data(cls, recipe.data)
-    former, template = words_of(recipe.adapter).get("template"), template_of(task)
+    former, template = prompt_format_of(recipe.adapter).get("template"), template_of(task)
     if former and template and former != template:
         log.warning("the adapter was trained in another prompt template: %r; this is %r", former, template)
 

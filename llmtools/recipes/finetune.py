@@ -4,7 +4,7 @@ Work goes on in a folder beside the output, ``OUT.training``: checkpoints, ``met
 the adapter is written to ``OUT`` in one piece, with a picture of the losses and the last checkpoints for a later
 ``--resume``, and the work folder goes. A run that was stopped is continued by ``--resume``; it ends with the same bits
 as one that was not. It goes on with what it began with: ``run.json`` holds hashes of the rows, the model and the
-tokenizer.
+tokenizer; in ``OUT`` it is part of ``llmtools.json``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..signals import Request, Stopped, interruptible, put_off
 from ..train.adapters import check_start, leave_out, lora_config
 from ..train.arguments import arguments_of, check_choosing, check_fsdp, check_training, yes_or_no
 from ..train.callbacks import say_when_it_ends, seconds, stopper, watch
-from ..train.options import Finetune, Finetuned, Lora
+from ..train.options import Finetune, Finetuned, Lora, facts
 from ..train.rows import examples_of, rows_of, shortened
 from ..train.run_folder import TENSORS, done, lasting_name, together, working
 from ..train.trainer import best_loss, last_logged, make_trainer, run_trainer
@@ -54,11 +54,11 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..checkpoint.folder import load_starts
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
-    from ..checkpoint.model_card import write_card
+    from ..checkpoint.model_card import CARD, write_card
     from ..checkpoint.run_info import record, write_json
     from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
-    from ..files import NameTaken, remove, sort_metadata, write_whole, writing
+    from ..files import MARK, NameTaken, files_of, remove, sort_metadata, write_whole, writing
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
     from ..model.integrity import note_checksums
     from ..nn.lora_init import start_adapters
@@ -68,7 +68,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..train.losses import draw_losses
 
     began = time.monotonic()
-    task, train, validation, words = rows_of(recipe)
+    task, train, validation, prompt_format = rows_of(recipe)
     inputs = {"training data": rows_content(train), "validation data": rows_content(validation)}
     quiet_libraries()
     check_training(recipe.training)
@@ -87,19 +87,21 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
     leave_out(config, model)
-    if words["form"] == "messages":
+    if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)
-        words["chat_template"] = content_of_template(tokenizer.chat_template)
+        prompt_format["chat_template"] = content_of_template(tokenizer.chat_template)
     if tokenizer.eos_token is None:
         raise InputError(f"{recipe.model}: its tokenizer has no end-of-text token, which training teaches to write")
-    arguments = arguments_of(recipe, work, model, words["form"], bool(validation), task.max_length())
+    arguments = arguments_of(recipe, work, model, prompt_format["record_format"], bool(validation), task.max_length())
     train, validation = (shortened(rows, task, tokenizer, arguments["max_length"]) for rows in (train, validation))
     train, left_out = examples_of(train, tokenizer, arguments, "training")
     validation, _ = examples_of(validation, tokenizer, arguments, "validation")
     if "completion_mask" in train[0]:
         arguments.setdefault("completion_only_loss", True)
 
-    run = record("finetune", recipe, words=words, training=arguments, base_model=lasting_name(recipe.model))
+    run = record(
+        "finetune", recipe, prompt_format=prompt_format, training=arguments, base_model=lasting_name(recipe.model)
+    )
     run["inputs"] = inputs
     with working(recipe, out, work, run, base) as checkpoint:
         request = Request()
@@ -141,11 +143,12 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
                     draw_losses(folder)
-                    note = {**run, "result": asdict(result)}
-                    write_json(folder / "run.json", {**note, "checksums": note_checksums(folder, note)})
-                    write_card(folder, name=out.name, former=out)  # in place of PEFT's empty form
                     best = getattr(trainer.state, "best_global_step", None)
                     checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
+                    info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
+                    info["files"] = files_of(folder, CARD)
+                    write_json(folder / MARK, {**info, "checksums": note_checksums(folder, info)})
+                    write_card(folder, name=out.name, former=out)  # in place of PEFT's empty form
             except NameTaken:
                 remove(work, of=out)
                 raise

@@ -80,7 +80,14 @@ def generate(recipe: Generate) -> Generated:
             f"temperature={recipe.temperature}, top_p={recipe.top_p}, max_new_tokens={recipe.max_new_tokens}: "
             f"at least 0, above 0 and at most 1, and at least 1 are expected"
         )
-    from ..checkpoint.loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries, words_of
+    from ..checkpoint.loading import (
+        import_plugins,
+        loaded_as,
+        model_and_adapter,
+        open_model,
+        prompt_format_of,
+        quiet_libraries,
+    )
     from ..data.generation import write
     from ..progress import progress
 
@@ -96,9 +103,9 @@ def generate(recipe: Generate) -> Generated:
         verify=recipe.verify,
         allow_other_base=recipe.allow_other_base,
     )
-    template = {} if recipe.raw else words_of(adapter)
+    template = {} if recipe.raw else prompt_format_of(adapter)
     chat = not recipe.raw and _is_chat(template, adapter, tokenizer)
-    system = recipe.system if recipe.system is not None else template.get("system")
+    system = recipe.system if recipe.system is not None else template.get("system_prompt")
     if recipe.system is not None and not chat:
         raise InputError(
             "--system goes with a chat template, which this model or adapter is not asked in; leave it out"
@@ -160,7 +167,7 @@ def _is_chat(template: dict[str, Any], adapter: str | None, tokenizer: Any) -> b
     """Whether prompts go through the chat template: with an adapter if it was trained on chats."""
     if not tokenizer.chat_template:
         return False
-    form = template.get("form")
+    form = template.get("record_format")
     return form == "messages" if adapter is not None and form is not None else True
 
 
@@ -168,8 +175,12 @@ def _say_what_differs(trained: dict[str, Any], system: str | None, tokenizer: An
     """Warns where chats had another system prompt, or another chat template, when the adapter was trained."""
     from ..checkpoint.loading import content_of_template
 
-    if "system" in trained and (trained["system"] or None) != (system or None):
-        other = f"with another system prompt: {trained['system']!r}" if trained["system"] else "without a system prompt"
+    if "system_prompt" in trained and (trained["system_prompt"] or None) != (system or None):
+        other = (
+            f"with another system prompt: {trained['system_prompt']!r}"
+            if trained["system_prompt"]
+            else "without a system prompt"
+        )
         log.warning("the adapter was trained %s", other)
     if trained.get("chat_template") not in (None, content_of_template(tokenizer.chat_template)):
         log.warning("the adapter was trained in another chat template than that of this model's tokenizer")

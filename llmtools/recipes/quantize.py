@@ -88,7 +88,7 @@ def _quantize(recipe: Quantize) -> Quantized:
     from ..checkpoint.folder import write
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import write_card
-    from ..checkpoint.run_info import record, write_json
+    from ..checkpoint.run_info import record
     from ..data.calibration import calibration
     from ..data.metrics import model_positions
     from ..files import writing
@@ -122,8 +122,7 @@ def _quantize(recipe: Quantize) -> Quantized:
         )
     out = Path(recipe.out).expanduser()
     with writing(out, overwrite=recipe.overwrite) as folder:
-        write(model, tokenizer, folder, report=report)
-        write_json(folder / "run.json", record("quantize", recipe, report=report.to_json()))
+        write(model, tokenizer, folder, report=report, run=record("quantize", recipe, facts=_facts(recipe)))
         write_card(folder, name=out.resolve().name, former=out)
     return Quantized(
         out=recipe.out,
@@ -153,6 +152,13 @@ def checked_quantizer(recipe: Quantize) -> Any:
     if recipe.calibration is not None and recipe.calibration not in HUB:
         existing_file(recipe.calibration)
     return quantizer
+
+
+def _facts(recipe: Quantize) -> dict[str, Any]:
+    """What the model card says of the calibration."""
+    if recipe.calibration is None:
+        return {}
+    return {"calibration": {"text": recipe.calibration, "windows": recipe.samples, "seed": recipe.seed}}
 
 
 def resolve_quantizer(recipe: Quantize) -> Any:

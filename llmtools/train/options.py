@@ -102,3 +102,18 @@ class Finetuned:
             f"example{'s' * (self.examples != 1)}{loss}{validation}"
             f"{left_out}, in {self.seconds:.1f} s"
         )
+
+
+def facts(recipe: Finetune, result: Finetuned) -> dict[str, dict[str, Any]]:
+    """What the model card says of a training, see `run_info.facts_of`."""
+    training = {
+        "data": recipe.data,
+        "task": recipe.task,
+        "seed": recipe.seed,
+        "examples": result.examples,
+        "steps": result.steps,
+        "training loss": result.train_loss,
+        "validation loss": result.validation_loss,
+    }
+    known = {key: value for key, value in training.items() if value is not None}
+    return {"training": known, "base": {"loaded as": recipe.load} if recipe.load else {}}

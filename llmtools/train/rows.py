@@ -28,7 +28,7 @@ def training_task(recipe: Finetune) -> Any:
 
 
 def rows_of(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
-    """(task, training rows, validation rows, the words they are in), checked before anything is loaded."""
+    """(task, training rows, validation rows, its prompt format), checked before anything is loaded."""
     from ..checkpoint.loading import template_of
     from ..data.tasks.base import spread
 
@@ -38,12 +38,12 @@ def rows_of(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]
     if not train:
         raise InputError(f"{recipe.data}: there is nothing to train on")
     form = _form(train[0])
-    words: dict[str, Any] = {"form": form, "template": template_of(task)}
+    prompt_format: dict[str, Any] = {"record_format": form, "template": template_of(task)}
     if form == "messages" and len(systems := _system_prompts(rows)) == 1:
-        words["system"] = systems.pop()
+        prompt_format["system_prompt"] = systems.pop()
     if form == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = turns(train), turns(validation)
-    return task, train, validation, words
+    return task, train, validation, prompt_format
 
 
 def _system_prompts(rows: list[Row]) -> set[str | None]:

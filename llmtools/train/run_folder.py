@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import json_or_empty
+from ..files import MARK, RUN, json_or_empty
 from ..ranks import is_first, processes
 from ..signals import Stopped
 from .options import Finetune
@@ -87,13 +87,13 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: d
     if recipe.resume:
         checkpoint = _going_on(recipe, out, work, run, base)
         run["id"] = _run(work).get("id")
-        write_whole(work / "run.json", as_json(run))
+        write_whole(work / RUN, as_json(run))
         return checkpoint
     if all_in(work / "checkpoints") and not recipe.overwrite:
         raise InputError(f"{work} holds a run that was stopped; --resume goes on with it, --overwrite begins anew")
     remove(work, of=out)
     run["id"] = secrets.token_hex(8)
-    _appear(work, out, {"run.json": as_json(run)})
+    _appear(work, out, {RUN: as_json(run)})
     return None
 
 
@@ -134,10 +134,11 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base
 
 def _brought(kept: Path, out: Path, work: Path) -> Path:
     """The checkpoint in the work folder, with what else a finished run kept, beside whatever is damaged there."""
+    from ..checkpoint.run_info import as_json
     from .checkpoints import put_aside
 
     if not work.exists():
-        _appear(work, out, {name: out / name for name in ("run.json", "metrics.jsonl")})
+        _appear(work, out, {RUN: as_json(_run(out)), "metrics.jsonl": out / "metrics.jsonl"})
     put_aside(work / "checkpoints", -1)
     shutil.copytree(kept.parent, work / "checkpoints", dirs_exist_ok=True)
     return work / "checkpoints" / kept.name
@@ -158,8 +159,8 @@ def _appear(work: Path, out: Path, files: dict[str, Path | str]) -> None:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    """What ``run.json`` says; {} where it is not there or damaged."""
-    return json_or_empty(folder / "run.json")
+    """What the run's folder, or its finished output, says of it; {} where it says nothing, or is damaged."""
+    return {**json_or_empty(folder / RUN), **json_or_empty(folder / MARK)}
 
 
 def _check_base(recipe: Finetune, checkpoint: Path | None, base: dict[str, Any] | None) -> None:

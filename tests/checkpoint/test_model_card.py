@@ -58,7 +58,7 @@ def test_a_saved_model_carries_its_card(quantized: Path) -> None:
     assert "import llmtools" in text
     assert "optq (" in row(text, "quantizer")
     assert "bits 3" in row(text, "quantizer")
-    assert row(text, "bits a weight").startswith(f"{note['bits_per_weight']:.2f}, with scales")
+    assert row(text, "bits per weight").startswith(f"{note['bits_per_weight']:.2f}, with scales")
     assert row(text, "calibration data") == "48 tokens of a text that was not recorded"
     assert f"weights {note['report']['totals']['relative_error']:.4f}" in row(text, "errors of the quantized layers")
     assert row(text, "measured quality").startswith("unknown")
@@ -126,7 +126,7 @@ def test_a_base_that_was_quantized_for_the_training_alone_is_not_called_dense(ad
         (adapter / "run.json").write_text(json.dumps({"command": "finetune", "recipe": {"load": load}}))
         text = card(adapter)
         assert row(text, "quantizer of the base model") == f"{load} (by bitsandbytes, while it loads)"
-        assert row(text, "bits a weight of the base model") == "unknown"
+        assert row(text, "bits per weight of the base model") == "unknown"
         assert row(text, "calibration data of the base model") == "none: the quantizer saw no data"
         assert load in head(text)["tags"]
         assert asked in text and "dense" not in text

@@ -108,7 +108,7 @@ def test_no_file_of_a_finetuned_adapter_holds_the_token(
     assert main([*words, "--training.max_steps", "1"]) == 0
     assert main([*words, "--training.max_steps", "2", "--resume"]) == 0
     files = [path for path in out.rglob("*") if path.is_file()]
-    assert {"run.json", "README.md"} <= {path.name for path in files}
+    assert {"llmtools.json", "README.md"} <= {path.name for path in files}
     told = {path.relative_to(out).as_posix() for path in files if SECRET.encode() in path.read_bytes()}
     assert not told
     captured = capsys.readouterr()

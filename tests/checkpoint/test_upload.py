@@ -134,6 +134,7 @@ def test_a_run_that_was_written_with_a_token_goes_up_without(
     hub = Hub(monkeypatch)
     llmtools.push_to_hub(quantized, "me/tiny")
     assert json.loads(hub.files["run.json"]) == {"command": "quantize", "recipe": {"training": {"seed": 1}}}
+    assert "checksums" in json.loads(hub.files["llmtools.json"])  # which had no secret to leave out
     assert not any(b"hf_SeCrEt" in each for each in hub.files.values())
     assert (quantized / "run.json").read_bytes() == before
     assert main(["push", str(quantized), "--repo", "me/tiny", "--dry_run", "--json"]) == 0

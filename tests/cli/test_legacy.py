@@ -110,7 +110,7 @@ def test_old_commands_run(stories: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main(words.split()) == 0
     words = f"finetune --model {q} --dataset {data} --adapter {a} --mbatch_size 1 --batch_size 2 --epochs 1 --lora_r 2"
     assert main(words.split()) == 0
-    run = json.loads((a / "run.json").read_text())
+    run = json.loads((a / "llmtools.json").read_text())
     assert (run["recipe"]["task"], run["recipe"]["lora"]["r"], run["result"]["steps"]) == ("alpaca", 2, 2)
     assert "| trained on | alpaca.json (task alpaca), examples 4, steps 2, seed 0 |" in (a / "README.md").read_text()
     assert "| calibration data | none: the quantizer saw no data |" in (q / "README.md").read_text()

@@ -85,7 +85,7 @@ def test_quantize_finetune_evaluate_generate_by_the_documented_words(
     made = result(capsys, *words.split(), "--out", q)
     assert made["modules"] == 35
     assert made["bits_per_weight"] < 4  # type: ignore[operator]
-    assert (q / "run.json").exists()
+    assert (q / "llmtools.json").exists() and not (q / "run.json").exists()
 
     words = f"finetune --model {q} --data {data} --out {a} --lora.r 2 --lora.alpha 32 --training.max_steps 2"
     trained = result(capsys, *words.split())

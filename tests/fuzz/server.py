@@ -68,12 +68,12 @@ def adapter_digest(base: Path) -> Callable[[Path], str]:
 
     def digest(folder: Path) -> str:
         import llmtools
-        from llmtools.checkpoint.loading import options_of, words_of
+        from llmtools.checkpoint.loading import options_of, prompt_format_of
         from llmtools.checkpoint.model_card import card
         from llmtools.model.adapter_files import open_adapter
         from tests.models import tiny_ids
 
-        words, options = words_of(str(folder)), options_of(str(folder), "text")
+        words, options = prompt_format_of(str(folder)), options_of(str(folder), "text")
         card(folder, name="a")
         model = open_adapter(llmtools.load(base)[0], folder)
         with torch.no_grad():

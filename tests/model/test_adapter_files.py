@@ -159,11 +159,11 @@ def test_an_adapters_bits_are_verified(seeds: Path, adapter: Path) -> None:
 )
 def test_a_damaged_run_json_is_named(adapter: Path, run: Any) -> None:
     from llmtools import InputError
-    from llmtools.checkpoint.loading import options_of, words_of
+    from llmtools.checkpoint.loading import options_of, prompt_format_of
 
     (adapter / "run.json").write_text(json.dumps(run))
     with pytest.raises(InputError, match=r"run\.json"):
-        words_of(str(adapter)), options_of(str(adapter), "text")
+        prompt_format_of(str(adapter)), options_of(str(adapter), "text")
 
 
 @pytest.mark.parametrize("template", ["{x", "{x.__class__}", "{x:>99999999999}", "{x!r}", "{}", "{x[0]}"])

@@ -62,7 +62,9 @@ def test_an_adapter_of_an_earlier_version_opens() -> None:
 
 def test_the_record_of_an_earlier_run_is_still_read() -> None:
     """`evaluate` takes the prompt template and the options that an adapter was trained with from its run.json."""
-    from llmtools.checkpoint.loading import options_of, words_of
+    from llmtools.checkpoint.loading import options_of, prompt_format_of
 
     folder = str(GOLDEN / "adapter")
-    assert words_of(folder) == {"form": "prompt", "template": None} and options_of(folder, "text") == {}
+    assert (
+        prompt_format_of(folder) == {"record_format": "prompt", "template": None} and options_of(folder, "text") == {}
+    )

@@ -73,8 +73,8 @@ def test_the_output_is_a_peft_folder_that_knows_its_base(
     assert config["base_model_name_or_path"] == model
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (2, 32, "LORA")
     assert {tensor.dtype for tensor in adapter(tmp_path / "a").values()} == {torch.float32}
-    run = json.loads((tmp_path / "a" / "run.json").read_text())
-    assert run["words"]["form"] == "prompt"
+    run = json.loads((tmp_path / "a" / "llmtools.json").read_text())
+    assert run["prompt_format"]["record_format"] == "prompt"
     assert run["recipe"]["training"] == TRAINING
     records = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
@@ -243,8 +243,9 @@ def stopped(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     finetune(recipe(stories, str(place / "train.jsonl"), place / "whole", training=SAVED))
     (place / "a.training").mkdir()
-    for name in ("checkpoints", "run.json", "metrics.jsonl"):
+    for name in ("checkpoints", "metrics.jsonl"):
         copy(place / "whole" / name, place / "a.training" / name)
+    copy(place / "whole" / "llmtools.json", place / "a.training" / "run.json")
     return place
 
 
@@ -428,8 +429,8 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(
 
 def test_a_result_of_another_run_is_not_replaced_by_going_on(killed: Path, stories: Path) -> None:
     copy(killed / "whole", killed / "a")
-    run = json.loads((killed / "a" / "run.json").read_text())
-    (killed / "a" / "run.json").write_text(json.dumps({**run, "id": "another"}))
+    run = json.loads((killed / "a" / "llmtools.json").read_text())
+    (killed / "a" / "llmtools.json").write_text(json.dumps({**run, "id": "another"}))
     with pytest.raises(InputError, match=r"is of another run than the one in .*; pass --overwrite, too"):
         go_on(killed, stories)
     assert go_on(killed, stories, overwrite=True).steps == 4
@@ -475,7 +476,7 @@ def test_chats_train_in_the_tokenizers_own_template(stories: Path, tmp_path: Pat
         finetune(recipe(stories, str(data), tmp_path / "a"))
     result = finetune(recipe(chat_model(stories, tmp_path / "model"), str(data), tmp_path / "a"))
     assert result.examples == 6  # an example for each answer
-    assert json.loads((tmp_path / "a" / "run.json").read_text())["words"]["form"] == "messages"
+    assert json.loads((tmp_path / "a" / "llmtools.json").read_text())["prompt_format"]["record_format"] == "messages"
 
 
 @pytest.mark.parametrize("max_length", [48, None], ids=str)
@@ -533,7 +534,7 @@ def test_a_bfloat16_model_computes_in_bfloat16_and_keeps_float32_adapters(
     AutoModelForCausalLM.from_pretrained(stories, dtype=dtype).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "model")
     finetune(recipe(tmp_path / "model", data, tmp_path / "a"))
-    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    run = json.loads((tmp_path / "a" / "llmtools.json").read_text())
     assert run["training"]["bf16"] == (dtype == torch.bfloat16)
     assert {tensor.dtype for tensor in adapter(tmp_path / "a").values()} == {torch.float32}
 

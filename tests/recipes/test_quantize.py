@@ -24,7 +24,7 @@ def packed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Of the files that do not say how long it took."""
-    timed = ("run.json", "llmtools.json")
+    timed = ("llmtools.json",)
     return {path.name: b"" if path.name in timed else path.read_bytes() for path in folder.iterdir()}
 
 

@@ -80,17 +80,17 @@ def test_a_record_s_own_text_and_messages_are_not_what_is_learned(
     (batch,) = seen
     told = {tokenizer.decode(row[row != -100]) for row in batch["labels"]}
     assert told == {answer + tokenizer.eos_token for answer in answers[:2]}
-    assert json.loads((tmp_path / "a" / "run.json").read_text())["words"]["form"] == "prompt"
+    assert json.loads((tmp_path / "a" / "llmtools.json").read_text())["prompt_format"]["record_format"] == "prompt"
 
 
 def test_the_task_s_lengths_are_the_length_of_an_example(
     stories: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     result = finetune(recipe(stories, tmp_path / "a", options={"source_tokens": 90, "max_new_tokens": 20}))
-    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    run = json.loads((tmp_path / "a" / "llmtools.json").read_text())
     assert run["training"]["max_length"] == 112
     assert result.left_out == 0  # a longer answer takes its room from the chat
-    assert run["words"]["template"]["prompt"] == "### Summarize this: {dialogue}\n ### Output:"
+    assert run["prompt_format"]["template"]["prompt"] == "### Summarize this: {dialogue}\n ### Output:"
 
 
 def test_a_task_that_only_judges_cannot_be_trained_on(stories: Path, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_arguments_of_sft_config_may_stand_without_their_prefix(
 ) -> None:
     words = ["--model_name_or_path", str(stories), "--data", data[0], "--output_dir", str(tmp_path / "a")]
     assert main(["finetune", *words, "--max_steps", "1", "--learning_rate=2e-4", "--num_train_epochs", "3"]) == 0
-    told = json.loads((tmp_path / "a" / "run.json").read_text())["recipe"]["training"]
+    told = json.loads((tmp_path / "a" / "llmtools.json").read_text())["recipe"]["training"]
     assert told == {"max_steps": 1, "learning_rate": 2e-4, "num_train_epochs": 3}
     assert main(["finetune", *words, "--max_stepz", "1"]) == 2
 
@@ -104,7 +104,7 @@ def test_a_batch_of_validation_is_as_large_as_one_of_training(
 ) -> None:
     for asked, wanted in (({}, 2), ({"per_device_eval_batch_size": 5}, 5)):
         run(stories, data, tmp_path / f"a{wanted}", {"max_steps": 1, **asked})
-        written = json.loads((tmp_path / f"a{wanted}" / "run.json").read_text())
+        written = json.loads((tmp_path / f"a{wanted}" / "llmtools.json").read_text())
         assert written["training"]["per_device_eval_batch_size"] == wanted
 
 

@@ -46,13 +46,16 @@ def layout(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
 
 
 def rows(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
-    """``dequantize(p, a:b)`` equals ``dequantize(p)[a:b]`` bit for bit, in every type."""
+    """``dequantize(p, a:b)`` equals ``dequantize(p)[a:b]`` bit for bit, in every type.
+
+    Also where a or b lies within rows that share a code, or the piece runs over several of such tiles.
+    """
     packed, out = _quantize(quantizer, weight, hessian), weight.shape[0]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         whole = quantizer.dequantize(packed, dtype=dtype)
         _require(whole.dtype == dtype, f"asked for {dtype}, got {whole.dtype}")
         _require(whole.shape == weight.shape, f"dequantize gives {list(whole.shape)}, weight {list(weight.shape)}")
-        for piece in (slice(0, 1), slice(out // 3, out // 3 + 2), slice(out - 1, out), slice(0, out)):
+        for piece in (slice(0, 1), slice(out // 3, out // 3 + 2), slice(1, out - 1), slice(out - 1, out), slice(0, out)):
             same = torch.equal(quantizer.dequantize(packed, piece, dtype), whole[piece])
             _require(same, f"rows {piece.start}:{piece.stop} in {dtype} differ from the same rows of the whole")
 

@@ -50,8 +50,8 @@ def multiply_lattice(
         raise InputError(f"activations of shape {list(x.shape)} do not fit a weight with {8 * blocks} inputs")
     wide, codes = x.to(torch.float32).contiguous(), codes.contiguous()
     residual = residual.contiguous() if residual is not None else None
-    numbers = torch.empty(tokens, 8 * blocks, dtype=torch.int16, device="cpu")
-    places = torch.empty(tokens, -(-blocks // _CHUNK), dtype=torch.float32, device="cpu")
+    quantized = torch.empty(tokens, 8 * blocks, dtype=torch.int16, device="cpu")
+    scales = torch.empty(tokens, -(-blocks // _CHUNK), dtype=torch.float32, device="cpu")
     y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
     finite = library.lattice_multiply(
         codes.data_ptr(),
@@ -62,8 +62,8 @@ def multiply_lattice(
         *_tables(residual),
         wide.data_ptr(),
         tokens,
-        numbers.data_ptr(),
-        places.data_ptr(),
+        quantized.data_ptr(),
+        scales.data_ptr(),
         y.data_ptr(),
         _threads(codes.numel() * tokens, _DECODED_A_THREAD),
     )
@@ -122,7 +122,7 @@ def _library() -> ctypes.CDLL | None:
         library.lattice_multiply.argtypes = [
             *(pointer, pointer, real, long, long),  # codes, residual, residual_scale, rows, blocks
             *(pointer, pointer, pointer, pointer),  # magnitudes, flips, offsets, table
-            *(pointer, long, pointer, pointer, pointer, number),  # x, tokens, numbers, places, y, threads
+            *(pointer, long, pointer, pointer, pointer, number),  # x, tokens, quantized, scales, y, threads
         ]
         library.lattice_multiply.restype = number
         for function in (library.lattice_encode_e8p, library.lattice_encode_e81b, library.lattice_decode):

@@ -78,12 +78,12 @@ class Scalar(Grid):
 
         It runs for every token that is generated: hence no calls.
         """
-        qweight, zeros, group_size = packed["qweight"], packed.get("qzeros"), self.group_size
+        qweight, scales, zeros = packed["qweight"], packed["scales"], packed.get("qzeros")
         in_features = packed["columns"].shape[1] if "columns" in packed else qweight.shape[1] * 32 // self.bits
-        if not 0 < group_size < in_features:
-            group_size = in_features
-        zeros = zeros if zeros is None else zeros[rows]
-        return qweight[rows], packed["scales"][rows], zeros, None, self.bits, group_size, in_features
+        group_size = self.group_size if 0 < self.group_size < in_features else in_features
+        if rows is not ALL:
+            qweight, scales, zeros = qweight[rows], scales[rows], None if zeros is None else zeros[rows]
+        return qweight, scales, zeros, None, self.bits, group_size, in_features
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize_grouped(*self.grouped(packed, rows), dtype)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llmtools.errors import InputError, within
-from llmtools.quant import OPTQ, RTN, HessianSum, proxy_loss, rounding
+from llmtools.quant import OPTQ, RTN, HessianSum, proxy_loss
+from llmtools.quant import rounding as module
 from llmtools.quant.grids.affine import Affine
 from llmtools.quant.grids.base import Grid
 from llmtools.quant.grids.codebook import Codebook
@@ -83,7 +84,7 @@ def test_codes_equal_the_column_loop_exactly(bits: int, out: int, n: int, seed: 
 def test_the_plain_version_in_the_docstring_is_the_sweep() -> None:
     """The lines are run as they stand there."""
     weight, hessian = problem(8, 160)
-    lines = [line for line in (rounding.__doc__ or "").splitlines() if line.startswith("    ")]
+    lines = [line for line in (module.__doc__ or "").splitlines() if line.startswith("    ")]
     names = {"W": weight, "H": hessian, "grid": Affine(3), "factor": factor}
     exec(textwrap.dedent("\n".join(lines)), names)
     codes, params = Sequential(damping=0.01)(weight, hessian, Affine(3))

@@ -1,8 +1,8 @@
 """Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, products with few tokens, Hadamard.
 
 Decoding goes a block of rows at a time into one place, as in a layer, where the result stays in cache, and is held
-against writing as many bytes there. The product with few tokens (GEMV) is held against reading the packed bytes at the speed of
-a copy, or against a product of matrices of that many operations, whichever takes longer.
+against writing as many bytes there. The product with few tokens (GEMV) is held against reading the packed bytes at the
+speed of a copy, or against a product of matrices of that many operations, whichever takes longer.
 """
 
 from __future__ import annotations

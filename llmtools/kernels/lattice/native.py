@@ -18,7 +18,10 @@ _ENCODED_A_THREAD, _DECODED_A_THREAD = 64, 1 << 12  # fewer vectors are done bef
 
 
 def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
-    """See the package's docstring. Tensors on the CPU; without a compiler, and for float64, the reference."""
+    """codes [..., b] int16, residual [..., b] uint8, int16 or None, on the CPU -> [..., 8b] of `dtype`.
+
+    Without a compiler, and for float64, by the reference.
+    """
     library = _library()
     if library is None or dtype not in build.TYPES:
         return reference.dequantize_lattice(codes, residual, residual_scale, dtype)
@@ -40,8 +43,11 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
 def multiply_lattice(
     x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
 ) -> Tensor:
-    """See the package's docstring. In C for half precision and not transposed; else, and where x is not finite, the
-    reference."""
+    """x [t, 8b] -> [t, out] of x's type, or transposed x [t, out] -> [t, 8b]; codes and residual [out, b].
+
+    In C for half precision and not transposed; else, and where x is not finite, by the reference. Raises InputError
+    for an x of another width.
+    """
     library = _library()
     if library is None or transposed or x.dtype not in (torch.bfloat16, torch.float16):
         return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)

@@ -26,6 +26,13 @@ BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class Affine(Scalar):
+    """2^bits equally spaced values in each group.
+
+    Stored: qweight [out, w] int32, scales [out, G] of `scale_type` and, unless the grid is symmetric, qzeros
+    [out, ceil(G·bits / 8)] uint8 or, with `float_zeros`, zeros [out, G] of `scale_type`; columns [0, in] where needed.
+    Raises InputError for options out of range.
+    """
+
     bits: int
     group_size: int = -1
     symmetric: bool = False

@@ -1,8 +1,8 @@
-"""Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, products for few tokens, Hadamard.
+"""Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, products with few tokens, Hadamard.
 
 Decoding goes a block of rows at a time into one place, as in a layer, where the result stays in cache, and is held
-against writing as many bytes there. The product for few tokens is held against reading the packed bytes at the speed of
-a copy, or against a product of matrices of that many operations, whichever takes longer.
+against writing as many bytes there. The product with few tokens (GEMV) is held against reading the packed bytes at the
+speed of a copy, or against a product of matrices of that many operations, whichever takes longer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from llmtools.kernels.affine import dequantize_affine, multiply_affine
-from llmtools.kernels.affine import reference as affine
-from llmtools.kernels.codebook import dequantize_codebook, multiply_codebook
-from llmtools.kernels.codebook import reference as codebook
 from torch import Tensor
 from torch.nn import functional as F
 
 from llmtools.kernels.bits import pack
+from llmtools.kernels.grouped import dequantize_grouped, multiply_grouped
+from llmtools.kernels.grouped import reference as grouped
 from llmtools.kernels.hadamard import hadamard, rule_for
 from llmtools.kernels.hadamard import reference as rotated
 from llmtools.kernels.lattice import RESIDUAL_SCALE, dequantize_lattice, multiply_lattice
@@ -33,16 +31,16 @@ OUT, IN, GROUP, BLOCK = 5632, 2048, 64, 256
 Weight = tuple[Any, ...]
 
 
-def affine_weight(bits: int) -> Weight:
+def uniform_weight(bits: int) -> Weight:
     """Random packed tensors, as the op takes them."""
     codes, zeros = torch.randint(0, 2**bits, (OUT, IN)), torch.randint(0, 2**bits, (OUT, IN // GROUP))
     scales = (torch.rand(OUT, IN // GROUP) * 0.01).half()
-    return pack(codes, bits), scales, pack(zeros, bits, torch.uint8), bits, GROUP, IN
+    return pack(codes, bits), scales, pack(zeros, bits, torch.uint8), None, bits, GROUP, IN
 
 
 def codebook_weight() -> Weight:
     codes = torch.randint(0, 16, (OUT, IN))
-    return pack(codes, 4), torch.rand(OUT, IN // GROUP) * 0.01, torch.tensor(NF4), GROUP, IN
+    return pack(codes, 4), torch.rand(OUT, IN // GROUP) * 0.01, None, torch.tensor(NF4), 4, GROUP, IN
 
 
 def by_blocks(dequantize: Callable[..., Tensor], weight: Weight, dtype: torch.dtype) -> Callable[[], None]:
@@ -69,8 +67,8 @@ def packed_bytes(weight: Weight) -> int:
 
 def kinds() -> Iterator[tuple[str, Weight, Any, Any, Any]]:
     for bits in (4, 3, 2, 8):
-        yield f"{bits} bits", affine_weight(bits), dequantize_affine, multiply_affine, affine.dequantize_affine
-    yield "nf4", codebook_weight(), dequantize_codebook, multiply_codebook, codebook.dequantize_codebook
+        yield f"{bits} bits", uniform_weight(bits), dequantize_grouped, multiply_grouped, grouped.dequantize_grouped
+    yield "nf4", codebook_weight(), dequantize_grouped, multiply_grouped, grouped.dequantize_grouped
     for bits in (2, 3, 4):
         yield (
             f"lattice, {bits} bits",
@@ -104,7 +102,7 @@ def decode(machine: Machine) -> Iterator[Problem]:
 
 @case("multiply")
 def multiply(machine: Machine) -> Iterator[Problem]:
-    """x Wᵀ for few tokens in bfloat16, beside the dense product."""
+    """x Wᵀ with few tokens in bfloat16, beside the dense product."""
     for name, weight, dequantize, product, _ in kinds():
         dense = dequantize(*weight, torch.float32)
         half = dense.bfloat16()
@@ -113,13 +111,13 @@ def multiply(machine: Machine) -> Iterator[Problem]:
 
             def check(x: Tensor = x, weight: Weight = weight, dense: Tensor = dense, product: Any = product) -> None:
                 truth = x.double() @ dense.double().T
-                assert (product(x, *weight) - truth).abs().max() <= 2**-7 * truth.abs().max()
+                assert (product(x, *weight, False) - truth).abs().max() <= 2**-7 * truth.abs().max()
 
             memory, products = packed_bytes(weight) / machine.copy_bandwidth, 2 * tokens * OUT * IN
             yield Problem(
                 f"{name}, {tokens} tokens",
                 check,
-                {"few tokens": lambda x=x, weight=weight, product=product: product(x, *weight)},
+                {"GEMV": lambda x=x, weight=weight, product=product: product(x, *weight, False)},
                 {"bf16 dense": lambda x=x, half=half: F.linear(x, half)},
                 max(memory, products / machine.best_matmul_speed),
                 "reading packed bytes, or the product",

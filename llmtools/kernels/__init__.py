@@ -1,6 +1,5 @@
-"""Pure functions on tensors, one folder an operation; they know bits and tables, not models.
+"""Pure functions on tensors, one folder an op; they know bits and tables, not models.
 
-`bits` packs codes in a bit stream · `affine` decodes uniform grids · `codebook` decodes table lookups ·
-`lattice` encodes and decodes QuIP#'s blocks of eight · `hadamard` rotates vectors of any size. `grouped` is the C of
-`affine` and `codebook`.
+A folder's docstring says what its op computes, with shapes. Beside the folders, `ops` registers them, `build` builds
+their C, which shares `native.h`, and `triton_common` is what their GPU kernels share.
 """

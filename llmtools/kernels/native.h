@@ -1,4 +1,4 @@
-/* What the C files share: the types that they write, and rounding to them as torch does it.
+/* What the C files share: the types that they write, rounding to them as torch does it, and activations as integers.
  *
  * Rounding is to the nearest, ties to even; NaN becomes a quiet NaN. Threads are OpenMP's, where the compiler has it:
  * `#pragma omp parallel for num_threads(threads) schedule(static)`, with `threads` given by the caller.
@@ -6,6 +6,7 @@
 #ifndef LLMTOOLS_NATIVE_H
 #define LLMTOOLS_NATIVE_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX2__)
@@ -65,6 +66,29 @@ static ALWAYS_INLINE void halves_to_floats(const uint16_t *restrict h, float *re
 #else
     for (int i = 0; i < LANES; i++) x[i] = from_float16(h[i]);
 #endif
+}
+
+/* ---- activations as integers: exact sums of products with small whole numbers, such as codes ---- */
+
+/* The largest of the numbers. As two signed bytes it is less than 127 · 256 + 127, and Σ of 512 products with numbers up
+ * to 16 · 8 stays below 2^31. */
+static const float GREATEST = 32600;
+
+/* x [n], one group: x ≈ quantized · scale. What is dropped of each is at most 2^-16 of the largest beside it, where half
+ * precision has 2^-8 or 2^-11 of the number itself. Returns whether all of x is finite; if not, `quantized` is not written.
+ * The bits of |x| compare as integers do, which vectorises, and NaN and infinity are the largest. */
+static inline int quantize_activations(const float *restrict x, int64_t n, int16_t *restrict quantized,
+                                       float *restrict scale) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const uint32_t size = bits_of(x[i]) & 0x7fffffff;
+        most = size > most ? size : most;
+    }
+    const float largest = float_of(most), by = largest > 1e-30f ? GREATEST / largest : 0;
+    *scale = largest / GREATEST;
+    if (most >= 0x7f800000) return 0;
+    for (int64_t i = 0; i < n; i++) quantized[i] = (int16_t)(int)rintf(x[i] * by);
+    return 1;
 }
 
 #endif

@@ -4,15 +4,15 @@ A format brings one Triton function, its *tile*: it decodes a rectangle of the w
 below call it, so that a format costs one function and a weight is never written to memory unless asked for:
 
     dequantize              W                  decode, round, store
-    multiply                x Wᵀ               x [t, in] -> [t, out]; few tokens
-    multiply_transposed     g W                g [t, out] -> [t, in]; few tokens
+    multiply                x Wᵀ               x [t, in] -> [t, out]; GEMV
+    multiply_transposed     g W                g [t, out] -> [t, in]; GEMV
 
-The products read each packed weight once. They are for the few tokens at which reading weights is all that takes time;
-for more tokens, decoding blocks of rows for the vendor's matrix product is faster. One token is multiplied and summed
-by ordinary instructions in float32; several are padded to a power of two for the tensor cores, which take the weight
-rounded to x's type and sum in float32. Where the output has too few tiles to occupy the GPU, the summed dimension is
-split and the float32 parts are added in a second step: in a fixed order, hence with the same bits each time. Nothing
-synchronises with the host, so all of it can be captured in a CUDA graph.
+The products read each packed weight once. They are for decoding, where so few tokens come at a time that reading the
+weight is all that takes time (GEMV); for more tokens, decoding blocks of rows for the vendor's matrix product is
+faster. One token is multiplied and summed by ordinary instructions in float32; several are padded to a power of two for
+the tensor cores, which take the weight rounded to x's type and sum in float32. Where the output has too few tiles to
+occupy the GPU, the summed dimension is split and the float32 parts are added in a second step: in a fixed order, hence
+with the same bits each time. Nothing synchronises with the host, so all of it can be captured in a CUDA graph.
 
 The sizes of tiles were chosen by the registers, spills and instructions of the machine code for Ampere and Hopper, not
 by a clock; `python -m benchmarks.gpu` has the clock.

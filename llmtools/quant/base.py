@@ -164,6 +164,8 @@ class Learner(ABC):
 
     Whoever trains it (`model/reconstruct.py` with a block's outputs) calls `weight`, runs backward, and calls `step`,
     `steps` times in all.
+
+    Shapes: out, in — features of the linear layer.
     """
 
     steps: int
@@ -187,7 +189,7 @@ class Learner(ABC):
 
     @abstractmethod
     def packed(self) -> Packed:
-        """The tensors of the quantizer's layout, for this iterate."""
+        """The tensors of the quantizer's layout for this iterate, as `Quantizer.quantize` gives them."""
 
 
 quantizers: Registry[Quantizer] = Registry("quantizer", "llmtools.quantizers")

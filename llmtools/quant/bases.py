@@ -27,7 +27,10 @@ from .rounding import Nearest
 
 
 class Basis(ABC):
-    """A change of coordinates that has an inverse. Its state is stored beside the codes, never made again."""
+    """A change of coordinates that has an inverse. Its state is stored beside the codes, never made again.
+
+    Weights and Hessians are float32 or wider, activations of any float type; results have the argument's type.
+    """
 
     by_rows: ClassVar[bool] = True
     """Whether rows of W depend on the same rows of W' alone (L is the identity)."""
@@ -37,18 +40,19 @@ class Basis(ABC):
         return in_features
 
     @abstractmethod
-    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]: ...
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """The tensors of the state, as `Quantizer.layout` has those of a weight."""
 
     @abstractmethod
     def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
-        """The state for this weight."""
+        """The state for this weight [out, in] and Hessian [in, in]."""
 
     def check(self, state: Packed) -> None:  # noqa: B027 (most have nothing to look at)
         """Raises InputError for a state, read off a file, that `init` never gives; numbers are finite already."""
 
     @abstractmethod
     def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
-        """W, H -> W', H' in the new coordinates."""
+        """W [out, in], H [in, in] -> W' [out, in'], H' [in', in'] in the new coordinates."""
 
     @abstractmethod
     def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
@@ -67,7 +71,8 @@ class Basis(ABC):
 class Permutation(Basis):
     """Columns by falling diagonal of H ("act-order", GPTQ's README): the inputs that matter are rounded first.
 
-    Groups are runs of the permuted columns, so their scales fit columns of like importance.
+    Groups are runs of the permuted columns, so their scales fit columns of like importance. State: perm [in] int32, of
+    which entry k is the column of W that is column k of W'.
     """
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -109,6 +114,8 @@ class SignedHadamard(Basis):
     On the side of the inputs the transform's size is the next multiple of `block`, so that blocks of at least that
     order can be mixed: x is padded with zeros. On the side of the outputs nothing is padded; an odd number of
     them just is not mixed. Signs are sampled from a seed and stored; after block tuning su and sv may be any numbers.
+
+    State: su [in] float16; sv [out] of `scale_type`.
     """
 
     seed: int = 0
@@ -171,7 +178,7 @@ class SignedHadamard(Basis):
         return rotated, None if hessian is None else self.second_moment(hessian, state)
 
     def second_moment(self, hessian: Tensor, state: Packed) -> Tensor:
-        """H of x -> that of x R, a new tensor; of a layer that never saw an input, the identity."""
+        """H [in, in] of x -> that of x R [in', in'], a new tensor; of a layer that never saw an input, the identity."""
         su, size = state["su"].to(hessian), self.columns(len(hessian))
         if not hessian.any():
             return torch.eye(size, dtype=hessian.dtype, device=hessian.device)
@@ -231,9 +238,9 @@ class Rescale(Basis):
     rounded more finely. r = i/20, i = 0 … 19, is searched for each layer, with `grid` and nearest rounding.
 
     What differs from AWQ: the size of an input is its root mean square, √H_jj, in place of its mean magnitude, and a
-    trial is judged by tr(E H Eᵀ), the mean squared error of this layer's output, in place of the attention's or MLP's;
+    trial is scored by tr(E H Eᵀ), the mean squared error of this layer's output, in place of the attention's or MLP's;
     both need only the Hessian. And nothing is folded into the layer before: the division stays, so that every layer
-    has its own s, whatever precedes it.
+    has its own s, whatever precedes it. State: input_scales [in] float16, 1/s.
     """
 
     grid: Grid

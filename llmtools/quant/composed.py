@@ -29,7 +29,12 @@ NEGLIGIBLE = 1e-3
 
 
 class Composed(Quantizer):
-    """grid × rounding × basis. A preset is a frozen dataclass that says which; see `presets.py`."""
+    """grid × rounding × basis. A preset is a frozen dataclass that says which; see `presets.py`.
+
+    What is stored are the grid's tensors for the weight in the basis' coordinates and, beside them, the basis' state.
+    `quantize` raises InputError for a weight with NaN or infinities, for one that is no matrix, and for a Hessian that
+    is missing or too large.
+    """
 
     scale_type: str = "float32"
     """Presets that store scales in another type, or let it be chosen, have a field of that name."""

@@ -116,7 +116,8 @@ class TableGrid(Composed):
 class ColumnGrid(Quantizer):
     """A uniform grid whose groups run along the outputs, as HQQ stores it with axis 0.
 
-    Rows r, r + P, r + 2P, … of one column share a scale and a zero point, for P = ceil(out / group_size).
+    Rows r, r + P, r + 2P, … of one column share a scale and a zero point, for P = ceil(out / group_size). Stored:
+    qweight [out, w] int32, scales and zeros [P, in] of `scale_type`, columns [0, in] where needed.
     """
 
     bits: int = 4
@@ -171,7 +172,8 @@ class FusedLattice(Quantizer):
 
     Its files stack such matrices before they rotate the outputs, which mixes all rows. So each part needs the codes of
     the whole, and parts that are opened together share them in memory; each computes the whole product, and keeps its
-    rows. sv holds the part's own rows, in float32 because two float16 scales are multiplied in it.
+    rows. sv holds the part's own rows, in float32 because two float16 scales are multiplied in it. Stored: the tensors
+    of `grids.lattice` for all rows, su [in] float16, sv [out] float32.
     """
 
     needs_hessian: ClassVar[bool] = True

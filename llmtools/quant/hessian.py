@@ -98,13 +98,16 @@ class Factors(NamedTuple):
 
 
 def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
-    """M alone of `factor`, in float64; the Hessian is kept."""
+    """M [in, in] alone of `factor`, in float64, for a Hessian [in, in] of any float type, which is kept; or None."""
     factors = factor(lambda: hessian.to(torch.float64, copy=True), width, damping)
     return None if factors is None else factors.update
 
 
 def factor(hessian: Callable[[], Tensor], width: int, damping: float) -> Factors | None:
     """H + λI = M D Mᵀ with M unit upper triangular in blocks of `width`, which divides in, and D block diagonal.
+
+    hessian() [in, in] float32 or float64 -> M [in, in] and the diagonal of D [in] in that type (LDLQ: QuIP,
+    arXiv:2307.13304, section 3; in blocks QuIP#, arXiv:2402.04396, section 4.1).
 
     M is a Cholesky factor of the reversed matrix, in the place and the precision of what `hessian` gives, a new copy at
     each call. Where that fails, the damping λ = damping · mean(diag H) is doubled, up to the mean itself;

@@ -1,7 +1,8 @@
 """What "is a quantizer" means, executable. The tests and ``llmtools check NAME`` run every law.
 
-A law is ``law(quantizer, weight, hessian) -> None`` that raises `LawBroken` with figures. `check` draws the problems:
-odd sizes, constant and zero rows, one huge outlier, dead columns, bfloat16 weights.
+A law is ``law(quantizer, weight, hessian) -> None`` that raises `LawBroken` with figures; weight is [out, in] float,
+hessian [in, in] float32. `check` samples the problems: odd sizes, constant and zero rows, one huge outlier, dead
+columns, bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class LawBroken(AssertionError):
 
 
 class Outcome(NamedTuple):
-    """One law on one drawn problem; `error` is empty where it holds."""
+    """One law on one sampled problem; `error` is empty where it holds."""
 
     law: str
     problem: str
@@ -46,13 +47,22 @@ def layout(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
 
 
 def rows(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
-    """``dequantize(p, a:b)`` equals ``dequantize(p)[a:b]`` bit for bit, in every type."""
+    """``dequantize(p, a:b)`` equals ``dequantize(p)[a:b]`` bit for bit, in every type.
+
+    Also where a or b lies within rows that share a code, or the piece runs over several of such tiles.
+    """
     packed, out = _quantize(quantizer, weight, hessian), weight.shape[0]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         whole = quantizer.dequantize(packed, dtype=dtype)
         _require(whole.dtype == dtype, f"asked for {dtype}, got {whole.dtype}")
         _require(whole.shape == weight.shape, f"dequantize gives {list(whole.shape)}, weight {list(weight.shape)}")
-        for piece in (slice(0, 1), slice(out // 3, out // 3 + 2), slice(out - 1, out), slice(0, out)):
+        for piece in (
+            slice(0, 1),
+            slice(out // 3, out // 3 + 2),
+            slice(1, out - 1),
+            slice(out - 1, out),
+            slice(0, out),
+        ):
             same = torch.equal(quantizer.dequantize(packed, piece, dtype), whole[piece])
             _require(same, f"rows {piece.start}:{piece.stop} in {dtype} differ from the same rows of the whole")
 
@@ -131,13 +141,13 @@ def round_trip(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
 
 
 def calibration_helps(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
-    """Over drawn problems of this width, the proxy loss is smaller with the Hessian than with the identity for one."""
+    """Over sampled problems of this width, the proxy loss is smaller with the Hessian than with the identity."""
     if not quantizer.needs_hessian:
         return
     generator = torch.Generator().manual_seed(0)
     with_data = without = 0.0
     for _ in range(4):
-        weight, hessian = _draw((max(64, weight.shape[0]), weight.shape[1]), generator)  # few rows are all chance
+        weight, hessian = _sample((max(64, weight.shape[0]), weight.shape[1]), generator)  # few rows are all chance
         scale = proxy_loss(weight, torch.zeros_like(weight), hessian)
         informed, blind = quantizer.quantize(weight, hessian), quantizer.quantize(weight, torch.eye(weight.shape[1]))
         with_data += proxy_loss(weight, quantizer.dequantize(informed), hessian) / scale
@@ -148,10 +158,10 @@ def calibration_helps(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> 
 
 
 def monotone(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
-    """More bits, no larger proxy loss over a drawn problem of this width (for quantizers that have `bits`)."""
+    """More bits, no larger proxy loss over a sampled problem of this width (for quantizers that have `bits`)."""
     if not any(field.name == "bits" for field in dataclasses.fields(quantizer)):  # type: ignore[arg-type]
         return
-    weight, hessian = _draw((max(64, weight.shape[0]), weight.shape[1]), torch.Generator().manual_seed(0))
+    weight, hessian = _sample((max(64, weight.shape[0]), weight.shape[1]), torch.Generator().manual_seed(0))
     losses = {}
     for bits in (2, 3, 4, 8):
         try:
@@ -182,11 +192,11 @@ _STATISTICAL = ("calibration_helps", "monotone")  # hold over ordinary problems,
 
 
 def problems(seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Drawn problems: (what, weight [out, in], hessian [in, in]). Inputs are correlated, as real activations are."""
+    """Sampled problems: (what, weight [out, in], hessian [in, in]). Inputs are correlated, as real activations are."""
     generator = torch.Generator().manual_seed(seed)
     for shape in ((16, 64), (24, 96), (7, 33), (3, 8), (40, 172)):
-        yield f"{shape[0]}×{shape[1]}", *_draw(shape, generator)
-    weight, hessian = _draw((16, 64), generator)
+        yield f"{shape[0]}×{shape[1]}", *_sample(shape, generator)
+    weight, hessian = _sample((16, 64), generator)
     outlier = weight.clone()
     outlier[3, 5] = 300
     yield "16×64 with an outlier", outlier, hessian
@@ -198,7 +208,7 @@ def problems(seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 
 def check(quantizer: Quantizer, seed: int = 0, every: int = 1) -> Iterator[Outcome]:
-    """Every law on every drawn problem (or every so many-th, beginning with number `seed`), one outcome each."""
+    """Every law on every sampled problem (or every so many-th, beginning with number `seed`), one outcome each."""
     for what, weight, hessian in islice(problems(seed), seed % every, None, every):
         ordinary = "with" not in what
         for name, law in LAWS.items():
@@ -212,7 +222,7 @@ def check(quantizer: Quantizer, seed: int = 0, every: int = 1) -> Iterator[Outco
                 yield Outcome(name, what, text)
 
 
-def _draw(shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _sample(shape: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A weight with uneven rows and columns, and the second moment of correlated inputs."""
     out, n = shape
     weight = torch.randn(out, n, generator=generator) * torch.rand(out, 1, generator=generator).add(0.1) * 0.1

@@ -54,11 +54,11 @@ class SignRound(Composed, BlockLearner):
     iterations: int = 200
     """Steps of training a block; the paper's best is 1000, its light version 50."""
     learning_rate: float | None = None
-    """Of the first step, in steps of the grid; by default 1 / iterations."""
+    """Learning rate of the first step, in steps of the grid; by default 1 / iterations."""
     batch: int = 8
     """Sequences of calibration text in a step."""
     damping: float = 0.01
-    """For weights outside of blocks, which start from OPTQ's solution: as there."""
+    """Damping for weights outside of blocks, which start from OPTQ's solution: as there."""
     scale_type: str = later("float16")
     """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
@@ -93,7 +93,7 @@ class Learned(Rounding):
     iterations: int = 200
     """Steps."""
     learning_rate: float | None = None
-    """Of the first step; by default 1 / iterations."""
+    """Learning rate of the first step; by default 1 / iterations."""
     damping: float = 0.01
     """As in `Sequential`."""
 

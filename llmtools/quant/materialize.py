@@ -186,7 +186,7 @@ def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features:
 
 
 def product_type(x: Tensor) -> torch.dtype:
-    """The type in which x is multiplied: its own, or float32 where the processor is faster in that."""
+    """The type in which x [..., in] is multiplied: its own, or float32 where the processor is faster in that."""
     return torch.float32 if x.dtype in _HALVES and x.device.type == "cpu" and not _multiplies(x.dtype) else x.dtype
 
 

@@ -68,7 +68,7 @@ class NF4(Composed):
     group_size: int = 64
     """Consecutive inputs of a row that share a maximum; -1 for the whole row."""
     double_quantization: bool = False
-    """Store the maxima in 8 bits: 4.13 bits a weight instead of 4.5 at group_size 64."""
+    """Store the maxima in 8 bits: 4.13 bits per weight instead of 4.5 at group_size 64."""
 
     def __post_init__(self) -> None:
         check_group_size(self.name, self.group_size)
@@ -104,7 +104,7 @@ class OPTQ(Composed):
     static_groups: bool = False
     """Fit all groups before the sweep. With act_order, groups then stay in natural order and nothing is gathered."""
     passes: int = 0
-    """Passes of coordinate descent after the sweep: each weight chosen anew with all others fixed."""
+    """Iterations of coordinate descent after the sweep: each weight chosen anew with all others fixed."""
     scale_type: str = later("float16")
     """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
@@ -140,7 +140,7 @@ class HQQ(Composed):
     group_size: int = 64
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     iterations: int = 20
-    """Of the solver, at most."""
+    """Iterations of the solver, at most."""
     scale_type: str = later("float16")
     """Type of the scales and zero points: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
@@ -162,7 +162,7 @@ class HQQ(Composed):
 class AWQ(Composed):
     """Activation-aware quantization (arXiv:2306.00978): inputs that are large get finer columns, then nearest rounding.
 
-    Judged by the Hessian instead of by activations and never folded into other layers: see `bases.Rescale`.
+    Evaluated by the Hessian instead of by activations and never folded into other layers: see `bases.Rescale`.
     """
 
     needs_hessian: ClassVar[bool] = True
@@ -212,9 +212,9 @@ class QuIP(Composed):
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     passes: int = 10
-    """Passes of coordinate descent after the sweep, at most."""
+    """Iterations of coordinate descent after the sweep, at most."""
     seed: int = 0
-    """Of the random signs, which are stored."""
+    """Seed of the random signs, which are stored."""
     hadamard: int = 1
     """Version of the rules that say which Hadamard matrix belongs to a size."""
     scale_type: str = later("float16")

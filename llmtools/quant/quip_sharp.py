@@ -45,7 +45,7 @@ ROWS = 128
 class QuIPSharp(Composed):
     """QuIP# (arXiv:2402.04396): rotated weights, eight at a time on the lattice E8; the choice for 2 bits.
 
-    2, 3 or 4 bits a weight and nothing per group: two float16 vectors are all that is stored beside the codes.
+    2, 3 or 4 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes.
     """
 
     needs_hessian: ClassVar[bool] = True
@@ -60,9 +60,9 @@ class QuIPSharp(Composed):
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean."""
     passes: int = 10
-    """Passes of coordinate descent after the sweep, at most; each costs about as much time as the sweep."""
+    """Iterations of coordinate descent after the sweep, at most; each costs about as much time as the sweep."""
     seed: int = 0
-    """Of the random signs, which are stored."""
+    """Seed of the random signs, which are stored."""
     hadamard: int = 1
     """Version of the rules that say which Hadamard matrix belongs to a size."""
     scale_type: str = later("float16")

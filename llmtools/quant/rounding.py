@@ -9,7 +9,7 @@ all others fixed (QuIP#, section 4.1): tr(E H Eᵀ) falls with every step.
 
 Without groups, chunks and act-order the sweep is a few lines (`tests/quant/test_rounding.py` holds the fast one to it):
 
-    update = factor(lambda: H.double(), width=1, damping=0.01).update       # M
+    update = factor(lambda: H.double().clone(), 1, damping=0.01).update     # M
     params, error, codes = grid.fit(W), W.clone(), []
     for j in range(W.shape[1]):
         target = W[:, j:j+1] + (error[:, :j] @ update[:j, j:j+1])           # W_j + Σ_{i<j} E_i M_ij

@@ -6,20 +6,17 @@ Triton compiles for any GPU that a driver names. Here a stand-in names one, and 
 from __future__ import annotations
 
 import subprocess
-from importlib import import_module
 from pathlib import Path
 
 import pytest
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from llmtools.kernels import grouped, hadamard, lattice
+from tests.kernels.cases import CASES
 
 CAPABILITIES = {"ampere": 80, "hopper": 90}
-OUT, IN, TOKENS = 512, 2048, 16
 
 
 class Driver:
@@ -63,41 +60,7 @@ def check(kernels, count, tmp_path):
         assert " STACK:0 " in usage and " LOCAL:0 " in usage, usage
 
 
-def zeros(*shape, dtype=torch.bfloat16):
-    return torch.zeros(shape, dtype=dtype)
-
-
-def test_uniform_grids(compiled, tmp_path):
-    kernels = import_module(f"{grouped.__name__}.triton")
-    weight = zeros(OUT, IN * 3 // 32, dtype=torch.int32), zeros(OUT, IN // 64, dtype=torch.float16)
-    weight += zeros(OUT, IN // 64 * 3 // 8, dtype=torch.uint8), None, 3, 64, IN
-    kernels.dequantize_grouped(*weight, torch.bfloat16)
-    for tokens in (1, TOKENS):
-        kernels.multiply_grouped(zeros(tokens, IN), *weight, False)
-        kernels.multiply_grouped(zeros(tokens, OUT), *weight, True)
-    check(compiled, 5, tmp_path)
-
-
-def test_codebooks(compiled, tmp_path):
-    kernels = import_module(f"{grouped.__name__}.triton")
-    weight = zeros(OUT, IN // 8, dtype=torch.int32), zeros(OUT, IN // 64, dtype=torch.float32), None, zeros(16)
-    weight += 4, 64, IN
-    kernels.dequantize_grouped(*weight, torch.float16)
-    kernels.multiply_grouped(zeros(TOKENS, IN), *weight, False)
-    kernels.multiply_grouped(zeros(TOKENS, OUT), *weight, True)
-    check(compiled, 3, tmp_path)
-
-
-def test_lattice(compiled, tmp_path):
-    kernels = import_module(f"{lattice.__name__}.triton")
-    weight = zeros(OUT, IN // 8, dtype=torch.int16), zeros(OUT, IN // 8, dtype=torch.int16), 3.45
-    kernels.dequantize_lattice(*weight, torch.bfloat16)
-    kernels.multiply_lattice(zeros(TOKENS, IN), *weight, False)
-    kernels.multiply_lattice(zeros(TOKENS, OUT), *weight, True)
-    check(compiled, 3, tmp_path)
-
-
-@pytest.mark.parametrize("n", [4096, 11008])
-def test_hadamard(compiled, tmp_path, n):
-    import_module(f"{hadamard.__name__}.triton").hadamard(zeros(16, n), hadamard.rule_for(n), False)
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_every_op(compiled, case, tmp_path):
+    case.of("triton")(*case.arguments())
     check(compiled, 1, tmp_path)

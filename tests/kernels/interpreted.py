@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from llmtools.kernels import bits, grouped, hadamard, lattice, triton_common
+from tests.kernels.cases import CASES, check
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.kernels.interpreter import mend
@@ -26,6 +27,17 @@ else:
 HALVES = (torch.bfloat16, torch.float16)
 TYPES = (*HALVES, torch.float32)
 KERNELS = {package: import_module(f"{package.__name__}.triton") for package in (grouped, hadamard, lattice)}
+
+
+def on_device(argument):
+    return argument.to(DEVICE) if isinstance(argument, torch.Tensor) else argument
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_every_op_agrees_with_its_reference(case):
+    arguments = tuple(map(on_device, case.arguments()))
+    check(case, case.of("triton")(*arguments), arguments)
+
 
 # Odd on purpose: one column, rows that end within a word or a byte, groups of any size, a short last one.
 AFFINE = [

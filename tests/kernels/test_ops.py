@@ -1,13 +1,53 @@
-"""Telling torch.compile about our functions costs no start-up time, and says the same as torch's own decorator."""
+"""Ops are well behaved and agree with their references, whatever calls them; telling torch.compile about our functions
+costs no start-up time, and says the same as torch's own decorator."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 
-from llmtools.kernels.ops import constant_result
+import llmtools.kernels.grouped
+import llmtools.kernels.hadamard
+import llmtools.kernels.lattice
+from llmtools.kernels.ops import constant_result, direct
+from tests.kernels.cases import CASES, Case, check
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def test_the_cpu_agrees_with_the_reference(case: Case) -> None:
+    arguments = case.arguments()
+    got = case.of("native")(*arguments)
+    check(case, got, arguments)
+    assert torch.equal(getattr(torch.ops.llmtools, case.function)(*arguments), got)
+
+
+def test_torch_finds_the_op_well_behaved(case: Case) -> None:
+    torch.library.opcheck(getattr(torch.ops.llmtools, case.function).default, case.arguments())
+
+
+def test_every_op_has_a_case() -> None:
+    """By the registrations in the sources."""
+    package = Path(llmtools.kernels.__file__ or "").parent
+    found = {
+        name
+        for path in package.rglob("*.py")
+        for name in re.findall(r'[^n]f?"(\w+)\(.*\) -> Tensor"', path.read_text())
+    }
+    assert found == {each.function for each in CASES.values()}
+
+
+def test_the_dispatcher_is_skipped_for_plain_tensors_on_the_cpu_only() -> None:
+    assert direct(torch.ones(1)) and not direct(torch.ones(1, device="meta"))
+    assert not direct(torch.ones(1, requires_grad=True)) and direct(torch.nn.Parameter(torch.ones(1), False))
 
 
 def test_the_mark_is_the_one_that_torch_sets() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import textwrap
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor
 
 from llmtools.errors import InputError, within
 from llmtools.quant import OPTQ, RTN, HessianSum, proxy_loss
+from llmtools.quant import rounding as module
 from llmtools.quant.grids.affine import Affine
 from llmtools.quant.grids.base import Grid
 from llmtools.quant.grids.codebook import Codebook
 from llmtools.quant.grids.lattice import Lattice
-from llmtools.quant.hessian import feedback
+from llmtools.quant.hessian import factor, feedback
 from llmtools.quant.rounding import Clipped, Nearest, Sequential
 
 BITS = [2, 3, 4]
@@ -76,6 +79,19 @@ def test_codes_equal_the_column_loop_exactly(bits: int, out: int, n: int, seed: 
     codes, _ = Sequential()(weight, hessian, Affine(bits))
     expected, _ = column_loop(weight, hessian, bits)
     assert torch.equal(codes, expected)
+
+
+def test_the_plain_version_in_the_docstring_is_the_sweep() -> None:
+    """The lines are run as they stand there."""
+    weight, hessian = problem(8, 160)
+    lines = [line for line in (module.__doc__ or "").splitlines() if line.startswith("    ")]
+    names = {"W": weight, "H": hessian, "grid": Affine(3), "factor": factor}
+    exec(textwrap.dedent("\n".join(lines)), names)
+    codes, params = Sequential(damping=0.01)(weight, hessian, Affine(3))
+    plain: Any = names["codes"]
+    assert len(lines) > 5 and torch.equal(torch.cat(plain, 1), codes)
+    fitted: Any = names["params"]
+    torch.testing.assert_close(fitted, params[:, 0])
 
 
 @pytest.mark.parametrize("group_size", [16, 24, 128, 144])

@@ -1,11 +1,10 @@
-/* y = x Wᵀ for few tokens by the processor's products of bytes (AVX-512 VNNI), whose sums are exact integers.
+/* y = x Wᵀ while decoding (GEMV) by the processor's products of bytes (AVX-512 VNNI), whose sums are exact integers.
  *
- * For activations of half precision. Those of a group are written as whole numbers times the size of a last place, and a
- * number as two signed bytes; so what is dropped of each is at most 2^-16 of the largest in its group, where its own type
- * has 2^-8 or 2^-11 of itself. Codes are bytes as they are; levels of a codebook become numbers of 16 bits, too, a byte
- * and a fraction. With c a code and v the number of an activation
+ * For activations of half precision. Those of a group are quantized to 16 bits (native.h), and v, what is stored of one,
+ * is two signed bytes. Codes are bytes as they are; levels of a codebook become integers of 16 bits, too, a byte and a
+ * fraction. With c a code
  *
- *     Σ weight · x = Σ over groups of scale · place · (Σ c · v − zero · Σ v)
+ *     Σ weight · x = Σ over groups of scale · x_scale · (Σ c · v − zero · Σ v)
  *
  * and Σ c · v of 64 columns takes a load, two or three instructions to unpack the codes, and one for each byte of v. One
  * token with 5632 × 2048 weights takes 0.5 to 0.65 ms (`benchmarks.run multiply`, one core of a Sapphire Rapids).
@@ -21,8 +20,6 @@ enum { BLOCK = 64, TOGETHER = 4, AHEAD = 2048 }; /* columns; tokens; bytes that 
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 
-static const float GREATEST = 32600; /* number of an activation; 127 · 256 + 127 is what two signed bytes can hold */
-
 enum { LONGEST = 512 }; /* group: in a longer one too many activations would be measured by one outlier */
 
 static int goes_by_integers(const Weight *w, int type) {
@@ -34,7 +31,7 @@ typedef struct {
     int tokens;
     int64_t blocks, groups; /* groups: rounded up to whole registers */
     int8_t *bytes;          /* [tokens, blocks, 2, BLOCK]: high bytes, low bytes; columns lie as `sixty_four` has codes */
-    float *place, *sum;     /* [tokens, groups]: the size of the last place; Σ v times that */
+    float *scale, *sum;     /* [tokens, groups]: of the activations; Σ v times that */
 } Inputs;
 
 /* Where code i of 64 lies after `sixty_four`, as a list of codes by place. */
@@ -47,49 +44,42 @@ static __m512i order_of_codes(int bits) {
     return _mm512_loadu_si512(code);
 }
 
-/* A group of activations as numbers. Returns whether all are finite. */
-static int to_numbers(const float *x, int64_t n, int64_t first, int8_t *bytes, float *place, float *sum) {
-    __m512 most = _mm512_setzero_ps(), total = _mm512_setzero_ps();
-    __mmask16 odd = 0;
+/* A group of n activations, from column `first` on, as bytes, with their scale and Σ v times that; whether all are finite. */
+static int quantize_group(const float *x, int64_t n, int64_t first, int8_t *bytes, float *scale, float *sum) {
+    int16_t quantized[LONGEST + 16];
+    if (!quantize_activations(x, n, quantized, scale)) return 0;
+    for (int64_t c = n; c % 16; c++) quantized[c] = 0;
+    int32_t total = 0;
+    for (int64_t c = 0; c < n; c++) total += quantized[c];
     for (int64_t c = 0; c < n; c += 16) {
-        const __mmask16 live = n - c < 16 ? (__mmask16)((1u << (n - c)) - 1) : 0xffff;
-        const __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(live, x + c));
-        odd |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
-        most = _mm512_max_ps(most, size);
-    }
-    const float largest = _mm512_reduce_max_ps(most), by = largest > 1e-30f ? GREATEST / largest : 0;
-    for (int64_t c = 0; c < n; c += 16) {
-        const __mmask16 live = n - c < 16 ? (__mmask16)((1u << (n - c)) - 1) : 0xffff;
-        const __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(live, x + c), _mm512_set1_ps(by)));
+        const __m256i v = _mm256_loadu_si256((const __m256i *)(quantized + c));
+        const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8);
         int8_t *at = bytes + (first + c) / BLOCK * 2 * BLOCK + (first + c) % BLOCK;
-        total = _mm512_add_ps(total, _mm512_cvtepi32_ps(v));
-        const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(v, 24), 24);
-        _mm_storeu_si128((__m128i *)at, _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(v, low), 8)));
-        _mm_storeu_si128((__m128i *)(at + BLOCK), _mm512_cvtepi32_epi8(low));
+        _mm_storeu_si128((__m128i *)at, _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_sub_epi16(v, low), 8)));
+        _mm_storeu_si128((__m128i *)(at + BLOCK), _mm256_cvtepi16_epi8(low));
     }
-    *place = largest / GREATEST;
-    *sum = _mm512_reduce_add_ps(total) * *place;
-    return !odd;
+    *sum = (float)total * *scale;
+    return 1;
 }
 
 /* x [tokens, columns]. Returns whether it could be done; `bytes` is to be freed either way. */
 static int read_inputs(const Weight *w, const float *x, int tokens, Inputs *to) {
     const int64_t columns = w->columns, groups = (columns + w->group - 1) / w->group;
     *to = (Inputs){tokens, (columns + BLOCK - 1) / BLOCK, (groups + 15) / 16 * 16, NULL, NULL, NULL};
-    const size_t bytes = (size_t)(tokens * to->blocks * 2 * BLOCK), places = (size_t)(tokens * to->groups);
-    const size_t all = (bytes + 2 * places * sizeof(float) + BLOCK - 1) / BLOCK * BLOCK;
+    const size_t bytes = (size_t)(tokens * to->blocks * 2 * BLOCK), scales = (size_t)(tokens * to->groups);
+    const size_t all = (bytes + 2 * scales * sizeof(float) + BLOCK - 1) / BLOCK * BLOCK;
     to->bytes = aligned_alloc(BLOCK, all);
     if (!to->bytes) return 0;
     memset(to->bytes, 0, all);
-    to->place = (float *)(to->bytes + bytes);
-    to->sum = to->place + places;
+    to->scale = (float *)(to->bytes + bytes);
+    to->sum = to->scale + scales;
     const __m512i order = order_of_codes(w->bits);
     for (int t = 0; t < tokens; t++) {
         int8_t *own = to->bytes + t * to->blocks * 2 * BLOCK;
         for (int64_t g = 0; g < groups; g++) {
             const int64_t c = g * w->group, n = columns - c < w->group ? columns - c : w->group;
             const int64_t at = t * to->groups + g;
-            if (!to_numbers(x + t * columns + c, n, c, own, to->place + at, to->sum + at)) return 0;
+            if (!quantize_group(x + t * columns + c, n, c, own, to->scale + at, to->sum + at)) return 0;
         }
         for (int64_t i = 0; i < 2 * to->blocks; i++, own += BLOCK)
             _mm512_storeu_si512(own, _mm512_permutexvar_epi8(order, _mm512_loadu_si512(own)));
@@ -103,7 +93,7 @@ typedef struct {
     float size;
 } Levels;
 
-static Levels as_numbers(const Weight *w) {
+static Levels quantize_levels(const Weight *w) {
     uint8_t main[16], fraction[16];
     float most = 0;
     for (int k = 0; k < 16; k++) most = fmaxf(most, fabsf(w->levels[k]));
@@ -162,7 +152,7 @@ static ALWAYS_INLINE void integer_row(const Weight *w, int64_t row, const Inputs
     const int64_t halves = groups == 1 ? 2 * x->blocks : w->group / 32; /* of blocks, in a group */
     const int64_t stride = x->blocks * 2 * BLOCK; /* from token to token */
     const int8_t *bytes = x->bytes + first * stride;
-    const float *place = x->place + first * x->groups, *sum = x->sum + first * x->groups;
+    const float *x_scale = x->scale + first * x->groups, *sum = x->sum + first * x->groups;
     const __mmask16 later = bits == 4 ? 0xf0f0 : bits == 2 ? 0xcccc : 0xff00; /* lanes of a block's second half */
     const Unpacking how = unpacking(bits);
     __m512 total[TOGETHER];
@@ -181,7 +171,7 @@ static ALWAYS_INLINE void integer_row(const Weight *w, int64_t row, const Inputs
                 if (fractions) by = _mm512_mul_ps(by, _mm512_set1_ps(levels->size));
                 const __m512 shift = _mm512_mul_ps(_mm512_loadu_ps(sum + t * x->groups + some + g), zero);
                 total[t] = _mm512_fnmadd_ps(by, shift, total[t]);
-                _mm512_storeu_ps(own->size[t] + g, _mm512_mul_ps(by, _mm512_loadu_ps(place + t * x->groups + some + g)));
+                _mm512_storeu_ps(own->size[t] + g, _mm512_mul_ps(by, _mm512_loadu_ps(x_scale + t * x->groups + some + g)));
             }
             own->size[t][n] = 0; /* of a half block that is not there */
         }
@@ -255,7 +245,7 @@ static int read_inputs(const Weight *w, const float *x, int tokens, Inputs *to) 
     return 0;
 }
 
-static Levels as_numbers(const Weight *w) {
+static Levels quantize_levels(const Weight *w) {
     (void)w;
     return (Levels){0};
 }

@@ -1,4 +1,4 @@
-/* Products for few tokens, each packed weight read once:
+/* Products while decoding (GEMV), each packed weight read once:
  *     y = x Wᵀ    y[t, r] = Σ_c x[t, c] · weight[r, c]
  *     y = g W     y[t, c] = Σ_r g[t, r] · weight[r, c]        the gradient of the first
  *
@@ -117,12 +117,12 @@ static void multiply_floats(const Weight *w, int64_t rows, const float *x, int t
     }
 }
 
-/* Whether it could be done: there was memory for the numbers, and all of x is finite. */
+/* Whether it could be done: there was memory for the integers, and all of x is finite. */
 static int multiply_integers(const Weight *w, int64_t rows, const float *x, int tokens, int type, void *y,
                              int threads) {
     Inputs inputs = {0};
     const int can = goes_by_integers(w, type) && read_inputs(w, x, tokens, &inputs);
-    const Levels levels = as_numbers(w);
+    const Levels levels = quantize_levels(w);
     if (can) {
 #pragma omp parallel num_threads(threads)
         {

@@ -17,7 +17,7 @@ _FLOATS_A_THREAD = 1 << 15  # fewer are done before a second thread has woken up
 
 
 def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
-    """See the package's docstring. x [..., n] on the CPU; without a compiler, and for float64, the reference."""
+    """Q x or Qᵀ x for x [..., n] on the CPU, of x's type; without a compiler, and for float64, by the reference."""
     library = _library()
     if library is None or reference.accumulator(x.dtype) != torch.float32 or x.numel() == 0:
         return reference.hadamard(x, rule, transpose)

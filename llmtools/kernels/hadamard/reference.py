@@ -21,7 +21,7 @@ _LARGEST_PIECE = 6  # log2
 
 
 def hadamard(x: Tensor, rule: str, transpose: bool = False) -> Tensor:
-    """See the package's docstring. x [..., n] of a floating type; returns a new tensor of the same shape and type."""
+    """Q x or Qᵀ x along the last dimension of x [..., n], of any floating type; a new tensor of its shape and type."""
     n = x.shape[-1]
     *small, sylvester = factors(rule, n)
     block = block_size(rule, n)
@@ -64,7 +64,7 @@ def scale(rule: str, n: int) -> float:
 
 @cache
 def factor(name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The named matrix on a device. One copy a process: a module's buffer would be garbage after loading from meta."""
+    """The named matrix [K, K] on a device, one copy a process: a buffer would be garbage after loading from meta."""
     with torch.inference_mode(False):
         return matrix(name).to(dtype).to(device)
 

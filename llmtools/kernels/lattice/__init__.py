@@ -11,7 +11,7 @@ Shapes: b — blocks of eight in a row, in / 8. A code is 16 bits in an int16, w
 is a uint8.
 
     dequantize_lattice:  codes [..., b] int16, residual [..., b] uint8 | int16 | None -> [..., 8b]
-    multiply_lattice:    x [t, 8b], codes [out, b], residual -> x @ weight.T [t, out], for few tokens
+    multiply_lattice:    x [t, 8b], codes [out, b], residual -> x @ weight.T [t, out], while decoding (GEMV)
                          or x [t, out] -> x @ weight [t, 8b], `transposed`
     encode_lattice:      x [..., 8b] -> codes [..., b], residual [..., b] or None, greedy, each stage exact
     encode_e8p, encode_e81b:   x [..., 8] -> codes [...]
@@ -91,7 +91,7 @@ def decodes(device: torch.device) -> bool:
 
 @constant_result
 def multiplies(device: torch.device, dtype: torch.dtype, transposed: bool) -> bool:
-    """Whether that device has a product for few tokens of that type: with the transpose, or with the weight itself."""
+    """Whether that device has a GEMV kernel for x of that type: with the transpose, or with the weight itself."""
     if device.type == "cuda":
         return True
     return native.usable(device) and not transposed and dtype in (torch.bfloat16, torch.float16)

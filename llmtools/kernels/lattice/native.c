@@ -252,50 +252,32 @@ void lattice_decode(const int16_t *restrict codes, const void *restrict fine, fl
     }
 }
 
-/* ---- products: y = x Wᵀ for few tokens, each code read once ----
+/* ---- products: y = x Wᵀ while decoding (GEMV), each code read once ----
  *
- * Points of the lattice are small whole numbers of quarters, so only x has to become whole: numbers of 16 bits times the
- * size of a last place, which each CHUNK of a token has of its own. What is dropped of an activation is at most 2^-16 of
- * the largest beside it. Sums over a chunk are exact; they are added in float32, in a fixed order. */
+ * Points of the lattice are small whole numbers of quarters, so only x has to become whole: it is quantized to 16 bits
+ * (native.h), each CHUNK of a token with a scale of its own. Sums over a chunk are exact; they are added in float32, in a
+ * fixed order. */
 
 enum { WEIGHTS = DIM * CHUNK };
 
-static const float GREATEST = 32600; /* 16 · 32600 · WEIGHTS < 2^31 */
-
-/* x [n] as numbers, and the size of their last place; returns whether all are finite. */
-static int to_numbers(const float *restrict x, int64_t n, int16_t *restrict numbers, float *restrict place) {
-    float most = 0;
-    int finite = 1;
-    for (int64_t i = 0; i < n; i++) {
-        const float size = fabsf(x[i]);
-        finite &= size < INFINITY;
-        most = size > most ? size : most;
-    }
-    const float by = most > 1e-30f ? GREATEST / most : 0;
-    if (finite)
-        for (int64_t i = 0; i < n; i++) numbers[i] = (int16_t)(int)rintf(x[i] * by);
-    *place = most / GREATEST;
-    return finite;
-}
-
-static int32_t dot(const int8_t *restrict weights, const int16_t *restrict numbers, int64_t n) {
+static int32_t dot(const int8_t *restrict weights, const int16_t *restrict quantized, int64_t n) {
     int32_t sum = 0;
-    for (int64_t i = 0; i < n; i++) sum += (int16_t)weights[i] * numbers[i];
+    for (int64_t i = 0; i < n; i++) sum += (int16_t)weights[i] * quantized[i];
     return sum;
 }
 
 /* codes, fine [rows, blocks] and the tables as above; x float32 [tokens, 8 blocks] -> y float32 [tokens, rows].
- * `numbers` [tokens, 8 blocks] and `places` [tokens, ceil(blocks / CHUNK)] are scratch. Returns 0, and leaves y alone,
+ * `quantized` [tokens, 8 blocks] and `scales` [tokens, ceil(blocks / CHUNK)] are scratch. Returns 0, and leaves y alone,
  * where x is not finite. */
 int lattice_multiply(const int16_t *restrict codes, const void *restrict fine, float residual_scale, int64_t rows,
                      int64_t blocks, const int8_t *restrict magnitudes, const int8_t *restrict flips,
                      const int8_t *restrict offsets, const int8_t *restrict table, const float *restrict x,
-                     int64_t tokens, int16_t *restrict numbers, float *restrict places, float *restrict y, int threads) {
+                     int64_t tokens, int16_t *restrict quantized, float *restrict scales, float *restrict y, int threads) {
     const int64_t chunks = (blocks + CHUNK - 1) / CHUNK, columns = DIM * blocks;
     for (int64_t t = 0; t < tokens; t++)
         for (int64_t c = 0; c < chunks; c++) {
             const int64_t at = t * columns + c * WEIGHTS, left = columns - c * WEIGHTS;
-            if (!to_numbers(x + at, left < WEIGHTS ? left : WEIGHTS, numbers + at, places + t * chunks + c)) return 0;
+            if (!quantize_activations(x + at, left < WEIGHTS ? left : WEIGHTS, quantized + at, scales + t * chunks + c)) return 0;
         }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < rows; row++) {
@@ -307,10 +289,10 @@ int lattice_multiply(const int16_t *restrict codes, const void *restrict fine, f
             if (fine && table) e81b_bytes((const uint8_t *)fine + at, count, table, more);
             if (fine && !table) e8p_bytes((const int16_t *)fine + at, count, magnitudes, flips, offsets, more);
             for (int64_t t = 0; t < tokens; t++) {
-                const int16_t *own = numbers + t * columns + c * WEIGHTS;
+                const int16_t *own = quantized + t * columns + c * WEIGHTS;
                 float sum = (float)dot(bytes, own, DIM * count);
                 if (fine) sum += (float)dot(more, own, DIM * count) / residual_scale;
-                y[t * rows + row] += 0.25f * places[t * chunks + c] * sum;
+                y[t * rows + row] += 0.25f * scales[t * chunks + c] * sum;
             }
         }
     }

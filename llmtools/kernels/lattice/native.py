@@ -18,7 +18,10 @@ _ENCODED_A_THREAD, _DECODED_A_THREAD = 64, 1 << 12  # fewer vectors are done bef
 
 
 def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
-    """See the package's docstring. Tensors on the CPU; without a compiler, and for float64, the reference."""
+    """codes [..., b] int16, residual [..., b] uint8, int16 or None, on the CPU -> [..., 8b] of `dtype`.
+
+    Without a compiler, and for float64, by the reference.
+    """
     library = _library()
     if library is None or dtype not in build.TYPES:
         return reference.dequantize_lattice(codes, residual, residual_scale, dtype)
@@ -40,8 +43,11 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
 def multiply_lattice(
     x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
 ) -> Tensor:
-    """See the package's docstring. In C for half precision and not transposed; else, and where x is not finite, the
-    reference."""
+    """x [t, 8b] -> [t, out] of x's type, or transposed x [t, out] -> [t, 8b]; codes and residual [out, b].
+
+    In C for half precision and not transposed; else, and where x is not finite, by the reference. Raises InputError
+    for an x of another width.
+    """
     library = _library()
     if library is None or transposed or x.dtype not in (torch.bfloat16, torch.float16):
         return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
@@ -50,8 +56,8 @@ def multiply_lattice(
         raise InputError(f"activations of shape {list(x.shape)} do not fit a weight with {8 * blocks} inputs")
     wide, codes = x.to(torch.float32).contiguous(), codes.contiguous()
     residual = residual.contiguous() if residual is not None else None
-    numbers = torch.empty(tokens, 8 * blocks, dtype=torch.int16, device="cpu")
-    places = torch.empty(tokens, -(-blocks // _CHUNK), dtype=torch.float32, device="cpu")
+    quantized = torch.empty(tokens, 8 * blocks, dtype=torch.int16, device="cpu")
+    scales = torch.empty(tokens, -(-blocks // _CHUNK), dtype=torch.float32, device="cpu")
     y = torch.empty(tokens, rows, dtype=torch.float32, device="cpu")
     finite = library.lattice_multiply(
         codes.data_ptr(),
@@ -62,8 +68,8 @@ def multiply_lattice(
         *_tables(residual),
         wide.data_ptr(),
         tokens,
-        numbers.data_ptr(),
-        places.data_ptr(),
+        quantized.data_ptr(),
+        scales.data_ptr(),
         y.data_ptr(),
         _threads(codes.numel() * tokens, _DECODED_A_THREAD),
     )
@@ -122,7 +128,7 @@ def _library() -> ctypes.CDLL | None:
         library.lattice_multiply.argtypes = [
             *(pointer, pointer, real, long, long),  # codes, residual, residual_scale, rows, blocks
             *(pointer, pointer, pointer, pointer),  # magnitudes, flips, offsets, table
-            *(pointer, long, pointer, pointer, pointer, number),  # x, tokens, numbers, places, y, threads
+            *(pointer, long, pointer, pointer, pointer, number),  # x, tokens, quantized, scales, y, threads
         ]
         library.lattice_multiply.restype = number
         for function in (library.lattice_encode_e8p, library.lattice_encode_e81b, library.lattice_decode):

@@ -16,7 +16,7 @@ ROWS = 256  # decoded at a time by the product
 
 
 def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
-    """See the package's docstring. codes [..., b] int16; residual [..., b] uint8, int16 or None. Returns [..., 8b]."""
+    """The weights of `dtype`. codes [..., b] int16; residual [..., b] uint8, int16 or None. Returns [..., 8b]."""
     if residual is None:
         return look_up("e8p", codes, dtype).flatten(-2)
     book = "e8p" if residual.dtype == torch.int16 else "e81b"
@@ -27,7 +27,10 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
 def multiply_lattice(
     x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
 ) -> Tensor:
-    """See the package's docstring. A block of rows at a time; blocks are added in float32 or wider."""
+    """x [t, 8b] -> [t, out], or transposed x [t, out] -> [t, 8b], of x's type; codes and residual [out, b].
+
+    A block of rows at a time; blocks are added in float32 or wider.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.new_zeros((len(x), 8 * codes.shape[1] if transposed else len(codes)), dtype=wide)
     for start in range(0, len(codes), ROWS):

@@ -77,7 +77,7 @@ def e81b_table() -> Tensor:
 
 @cache
 def values(name: str, divisor: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The vectors of "e8p" or "e81b", divided by `divisor` in float32 on the CPU, rounded to `dtype`, on a device.
+    """The vectors of "e8p" [65536, 8] or "e81b" [256, 8], on a device: divided in float32, rounded to `dtype`.
 
     Dividing in one place makes the bits the same everywhere: graphics processors multiply by the reciprocal instead.
     """

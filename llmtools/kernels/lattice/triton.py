@@ -28,7 +28,7 @@ from .tables import e8p_parts, e81b_table
 
 
 def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: float, dtype: torch.dtype) -> Tensor:
-    """See the package's docstring."""
+    """codes [..., b] int16, residual [..., b] uint8, int16 or None, on a GPU -> [..., 8b] of `dtype`."""
     if dtype not in triton_common.FLOATS:
         return reference.dequantize_lattice(codes, residual, residual_scale, dtype)
     weight = triton_common.dequantize(_weight(codes, residual, residual_scale), dtype)
@@ -38,7 +38,7 @@ def dequantize_lattice(codes: Tensor, residual: Tensor | None, residual_scale: f
 def multiply_lattice(
     x: Tensor, codes: Tensor, residual: Tensor | None, residual_scale: float, transposed: bool
 ) -> Tensor:
-    """See the package's docstring."""
+    """x [t, 8b] -> [t, out] of x's type, or transposed x [t, out] -> [t, 8b]; codes and residual [out, b], on a GPU."""
     if x.dtype not in triton_common.FLOATS:
         return reference.multiply_lattice(x, codes, residual, residual_scale, transposed)
     product = triton_common.multiply_transposed if transposed else triton_common.multiply

@@ -31,6 +31,13 @@ _CHUNK = 2**18  # weights of a search at a time, which with what is computed fro
 
 @dataclass(frozen=True)
 class Affine(Scalar):
+    """2^bits equally spaced values in each group.
+
+    Stored: qweight [out, w] int32, scales [out, G] of `scale_type` and, unless the grid is symmetric, qzeros
+    [out, ceil(G·bits / 8)] uint8 or, with `float_zeros`, zeros [out, G] of `scale_type`; columns [0, in] where needed.
+    Raises InputError for options out of range.
+    """
+
     bits: int
     group_size: int = -1
     symmetric: bool = False

@@ -5,7 +5,7 @@ not know how codes are chosen over a whole matrix; that is the rounding's part.
 
 A code names one weight, or a tile of `height` rows and `width` columns: 1 × 8 on a lattice (QuIP#, arXiv:2402.04396,
 section 4), 16 × 16 on a trellis (QTIP, arXiv:2406.11235, section 3). Tiles lie in rows and columns from the first on;
-where a weight ends within one, roundings fill it up with zeros, and `dequantize` leaves them out again.
+where a weight ends within one, roundings pad it with zeros, and `dequantize` leaves them out again.
 
 Shapes: n — rows at hand, a multiple of the height h; c — columns at hand, a multiple of the width w; p — parameters of
 a group; out, in — features; G — groups in a row.

@@ -31,6 +31,12 @@ _BLOCK = 256  # maxima that share a second scale
 
 @dataclass(frozen=True)
 class Codebook(Scalar):
+    """Sixteen values, in rising order, times the largest magnitude of the group.
+
+    Stored: qweight [out, w] int32 and scales [out, G] float32; with double quantization scales [out, G] uint8,
+    nested_scales [N] and nested_offset [1] float32; columns [0, in] where needed.
+    """
+
     table: tuple[float, ...] = NF4
     group_size: int = 64
     double_quantization: bool = False
@@ -124,7 +130,7 @@ _tables: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
 
 
 def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """The table as a float32 tensor on that device, made once in a process.
+    """The table as a tensor [len(values)] float32 on that device, made once in a process.
 
     Constants are never module buffers: loading leaves those uninitialised.
     """

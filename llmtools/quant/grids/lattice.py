@@ -1,11 +1,11 @@
 """Eight weights at a time on a lattice: the grid of QuIP# (arXiv:2402.04396, section 4).
 
-E8P names 65 536 points of a shifted E8 lattice by 16 bits, two bits a weight. What is left may be named again, larger
+E8P names 65 536 points of a shifted E8 lattice by 16 bits, two bits per weight. What is left may be named again, larger
 by `residual_scale`: by one of 256 points (E81B) for a third bit, by E8P once more for a third and fourth. The points
 suit weights that are Gaussian with a standard deviation of about one; the scale that makes them so belongs to the
 matrix as a whole and is kept by the basis (`bases.SignedHadamard`), so this grid has nothing to fit.
 
-Where the number of columns is no multiple of eight the roundings and the basis fill it up.
+Where the number of columns is no multiple of eight the roundings and the basis pad it.
 
 Shapes: as in `grids/base.py`; b = ceil(in / 8) blocks in a row; params have no columns, [n, 0]. A code in memory joins
 both stages, int64: E8P's in bits 0–15, the residual's above.
@@ -41,6 +41,8 @@ _RESIDUAL = {3: torch.uint8, 4: torch.int16}
 
 @dataclass(frozen=True)
 class Lattice(Grid):
+    """E8P, alone or refined. Stored: codes [out, b] int16; residual [out, b] uint8 at 3 bits, int16 at 4."""
+
     bits: int = 2
     """2: E8P; 3: with E81B; 4: with E8P again."""
     residual_scale: float | None = None

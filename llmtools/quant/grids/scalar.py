@@ -47,7 +47,7 @@ def resolve_group_size(group_size: int, in_features: int) -> int:
 
 
 def stream_layout(out_features: int, in_features: int, bits: int) -> dict[str, TensorSpec]:
-    """`qweight`, and `columns` where the packed width alone does not tell in_features."""
+    """`qweight` [out, w] int32, and `columns` [0, in] uint8 where w alone does not tell in_features."""
     width = words(in_features, bits)
     layout = {"qweight": TensorSpec((out_features, width), torch.int32)}
     if width * 32 // bits != in_features:
@@ -56,7 +56,7 @@ def stream_layout(out_features: int, in_features: int, bits: int) -> dict[str, T
 
 
 def columns(packed: Packed, bits: int) -> int:
-    """in_features of a weight stored by `stream_layout`."""
+    """in_features of a weight stored by `stream_layout`: of columns [0, in], or of qweight [out, w]."""
     if "columns" in packed:
         return packed["columns"].shape[1]
     return packed["qweight"].shape[1] * 32 // bits
@@ -74,16 +74,16 @@ class Scalar(Grid):
         return resolve_group_size(self.group_size, in_features)
 
     def grouped(self, packed: Packed, rows: slice = ALL) -> Weight:
-        """These rows as `kernels/grouped` takes them: qweight, scales, qzeros, table, bits, group size, in_features.
+        """These rows as `kernels/grouped` takes them: qweight [rows, w], scales [rows, G], qzeros, table, sizes.
 
         It runs for every token that is generated: hence no calls.
         """
-        qweight, zeros, group_size = packed["qweight"], packed.get("qzeros"), self.group_size
+        qweight, scales, zeros = packed["qweight"], packed["scales"], packed.get("qzeros")
         in_features = packed["columns"].shape[1] if "columns" in packed else qweight.shape[1] * 32 // self.bits
-        if not 0 < group_size < in_features:
-            group_size = in_features
-        zeros = zeros if zeros is None else zeros[rows]
-        return qweight[rows], packed["scales"][rows], zeros, None, self.bits, group_size, in_features
+        group_size = self.group_size if 0 < self.group_size < in_features else in_features
+        if rows is not ALL:
+            qweight, scales, zeros = qweight[rows], scales[rows], None if zeros is None else zeros[rows]
+        return qweight, scales, zeros, None, self.bits, group_size, in_features
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize_grouped(*self.grouped(packed, rows), dtype)

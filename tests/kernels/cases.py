@@ -1,0 +1,84 @@
+"""Examples of every op, once: what is checked of all ops alike runs over them.
+
+`test_ops.py` holds the CPU's route to the reference and asks torch whether the op is well behaved, `interpreted.py`
+holds the Triton kernel to the reference, `compiled.py` compiles it for GPUs. A new op adds its lines here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmtools.kernels.bits import pack
+from llmtools.kernels.hadamard import rule_for
+
+OUT, IN, TOKENS = 64, 2048, 16
+"""Sizes that a kernel likes, rows as long as a layer's; what it must bear besides is in the op's own test."""
+
+
+class Case(NamedTuple):
+    """A call: ``llmtools.kernels.<package>.<module>.<function>(*arguments())``, of any of the op's modules."""
+
+    package: str
+    function: str
+    arguments: Callable[[], tuple[Any, ...]]
+
+    def of(self, module: str) -> Callable[..., Tensor]:
+        """The function in "reference", "native" or "triton"."""
+        return getattr(import_module(f"llmtools.kernels.{self.package}.{module}"), self.function)
+
+
+def check(case: Case, got: Tensor, arguments: tuple[Any, ...]) -> None:
+    """Packed tensors must give the reference's bits; of activations at most twice the reference's error, by float64."""
+    first, *rest = arguments
+    plain = case.of("reference")(*arguments)
+    assert got.dtype == plain.dtype and got.shape == plain.shape
+    if not first.is_floating_point():
+        assert torch.equal(got, plain)
+        return
+    truth = case.of("reference")(first.double(), *rest)
+    allowed = 2 * (plain - truth).abs().max() + torch.finfo(first.dtype).eps * truth.abs().max()
+    assert (got - truth).abs().max() <= allowed
+
+
+def x(columns: int, tokens: int = TOKENS) -> Tensor:
+    """Activations [tokens, columns] bfloat16."""
+    return torch.randn(tokens, columns).bfloat16()
+
+
+def uniform(bits: int) -> tuple[Any, ...]:
+    """A weight [OUT, IN] on a uniform grid, as `kernels/grouped` takes it."""
+    codes, zeros = torch.randint(0, 2**bits, (OUT, IN)), torch.randint(0, 2**bits, (OUT, IN // 64))
+    scales = torch.rand(OUT, IN // 64).half() * 0.1
+    return pack(codes, bits), scales, pack(zeros, bits, torch.uint8), None, bits, 64, IN
+
+
+def codebook() -> tuple[Any, ...]:
+    """The same on sixteen levels."""
+    return pack(torch.randint(0, 16, (OUT, IN)), 4), torch.rand(OUT, IN // 64), None, torch.randn(16), 4, 64, IN
+
+
+def lattice() -> tuple[Any, ...]:
+    """A weight [OUT, IN] on E8P with a residual on E8P."""
+    codes = torch.randint(-(2**15), 2**15, (OUT, IN // 8)).to(torch.int16)
+    return codes, codes.flip(0), 3.45
+
+
+CASES = {
+    "uniform grid": Case("grouped", "dequantize_grouped", lambda: (*uniform(3), torch.bfloat16)),
+    "uniform grid, product": Case("grouped", "multiply_grouped", lambda: (x(IN), *uniform(4), False)),
+    "uniform grid, one token": Case("grouped", "multiply_grouped", lambda: (x(IN, 1), *uniform(3), False)),
+    "uniform grid, transposed": Case("grouped", "multiply_grouped", lambda: (x(OUT), *uniform(2), True)),
+    "codebook": Case("grouped", "dequantize_grouped", lambda: (*codebook(), torch.float16)),
+    "codebook, product": Case("grouped", "multiply_grouped", lambda: (x(IN), *codebook(), False)),
+    "codebook, transposed": Case("grouped", "multiply_grouped", lambda: (x(OUT), *codebook(), True)),
+    "lattice": Case("lattice", "dequantize_lattice", lambda: (*lattice(), torch.bfloat16)),
+    "lattice, product": Case("lattice", "multiply_lattice", lambda: (x(IN), *lattice(), False)),
+    "lattice, transposed": Case("lattice", "multiply_lattice", lambda: (x(OUT), *lattice(), True)),
+    "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
+    "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),
+}

@@ -249,7 +249,7 @@ def _shown(value: Any) -> str:
 
 if __name__ == "__main__":
     from llmtools import InputError
-    from llmtools.cli.main import read_recipe
+    from llmtools.cli.app import read_recipe
 
     logging.basicConfig(format="  %(message)s")
     logging.getLogger("llmtools").setLevel(logging.INFO)

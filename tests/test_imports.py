@@ -80,4 +80,4 @@ assert (rtn.dequantize(packed) - weight).norm() < 0.2 * weight.norm()
 
 def test_recipes_and_command_line_import_without_training_libraries() -> None:
     """Quantizing and evaluating work where trl, datasets and matplotlib are not installed."""
-    run("import llmtools.recipes, llmtools.cli.main", blocked=["trl", "datasets", "matplotlib"])
+    run("import llmtools.recipes, llmtools.cli.app", blocked=["trl", "datasets", "matplotlib"])

@@ -1,1 +1,5 @@
-"""The command line: `verbs` are the commands, `main` runs one, `legacy` has the older options."""
+"""The command line: `verbs` are the commands, `app` runs one, `legacy` has the older options."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmtools.checkpoint.run_info import as_json, command, record, write_json
 from llmtools.checkpoint.run_info import given as given_of
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 from llmtools.recipes.finetune import Finetune, Lora
 from llmtools.redaction import is_secret, redacted
 from llmtools.sweep.runner import Sweep, as_yaml

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import llmtools
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 from tests.hub import Hub
 from tests.models import tiny_model
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llmtools.cli.main import _names, main
+from llmtools.cli.app import _names, main
 from llmtools.cli.verbs import VERBS
 
 COMMON = {"config", "json", "help", "help_all"}

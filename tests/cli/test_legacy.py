@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llmtools.cli.app import main
 from llmtools.cli.legacy import GONE, OLD, accumulation, translated
-from llmtools.cli.main import main
 from llmtools.errors import InputError
 
 
@@ -123,13 +123,12 @@ def test_old_commands_run(stories: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_words_of_transformers_scripts_work_for_every_verb_that_has_the_option() -> None:
-    from importlib import import_module
 
-    from llmtools.cli.main import _names
+    from llmtools.cli.app import _names
     from llmtools.cli.verbs import VERBS
 
     for verb, found in VERBS.items():
-        known = _names(getattr(import_module(f"llmtools.recipes.{found.module}"), found.options))
+        known = _names(found.recipe())
         for word, option in (
             ("model_name_or_path", "model"),
             ("output_dir", "out"),

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import llmtools
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 from llmtools.cli.passthrough import NEEDS
 
 served = pytest.mark.skipif(

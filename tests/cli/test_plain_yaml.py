@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtools.cli.app import VERBS, _parse, _parser, main
 from llmtools.cli.arguments import _hints
-from llmtools.cli.main import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
 from llmtools.recipes import plain_yaml as config
 from llmtools.recipes.plain_yaml import parse_yaml, read_value

@@ -12,7 +12,7 @@ import torch
 import llmtools
 from llmtools import InputError
 from llmtools.checkpoint.folder import save_dense
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 from llmtools.formats.readers import READERS, readers_of
 from llmtools.formats.uniform import Uniform
 from llmtools.formats.writing import export

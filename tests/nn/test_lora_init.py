@@ -12,7 +12,7 @@ from torch import Tensor
 
 import llmtools
 from llmtools.checkpoint.folder import STARTS, load_starts
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.quantize import Report, quantize
 from llmtools.nn import lora_init as start_module

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmtools.cli.main import VERBS, _parse, _parser, main
+from llmtools.cli.app import VERBS, _parse, _parser, main
 from llmtools.recipes.configs import packaged, with_packaged
 from tests.models import tiny_model
 
@@ -188,7 +188,7 @@ def test_a_name_is_listed_and_a_file_of_that_name_comes_first(
 def test_a_recipe_on_the_demos_files_wants_a_checkout(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llmtools.cli.main import main
+    from llmtools.cli.app import main
 
     monkeypatch.chdir(tmp_path)
     assert main(["sweep", "sweep_demo"]) == 2

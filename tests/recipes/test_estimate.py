@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from benchmarks.memory import peak_growth
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 from llmtools.errors import InputError
 from llmtools.model import memory
 from llmtools.nn.loss import chunked_loss

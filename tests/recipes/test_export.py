@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import llmtools
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("trl")
 
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 from llmtools.errors import InputError
 from llmtools.recipes.finetune import Finetune, Lora, finetune
 

@@ -20,7 +20,7 @@ pytest.importorskip("trl")
 from llmtools import document
 from llmtools.checkpoint.inputs import contents
 from llmtools.checkpoint.run_info import command, given
-from llmtools.cli.main import VERBS, _parse, _parser, main
+from llmtools.cli.app import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
 from llmtools.recipes.evaluate import Evaluate
 from llmtools.recipes.finetune import Finetune, Lora

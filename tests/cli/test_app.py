@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmtools.cli.main import VERBS, main
+from llmtools.cli.app import VERBS, main
 
 QUANTIZER = '''
 from dataclasses import dataclass
@@ -239,7 +239,7 @@ def test_ctrl_c_and_a_full_disk_are_one_line(
 def test_help_shows_examples_and_imports_nothing_heavy(verb: str | None) -> None:
     args = ["--help"] if verb is None else [verb, "--help"]
     program = (
-        "import sys; from llmtools.cli.main import main; code = main(sys.argv[1:]); "
+        "import sys; from llmtools.cli.app import main; code = main(sys.argv[1:]); "
         "heavy = {'torch', 'transformers', 'peft', 'trl', 'datasets'} & set(sys.modules); "
         "assert not heavy, heavy; sys.exit(code)"
     )
@@ -297,7 +297,7 @@ def test_whatever_goes_wrong_is_one_line(
 BUG = """
 import sys
 import llmtools.recipes.env
-from llmtools.cli.main import main
+from llmtools.cli.app import main
 
 def bug(recipe):
     {bug}
@@ -327,7 +327,7 @@ def test_a_reader_that_goes_away_is_no_mistake() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "x", "")
 
 
-LIST = "import sys; from llmtools.cli.main import main; sys.exit(main(sys.argv[1:]))"
+LIST = "import sys; from llmtools.cli.app import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_the_examples_of_the_help_are_read(words: list[str], tmp_path: Path, mon
         made.append(recipe)
         return recipe
 
-    monkeypatch.setattr(f"llmtools.recipes.{VERBS[verb].module}.{VERBS[verb].function}", note)
+    monkeypatch.setattr(f"llmtools.{VERBS[verb].module}.{VERBS[verb].function}", note)
     assert main(words) == 0
     (recipe,) = made
     for flag, value in pairwise([*words, "--"]):
@@ -463,7 +463,7 @@ def test_examples_in_the_help_of_options_are_read_as_they_are_typed(
     needed |= {"quantizer": "rtn"}
     seen = 0
     for name, verb in VERBS.items():
-        module = importlib.import_module(f"llmtools.recipes.{verb.module}")
+        module = importlib.import_module(f"llmtools.{verb.module}")
         options = getattr(module, verb.options)
         required = {
             field.name
@@ -539,8 +539,8 @@ def test_torch_writes_nothing_into_a_sweep(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_profiler_is_silent_with_them() -> None:
     measure = """
 import sys
-from llmtools.cli.main import _environment
-from llmtools.cli.main import _quiet
+from llmtools.cli.app import _environment
+from llmtools.cli.app import _quiet
 with _environment(_quiet(["sweep"])):
     import torch
     x = torch.randn(9)
@@ -554,12 +554,12 @@ with _environment(_quiet(["sweep"])):
 
 
 def test_the_list_is_of_names_for_use(capsys: pytest.CaptureFixture[str]) -> None:
-    from llmtools.quant import imported, quantizers
+    from llmtools.quant import external, quantizers
 
     assert run("list") == 0
     lines = capsys.readouterr().out.splitlines()
     shown = {line.split()[0] for line in lines if line.startswith("  ")}
-    formats = {name for name in quantizers.names() if quantizers.get(name).__module__ == imported.__name__}
+    formats = {name for name in quantizers.names() if quantizers.get(name).__module__ == external.__name__}
     assert formats and not formats & shown
     assert set(quantizers.names()) - formats < shown
     assert all(len(line.split("  ", 2)) == 3 for line in lines if line.startswith("  "))  # a name and what it is

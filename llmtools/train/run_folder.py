@@ -99,6 +99,8 @@ def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: d
 
 def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path:
     """The checkpoint to go on from, in `work`; what a finished run kept is brought there."""
+    from ..files import write_whole
+    from ..model.fingerprint import FINGERPRINT, as_text
     from .checkpoints import SEAL, last_whole, put_aside, seal, steps_of
 
     former = _run(work) or _run(out)
@@ -126,6 +128,8 @@ def _going_on(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base
         checkpoint = _brought(kept, out, work)
     assert checkpoint is not None
     if not (checkpoint / SEAL).exists():  # the run was killed a moment too early for it
+        if base is not None:
+            write_whole(checkpoint / FINGERPRINT, as_text(base))
         seal(checkpoint)
     put_aside(work / "checkpoints", steps_of(checkpoint))
     log.info("going on from %s", checkpoint)

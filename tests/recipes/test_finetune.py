@@ -134,8 +134,9 @@ def test_a_run_that_has_its_steps_is_written_and_not_trained(
     former, checkpoints = adapter(tmp_path / "a"), sorted((tmp_path / "a" / "checkpoints").iterdir())
     if how == "killed before the end":
         (tmp_path / "a").rename(tmp_path / "a.training")
-        for name in ("adapter_model.safetensors", "adapter_config.json", "llmtools.json", "README.md"):
+        for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
             (tmp_path / "a.training" / name).unlink()
+        (tmp_path / "a.training" / "llmtools.json").rename(tmp_path / "a.training" / "run.json")
     elif how == "fewer steps":
         training["max_steps"] = 1
 
@@ -291,8 +292,9 @@ def test_a_finished_run_helps_its_damaged_continuation(
     go_on(killed, stories)
     more = {**SAVED, "max_steps": 5}
     copy(killed / "a", killed / "a.training")
-    for name in ("adapter_model.safetensors", "adapter_config.json", "llmtools.json", "README.md"):
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
         (killed / "a.training" / name).unlink()
+    (killed / "a.training" / "llmtools.json").rename(killed / "a.training" / "run.json")
     for state in (killed / "a.training").rglob("trainer_state.json"):
         state.write_text("{")
     assert go_on(killed, stories, training=more).steps == 5

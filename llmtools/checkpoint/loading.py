@@ -167,7 +167,7 @@ def _replace_misread_layers(model: Any) -> None:
 
 
 def loaded_as(load: str | None, name: str, adapter: str | None) -> str | None:
-    """Quantization while loading: the user's choice, else that of the adapter's training; None for a quantized model."""
+    """Quantization while loading: the user's choice, else that of the adapter's training, unless quantized already."""
     trained = _recipe_of(adapter).get("load")
     if load is not None or trained is None or is_quantized(name):
         return load

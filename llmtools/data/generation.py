@@ -36,12 +36,12 @@ class Completion(NamedTuple):
 
 
 def complete(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: list[str], **options: Any) -> list[str]:
-    """The texts of `completions`, with its options."""
-    return [completion.text for completion in completions(model, tokenizer, prompts, **options)]
+    """The texts of `generate_completions`, with its options."""
+    return [completion.text for completion in generate_completions(model, tokenizer, prompts, **options)]
 
 
 @torch.no_grad()
-def completions(
+def generate_completions(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],

@@ -115,7 +115,7 @@ class SweepResult:
     def __str__(self) -> str:
         lines = [f"failed: {name}: {reason}" for name, reason in self.failed.items()]
         lines += [f"missing: {len(self.missing)} runs"] if self.missing else []
-        counts = f"{self.runs} runs: {self.made} made, {self.cache} kept, {len(self.failed)} failed"
+        counts = f"{self.runs} runs: {self.made} made, {self.kept} kept, {len(self.failed)} failed"
         return "\n".join([self.table, *lines, f"{counts}\n{self.report}.html, .md, .json"])
 
 

@@ -221,7 +221,7 @@ def test_tools_stand_before_the_chat_and_calls_have_their_own_arguments_only(tok
 
 def test_greedy_is_greedy_whatever_the_model_says_of_itself(stories: Path) -> None:
     import llmtools
-    from llmtools.data.generation import complete, completions
+    from llmtools.data.generation import complete, generate_completions
 
     model, tokenizer = llmtools.load(stories)
     prompt = ["Once upon a time", "Tom had"]
@@ -235,4 +235,4 @@ def test_greedy_is_greedy_whatever_the_model_says_of_itself(stories: Path) -> No
         own = model.generation_config
         assert complete(model, tokenizer, prompt, max_new_tokens=12) == expected, change
         assert model.generation_config is own
-    assert [one.tokens for one in completions(model, tokenizer, prompt, max_new_tokens=12)] == [12, 12]
+    assert [one.tokens for one in generate_completions(model, tokenizer, prompt, max_new_tokens=12)] == [12, 12]

@@ -1,11 +1,10 @@
-"""Checkpoints as folders: a model, its tokenizer, and a note of how they came to be.
+"""Checkpoints as folders: a model, its tokenizer, and metadata.
 
 The folder is what transformers writes (``config.json``, ``model*.safetensors``, the tokenizer's files), so every
-program that opens Hugging Face folders opens it after ``import llmtools``; `hub.py` says what is special about it.
-Beside it lies ``llmtools.json``: versions, quantizers, the base model, the report of the quantization. Nothing reads
-that file in order to load the model; it is for people, and for the next step's record. A model card (`card.py`) says
-the same in a README.md. Where the quantization was asked for start values of adapters, they lie in
-``lora_start.safetensors``.
+program that opens Hugging Face folders opens it after ``import llmtools`` (see `model.transformers_integration`).
+``llmtools.json`` beside them is metadata: versions, quantizers, the base model, the report of the quantization. It is
+not needed to load the model. The model card (`model_card.py`), README.md, says the same. A LoRA initialisation from the
+quantization error, if requested, is in ``lora_start.safetensors``.
 """
 
 from __future__ import annotations
@@ -47,8 +46,7 @@ from ..nn.swap import packed_bytes, quantized_linears
 from .model_card import write_card
 from .run_info import versions, write_json
 
-NOTE = MARK
-STARTS = "lora_start.safetensors"
+LORA_INIT = "lora_start.safetensors"
 
 
 def save(
@@ -62,13 +60,13 @@ def save(
 ) -> Path:
     """Writes model and tokenizer as a Hugging Face folder, whole or not at all; returns the folder.
 
-    report: what `llmtools.quantize` returned, or any mapping; kept in ``llmtools.json``, and the start values of
-    adapters that it may hold in ``lora_start.safetensors``. A dense model (after
-    `llmtools.merge`) is written as an ordinary folder.
+    report: what `llmtools.quantize` returned, or any mapping; written to ``llmtools.json``, and its LoRA
+    initialisation, if any, to ``lora_start.safetensors``. A dense model (after `llmtools.merge`) is written as an
+    ordinary folder.
 
-    Raises InputError where the folder exists (unless `overwrite`, and then where it is none of ours or holds what we
-    did not write), another run writes there, the model carries adapters or is half quantized, or the disk refuses;
-    nothing is left behind then.
+    Raises InputError where the folder exists (unless `overwrite`, and then where llmtools did not write it, or not all
+    of it), another run writes there, the model has adapters or is half quantized, or the disk refuses; nothing is left
+    behind then.
     """
     _check_savable(model)
     with writing(folder, overwrite=overwrite) as partial:
@@ -85,9 +83,9 @@ def save_dense(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a model with its quantized layers decoded, as an ordinary Hugging Face folder; uses the model up.
+    """Writes a model with its quantized layers dequantized, as an ordinary Hugging Face folder; modifies the model.
 
-    dtype: of all weights; by default the model's own.
+    dtype: type of all weights; by default the model's own.
     """
     wanted = dtype if dtype is not None else getattr(model, "dtype", torch.float32)
     return save(dequantize(model, wanted).to(wanted), tokenizer, folder, overwrite=overwrite)
@@ -102,11 +100,11 @@ def write(
     run: Mapping[str, Any] | None = None,
     max_shard_size: str | int = "5GB",
 ) -> None:
-    """Writes the files of `save` but for the card into a folder that is there; for what writes more beside them.
+    """Writes the files of `save` without the card into an existing folder; for callers that write further files.
 
-    run: what `run_info.record` gave, for ``llmtools.json``.
+    run: a record of `run_info.record`, for ``llmtools.json``.
 
-    Raises InputError where the model carries adapters or is half quantized.
+    Raises InputError where the model has adapters or is half quantized.
     """
     _check_savable(model)
     if getattr(model, "hf_quantizer", None) is None:
@@ -122,29 +120,30 @@ def write(
                 for path, start in report.starts.items()
                 for side, tensor in start._asdict().items()
             },
-            folder / STARTS,
+            folder / LORA_INIT,
             metadata={"format": "pt"},
         )
     sort_metadata(folder)
     info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
-    write_json(folder / NOTE, {**info, "checksums": note_checksums(folder, info)})
+    write_json(folder / MARK, {**info, "checksums": note_checksums(folder, info)})
 
 
 def load(
     folder: str | PathLike[str], *, verify: bool = False, allow_other_base: bool = False, **options: Any
 ) -> tuple[Any, Any]:
-    """Opens a folder that `save` wrote, any Hugging Face model, or a quantized checkpoint of others (`foreign`).
+    """Opens a folder that `save` wrote, any Hugging Face model, or a third-party quantized checkpoint (`formats`).
 
     Returns (model in eval mode, tokenizer).
 
-    verify: compare every byte with the checksums that `save` noted; without it, small files and headers alone.
-    allow_other_base: for the folder of an adapter whose base is not the one that it was trained on any more.
-    The model is of the class that config.json names (`auto_class`): as a rule a decoder with its head.
-    options go to ``from_pretrained`` (``dtype``, ``device_map``, …). Stricter than that: a
-    tensor that is missing in the files is an error here, not a warning. ``trust_remote_code`` is off unless it is
-    among the options: code that comes with a checkpoint is never run, nor asked about.
+    verify: compare every byte with the checksums in ``llmtools.json``; without it, small files and headers alone.
+    allow_other_base: accept an adapter whose base model has changed since it was trained.
+    options: arguments of ``from_pretrained`` (``dtype``, ``device_map``, …).
 
-    Raises CheckpointError, saying what is wrong with the folder.
+    The model is of the class that config.json names (`auto_class`), usually a causal language model. Unlike in
+    transformers, a missing tensor is an error, not a warning. Unless ``trust_remote_code`` is among the options, code
+    of a checkpoint is not run, without a question.
+
+    Raises CheckpointError for a missing, damaged or unsupported checkpoint.
     """
     from transformers import AutoTokenizer
 
@@ -166,23 +165,28 @@ def load_model(
     """The model alone, as `load` opens it: for a folder without a tokenizer.
 
     The folder of an adapter is opened with the base model that it names.
+
+    Raises CheckpointError for a missing, damaged or unsupported checkpoint.
     """
     name = _name_of(folder)
     _check_loadable(name)
-    asked = set(options)
+    given = set(options)
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
     options.pop("output_loading_info", None)
     if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
         return _load_with_adapter(Path(name), options, verify=verify, allow_other_base=allow_other_base)
     config = _check_before(name, options, verify=verify)
     with naming_method(config, name), opening(name):
-        return _checked(name, config, options, asked)
+        return _checked(name, config, options, given)
 
 
-def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], asked: set[str]) -> Any:
-    """The model of a folder, or name on the hub, that its files are whole for. asked: the options the caller gave."""
+def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], given: set[str]) -> Any:
+    """The model of a folder or hub name, its tensors checked. given: names of the options that the caller gave.
+
+    Raises CheckpointError for missing, misshapen or unexpected tensors.
+    """
     where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
-    lenient = bool(options.setdefault("ignore_mismatched_sizes", True)) and "ignore_mismatched_sizes" in asked
+    lenient = bool(options.setdefault("ignore_mismatched_sizes", True)) and "ignore_mismatched_sizes" in given
     with opening(where), _named(name):
         model, info, strict = _opened(name, config, options)
     if info.get("mismatched_keys") and not lenient:
@@ -193,25 +197,25 @@ def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], aske
             f"{name}: the weights of {', '.join(lacking[:4])}{' and more' if len(lacking) > 4 else ''} are missing"
         )
     passed = options.keys() - {"dtype", "torch_dtype", "quantization_config"}
-    if not passed & model.config.to_dict().keys():  # whoever asks for fewer layers gets them
+    if not passed & model.config.to_dict().keys():  # options may reduce the config, such as num_hidden_layers
         check_surplus(model, info["unexpected_keys"], name, strict=strict)
-    if getattr(model, "quantization_method", None) != METHOD:  # else they were looked at while they were loaded
+    if getattr(model, "quantization_method", None) != METHOD:  # else the values were checked while loading
         check_values(model, name)
     return model
 
 
 def _opened(name: str, config: Mapping[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
-    """(model, transformers' loading info, whether the files are ours and of this very architecture)."""
-    foreign = detect(name, options)
-    if foreign is not None:
-        return (*open_model(foreign, options), False)
+    """(model, transformers' loading info, whether llmtools wrote the files, for this very architecture)."""
+    external = detect(name, options)
+    if external is not None:
+        return (*open_model(external, options), False)
     model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
     ours = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
     return model, info, bool(ours) and type(model).__name__ in (model.config.architectures or ())
 
 
 def _config_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a folder, or of a model on the hub; {} where it cannot be had, which is said on opening."""
+    """config.json of a folder, or of a model on the hub; {} where it cannot be read: opening the model then fails."""
     if Path(name).exists():
         return config_of(Path(name))
     from transformers import PreTrainedConfig
@@ -224,7 +228,7 @@ def _config_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Messages name the folder; a checkpoint that brings code of its own is one of them, and no question on stdin."""
+    """Adds the folder to messages of CheckpointError; makes one of transformers' question about remote code."""
     try:
         yield
     except CheckpointError as error:
@@ -233,19 +237,19 @@ def _named(name: str) -> Iterator[None]:
         if "trust_remote_code" not in str(error):
             raise
         raise CheckpointError(
-            f"{name} brings code of its own, which is not run; if you trust it, pass --trust_remote_code true "
+            f"{name} comes with custom code, which is not run; if you trust it, pass --trust_remote_code true "
             "(trust_remote_code=True)"
         ) from error
 
 
 def _misshapen(mismatched: Iterable[Any]) -> str:
-    """transformers' (name, shape in the file, shape in the model), the first of them in words."""
+    """A message for the first of transformers' (name, shape in the file, shape in the model)."""
     name, found, expected = sorted(mismatched)[0]
     return f"{name} has shape {list(found)} in the files, expected {list(expected)}"
 
 
 def _check_before(name: str, options: Mapping[str, Any], *, verify: bool) -> dict[str, Any]:
-    """config.json, after all that can be seen to be wrong before anything is built, see `integrity.py`."""
+    """config.json, after all checks that need no model, see `model.integrity`."""
     config = _config_of(name, options)
     left_to_transformers(config, name)
     folder = Path(name)
@@ -264,13 +268,13 @@ def _load_with_adapter(folder: Path, options: dict[str, Any], *, verify: bool, a
     config = check_adapter(folder)
     base = config.get("base_model_name_or_path")
     if not base:
-        raise CheckpointError(f"{folder} is an adapter that does not say what it was trained on; open that first")
+        raise CheckpointError(f"{folder} is an adapter that does not name its base model; open the base model first")
     model = load_model(str(base), verify=verify, **options)
     return open_adapter(model, folder, verify=verify, allow_other_base=allow_other_base)
 
 
 def _check_chat_template(tokenizer: Any, name: str) -> None:
-    """Raises CheckpointError for a chat template that does not end, or fills the memory: it is a program, too."""
+    """Raises CheckpointError for a chat template, which is a program, that does not terminate or fills the memory."""
     if not getattr(tokenizer, "chat_template", None):
         return
     try:
@@ -278,15 +282,15 @@ def _check_chat_template(tokenizer: Any, name: str) -> None:
             tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     except (TimeoutError, MemoryError, OverflowError) as error:
         raise CheckpointError(
-            f"{name}: the chat template does not come to an end ({first_line(error)}); take it out of the folder "
+            f"{name}: the chat template does not terminate ({first_line(error)}); remove it from the folder "
             "(chat_template.jinja, or chat_template in tokenizer_config.json), or copy the base model's"
         ) from error
-    except Exception:  # it may refuse this chat; it is asked again about those that are wanted
+    except Exception:  # it may reject this chat; others are checked when they are formatted
         return
 
 
 def skeleton(folder: str | PathLike[str]) -> Any:
-    """A folder's model without weights, on the meta device, its linears dense whatever they are in the files."""
+    """The model of a folder or hub name without weights: on the meta device, with dense linears."""
     import torch
     from transformers import AutoConfig
 
@@ -301,19 +305,19 @@ def skeleton(folder: str | PathLike[str]) -> Any:
             return auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
 
 
-def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
-    """The start values of adapters in a folder that `save` wrote (or of a model on the hub), by module path.
+def load_lora_init(folder: str | PathLike[str]) -> dict[str, Start]:
+    """Module path → LoRA initialisation, from a folder that `save` wrote, or a model on the hub.
 
-    Raises CheckpointError where there are none, or the file is damaged.
+    Raises CheckpointError where there is none, or the file is damaged.
     """
     from transformers.utils.hub import cached_file
 
     name = _name_of(folder)
     try:
-        file = cached_file(name, STARTS)
+        file = cached_file(name, LORA_INIT)
     except OSError as error:
         raise CheckpointError(
-            f"{name} has no start values for adapters ({STARTS}); quantize the model with --adapter_rank R"
+            f"{name} has no LoRA initialisation ({LORA_INIT}); quantize the model with --adapter_rank R"
         ) from error
     try:
         tensors = load_file(file)
@@ -325,7 +329,7 @@ def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
 
 def _check_savable(model: nn.Module) -> None:
     if not hasattr(model, "save_pretrained"):
-        raise InputError(f"{type(model).__name__} is no Hugging Face model; save its state_dict instead")
+        raise InputError(f"{type(model).__name__} is not a Hugging Face model; save its state_dict instead")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise InputError(
             "the model carries adapters: save those with model.save_pretrained(folder), or write a dense model with "
@@ -354,7 +358,7 @@ def _check_loadable(name: str) -> None:
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists():
         held = sorted(path.name for path in folder.iterdir())[:5]
         holds = f"it holds {', '.join(held)}" if held else "it is empty"
-        raise CheckpointError(f"{name} is no checkpoint: it has no config.json ({holds})")
+        raise CheckpointError(f"{name} is not a checkpoint: it has no config.json ({holds})")
 
 
 def _about(model: nn.Module, report: Any) -> dict[str, Any]:

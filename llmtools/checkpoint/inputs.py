@@ -1,4 +1,4 @@
-"""What the inputs of a run hold, as hashes: whether a kept result, or a stopped run, still belongs to them."""
+"""Hashes of a run's inputs, by which a cached result or a stopped run is matched with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..content import content, model_content
 
 
 def contents(recipe: Any) -> dict[str, str]:
-    """The hashes of the files that a recipe names, but for its model: data, calibration text, code of plug-ins."""
+    """Hashes of the files that a recipe names, except its model: data, calibration text, code of plug-ins."""
     named = {key: getattr(recipe, key, None) for key in ("data", "validation", "calibration")}
     files = {f"options.{key}": value for key, value in recipe.options.items()}
     files = {key: value for key, value in files.items() if "data" in key or os.path.isfile(str(value))}
@@ -27,7 +27,7 @@ def contents(recipe: Any) -> dict[str, str]:
 
 
 def content_of_model(name: str) -> dict[str, str]:
-    """What a model is, whatever its folder is called: the hashes of its parts, or its revision on the hub."""
+    """The identity of a model, whatever its folder's name: hashes of its parts, or its revision on the hub."""
     if Path(name).expanduser().is_dir():
         return model_content(name)
     from transformers.utils import cached_file
@@ -39,13 +39,13 @@ def content_of_model(name: str) -> dict[str, str]:
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two settings, in words, at most three."""
+    """Descriptions of at most three differences between two settings."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = dict.fromkeys([*before, *now])
         found = [differences(before.get(key), now.get(key), f"{name}.{key}" if name else key) for key in keys]
         return [each for some in found for each in some][:3]
     if before == now:
         return []
-    if {str(each)[:7] for each in (before, now)} <= {"sha256:", "sampled"}:  # hashes say nothing to people
+    if {str(each)[:7] for each in (before, now)} <= {"sha256:", "sampled"}:  # hashes are not worth showing
         return [f"{name} changed"]
     return [f"{name} {before!r}, now {now!r}"]

@@ -1,4 +1,4 @@
-"""Opening what the user names: models, adapters, plug-ins. Mistakes are caught before anything is loaded."""
+"""Opening the models, adapters and plug-ins that the user names, with checks before anything is loaded."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def open_model(
     any_task: bool = False,
     allow_other_base: bool | None = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """(model, tokenizer) of a folder or hub name, dense or quantized, with an adapter on the model if one is named.
+    """(model, tokenizer) of a folder or hub name, dense or quantized, with the adapter on the model if one is named.
 
-    With `verify` all bytes of both are compared with the checksums beside them. Weights keep the type of the
-    checkpoint, unless `load` has bitsandbytes quantize them: nf4 or int8. The model goes to the GPU if there is one.
+    With `verify` all bytes of both are compared with their checksums. Weights keep the type of the checkpoint, unless
+    bitsandbytes quantizes them while loading (`load`: nf4 or int8). The model is moved to the GPU if there is one.
 
-    Raises InputError for a model that is no decoder with a language model head, unless `any_task`, and for one that is
-    not the base of the adapter, unless `allow_other_base` (None: that was looked at before).
+    Raises InputError for a model that is not a causal language model, unless `any_task`, and for one that is not the
+    base model of the adapter, unless `allow_other_base` (None: checked before).
     """
     import torch
 
@@ -66,8 +66,8 @@ def open_model(
     if torch.cuda.is_available() and getattr(model, "hf_device_map", None) is None:
         model = model.to("cuda")
     if load == "nf4" and not torch.cuda.is_available():
-        _use_plain_kernel(model)
-        _decode_ourselves(model)
+        _disable_repacking(model)
+        _replace_misread_layers(model)
     if adapter is not None:
         model = open_adapter(model, adapter, verify=verify, allow_other_base=allow_other_base)
     model.eval()
@@ -75,8 +75,8 @@ def open_model(
 
 
 def _refuse_without_head(model: Any, name: str) -> None:
-    """Raises InputError for a classifier, an embedding model, an encoder-decoder: `llmtools quantize` alone takes
-    those."""
+    """Raises InputError for a classifier, an embedding model or an encoder-decoder, which `llmtools quantize` alone
+    takes."""
     kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise InputError(f"{name} is a {kind}, an encoder-decoder; this command works on decoders (causal language "
@@ -84,21 +84,24 @@ def _refuse_without_head(model: Any, name: str) -> None:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None and not model.can_generate():
         raise InputError(f"{name} is a {kind}, which predicts no tokens; this command works on causal language "
-                         "models. In Python llmtools.load opens it for use as what it is")  # fmt: skip
+                         "models. In Python llmtools.load opens it")  # fmt: skip
 
 
 def bitsandbytes_config(name: str, kind: str) -> Any:
-    """How transformers has bitsandbytes quantize a plain model: nf4 as in QLoRA (arXiv:2305.14314), its constants
-    quantized, too, or int8 (LLM.int8(), arXiv:2208.07339)."""
+    """The BitsAndBytesConfig for a dense model: nf4 with double quantization as in QLoRA (arXiv:2305.14314), or int8
+    (LLM.int8(), arXiv:2208.07339).
+
+    Raises InputError for another kind, a model that is quantized already, or without bitsandbytes.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
     if kind not in ("nf4", "int8"):
         raise InputError(f"--load {kind}: nf4 or int8 is expected")
     if find_spec("bitsandbytes") is None:
-        raise InputError(f"--load {kind} is done by bitsandbytes: pip install 'llmtools[bitsandbytes]'")
+        raise InputError(f"--load {kind} needs bitsandbytes: pip install 'llmtools[bitsandbytes]'")
     if is_quantized(name):
-        raise InputError(f"--load {kind}: {name} is quantized already; give the plain model")
+        raise InputError(f"--load {kind}: {name} is quantized already; give the dense model")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     wide = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
@@ -110,21 +113,21 @@ def bitsandbytes_config(name: str, kind: str) -> Any:
     )
 
 
-def _use_plain_kernel(model: Any) -> None:
-    """Keeps bitsandbytes' 4-bit layers from repacking their weights for AVX-512 when they first infer.
+def _disable_repacking(model: Any) -> None:
+    """Keeps bitsandbytes' 4-bit layers from repacking their weights for AVX-512 at the first inference.
 
-    The repacked form takes only outputs in multiples of 32 (0.50), and here training goes on after an evaluation.
+    The repacked layout supports only multiples of 32 outputs (0.50), and training may continue after an evaluation.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
-def _decode_ourselves(model: Any) -> None:
-    """Has our layers multiply where bitsandbytes' CPU kernel decodes other numbers than its GPU kernels and its files.
+def _replace_misread_layers(model: Any) -> None:
+    """Computes with llmtools the layers that bitsandbytes' CPU kernel decodes differently from its GPU kernels.
 
-    As of 0.50 that restarts the blocks of 64 in every row, where rows are multiples of 16 and not of 64; in the format
-    blocks run on over the ends of rows. The modules stay bitsandbytes', with the tensors that they save.
+    As of 0.50 that kernel restarts the blocks of 64 in every row where the row length is a multiple of 16 and not of
+    64; in the format, blocks continue across rows. The modules stay Linear4bit, with the tensors that they save.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -134,7 +137,7 @@ def _decode_ourselves(model: Any) -> None:
     from ..nn.swap import set_module
 
     class Decoded(Linear4bit):
-        """A Linear4bit that multiplies by `QuantizedLinear`'s way, from a translation of its own bits."""
+        """A Linear4bit whose forward is that of `QuantizedLinear`, on a translation of its packed weight."""
 
         def forward(self, x: Any) -> Any:
             y = self.quantizer.linear(x, self.translated)
@@ -155,8 +158,8 @@ def _decode_ourselves(model: Any) -> None:
         set_module(model, path, decoded.train(layer.training))
     if misread:
         log.warning(
-            "%d layers of bitsandbytes are multiplied by llmtools, with the same bits: its CPU kernel decodes rows of "
-            "%s wrongly (such as %s)",
+            "%d layers of bitsandbytes are computed by llmtools, on the same packed weights: its CPU kernel decodes "
+            "rows of %s features wrongly (such as %s)",
             len(misread),
             " or ".join(sorted({str(layer.in_features) for _, layer in misread})),
             misread[0][0],
@@ -164,25 +167,22 @@ def _decode_ourselves(model: Any) -> None:
 
 
 def loaded_as(load: str | None, name: str, adapter: str | None) -> str | None:
-    """How to quantize a model while it loads: what the user says, else as under the adapter when it was trained.
-
-    A model that is quantized already stays as it is.
-    """
+    """Quantization while loading: the user's choice, else that of the adapter's training, unless quantized already."""
     trained = _recipe_of(adapter).get("load")
     if load is not None or trained is None or is_quantized(name):
         return load
-    log.info("the adapter was trained with --load %s, so %s is loaded like that, too", trained, name)
+    log.info("the adapter was trained with --load %s, so %s is loaded with it, too", trained, name)
     return str(trained)
 
 
 def is_quantized(name: str) -> bool:
-    """Whether the configuration of a folder or hub name says so."""
+    """Whether the configuration of a folder or hub name has a quantization config."""
     from transformers import PreTrainedConfig
 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return bool(read_json(folder / "config.json").get("quantization_config"))
-    with suppress(OSError):  # what cannot be had is said when it is opened
+    with suppress(OSError):  # opening the model reports it
         return bool(PreTrainedConfig.get_config_dict(name)[0].get("quantization_config"))
     return False
 
@@ -195,20 +195,20 @@ def check_model(name: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").exists():
             hint = "; it is an adapter, pass it with --adapter" if (folder / "adapter_config.json").exists() else ""
-            raise InputError(f"{name} is no checkpoint: it holds no config.json{hint}")
+            raise InputError(f"{name} is not a checkpoint: it has no config.json{hint}")
         return
     if name.startswith((".", "/", "~")) or not _HUB_NAME.match(name):
         raise InputError(f"there is no folder {name} (looked in {Path.cwd()})")
 
 
 def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str | None]:
-    """The two as the user gave them; a missing model is the one that the adapter was trained on."""
+    """(model, adapter), with the adapter's base model where the user gave no model. Raises InputError for neither."""
     from ..model.adapter_files import check_adapter
 
     if adapter is not None and model is None:
         base = check_adapter(adapter).get("base_model_name_or_path")
         if not base:
-            raise InputError(f"adapter {adapter!r} does not say what it was trained on; pass --model, too")
+            raise InputError(f"adapter {adapter!r} does not name its base model; pass --model, too")
         return str(base), adapter
     if model is None:
         raise InputError("no model: pass --model (a folder or a hub name), or --adapter with an adapter folder")
@@ -216,10 +216,10 @@ def model_and_adapter(model: str | None, adapter: str | None) -> tuple[str, str 
 
 
 def prompt_format_of(adapter: str | None) -> dict[str, Any]:
-    """How the prompts were written that an adapter was trained with; {} if it does not say.
+    """The prompt format that an adapter was trained with; {} if it is not recorded.
 
     ``{"record_format": "prompt", "template": {"prompt": …, "completion": …}}``; for chats ``"system_prompt"`` where all
-    had the same one, or none, and ``"chat_template"``, a hash. Raises InputError for anything else.
+    had the same one, or none, and ``"chat_template"``, a hash. Raises InputError for a damaged record.
     """
     info = _info_of(adapter)
     found = info.get("prompt_format", info.get("words")) or {}
@@ -229,29 +229,30 @@ def prompt_format_of(adapter: str | None) -> dict[str, Any]:
 
 
 _EARLIER_KEYS = {"form": "record_format", "system": "system_prompt"}
+"""Key in files of earlier versions → key."""
 
 
 def content_of_template(chat_template: Any) -> str:
-    """The hash of a tokenizer's chat template, by which it is seen whether an adapter was trained in another one."""
+    """Hash of a tokenizer's chat template, to compare it with that of an adapter's training."""
     return rows_content([chat_template])
 
 
 def template_of(task: Any) -> dict[str, str] | None:
-    """The prompt template of a task, its own or that of its options; None where it has none."""
+    """The prompt template of a task, its own or from its options; None where it has none."""
     if task.template is not None:
         return dict(task.template._asdict())
-    halves = {key: getattr(task, key, None) for key in ("prompt", "completion")}
-    return halves if task.name == "text" and halves["prompt"] is not None else None  # type: ignore[return-value]
+    parts = {key: getattr(task, key, None) for key in ("prompt", "completion")}
+    return parts if task.name == "text" and parts["prompt"] is not None else None  # type: ignore[return-value]
 
 
 def options_of(adapter: str | None, task: str) -> dict[str, Any]:
-    """The options of `task` that an adapter was trained with; {} where it was trained on another one."""
+    """The options of `task` that an adapter was trained with; {} for an adapter of another task."""
     recipe = _recipe_of(adapter)
     return without_data(recipe.get("options") or {}) if recipe.get("task") == task else {}
 
 
 def without_data(options: dict[str, Any]) -> dict[str, Any]:
-    """A task's options but for where its data lie."""
+    """A task's options without those that name data."""
     return {key: value for key, value in options.items() if key not in ("data", "validation_data")}
 
 
@@ -263,7 +264,7 @@ def _recipe_of(adapter: str | None) -> dict[str, Any]:
 
 
 def _info_of(adapter: str | None) -> dict[str, Any]:
-    """How an adapter was trained; {} where it does not say. Raises InputError for a damaged file."""
+    """An adapter's metadata; {} where there is none. Raises InputError for a damaged file."""
     return {} if adapter is None else read_info(Path(adapter).expanduser())
 
 
@@ -271,13 +272,16 @@ def _damaged_info(adapter: str | None, key: str, value: Any) -> InputError:
     folder = Path(str(adapter)).expanduser()
     file = next((folder / name for name in (RUN, MARK) if (folder / name).exists()), folder / MARK)
     return InputError(
-        f"{file} is damaged: {key} is {str(value)[:60]!r}; copy it again, or delete it to go on without the prompt "
-        "template and the options that the adapter was trained with"
+        f"{file} is damaged: {key} is {str(value)[:60]!r}; copy it again, or delete it to continue without the "
+        "prompt template and the options of the adapter's training"
     )
 
 
 def import_plugins(plugin: str | list[str] | None) -> None:
-    """Imports ``module:Class`` of the user's own quantizers, from the current folder too, so that their name works."""
+    """Imports user-defined quantizers, ``module:Class``, also from the current folder, which registers their names.
+
+    Raises InputError for another syntax, or a class that cannot be imported.
+    """
     from ..quant import quantizers
 
     for name in [plugin] if isinstance(plugin, str) else plugin or []:
@@ -288,19 +292,19 @@ def import_plugins(plugin: str | list[str] | None) -> None:
 
 
 def task_class(name: str) -> type[Task]:
-    """The task that the user names, registered or ``module:Class``. Raises InputError where there is none."""
+    """The class of a registered task, or of a ``module:Class``. Raises InputError where there is none."""
     from ..data.tasks import Task, tasks
 
     if ":" in name:
         with_current_folder()
     cls = tasks.get(name)
     if not issubclass(cls, Task):
-        raise InputError(f"task {name!r}: {cls!r} is no subclass of llmtools.data.Task")
+        raise InputError(f"task {name!r}: {cls!r} is not a subclass of llmtools.data.Task")
     return cls
 
 
 def with_current_folder() -> None:
-    """Lets a ``module:Class`` that the user typed be a file in the current folder, as ``python -m`` would."""
+    """Adds the current folder to the import path, as ``python -m`` does, for ``module:Class`` names."""
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
@@ -308,19 +312,19 @@ def with_current_folder() -> None:
 
 
 def quiet_libraries() -> None:
-    """Turns off the progress bars and hints of the libraries that we call; our own log says what matters."""
+    """Turns off the progress bars and warnings of transformers and bitsandbytes, unless LLMTOOLS_DEBUG is set."""
     import transformers
 
     if os.environ.get("LLMTOOLS_DEBUG"):
         return
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product of int8 layers
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each matmul of int8 layers
 
 
 def _unreadable(name: str, error: ValueError) -> InputError:
     if not Path(name).expanduser().exists():
-        return InputError(f"there is no folder {name}, and no such model could be had from the hub ({error})")
+        return InputError(f"there is no folder {name}, and no such model could be read from the hub ({error})")
     if isinstance(error, InputError):
         return error
     return InputError(f"{name} cannot be opened as a language model: {first_line(error)}")

@@ -1,11 +1,10 @@
-"""The model card of a checkpoint or an adapter: a README.md that any way of sharing carries along.
+"""The model card of a checkpoint or an adapter, its README.md.
 
-A card is a function of a folder. It says what the files there say (``config.json``, ``llmtools.json``,
-``adapter_config.json``) and what somebody measured, and calls the rest unknown. Paths of this machine stay out of it:
-a folder is named by its last part, and only what looks like a name on the hub becomes ``base_model`` in the card's
-head, which the hub checks.
+A card is a function of a folder: it states the contents of ``config.json``, ``llmtools.json`` and
+``adapter_config.json`` and the measures it is given, and calls everything else unknown. It holds no local paths: a
+folder is named by its last part, and only a name on the hub becomes ``base_model`` in the card's front matter.
 
-Every save writes the card anew, as long as it carries `MARK`; delete that line to keep your own words.
+Every save overwrites the card as long as it has the line `MARKER`; delete that line to keep an edited card.
 """
 
 from __future__ import annotations
@@ -23,10 +22,12 @@ from .run_info import facts_of
 
 CARD = "README.md"
 LOSSES = "loss.png"
-"""the picture of a run's losses"""
-MARK = "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
+"""Name of the plot of a run's losses."""
+MARKER = "<!-- written by llmtools, overwritten by the next save; delete this line to keep your changes -->"
+_ANY_MARKER = "<!-- written by llmtools"
+"""Beginning of the marker, in cards of earlier versions, too."""
 UNKNOWN = "unknown"
-NO_DATA = "none: the quantizer saw no data"
+NO_DATA = "none: the quantizer uses no data"
 _LOADED = {
     "nf4": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
     "int8": "load_in_8bit=True",
@@ -36,10 +37,10 @@ _HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
 
 def write_card(folder: Path, *, name: str | None = None, former: Path | None = None) -> None:
-    """Writes the card of what lies in `folder`, unless there is one in somebody's own words.
+    """Writes the card of `folder`, unless there is an edited one.
 
-    name: what the card calls the thing; by default the folder's name.
-    former: the folder that this one is going to replace. A card in somebody's own words is taken over from there.
+    name: name of the model or adapter; by default the folder's.
+    former: the folder that this one will replace, from which an edited card is kept.
     """
     path = folder / CARD
     if former is not None and (former / CARD).is_file() and not is_ours(former / CARD):
@@ -49,11 +50,11 @@ def write_card(folder: Path, *, name: str | None = None, former: Path | None = N
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a card may be written here: there is none, it is one of ours, or PEFT's empty form."""
+    """Whether a card may be written here: there is none, llmtools wrote it, or it is PEFT's empty template."""
     if not path.exists():
         return True
     text = path.read_text(encoding="utf-8", errors="replace")
-    return MARK in text or _PEFT_PLACEHOLDER in text
+    return _ANY_MARKER in text or _PEFT_PLACEHOLDER in text
 
 
 def card(
@@ -68,10 +69,10 @@ def card(
     base_name: the base model's name on the hub, where the files know only a folder.
     results: measures, each as ``llmtools evaluate --json`` prints it.
 
-    Raises InputError where the folder holds neither, or a file in it is not JSON.
+    Raises InputError where the folder holds neither, or one of its JSON files is damaged.
     """
     name = name or folder.resolve().name
-    damaged = f"the card of {folder} cannot be written: what llmtools.json or a config says is damaged"
+    damaged = f"the card of {folder} cannot be written: llmtools.json or a config is damaged"
     with opening(damaged, error=InputError):
         if (folder / "adapter_config.json").exists():
             return _adapter_card(folder, name, base_name, results)
@@ -86,7 +87,7 @@ def _model_card(folder: Path, name: str, base_name: str | None, results: Sequenc
     quantizers = _quantizers(folder)
     head = _head("transformers", base, "quantized" if quantizers else None, [spec["name"] for spec in quantizers])
     use = f"""\
-import llmtools{"  # teaches transformers to open this checkpoint" if quantizers else ""}
+import llmtools{"  # registers the quantization method with transformers" if quantizers else ""}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{name}")
@@ -103,36 +104,36 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
         rows["weights"] = "dense, not quantized"
     rows |= {"adapters": "none in this folder", "measured quality": _quality(results), "made with": _versions(info)}
     what = "A language model with quantized linear layers." if quantizers else "A language model with dense weights."
-    return _written(head, name, what, rows, use, results)
+    return _page(head, name, what, rows, use, results)
 
 
 def _adapter_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
     config, info = read_json(folder / "adapter_config.json"), read_info(folder)
     base = base_name or config.get("base_model_name_or_path")
-    under = Path(str(config.get("base_model_name_or_path") or "")).expanduser()  # the model here, if it is still here
-    known = under.is_dir() and (under / "config.json").exists()
-    load = facts_of(info).get("base", {}).get("loaded as")  # of which the base's own files know nothing
-    quantizers = [{"name": load, "by": "bitsandbytes, while it loads"}] if load else _quantizers(under) if known else []
-    base_info = read_info(under) if known and not load else {}
+    local = Path(str(config.get("base_model_name_or_path") or "")).expanduser()  # the base model, if it is still there
+    known = local.is_dir() and (local / "config.json").exists()
+    load = facts_of(info).get("base", {}).get("loaded as")  # which the base model's own files do not say
+    quantizers = [{"name": load, "by": "bitsandbytes, while loading"}] if load else _quantizers(local) if known else []
+    base_info = read_info(local) if known and not load else {}
     dense = "none: its weights are dense" if known else UNKNOWN
     calibration = NO_DATA if load else _calibration(base_info) if quantizers else dense
     kind = str(config.get("peft_type") or "LoRA").lower()
-    called = _hub_name(base) or (Path(base).name if base else "…")
+    base_id = _hub_name(base) or (Path(base).name if base else "…")
     if load:
         use = f"""\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 config = BitsAndBytesConfig({_LOADED.get(load, "…")})  # as when the adapter was trained
-model = AutoModelForCausalLM.from_pretrained("{called}", quantization_config=config)  # the base model
+model = AutoModelForCausalLM.from_pretrained("{base_id}", quantization_config=config)  # the base model
 model = PeftModel.from_pretrained(model, "{name}")"""
     else:
         use = f"""\
-import llmtools  # teaches transformers to open the quantized base model
+import llmtools  # registers the base model's quantization method with transformers
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{called}")  # the base model
+model = AutoModelForCausalLM.from_pretrained("{base_id}")  # the base model
 model = PeftModel.from_pretrained(model, "{name}")"""
     rows = {
         "base model": _called(base),
@@ -146,9 +147,9 @@ model = PeftModel.from_pretrained(model, "{name}")"""
         "made with": _versions(info),
     }
     head = _head("peft", base, "adapter", [kind, *(spec["name"] for spec in quantizers)])
-    what = "An adapter for a language model; the base model is not in here."
-    picture = f"\n![training and validation loss over the steps]({LOSSES})\n" * (folder / LOSSES).exists()
-    return _written(head, name, what, rows, use, results, picture)
+    what = "An adapter for a language model; the base model is not included."
+    plot = f"\n![training and validation loss over the steps]({LOSSES})\n" * (folder / LOSSES).exists()
+    return _page(head, name, what, rows, use, results, plot)
 
 
 # ------------------------------------------------------------------------------------------------------ the page itself
@@ -163,14 +164,14 @@ def _head(library: str, base: str | None, relation: str | None, tags: Sequence[s
     return head | {"tags": list(dict.fromkeys(["llmtools", *tags]))}
 
 
-def _written(
+def _page(
     head: Mapping[str, Any],
     name: str,
     what: str,
     rows: Mapping[str, str],
     use: str,
     results: Sequence[Mapping[str, Any]],
-    picture: str = "",
+    plot: str = "",
 ) -> str:
     table = "\n".join(f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items())
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
@@ -178,11 +179,11 @@ def _written(
 ---
 {front}
 ---
-{MARK}
+{MARKER}
 
 # {name}
 
-{what} Made with `llmtools`. What this page calls unknown was not recorded.
+{what} Made with `llmtools`. "Unknown" means not recorded.
 
 | | |
 |---|---|
@@ -191,8 +192,8 @@ def _written(
 ```python
 {use}
 ```
-{picture}{_measures(results)}
-The licence is that of the base model and of the data it was made with; this page does not know it.
+{plot}{_measures(results)}
+The licences of the base model and of the data apply; they are not recorded here.
 """
 
 
@@ -207,26 +208,26 @@ def _measures(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _details(result: Mapping[str, Any]) -> str:
-    told = {**({"data": data} if (data := _data(result)) else {}), **(result.get("details") or {})}
-    details = {key: value for key, value in told.items() if key != result["measure"]}
+    known = {**({"data": data} if (data := _data(result)) else {}), **(result.get("details") or {})}
+    details = {key: value for key, value in known.items() if key != result["measure"]}
     shown = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in details.items()
              if isinstance(value, str | int | float)]  # fmt: skip
     return ", ".join(shown) or UNKNOWN
 
 
-# ------------------------------------------------------------------------------------------------ what the files say
+# ---------------------------------------------------------------------------------------------- contents of the files
 
 
 def _quantizers(folder: Path) -> list[dict[str, Any]]:
-    """The quantizers that ``config.json`` lists: the truth about the weights, whoever wrote them."""
-    told = read_json(folder / "config.json").get("quantization_config") or {}
-    if told.get("quant_method") not in (None, "llmtools"):
-        return [{"name": str(told["quant_method"]), **({"bits": told["bits"]} if "bits" in told else {})}]
-    return [dict(spec) for spec in told.get("quantizers") or ()]
+    """The quantizers in the quantization config of ``config.json``, of llmtools or of another method."""
+    config = read_json(folder / "config.json").get("quantization_config") or {}
+    if config.get("quant_method") not in (None, "llmtools"):
+        return [{"name": str(config["quant_method"]), **({"bits": config["bits"]} if "bits" in config else {})}]
+    return [dict(spec) for spec in config.get("quantizers") or ()]
 
 
 def _spec(spec: Mapping[str, Any]) -> str:
-    """``optq (bits 3, group_size 64, …)``: the options that a reader compares, of all that there are."""
+    """``optq (bits 3, group_size 64, …)``."""
     options = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name" and value is not None)
     return f"{spec['name']} ({options})" if options else str(spec["name"])
 
@@ -237,7 +238,7 @@ def _bits(info: Mapping[str, Any]) -> str:
         return UNKNOWN
     size = _totals(info).get("packed_bytes")
     stored = "" if size is None else f"; {size / 2**20:.2f} MiB of packed weights"
-    return f"{bits:.2f}, with scales and everything else that is stored{stored}"
+    return f"{bits:.2f}, including scales and all other stored tensors{stored}"
 
 
 def _calibration(info: Mapping[str, Any]) -> str:
@@ -260,7 +261,7 @@ def _errors(info: Mapping[str, Any]) -> str:
         return UNKNOWN
     outputs = totals.get("relative_proxy_loss")
     of_outputs = "" if outputs is None else f", squared error of the outputs {outputs:.4f}"
-    return f"relative to what was there, mean over layers: weights {totals['relative_error']:.4f}{of_outputs}"
+    return f"relative to the dense layers, mean: weights {totals['relative_error']:.4f}{of_outputs}"
 
 
 def _totals(info: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,7 +279,7 @@ def _quality(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _data(result: Mapping[str, Any]) -> str | None:
-    """What a measure was taken on; of a file or folder the last part alone, like all that is on this machine."""
+    """The data that a measure was taken on; only the last part of a local path."""
     return Path(str(result["data"])).name if result.get("data") else None
 
 
@@ -313,14 +314,14 @@ def _versions(written: Mapping[str, Any]) -> str:
 
 
 def _called(base: str | None) -> str:
-    """A base model as a reader elsewhere can understand it."""
+    """A base model as a link to the hub, or without its local path."""
     if not base:
         return UNKNOWN
     if hub := _hub_name(base):
         return f"[{hub}](https://huggingface.co/{hub})"
-    return f"a folder called `{Path(base).name}` on the machine of whoever made this"
+    return f"a local folder `{Path(base).name}`"
 
 
 def _hub_name(base: str | None) -> str | None:
-    """`base` if it is a name on the hub, and not a folder here."""
+    """`base` if it is a name on the hub, not a local folder."""
     return base if base and _HUB_NAME.match(base) and not Path(base).exists() else None

@@ -1,6 +1,6 @@
-"""What was run, written beside its result: the resolved recipe, versions, platform, time.
+"""The record of a run, written beside its result: the resolved recipe, versions, platform, time.
 
-Secrets among the options (a hub token) are left out of all of it, see `redaction`.
+Secrets among the options (a hub token) are removed, see `redaction`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def record(command: str, recipe: Any, **more: Any) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the packages that decide a result."""
+    """The installed versions of the packages that a result depends on."""
     found = {}
     for package in PACKAGES:
         try:
@@ -65,11 +65,11 @@ def versions() -> dict[str, str]:
 
 
 def facts_of(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What a model card says of the run that an output came from, by the names that the card shows.
+    """The facts about a run that its model card shows.
 
     ``calibration`` {text, windows, seed}; ``training`` {data, task, seed, examples, steps, training loss,
-    validation loss}; ``base`` {loaded as}. What is not known is left out. A command gives them to `record`; those of
-    earlier versions are read off its recipe and result.
+    validation loss}; ``base`` {loaded as}. Unknown ones are omitted. A command passes them to `record`; for records of
+    earlier versions they follow from recipe and result.
     """
     if isinstance(info.get("facts"), Mapping):
         return {name: dict(facts) for name, facts in info["facts"].items()}
@@ -92,9 +92,9 @@ def facts_of(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def as_json(value: Any) -> str:
-    """Indented JSON with an end of line, without secrets; what JSON does not know is written as its string."""
+    """Indented JSON with a final newline, without secrets; values unknown to JSON as strings."""
     text = json.dumps(redacted(value), indent=2, ensure_ascii=False, default=str) + "\n"
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name may hold what is no text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a file's name may not be valid Unicode
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -103,9 +103,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def given(recipe: Any) -> dict[str, Any]:
-    """What of a recipe differs from its defaults, as JSON has it, without secrets.
+    """The options of a recipe that differ from their defaults, as JSON values, without secrets.
 
-    An option that comes later changes nothing in it.
+    It does not change when a later version adds an option.
     """
     found = {}
     for each in dataclasses.fields(recipe):

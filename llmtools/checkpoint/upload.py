@@ -1,9 +1,9 @@
-"""Sharing on the Hugging Face hub: a folder, or a model, with its card.
+"""Upload of a folder, or a model, to the Hugging Face hub, with its card.
 
-The upload is one commit of `huggingface_hub`, of the files that belong to a model or an adapter (`BELONGS`) and of no
-others: what else lies in the folder, hidden files and what symbolic links bring in from elsewhere stay here. Nothing
-is changed in the folder: where the card, the adapter's configuration or the run's record should read otherwise for the
-world (a base model's name instead of a path of this machine, no token), the commit holds the other text.
+The upload is one commit of `huggingface_hub` with the files that belong to a model or an adapter (`UPLOADED`) and no
+others: hidden files, further files in the folder and targets of symbolic links outside of it are not uploaded. The
+folder is not changed: where the card, the adapter's configuration or the metadata must differ for the public (a base
+model's hub name instead of a local path, no token), the commit holds the changed text.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .model_card import CARD, card, is_ours
 
 log = logging.getLogger(__name__)
 
-BELONGS = (
+UPLOADED = (
     *("config.json", "generation_config.json", "quantize_config.json", "quant_config.json"),
     *("model*.safetensors", "model*.safetensors.index.json", "*.gguf"),
     *("adapter_config.json", "adapter_model*.safetensors", "adapter_model.safetensors.index.json"),
     "base_fingerprint.json",
     *("lora_start.safetensors", "llmtools.json", "run.json", "metrics.jsonl", "loss.png"),
     *("README.md", "LICENSE*", "NOTICE*"),
-    # tokenizers, by the names that transformers' have, and processors
+    # tokenizers, by transformers' file names, and processors
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*.model", "*.spm"),
     *("vocab.json", "vocab.txt", "merges.txt", "bpe.codes", "dict.txt", "*.tiktoken", "prophetnet.tokenizer"),
     *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "entity_vocab.json", "word_shape.json"),
@@ -42,7 +42,7 @@ BELONGS = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
-"""names, or patterns of them, of the files that are uploaded"""
+"""Patterns of the names of uploaded files."""
 
 
 def push_to_hub(
@@ -56,15 +56,15 @@ def push_to_hub(
     token: str | bool | None = None,
     message: str = "Upload with llmtools",
 ) -> str:
-    """Uploads a model or an adapter with its card; returns the address.
+    """Uploads a model or an adapter with its card; returns the URL.
 
     what: the folder of a checkpoint or an adapter, or a model in memory (one with adapters: the adapters alone).
-    repo: ``owner/name`` on the hub, made if it is not there.
-    base_name: the base model's name on the hub, for a base that the files know as a folder of this machine.
+    repo: ``owner/name`` on the hub, created if it does not exist.
+    base_name: the base model's name on the hub, for a base that the files name by a local path.
     results: measures for the card, each as ``llmtools evaluate --json`` prints it.
     token: the hub's; by default the one of ``hf auth login`` or HF_TOKEN.
 
-    Raises InputError for something that is no model or adapter, and OSError where the hub refuses or cannot be reached.
+    Raises InputError for a folder without a model or adapter, and OSError where the hub refuses or cannot be reached.
     """
     check_repo(repo)
     if isinstance(what, nn.Module):
@@ -79,9 +79,9 @@ def push_to_hub(
 
     folder = Path(what).expanduser()
     texts = texts_of(folder, repo, base_name=base_name, results=results)
-    files, left = files_of(folder)
-    if left:
-        log.info("not uploaded, no part of a model or adapter: %s", ", ".join(left))
+    files, others = files_of(folder)
+    if others:
+        log.info("not uploaded, no part of a model or adapter: %s", ", ".join(others))
     operations = [
         CommitOperationAdd(path_in_repo=name, path_or_fileobj=text.encode("utf-8")) for name, text in texts.items()
     ]
@@ -91,11 +91,11 @@ def push_to_hub(
         if name not in texts
     ]
     api = HfApi(token=token, library_name="llmtools")
-    unreached: Any = HfHubHTTPError.__bases__  # HTTPError of the library beneath, whose name changes, and OSError
+    unreached: Any = HfHubHTTPError.__bases__  # HTTPError of the HTTP library, which changes with versions, and OSError
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.create_commit(repo, operations, commit_message=message)
-    except OSError:  # the hub's own words, or a file here
+    except OSError:  # a response of the hub, or a local file
         raise
     except unreached as error:
         raise ConnectionError(f"{api.endpoint} cannot be reached: {error}") from error
@@ -103,7 +103,7 @@ def push_to_hub(
 
 
 def check_repo(repo: str) -> None:
-    """Raises InputError unless `repo` may be the name of somebody's repository on the hub."""
+    """Raises InputError unless `repo` is a valid repository name on the hub, with its owner."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -116,10 +116,10 @@ def check_repo(repo: str) -> None:
 
 
 def files_of(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """(name → path of each file that is uploaded, names of what stays here); folders end in a slash."""
+    """(name → path of each file to upload, names of the others); names of folders end in a slash."""
     files: dict[str, Path] = {}
-    left: list[str] = []
-    known = {pattern.partition("/")[0] for pattern in BELONGS if "/" in pattern}
+    others: list[str] = []
+    known = {pattern.partition("/")[0] for pattern in UPLOADED if "/" in pattern}
     for path in sorted(folder.iterdir()):
         inside = path.name in known and path.is_dir() and not path.is_symlink()
         for each in sorted(path.iterdir()) if inside else [path]:
@@ -127,18 +127,18 @@ def files_of(folder: Path) -> tuple[dict[str, Path], list[str]]:
             if _belongs(name) and each.is_file() and _is_of(each.resolve(), folder):
                 files[name] = each
             else:
-                left.append(f"{name}/" if each.is_dir() else name)
-    return files, left
+                others.append(f"{name}/" if each.is_dir() else name)
+    return files, others
 
 
 def _belongs(name: str) -> bool:
-    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in BELONGS) and not (
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in UPLOADED) and not (
         name.rpartition("/")[2].startswith(".")
     )
 
 
 def _is_of(target: Path, folder: Path) -> bool:
-    """Whether a file, all links followed, is one of the folder's own, or of those that the hub's cache keeps for it."""
+    """Whether a resolved path is a file of the folder, or a blob that the hub's cache stores for it."""
     home = folder.resolve()
     if target.is_relative_to(home):
         return _belongs(target.relative_to(home).as_posix())
@@ -148,24 +148,26 @@ def _is_of(target: Path, folder: Path) -> bool:
 def texts_of(
     folder: Path, repo: str, *, base_name: str | None = None, results: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, str]:
-    """Name → text of files that are uploaded other than they lie in the folder: card, adapter's base, run's record.
+    """Name → text of the files whose upload differs from the folder: card, adapter's configuration, metadata.
 
-    A card in somebody's own words goes up as it is, so it is not among them.
+    An edited card is uploaded unchanged, so it is not among them.
+
+    Raises InputError where there is no folder, or the card was edited and results are to be added.
     """
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder} to share")
+        raise InputError(f"there is no folder {folder} to upload")
     texts = {}
     written = card(folder, name=repo, base_name=base_name, results=results)
     if is_ours(folder / CARD):
         texts[CARD] = written
     elif results:
-        raise InputError(f"{folder / CARD} is in your own words; write the results into it, or delete it for a new one")
+        raise InputError(f"{folder / CARD} was edited; write the results into it, or delete it for a new one")
     files, _ = files_of(folder)
     for name in {MARK, RUN} & files.keys():
         run = read_json(files[name])
         rewritten = base_name is not None and "adapter_config.json" in files
-        if (public := redacted(run)) != run or rewritten:  # a secret of before they were left out; another base's name
-            public.pop("checksums", None)  # of the files as they were
+        if (public := redacted(run)) != run or rewritten:  # files of earlier versions may hold secrets
+            public.pop("checksums", None)  # of the unchanged files
             texts[name] = json.dumps(public, indent=2, ensure_ascii=False) + "\n"
     if "adapter_config.json" in files:
         path = files["adapter_config.json"]
@@ -175,17 +177,16 @@ def texts_of(
             texts[path.name] = json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n"
         elif base and Path(str(base)).expanduser().exists():
             log.warning(
-                "the adapter names its base model by a path of this machine (%s); others need its name on the hub: "
-                "--base_name NAME",
+                "the adapter names its base model by a local path (%s); give its name on the hub with --base_name NAME",
                 base,
             )
     return texts
 
 
 def _save_any(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    told: Any = model
+    adapted: Any = model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        told.save_pretrained(folder)
+        adapted.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
     else:

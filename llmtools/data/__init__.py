@@ -1,4 +1,4 @@
-"""Words: calibration windows, tasks to train on and to be judged by, and the measures that judge."""
+"""Data: calibration windows, tasks to train on and to evaluate with, generation, and the measures."""
 
 from .calibration import calibration, text_ids
 from .metrics import Perplexity, perplexity

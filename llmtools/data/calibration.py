@@ -1,8 +1,8 @@
-"""Calibration text: a few windows of tokens over which the statistics of a network's activations are gathered.
+"""Calibration data: windows of tokens over which the statistics of a network's activations are collected.
 
 The published recipe (OPTQ, arXiv:2210.17323, §4) takes 128 random windows of 2048 tokens, each inside a random
 document that is long enough. Documents of ordinary files are often shorter than a window; then windows are cut from the
-documents written one after the other. Which of the two happened is in the log.
+concatenated documents. The log says which of the two happened.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ HUB: dict[str, dict[str, Any]] = {
         },
     },
 }
-"""Known names, and how `datasets` finds them on the hub."""
+"""Names of published data sets → arguments of `datasets.load_dataset`."""
 
 ENOUGH = 8
-"""Reading stops once this many times the wanted tokens have been seen in documents that are too short for a window."""
+"""Tokenization stops at this multiple of the requested tokens where documents are too short for a window."""
 
 
 def calibration(
@@ -51,8 +51,8 @@ def calibration(
 
     `source` is a ``.txt`` or ``.jsonl`` file (``.gz`` too), a list of documents, or a known name (wikitext2, c4).
     Documents are visited in a random order. When `samples` of them are at least `tokens` long, each gives one window,
-    at a random place. Otherwise windows are cut at random places (they may overlap) from all visited documents, written
-    one after the other, each opened as the tokenizer opens a text. The same seed gives the same windows.
+    at a random position. Otherwise windows are cut at random positions (they may overlap) from the concatenation of all
+    visited documents, each with the tokenizer's start token. The same seed gives the same windows.
 
     Raises InputError for a missing file, a source without text, or one of fewer than `tokens` tokens.
     """
@@ -80,13 +80,13 @@ def calibration(
             f"the calibration text has {len(text)} tokens, fewer than one window of tokens={tokens}; "
             f"give more text or a smaller number of tokens"
         )
-    overlap = " (they overlap: more text would serve better)" if len(text) < samples * tokens else ""
+    overlap = " (they overlap: more text would be better)" if len(text) < samples * tokens else ""
     log.info("calibration: %d windows of %d tokens out of %d tokens of text%s", samples, tokens, len(text), overlap)
     return [_window(text, tokens, generator) for _ in range(samples)]
 
 
 def _window(ids: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
-    """[t] -> [1, tokens], from a random place."""
+    """[t] -> [1, tokens], from a random position."""
     start = int(torch.randint(len(ids) - tokens + 1, (1,), generator=generator))
     return ids[start : start + tokens].clone()[None]
 
@@ -94,14 +94,19 @@ def _window(ids: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
 def text_ids(source: str | Path | list[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """A whole evaluation text as one row of tokens, int64 [1, t].
 
-    A ``.txt`` without separators is tokenized once, verbatim; several documents follow each other, each opened as the
-    tokenizer opens a text. The name ``wikitext2`` is its test split, rows joined by two newlines, as published.
+    A ``.txt`` without separators is tokenized once, verbatim; several documents are concatenated, each with the
+    tokenizer's start token. The name ``wikitext2`` is its test split, rows joined by two newlines, as published.
+
+    Raises InputError for a missing file, or a source without text.
     """
     return torch.cat(list(encoded(documents_of(source, split="test"), tokenizer)))[None]
 
 
 def documents_of(source: str | Path | list[str], *, split: str) -> list[str]:
-    """The documents of a file, a list, or a known name; never empty."""
+    """The documents of a file, a list, or a known name.
+
+    Raises InputError for a missing file, a source without text, or a data set that cannot be read from the hub.
+    """
     if isinstance(source, list):
         documents = [document for document in source if document.strip()]
         if not documents:
@@ -113,7 +118,7 @@ def documents_of(source: str | Path | list[str], *, split: str) -> list[str]:
 
 
 def encoded(documents: Iterator[str] | list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tensor]:
-    """Each document's tokens, int64 [t], with what the tokenizer adds at the start."""
+    """Each document's tokens, int64 [t], with the tokenizer's special tokens."""
     for document in documents:
         yield torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
 
@@ -131,9 +136,9 @@ def _from_hub(name: str, split: str) -> list[str]:
         split = "validation"
     try:
         rows = datasets.load_dataset(**HUB[name], split=split)
-    except Exception as error:  # the hub's client raises many types, all meaning: it could not be had
+    except Exception as error:  # the hub's client raises many types, all meaning that nothing was read
         raise InputError(f"{name!r} could not be read from the hub ({error}); give a .txt or .jsonl file") from error
     texts = [str(row["text"]) for row in rows]
-    if name == "wikitext2":  # one line a row: the text is their join (quantized LLMs are compared on this form)
+    if name == "wikitext2":  # one line per row: the text is their join, as published perplexities take it
         return ["\n\n".join(texts)]
     return [text for text in texts if text.strip()]

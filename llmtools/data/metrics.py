@@ -1,10 +1,10 @@
-"""Perplexity, by the protocol behind the published figures; ROUGE.
+"""Perplexity, by the protocol of the published figures; ROUGE.
 
-For perplexity the text is one row of tokens. It is cut into consecutive windows of `context` tokens that do not
-overlap; a last, shorter window is dropped. Within a window each token but the first is predicted from those before it:
+For perplexity the text is one row of tokens, split into consecutive windows of `context` tokens that do not overlap;
+a last, shorter window is dropped. Within a window each token but the first is predicted from those before it:
 context − 1 predictions. Perplexity is the exponential of the mean over windows of the mean negative log-likelihood. A
-longer context sees more and gives a lower figure, so the context belongs to the result (2048 against 4096 moves
-LLaMA-2-7B from 5.47 to 5.12).
+longer context gives a lower perplexity, so the context belongs to the result (4096 instead of 2048 moves LLaMA-2-7B
+from 5.47 to 5.12).
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from torch import Tensor, nn
 from ..errors import InputError
 
 OnStep = Callable[[int, int], None]
+"""Progress callback: (number of steps done, total)."""
 
 CHUNK = 256
-"""Positions whose logits are widened to float32 at a time: 256 of 128 000 words are 125 MiB."""
+"""Number of positions whose logits are cast to float32 at a time: 256 with a vocabulary of 128 000 are 125 MiB."""
 
 
 class Perplexity(NamedTuple):
-    """A perplexity with what it was measured on."""
+    """A perplexity with the windows that it was measured on."""
 
     value: float
+    """Perplexity, exp(nll)."""
     nll: float
-    """mean negative log-likelihood of a token, in nats; value = exp(nll)"""
+    """Mean negative log-likelihood of a token, in nats."""
     tokens: int
-    """tokens in the windows: windows · context"""
+    """Number of tokens in all windows: windows · context."""
     context: int
+    """Tokens in a window."""
 
 
 def perplexity(model: nn.Module, ids: Tensor, *, context: int, on_step: OnStep | None = None) -> Perplexity:
@@ -40,7 +43,8 @@ def perplexity(model: nn.Module, ids: Tensor, *, context: int, on_step: OnStep |
 
     `on_step(done, total)` is called after every window. The model's training mode is left as it was.
 
-    Raises InputError if the context is longer than the model's positions or than the text, or if the loss is no number.
+    Raises InputError if the context is below 2, longer than the model's positions or than the text, or if the loss is
+    not finite.
     """
     ids = ids.reshape(-1)
     positions = model_positions(model)
@@ -76,7 +80,7 @@ def perplexity(model: nn.Module, ids: Tensor, *, context: int, on_step: OnStep |
 
 @torch.no_grad()
 def mean_nll(model: nn.Module, ids: Tensor) -> float:
-    """Mean negative log-likelihood of ids[:, 1:], [1, context], in nats."""
+    """Mean negative log-likelihood in nats of ids[:, 1:]; ids: int64 [1, context]."""
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [context − 1, vocabulary]
     targets = ids[0, 1:]
     losses = [
@@ -89,7 +93,9 @@ def mean_nll(model: nn.Module, ids: Tensor) -> float:
 def rouge(outputs: list[str], references: list[str]) -> dict[str, float]:
     """Mean F-measures of ROUGE-1, 2, L and Lsum with Porter stemming, from 0 to 1, by Google's `rouge-score`.
 
-    ROUGE-Lsum takes a line for a sentence, as `rouge-score` does; L and Lsum are the same for answers of one line.
+    ROUGE-Lsum treats a line as a sentence, as `rouge-score` does; L and Lsum agree for outputs of one line.
+
+    Raises InputError where `rouge-score` is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -102,10 +108,10 @@ def rouge(outputs: list[str], references: list[str]) -> dict[str, float]:
 
 
 def model_positions(model: nn.Module) -> int | None:
-    """How many positions the model was made for; None if its configuration does not say."""
+    """Maximum number of positions of the model (`max_position_embeddings`); None if its configuration has none."""
     config = getattr(model, "config", None)
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     positions = getattr(text, "max_position_embeddings", None)
-    return int(positions) if positions and positions > 0 else None  # XLNet says -1 for no end
+    return int(positions) if positions and positions > 0 else None  # XLNet's is -1: unlimited

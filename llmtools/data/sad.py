@@ -1,16 +1,16 @@
-"""The published helper for Stanford Alpaca's data, over the task `alpaca`: tokens that transformers' Trainer takes.
+"""The published helper for Stanford Alpaca's data, on top of the task `alpaca`: token ids for transformers' Trainer.
 
     data = TrainSAD(dataset, val_set_size, tokenizer, cutoff_len)
     data.prepare_data()
     Trainer(..., train_dataset=data.train_data, eval_dataset=data.val_data,
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
 
-Only the calls are the published ones, the words are those of the task: Stanford's. The published helper wrote every row
-with "### Input:", even an empty one, and began the answer on a new line after "### Response:".
+Only the calls are the published ones; the prompt template is that of the task: Stanford's. The published helper wrote
+every row with "### Input:", even an empty one, and began the answer on a new line after "### Response:".
 
-With that collator the whole text is learned, prompt included, as published; and where the pad token is the end-of-text
-token, as published too, the collator hides the end of the answer from the loss. ``llmtools finetune --task alpaca``
-learns the answers alone, their end included.
+With that collator the loss is taken over the whole text, prompt included, as published; and where the pad token is the
+end-of-text token, as published too, the collator masks the end of the answer. ``llmtools finetune --task alpaca`` takes
+the loss over the answers alone, their end-of-text token included.
 """
 
 from __future__ import annotations
@@ -29,33 +29,33 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SEED = 42
-"""Of the rows that are held out, as published."""
+"""Random seed of the choice of the held-out rows, as published."""
 
 
 class TrainSAD:
-    """Alpaca's rows as tokens, in a part to train on and a part to validate on."""
+    """Alpaca's rows as token ids, split into training and validation data."""
 
     def __init__(
         self, dataset: str | None, val_set_size: float, tokenizer: PreTrainedTokenizerBase, cutoff_len: int
     ) -> None:
         """dataset: a .json or .jsonl file of instruction, input, output; None for tatsu-lab/alpaca on the hub.
 
-        val_set_size: the share of the rows that is held out, or above 1 their number; 0 for none.
-        cutoff_len: examples of more tokens are left out, for cut short they would lose their answer.
+        val_set_size: fraction of the rows that is held out, or above 1 their number; 0 for none.
+        cutoff_len: maximum number of tokens of an example; longer ones are left out, not truncated.
         """
         self.dataset = dataset
         self.val_set_size = val_set_size
         self.tokenizer = tokenizer
         self.cutoff_len = cutoff_len
         self.train_data: Any = None
-        """a `datasets.Dataset` of input_ids and attention_mask, once `prepare_data` has run"""
+        """A `datasets.Dataset` of input_ids and attention_mask, once `prepare_data` has run."""
         self.val_data: Any = None
-        """the same of the rows held out; None if there are none"""
+        """The same of the held-out rows; None if there are none."""
 
     def prepare_data(self, use_eos_token: bool = True) -> None:
         """Reads, splits and tokenizes; each text ends with the end-of-text token unless `use_eos_token` is false.
 
-        Raises InputError where the data cannot be had, the split leaves nothing, or every example is too long.
+        Raises InputError where the data cannot be read, the split leaves nothing, or every example is too long.
         """
         rows = make_task("alpaca", data=self.dataset or "alpaca").train()
         held = self._held_out(len(rows))
@@ -87,7 +87,7 @@ class TrainSAD:
             )
         if len(fitting) < len(rows):
             log.warning(
-                "%d of %d examples are longer than cutoff_len=%d tokens and left out, so that no answer is cut",
+                "%d of %d examples are longer than cutoff_len=%d tokens and left out, so that no answer is truncated",
                 len(rows) - len(fitting),
                 len(rows),
                 self.cutoff_len,

@@ -1,10 +1,9 @@
-"""Text off the disk: documents for calibration and perplexity, rows for finetuning.
+"""Reading of data files: documents for calibration and perplexity, rows for finetuning.
 
-Text and tables are read, plain or packed (``.gz``, ``.xz``). A ``.txt`` is text; where a line says only
-``<|endoftext|>`` one document ends and the next begins, and without such lines the file is one document. A ``.jsonl``
-holds one JSON object a line, a ``.json`` an array of objects (or lines, too), a ``.csv`` or ``.tsv`` a row a line under
-the names in its first, a ``.parquet`` a table. Everything that can be wrong with a line is said with the
-file and the line number (in an array, the number of the object), because that is what one then opens.
+Text and tables are read, plain or compressed (``.gz``, ``.xz``). A ``.txt`` is text; a line ``<|endoftext|>`` separates
+documents, and without such lines the file is one document. A ``.jsonl`` holds one JSON object per line, a ``.json`` an
+array of objects (or one per line, too), a ``.csv`` or ``.tsv`` one row per line below a header, a ``.parquet`` a table.
+Every error names the file and the line number (in an array, the number of the object).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ SEPARATOR = "<|endoftext|>"
 def read_documents(path: str | Path) -> list[str]:
     """The documents of a ``.txt`` or ``.jsonl`` file, in order; empty ones are left out.
 
-    A JSONL row is its ``text``, or its ``prompt`` and ``completion`` written one after the other.
+    The document of a JSONL row is its ``text``, or the concatenation of ``prompt`` and ``completion``.
 
     Raises InputError if the file is missing, of another kind, not UTF-8, or holds no text.
     """
@@ -44,18 +43,24 @@ def read_documents(path: str | Path) -> list[str]:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The objects of a ``.jsonl`` or ``.json`` file, or one ``{"text": …}`` for each document of a ``.txt`` file."""
+    """The rows of a table, or one ``{"text": …}`` for each document of a ``.txt`` file.
+
+    Raises InputError if the file is missing, of another kind, damaged, or empty.
+    """
     path = existing_file(path)
     if kind(path) == "txt":
         return [{"text": document} for document in read_documents(path)]
     rows = [row for _, row in enumerate_rows(path)]
     if not rows:
-        raise InputError(f"{path} is empty; one JSON object a line is expected")
+        raise InputError(f"{path} is empty; one JSON object per line is expected")
     return rows
 
 
 def enumerate_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """(number from 1, row) of each row of a table: a line of JSONL or CSV, an object of a JSON array, a Parquet row."""
+    """(number from 1, row) of each row of a table: a line of JSONL or CSV, an object of a JSON array, a Parquet row.
+
+    Raises InputError, led by file and number, for a row that cannot be read.
+    """
     kind_of_file = kind(path)
     if kind_of_file == "json" and _begins_with_bracket(path):
         rows = _enumerate_array(path)
@@ -79,7 +84,7 @@ def _enumerate_lines(path: Path) -> Iterator[tuple[int, Row]]:
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path}:{number}: this line is not JSON ({error.msg} at column {error.colno}); "
-                f"one JSON object a line is expected, it begins with {_shortened(line)}"
+                f"one JSON object per line is expected, it begins with {_shortened(line)}"
             ) from error
         except (RecursionError, ValueError) as error:
             raise InputError(f"{path}:{number}: this line cannot be read ({error})") from error
@@ -103,7 +108,7 @@ def _enumerate_array(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _begins_with_bracket(path: Path) -> bool:
-    """Whether a .json file is an array; many hold an object a line."""
+    """Whether a .json file is an array; many hold one object per line."""
     return next((line.lstrip()[:1] == "[" for line in lines_of(path) if line.strip()), True)
 
 
@@ -114,8 +119,8 @@ def _enumerate_csv(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
         for row in reader:
             if None in row or None in row.values():
                 raise InputError(
-                    f"{path}:{reader.line_num}: this row has not the {len(reader.fieldnames or ())} columns of the "
-                    f"first line ({', '.join(reader.fieldnames or ())})"
+                    f"{path}:{reader.line_num}: this row does not have the {len(reader.fieldnames or ())} columns of "
+                    f"the header ({', '.join(reader.fieldnames or ())})"
                 )
             yield reader.line_num, dict(row)
     except csv.Error as error:
@@ -136,17 +141,17 @@ def _enumerate_parquet(path: Path) -> Iterator[tuple[int, Row]]:
                     number += 1
                     yield number, row
     except (ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a whole Parquet file: {error}") from error
+        raise InputError(f"{path} is not a complete Parquet file: {error}") from error
 
 
 def _check_encodable(value: Any, where: str) -> None:
-    """Raises InputError for half of a surrogate pair, as texts cut in their middle have: no tokenizer takes it."""
+    """Raises InputError for an unpaired surrogate, as truncated texts have: no tokenizer accepts it."""
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{where}: {_shortened(value)} holds half a character ({error.reason}); mend it"
+                f"{where}: {_shortened(value)} holds half a character ({error.reason}); correct the text"
             ) from error
     elif isinstance(value, dict):
         for inner in value.values():
@@ -208,18 +213,18 @@ def _as_document(path: Path, number: int, row: Row) -> str:
 
 
 def lines_of(path: Path) -> Iterator[str]:
-    """The lines of a file, unpacked, each with its newline."""
+    """The lines of a file, decompressed, each with its newline. Raises InputError for a damaged file."""
     try:
         with _open(path) as file:
             yield from file
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: {error}") from error
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as error:
-        raise InputError(f"{path} is not a whole {path.suffix[1:].replace('gz', 'gzip')} file: {error}") from error
+        raise InputError(f"{path} is not a complete {path.suffix[1:].replace('gz', 'gzip')} file: {error}") from error
 
 
 def _open(path: Path) -> TextIO:
-    """With or without a byte order mark, as Windows programs write one."""
+    """Opens a file, decompressed, without the byte order mark that Windows programs write."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     if path.suffix.lower() == ".xz":

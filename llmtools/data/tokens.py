@@ -1,11 +1,11 @@
-"""A training example as token ids: one way for all forms of rows, with the start and end tokens that inference has.
+"""Tokenization of training examples: one function for all record formats, with the special tokens of inference.
 
-    text                  ids of the text, then the end-of-text token; all are learned
-    prompt, completion    ids of both together, then the end-of-text token; what follows the prompt is learned
-    chat                  as the tokenizer's chat template writes it; what it adds for the answer is learned
+    text                  ids of the text, then the end-of-text token; loss on all
+    prompt, completion    ids of both together, then the end-of-text token; loss on what follows the prompt
+    chat                  ids of the chat in the tokenizer's chat template; loss on the last answer
 
-There is one start token at most, whether the row or the tokenizer writes it, and one end token at the end. A chat
-template that writes no end token after an answer would teach a model that never stops; one is appended then.
+There is at most one start token, whether the row or the tokenizer adds it, and one end token at the end. A model
+trained in a chat template without an end token after an answer would never stop; one is appended then.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ class Example(NamedTuple):
     """Token ids of a training example."""
 
     input_ids: list[int]
+    """Token ids of prompt and completion."""
     completion_mask: list[int] | None
-    """1 where a token is learned, as `trl.SFTTrainer` has it; None where all are"""
+    """1 for each token in the loss, as in `trl.SFTTrainer`; None for all."""
     end_appended: bool = False
-    """whether the chat template wrote no end token, and one was appended"""
+    """Whether an end-of-text token was appended that the chat template lacks."""
 
 
 def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "row") -> Example:
     """The token ids of a row ``{"text"}``, ``{"prompt", "completion"}`` (strings, or lists of messages with ``tools``).
 
-    Raises InputError, led by `where`, for a chat that the template refuses, or a row in which nothing is learned.
+    Raises InputError, led by `where`, for a chat that the template rejects, or a row without a token in the loss.
     """
     end = tokenizer.eos_token_id
     if "text" in row:
@@ -48,7 +49,7 @@ def tokenized(row: Row, tokenizer: PreTrainedTokenizerBase, where: str = "row") 
         ids, appended = _ended_chat(ids, len(prompt), tokenizer)
     begin = common_length(prompt, ids)
     if begin == len(ids):
-        raise InputError(f"{where}: there is no token to learn in it")
+        raise InputError(f"{where}: the completion has no tokens, there is nothing to train on")
     return Example(ids, [0] * begin + [1] * (len(ids) - begin), appended)
 
 
@@ -57,7 +58,7 @@ def _ended(ids: list[int], end: int | None) -> list[int]:
 
 
 def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[list[int], list[int]]:
-    """(ids of the prompt with the opening of an answer, ids of the whole chat)."""
+    """(ids of the prompt with the generation prompt, ids of the whole chat)."""
     tools = row.get("tools")
     options: dict[str, Any] = {"tokenize": True, "return_dict": True, "where": where}
     if tools:
@@ -68,7 +69,7 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[lis
 
 
 def _ended_chat(ids: list[int], begin: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], bool]:
-    """The ids, and whether an end-of-text token had to be appended: none of the answer's tokens is a special one."""
+    """(ids, whether an end-of-text token was appended: where none of the answer's tokens is a special one)."""
     special = {tokenizer.eos_token_id, *tokenizer.all_special_ids}
     special |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if tokenizer.eos_token_id is None or special.intersection(ids[begin:]):

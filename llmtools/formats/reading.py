@@ -101,8 +101,8 @@ def format_of(quantization: Mapping[str, Any]) -> type[Format] | None:
     """
     if not quantization or quantization.get("quant_method") == METHOD:
         return None
-    known = quantization.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
     with opening("the quantization config is damaged"):
+        known = quantization.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
         return next((kind for kind in formats.classes(plugins=not known) if kind.detect(quantization)), None)
 
 

@@ -51,7 +51,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
 
 
 def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
-    from ..checkpoint.folder import load_starts
+    from ..checkpoint.folder import load_lora_init
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import CARD, write_card
@@ -76,7 +76,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     check_choosing(recipe, validation)
     check_start(recipe)
     config = lora_config(recipe)
-    starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
+    starts = load_lora_init(recipe.model) if recipe.lora.init == "error" else None
 
     import_plugins(recipe.plugin)
     model, tokenizer = open_model(

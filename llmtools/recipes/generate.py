@@ -88,7 +88,7 @@ def generate(recipe: Generate) -> Generated:
         prompt_format_of,
         quiet_libraries,
     )
-    from ..data.generation import write
+    from ..data.generation import generate_completions
     from ..progress import progress
 
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
@@ -116,7 +116,7 @@ def generate(recipe: Generate) -> Generated:
     elif not recipe.raw:
         prompts = [_in_template(prompt, template) for prompt in prompts]
     with progress("generate", unit="prompts") as step:
-        outputs = write(
+        outputs = generate_completions(
             model,
             tokenizer,
             prompts,

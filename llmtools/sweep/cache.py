@@ -1,6 +1,6 @@
-"""Results that are kept: a JSON file each, written whole or not at all, with the settings that it belongs to.
+"""The cache of a sweep's results: one JSON file per result, written atomically, with the settings it was computed with.
 
-Settings name files and folders; what these hold is part of them, too, as hashes (`checkpoint.inputs.contents`).
+Settings name files and folders; hashes of their contents are part of them (`checkpoint.inputs.contents`).
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ log = logging.getLogger(__name__)
 Result = dict[str, Any]
 
 
-class Kept:
-    """Results on the disk. What is there with the same settings is not made again; what failed is tried again, once.
+class ResultCache:
+    """Results on the disk. A result with equal settings is reused; a failed one is tried again, once per process.
 
-    The settings hold what the inputs hold, not only where they lie; and a result that left a folder is there as long as
-    the folder has the same weights.
+    A result with an output folder is valid as long as the folder holds the same weights.
     """
 
     def __init__(self, *, make: bool = True) -> None:
         self.make = make
-        """whether what is missing is made"""
+        """Whether missing results are computed."""
         self.made: set[str] = set()
-        """names of what was made, or tried, this time"""
+        """Names of the results computed, or tried, by this process."""
         self._tried: dict[Path, Result | None] = {}
 
     def get(
         self, file: Path, settings: dict[str, Any], make: Callable[[], Result], folder: Path | None = None
     ) -> Result | None:
-        """What `file` says, if it was made with these settings and `folder` is still the same; else what `make` gives.
+        """The result in `file` if its settings are these and `folder` holds its weights; else that of `make`.
 
-        ``{"settings", …, "seconds"}`` and, with a folder, ``"weights"``, the hash of those in it; or
-        ``{"settings", "failed", "traceback", "seconds"}``.
+        ``{"settings", …, "seconds"}`` and, with a folder, ``"weights"``, the hash of the weights in it; or
+        ``{"settings", "failed", "traceback", "seconds"}``. None where there is none and nothing is to be computed.
         """
         if file in self._tried:
             return self._tried[file]
         found = _read(file)
         if found is not None and (changed := differences(found.get("settings"), settings)):
-            log.info("%s was made with other settings (%s)", file.stem, "; ".join(changed))
+            log.info("%s was computed with other settings (%s)", file.stem, "; ".join(changed))
             found = None
-        if found is not None and "failed" not in found and folder is not None and not _is_there(found, folder):
-            log.info("%s: what was made is not in %s any more", file.stem, folder)
+        if found is not None and "failed" not in found and folder is not None and not _holds_weights(found, folder):
+            log.info("%s: %s does not hold the weights of this result any more", file.stem, folder)
             found = None
         if (found is None or "failed" in found) and self.make:
             found = self._made(file, settings, make, folder)
@@ -67,7 +66,7 @@ class Kept:
             made = make()
             if folder is not None:
                 made = {**made, "weights": _weights(folder)}
-        except Exception as error:  # whatever it is, the others go on
+        except Exception as error:  # one failure must not stop the other runs
             reason = " ".join(str(error).split()) or type(error).__name__
             made = {"failed": reason, "traceback": traceback.format_exc()}
             log.debug("%s", made["traceback"])
@@ -78,17 +77,17 @@ class Kept:
         return made
 
 
-def needed(result: Result | None, what: str) -> Result:
-    """The result that another is made from. Raises InputError, led by `what`, where there is none."""
+def required(result: Result | None, what: str) -> Result:
+    """The result that another depends on. Raises InputError, led by `what`, where it is missing or failed."""
     if result is None or "failed" in result:
-        raise InputError(f"{what}: {result['failed'] if result else 'it is not there'}")
+        raise InputError(f"{what}: {result['failed'] if result else 'there is no result'}")
     return result
 
 
-def _is_there(found: Result, folder: Path) -> bool:
-    """Whether a folder still holds what was made."""
-    there = _weights(folder)
-    return there is not None and there == found.get("weights")
+def _holds_weights(found: Result, folder: Path) -> bool:
+    """Whether a folder still holds the weights of a result."""
+    present = _weights(folder)
+    return present is not None and present == found.get("weights")
 
 
 def _weights(folder: Path) -> str | None:

@@ -1,8 +1,8 @@
-"""What a finetuning run holds in memory, measured while it runs: a callback of the Trainer.
+"""The peak memory of a finetuning run, measured by a callback of the Trainer.
 
-On a GPU it is the allocator's peak over the run. On a CPU it is the bytes of all tensors that stay (weights, adapters,
-the optimizer's state) and the most that the second step allocates beside them, by the profiler's record of the
-allocator. A process's resident memory would say less about a small model: libraries come and go in it by the megabyte.
+On a GPU it is the allocator's peak over the run. On a CPU it is the bytes of all persistent tensors (weights, adapters,
+optimizer state) plus the peak of what the second step allocates, from the profiler's memory events. A process's
+resident memory would say less about a small model: loading libraries changes it by megabytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def meter() -> Any:
-    """A TrainerCallback; after training its `model_bytes`, `peak_bytes` and `device` are known."""
+    """A TrainerCallback; after training it has `model_bytes`, `peak_bytes` and `device`."""
     import torch
     from transformers import TrainerCallback
 
@@ -20,9 +20,11 @@ def meter() -> Any:
 
     class Meter(TrainerCallback):
         device = torch.cuda.get_device_name() if gpu else "cpu"
+        """Name of the GPU, or "cpu"."""
         model_bytes = 0
-        """weights that are not trained: packed ones with their scales, embeddings, norms"""
+        """Bytes of all frozen tensors: packed weights with their scales, embeddings, norms."""
         peak_bytes = 0
+        """Bytes at the peak of a training step."""
         _profile: Any = None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -52,7 +54,7 @@ def meter() -> Any:
                 self.peak_bytes = torch.cuda.max_memory_allocated()
 
         def close(self) -> Any:
-            """Ends the record, also of a run that failed: there can be one only."""
+            """Stops the profiler, also after a failed run: there can be one only; returns its profile, if any."""
             profile, self._profile = self._profile, None
             if profile is not None:
                 profile.__exit__(None, None, None)
@@ -62,7 +64,7 @@ def meter() -> Any:
 
 
 def tensors_of(model: Any) -> Iterator[Any]:
-    """Parameters, buffers, and the scales that bitsandbytes keeps beside its weights."""
+    """Parameters, buffers, and the scales that bitsandbytes stores beside its weights."""
     from torch import nn
 
     from ..nn.linear import QuantizedLinear
@@ -76,7 +78,7 @@ def tensors_of(model: Any) -> Iterator[Any]:
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
-    """Bytes of the memory that these tensors lie in; what is shared counts once."""
+    """Bytes of the storages of these tensors; a shared storage counts once."""
     storages = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -85,7 +87,7 @@ def bytes_of(tensors: Iterable[Any]) -> int:
 
 
 def most_allocated(profile: Any) -> int:
-    """The most bytes that were allocated at once on the CPU in the time of a profile."""
+    """Peak bytes allocated on the CPU during a profile."""
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -1,4 +1,4 @@
-"""The pictures of a sweep's report: SVG by matplotlib inside the HTML, so that nothing is loaded."""
+"""The plots of a sweep's report: SVG by matplotlib, embedded in the HTML, so that it is self-contained."""
 
 from __future__ import annotations
 
@@ -10,53 +10,53 @@ from typing import Any
 
 from ..document import Block
 from ..train.losses import NO_PICTURES
-from .report import Story
+from .report import ReportData
 
 COLOURS = ("#1b1b1b", "#2563a8", "#2e8b57", "#c2571a", "#7d4fa3", "#b0304f", "#6b7280", "#0e8a8a", "#a68a00")
 
 
-def pictures(story: Story) -> list[Block]:
-    """The four pictures, each an SVG within its address; a line in their place without matplotlib."""
-    if not story.rows:
+def plots(data: ReportData) -> list[Block]:
+    """The plots as images with data: addresses (that over ranks only for several ranks); a line without matplotlib."""
+    if not data.rows:
         return []
     if find_spec("matplotlib") is None:
-        return [Block("paragraph", f"The pictures {NO_PICTURES}.")]
+        return [Block("paragraph", f"The plots {NO_PICTURES}.")]
     drawn = [
-        _panels(story, "Quality against bytes of the linear layers", _against("weight_bytes", "linear layers")),
-        _panels(story, "Quality against memory at the peak of training", _against("peak_bytes", "memory at the peak")),
-        _panels(story, "Before and after finetuning", _before_and_after),
+        _panels(data, "Quality against bytes of the linear layers", _against("weight_bytes", "linear layers")),
+        _panels(data, "Quality against peak memory of training", _against("peak_bytes", "peak memory")),
+        _panels(data, "Before and after finetuning", _before_and_after),
     ]
-    if len({row.rank for row in story.rows}) > 1:
-        drawn.insert(2, _panels(story, "Quality against the rank of the adapters", _over_ranks))
+    if len({row.rank for row in data.rows}) > 1:
+        drawn.insert(2, _panels(data, "Quality against the rank of the adapters", _over_ranks))
     return drawn
 
 
-Draw = Callable[[Any, Story, str, dict[str, str]], None]
-"""(axes, story, task, colours of the forms) -> nothing, drawn into the axes."""
+Draw = Callable[[Any, ReportData, str, dict[str, str]], None]
+"""(axes, data, task, colour of each variant) → None; draws into the axes."""
 
 
-def _panels(story: Story, title: str, draw: Draw) -> Block:
-    """One picture: a panel for each task."""
+def _panels(data: ReportData, title: str, draw: Draw) -> Block:
+    """One figure with a panel per task."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    forms = list(dict.fromkeys(form for form, _ in story.lines))
-    colours = {form: COLOURS[index % len(COLOURS)] for index, form in enumerate(forms)}
+    variants = list(dict.fromkeys(variant for variant, _ in data.lines))
+    colours = {variant: COLOURS[index % len(COLOURS)] for index, variant in enumerate(variants)}
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": title}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.6 * len(story.measures) + 0.4, 4.4), layout="constrained")
+        figure = Figure(figsize=(4.6 * len(data.measures) + 0.4, 4.4), layout="constrained")
         for axes, (task, measure) in zip(
-            figure.subplots(1, len(story.measures), squeeze=False)[0], story.measures.items(), strict=True
+            figure.subplots(1, len(data.measures), squeeze=False)[0], data.measures.items(), strict=True
         ):
-            draw(axes, story, task, colours)
+            draw(axes, data, task, colours)
             axes.set_title(f"{task}: {measure}{' (lower is better)' * (measure == 'perplexity')}", loc="left")
             axes.grid(color="#e6e8eb", zorder=-1)
             if measure == "perplexity":
                 axes.set_yscale("log")
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("{x:g}")
-            if task in story.floors:
-                axes.axhline(story.floors[task]["scores"][measure], color="#8a8f98", lw=1, ls=":")
+            if task in data.majority_baselines:
+                axes.axhline(data.majority_baselines[task]["scores"][measure], color="#8a8f98", lw=1, ls=":")
         legend: dict[str, Any] = {}
         for axes in figure.axes:
             legend |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
@@ -69,16 +69,16 @@ def _panels(story: Story, title: str, draw: Draw) -> Block:
 
 
 def _against(cost: str, name: str) -> Draw:
-    """Quality over a number of bytes: hollow before finetuning, filled after, the spread as a bar."""
+    """Quality over a number of bytes: hollow before finetuning, filled after, standard deviation as a bar."""
 
-    def draw(axes: Any, story: Story, task: str, colours: dict[str, str]) -> None:
-        rows = [row for row in story.rows if row.task == task]
+    def draw(axes: Any, data: ReportData, task: str, colours: dict[str, str]) -> None:
+        rows = [row for row in data.rows if row.task == task]
         unit, scale = next((u, s) for u, s in UNITS if max(getattr(row, cost) for row in rows) >= s or s == 1e3)
         seen: set[str] = set()
         for row in rows:
-            x, colour = getattr(row, cost) / scale, colours[row.form]
-            label = row.form if row.form not in seen else None
-            seen.add(row.form)
+            x, colour = getattr(row, cost) / scale, colours[row.variant]
+            label = row.variant if row.variant not in seen else None
+            seen.add(row.variant)
             axes.plot([x, x], [row.before, row.after.mean], color=colour, lw=0.8, alpha=0.5)
             axes.plot(x, row.before, "o", color=colour, mfc="white")
             axes.errorbar(x, row.after.mean, yerr=row.after.spread, fmt="o", color=colour, capsize=3, label=label)
@@ -90,22 +90,24 @@ def _against(cost: str, name: str) -> Draw:
 UNITS = (("GB", 1e9), ("MB", 1e6), ("KB", 1e3))
 
 
-def _over_ranks(axes: Any, story: Story, task: str, colours: dict[str, str]) -> None:
-    for form, colour in colours.items():
-        rows = sorted((row for row in story.rows if (row.task, row.form) == (task, form)), key=lambda row: row.rank)
+def _over_ranks(axes: Any, data: ReportData, task: str, colours: dict[str, str]) -> None:
+    for variant, colour in colours.items():
+        rows = sorted(
+            (row for row in data.rows if (row.task, row.variant) == (task, variant)), key=lambda row: row.rank
+        )
         means, spreads = [row.after.mean for row in rows], [row.after.spread or 0.0 for row in rows]
-        axes.errorbar([row.rank for row in rows], means, spreads, fmt="o-", color=colour, capsize=3, label=form)
-    ranks = sorted({row.rank for row in story.rows})
+        axes.errorbar([row.rank for row in rows], means, spreads, fmt="o-", color=colour, capsize=3, label=variant)
+    ranks = sorted({row.rank for row in data.rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.set_xlabel("rank of the adapters")
 
 
-def _before_and_after(axes: Any, story: Story, task: str, colours: dict[str, str]) -> None:
-    for form, colour in colours.items():
-        label: str | None = form
-        for row in story.rows:
-            if (row.task, row.form) == (task, form):
+def _before_and_after(axes: Any, data: ReportData, task: str, colours: dict[str, str]) -> None:
+    for variant, colour in colours.items():
+        label: str | None = variant
+        for row in data.rows:
+            if (row.task, row.variant) == (task, variant):
                 values, spread = [row.before, row.after.mean], [0.0, row.after.spread or 0.0]
                 axes.errorbar([0, 1], values, spread, fmt="o-", color=colour, capsize=3, label=label)
                 label = None

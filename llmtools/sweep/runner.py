@@ -1,19 +1,21 @@
-"""Quantizer × bits × rank × task × seed on one model, each judged before and after finetuning, in one report.
+"""Quantizer × bits × rank × task × seed on one model, each evaluated before and after finetuning, in one report.
 
-A sweep is the recipes `quantize`, `finetune` and `evaluate` over a grid. What is made lies in one folder, and what was
-measured in small JSON files, each written whole or not at all, with the settings that it belongs to:
+A sweep is the recipes `quantize`, `finetune` and `evaluate` over a grid. A variant is one way of storing the model's
+weights; a run finetunes one variant on one task, with one rank and seed. All results lie in one folder, the measures
+in small JSON files, each written atomically, with the settings it was obtained with:
 
-    OUT/models/NAME, NAME.json         the model in each form, quantized once
-    OUT/before/NAME.TASK.json          judged before finetuning
-    OUT/adapters/NAME.TASK.rR.sS       finetuned
-    OUT/cells/NAME.TASK.rR.sS.json     the cell: before, after, bytes, memory, seconds, commands, versions
+    OUT/models/VARIANT, VARIANT.json       the quantized model, shared by all runs
+    OUT/before/VARIANT.TASK.json           evaluation before finetuning
+    OUT/adapters/VARIANT.TASK.rR.sS        adapter
+    OUT/runs/VARIANT.TASK.rR.sS.json       run: before, after, bytes, memory, seconds, commands, versions
     OUT/sweep.yaml                     the sweep itself, with all flags: `llmtools sweep OUT/sweep.yaml`
-    OUT/report.md, .json, .html        see `tradeoff`
+    OUT/report.md, .json, .html            see `report`
 
-A file whose settings are still the same is not made again, so a sweep that was stopped is run again as it is, and a
-changed option makes those cells again that it concerns. So does changed data, a changed model under the same name, and
-a folder of models or adapters that is gone: settings hold hashes of what is read, and results of what was made. A cell
-that failed says why, stops no other, and is tried again the next time.
+A result whose settings are unchanged is reused: the same command resumes a stopped sweep, and a changed option repeats
+only the runs that it concerns. So do changed data, a changed model under the same name, and a missing folder of models
+or adapters: settings hold hashes of the inputs, and results hashes of the outputs. A failed run records its reason,
+stops no other, and is tried again by the next sweep. (Earlier versions wrote OUT/cells for OUT/runs; such a folder is
+still used.)
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from ..recipes.evaluate import Evaluate
 from ..recipes.finetune import Finetune, Lora
 from ..recipes.quantize import Quantize
 from ..signals import Stopped
-from .cache import Kept, needed
+from .cache import ResultCache, required
 
 log = logging.getLogger(__name__)
 
@@ -51,53 +53,60 @@ BASELINES = {"lora": "LoRA, not quantized", "nf4": "NF4, bitsandbytes", "int8": 
 
 @dataclass(frozen=True)
 class Sweep:
-    """Finetune one model in many quantized forms, and report what each costs beside how good it is."""
+    """Finetune one model in many quantized variants, and report the cost and the quality of each."""
 
     model: str
-    """folder or hub name of the model, not quantized"""
+    """Folder or hub name of the model, not quantized."""
     tasks: dict[str, dict[str, Any]]
-    """what to train on and to judge by, in a YAML: {NAME: {task: …, data: …, options: {…}, finetune: {training: {…}},
-    evaluate: {limit: …}}}; under finetune and evaluate stand options of these recipes, what both share beside them"""
+    """Tasks to train and to evaluate on, in a YAML: {NAME: {task: …, data: …, options: {…}, finetune: {training: {…}},
+    evaluate: {limit: …}}}; options of one recipe under finetune or evaluate, options of both beside them."""
     out: str = "sweep"
-    """folder for everything; run again with the same, only what is missing is made"""
+    """Output folder; the same command again runs only what is missing in it."""
     quantizers: list[dict[str, Any]] = field(default_factory=list)
-    """as in {name: optq, bits: [4, 3], group_size: 64}; a list of values is run through"""
+    """Quantizers, such as {name: optq, bits: [4, 3], group_size: 64}; a list of values makes a variant of each."""
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
-    """lora: adapters on the model as it is; nf4, int8: quantized by bitsandbytes, left out where it is not installed"""
+    """Variants to compare with. lora: LoRA on the unquantized model; nf4, int8: quantized by bitsandbytes, skipped
+    where it is not installed."""
     ranks: list[int] = field(default_factory=lambda: [8])
-    """of the adapters"""
+    """Ranks of the LoRA adapters."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """of the adapters' start, the order of the data, dropout"""
+    """Random seeds of LoRA initialisation, data order and dropout."""
     dtype: str | None = "bfloat16"
-    """round the model to this type first, so that 16 bits are what is compared with; null: as it is stored"""
+    """Type that the model is cast to first, so that the reference has 16 bits; null for the stored type."""
     quantize: dict[str, Any] = field(default_factory=dict)
-    """options of quantize for all quantizers, such as --quantize.calibration train.txt --quantize.samples 64"""
+    """Options of quantize for all quantizers, such as --quantize.calibration train.txt --quantize.samples 64."""
     lora: Lora = LORA
-    """the adapter; its rank comes from --ranks"""
+    """LoRA options; the rank comes from --ranks."""
     training: dict[str, Any] = field(default_factory=dict)
-    """arguments of trl.SFTConfig for all tasks; a task's own come before these"""
+    """Arguments of trl.SFTConfig for all tasks; a task's own take precedence."""
     data: dict[str, str] = field(default_factory=dict)
-    """where a task's data lie, in place of what the YAML says: --data.samsum FOLDER"""
+    """Data of a task, in place of what the YAML says: --data.samsum FOLDER."""
     report: str | None = None
-    """the report's name without .md, .json and .html; by default OUT/report"""
+    """Path of the report without .md, .json and .html; OUT/report by default."""
     report_only: bool = False
-    """make nothing, draw the report of what is there"""
+    """Whether only the report is written, from the existing results."""
     plugin: str | list[str] | None = None
-    """module:Class of your own quantizer, to use it by its name"""
+    """User-defined quantizers, as module:Class, to be named in `quantizers`."""
 
 
 @dataclass(frozen=True)
-class Swept:
-    """Where the report lies, and how many cells it is made of."""
+class SweepResult:
+    """The report of a sweep, and the number of its runs."""
 
     report: str
-    cells: int
+    """Path of the report without suffix."""
+    runs: int
+    """Number of runs in the grid."""
     made: int
+    """Number of runs finished by this sweep."""
     kept: int
-    """finished before, with the same settings"""
+    """Number of runs finished before, with the same settings."""
     failed: dict[str, str]
+    """Reason of each failed run, by its name."""
     missing: list[str]
+    """Names of the runs without a result."""
     table: str
+    """Table of the quality of each variant, as text."""
 
     @property
     def exit_code(self) -> int:
@@ -105,74 +114,78 @@ class Swept:
 
     def __str__(self) -> str:
         lines = [f"failed: {name}: {reason}" for name, reason in self.failed.items()]
-        lines += [f"missing: {len(self.missing)} cells"] if self.missing else []
-        counts = f"{self.cells} cells: {self.made} made, {self.kept} kept, {len(self.failed)} failed"
+        lines += [f"missing: {len(self.missing)} runs"] if self.missing else []
+        counts = f"{self.runs} runs: {self.made} made, {self.kept} kept, {len(self.failed)} failed"
         return "\n".join([self.table, *lines, f"{counts}\n{self.report}.html, .md, .json"])
 
 
-class Form(NamedTuple):
-    """One way in which the model's weights are stored."""
+class Variant(NamedTuple):
+    """One way of storing the model's weights: dense, quantized by llmtools, or by bitsandbytes."""
 
     label: str
+    """Name in the report."""
     quantizer: dict[str, Any] | None = None
+    """Name and options of the quantizer; None for a baseline."""
     load: str | None = None
+    """Quantization by bitsandbytes while loading, nf4 or int8; None for none."""
 
     @property
     def slug(self) -> str:
+        """The label as a part of file names."""
         label = re.sub(r"(?<= )-(?=[\d.])", "minus ", self.label.lower())
         return re.sub(r"[^a-z0-9]+", "-", label).strip("-")
 
 
-class Cell(NamedTuple):
-    """One run: a form of the model, finetuned on a task."""
+class Run(NamedTuple):
+    """One run: a variant of the model, finetuned on a task."""
 
-    form: Form
+    variant: Variant
     task: str
     rank: int
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.form.slug}.{self.task}.r{self.rank}.s{self.seed}"
+        return f"{self.variant.slug}.{self.task}.r{self.rank}.s{self.seed}"
 
 
-def sweep(recipe: Sweep) -> Swept:
-    """Runs the cells that are missing, and draws the report."""
+def sweep(recipe: Sweep) -> SweepResult:
+    """Performs the missing runs, and writes the report."""
     from ..checkpoint.loading import check_model, import_plugins, quiet_libraries
 
     check_model(recipe.model)
     import_plugins(recipe.plugin)
-    run = _Run(recipe)
-    cells, left_out = run.cells(), _left_out(recipe)
+    runner = _Runner(recipe)
+    runs, left_out = runner.runs(), _left_out(recipe)
     for line in left_out:
         log.warning("%s", line)
     quiet_libraries()
     _check_report(_report_of(recipe))
     if recipe.report_only:
-        return _swept(recipe, run, cells, left_out)
-    with claim(run.out, adding=True):
-        _prepare(recipe, run.out)
+        return _run_all(recipe, runner, runs, left_out)
+    with claim(runner.out, adding=True):
+        _prepare(recipe, runner.out)
         try:
-            return _swept(recipe, run, cells, left_out)
+            return _run_all(recipe, runner, runs, left_out)
         except KeyboardInterrupt as stopped:
-            text = "stopped; the same command makes what is missing"
+            text = "stopped; the same command resumes with the missing runs"
             raise Stopped(text, getattr(stopped, "exit_code", 130)) from stopped
 
 
 def _prepare(recipe: Sweep, out: Path) -> None:
-    """Makes the folder ready, and says in it whose it is."""
-    note = read_json(out / MARK)
-    if note and note.get("command") != "sweep":
+    """Creates the output folder with its metadata file and sweep.yaml."""
+    metadata = read_json(out / MARK)
+    if metadata and metadata.get("command") != "sweep":
         raise InputError(f"{out} is a model or an adapter that llmtools wrote; choose another folder for the sweep")
     out.mkdir(parents=True, exist_ok=True)
-    if not note:
+    if not metadata:
         write_whole(out / MARK, as_json({"command": "sweep", "versions": versions()}))
     own = out / "sweep.yaml"
     if own.exists() and not own.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
-        log.info("%s is your own and stays as it is", own)
+        log.info("%s was not written by llmtools and stays as it is", own)
     else:
         write_whole(own, HEADER + as_yaml(recipe))
-    for folder in (out, out / "models", out / "before", out / "cells"):
+    for folder in (out, *(out / name for name in ("models", "before", "runs", "cells"))):
         clear_unfinished(folder)
 
 
@@ -181,192 +194,194 @@ def _report_of(recipe: Sweep) -> Path:
 
 
 def _check_report(base: Path) -> None:
-    """Raises InputError where a report would replace files that are none."""
+    """Raises InputError where a report would replace files that are not a sweep's report."""
     there = [file for suffix in (".md", ".html", ".json") if (file := base.with_name(base.name + suffix)).exists()]
     record = read_json(base.with_name(f"{base.name}.json")) if there else {}
     if there and not {"recipe", "sweep", "rows"} <= record.keys():
-        raise InputError(f"{there[0]} is no report of a sweep and is not going to be replaced; choose another --report")
+        raise InputError(f"{there[0]} is no report of a sweep and will not be overwritten; choose another --report")
 
 
-def _swept(recipe: Sweep, run: _Run, cells: list[Cell], left_out: list[str]) -> Swept:
+def _run_all(recipe: Sweep, runner: _Runner, runs: list[Run], left_out: list[str]) -> SweepResult:
     from ..progress import duration
     from .report import report
 
-    lengths = {name: run.answer_tokens(name) for name in recipe.tasks}
-    floors = {name: floor for name in recipe.tasks if (floor := run.floor(name))}
+    lengths = {name: runner.answer_tokens(name) for name in recipe.tasks}
+    majority = {name: scored for name in recipe.tasks if (scored := runner.majority_baseline(name))}
     found: dict[str, dict[str, Any]] = {}
     began, made = time.monotonic(), 0
-    for number, cell in enumerate(cells, start=1):
-        result = run.cell(cell)
+    for number, run in enumerate(runs, start=1):
+        result = runner.result(run)
         if result is None:
             continue
-        found[cell.name] = result
-        fresh = cell.name in run.kept.made
+        found[run.name] = result
+        fresh = run.name in runner.cache.made
         made += fresh
         log.info(
-            "cell %d of %d, %s: %s%s",
+            "run %d of %d, %s: %s%s",
             number,
-            len(cells),
-            cell.name,
-            f"failed: {result['failed']}" if "failed" in result else _in_words(result),
-            f", about {duration((time.monotonic() - began) / made * (len(cells) - number))} left"
-            if fresh and number < len(cells)
+            len(runs),
+            run.name,
+            f"failed: {result['failed']}" if "failed" in result else _summary(result),
+            f", about {duration((time.monotonic() - began) / made * (len(runs) - number))} left"
+            if fresh and number < len(runs)
             else ""
             if fresh
             else " (finished before)",
         )
     base = _report_of(recipe)
-    original = run.original() or {}
+    original = runner.original() or {}
     table = report(
-        recipe, base, [cell.name for cell in cells], found, left_out, original.get("parameters"), floors, lengths
+        recipe, base, [run.name for run in runs], found, left_out, original.get("parameters"), majority, lengths
     )
     failed = {name: result["failed"] for name, result in found.items() if "failed" in result}
-    return Swept(
+    return SweepResult(
         report=str(base),
-        cells=len(cells),
-        made=made - len(run.kept.made & failed.keys()),
-        kept=len(found) - made - len(failed.keys() - run.kept.made),
+        runs=len(runs),
+        made=made - len(runner.cache.made & failed.keys()),
+        kept=len(found) - made - len(failed.keys() - runner.cache.made),
         failed=failed,
-        missing=[cell.name for cell in cells if cell.name not in found],
+        missing=[run.name for run in runs if run.name not in found],
         table=table,
     )
 
 
-def _in_words(cell: dict[str, Any]) -> str:
-    before, after = cell["before"], cell["after"]
-    return f"{after['measure']} {before['value']:.4g} → {after['value']:.4g} in {cell['seconds']:.0f} s"
+def _summary(result: dict[str, Any]) -> str:
+    before, after = result["before"], result["after"]
+    return f"{after['measure']} {before['value']:.4g} → {after['value']:.4g} in {result['seconds']:.0f} s"
 
 
 def _left_out(recipe: Sweep) -> list[str]:
-    """Baselines that cannot be had here, a line each."""
+    """A line for each baseline that is skipped, bitsandbytes not being installed."""
     if find_spec("bitsandbytes") is not None:
         return []
     why = "left out, bitsandbytes is not installed: pip install 'llmtools[bitsandbytes]'"
     return [f"{BASELINES[name]}: {why}" for name in recipe.baselines if name != "lora"]
 
 
-# ------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------------------ the runs
 
 
-class _Run:
-    """A sweep's recipes, and the files of what came of them."""
+class _Runner:
+    """The recipes of a sweep's runs, and their results on the disk."""
 
     def __init__(self, recipe: Sweep) -> None:
         self.recipe = recipe
         self.out = Path(recipe.out).expanduser()
-        self.kept = Kept(make=not recipe.report_only)
+        self.cache = ResultCache(make=not recipe.report_only)
+        earlier = self.out / "cells"
+        self.results = earlier if earlier.is_dir() else self.out / "runs"
         _check(recipe)
 
-    def cells(self) -> list[Cell]:
-        """All of them, seed by seed, so that what is there early is a whole picture."""
-        forms = [Form(BASELINES[name], load=None if name == "lora" else name) for name in self.recipe.baselines]
-        forms = [form for form in forms if form.load is None or find_spec("bitsandbytes") is not None]
-        forms += [Form(_label(options), quantizer=options) for options in _unrolled(self.recipe.quantizers)]
-        grid = itertools.product(self.recipe.seeds, self.recipe.ranks, self.recipe.tasks, forms)
-        cells = [Cell(form, task, rank, seed) for seed, rank, task, form in grid]
-        for cell in cells:  # every option is looked at before the first hour
-            self._check(cell)
-        return cells
+    def runs(self) -> list[Run]:
+        """All runs of the grid, seed by seed, so that an unfinished sweep has every variant once."""
+        variants = [Variant(BASELINES[name], load=None if name == "lora" else name) for name in self.recipe.baselines]
+        variants = [variant for variant in variants if variant.load is None or find_spec("bitsandbytes") is not None]
+        variants += [Variant(_label(options), quantizer=options) for options in _unrolled(self.recipe.quantizers)]
+        grid = itertools.product(self.recipe.seeds, self.recipe.ranks, self.recipe.tasks, variants)
+        runs = [Run(variant, task, rank, seed) for seed, rank, task, variant in grid]
+        for run in runs:  # every option is checked before the first run starts
+            self._check(run)
+        return runs
 
-    def _check(self, cell: Cell) -> None:
-        """Raises InputError, led by the cell's name, for what can be seen to be wrong with it without a model."""
+    def _check(self, run: Run) -> None:
+        """Raises InputError, led by the run's name, for options that can be seen to be wrong without a model."""
         from ..recipes.evaluate import judge_of
         from ..recipes.quantize import checked_quantizer
         from ..train.rows import training_task
 
-        trained, judged, made = self.finetune(cell), self.evaluate(cell), self.quantize(cell.form)
+        finetune, evaluate, quantize = self.finetune(run), self.evaluate(run), self.quantize(run.variant)
         if self.recipe.report_only:
             return
         try:
-            training_task(trained), judge_of(judged)
-            if made is not None:
-                checked_quantizer(made)
+            training_task(finetune), judge_of(evaluate)
+            if quantize is not None:
+                checked_quantizer(quantize)
         except InputError as error:
-            raise InputError(f"{cell.name}: {error}") from error
+            raise InputError(f"{run.name}: {error}") from error
 
-    def cell(self, cell: Cell) -> dict[str, Any] | None:
-        """What was measured, now or before; None where nothing is to be made and nothing is there."""
-        finetune, after = self.finetune(cell), self.evaluate(cell, adapter=True)
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """The run's result, from the cache or computed now; None under `report_only` where there is none."""
+        finetune, after = self.finetune(run), self.evaluate(run, adapter=True)
         settings = {
-            **self._form_settings(cell.form),
+            **self._variant_settings(run.variant),
             "finetune": given(finetune),
             "evaluate": given(after),
             "finetune reads": contents(finetune),
             "evaluate reads": contents(after),
         }
-        file = self.out / "cells" / f"{cell.name}.json"
-        return self.kept.get(file, settings, lambda: self._make_cell(cell, finetune, after), Path(finetune.out))
+        file = self.results / f"{run.name}.json"
+        return self.cache.get(file, settings, lambda: self._make(run, finetune, after), Path(finetune.out))
 
-    def _make_cell(self, cell: Cell, finetune: Finetune, after: Evaluate) -> dict[str, Any]:
+    def _make(self, run: Run, finetune: Finetune, after: Evaluate) -> dict[str, Any]:
         from ..checkpoint.run_info import record
         from ..recipes.evaluate import evaluate
         from ..recipes.finetune import finetune as run_finetune
         from .memory import meter
 
-        form = needed(self.form(cell.form), "the model could not be made ready")
-        before = needed(self.before(cell), "it could not be judged before finetuning")
+        variant = required(self.prepare(run.variant), "the model could not be prepared")
+        before = required(self.before(run), "the evaluation before finetuning failed")
         memory = meter()
         try:
             _free()
             trained = run_finetune(finetune, callbacks=[memory])
             _free()
-            judged = evaluate(after)
+            evaluated = evaluate(after)
         finally:
             memory.close()
             _free()
-        run = record("sweep", self.recipe)
+        info = record("sweep", self.recipe)
         return {
-            "form": cell.form.label,
-            "task": cell.task,
-            "rank": cell.rank,
-            "seed": cell.seed,
+            "variant": run.variant.label,
+            "task": run.task,
+            "rank": run.rank,
+            "seed": run.seed,
             "before": before["evaluation"],
-            "after": asdict(judged),
-            "bits_per_weight": judged.bits_per_weight,
-            "weight_bytes": judged.weight_bytes,
+            "after": asdict(evaluated),
+            "bits_per_weight": evaluated.bits_per_weight,
+            "weight_bytes": evaluated.weight_bytes,
             "model_bytes": memory.model_bytes,
             "peak_bytes": memory.peak_bytes,
             "device": memory.device,
             "trained": asdict(trained),
             "commands": [
-                *form["commands"],
-                command("evaluate", self.evaluate(cell)),
+                *variant["commands"],
+                command("evaluate", self.evaluate(run)),
                 command("finetune", finetune),
                 command("evaluate", after),
             ],
-            **{key: run[key] for key in ("versions", "python", "platform", "started")},
+            **{key: info[key] for key in ("versions", "python", "platform", "started")},
         }
 
-    def before(self, cell: Cell) -> dict[str, Any] | None:
-        """The judgement of a form before finetuning; ranks and seeds share it."""
+    def before(self, run: Run) -> dict[str, Any] | None:
+        """The evaluation of a variant before finetuning, shared by ranks and seeds."""
         from ..recipes.evaluate import evaluate
 
-        recipe = self.evaluate(cell)
-        return self.kept.get(
-            self.out / "before" / f"{cell.form.slug}.{cell.task}.json",
-            {**self._form_settings(cell.form), "evaluate": given(recipe), "evaluate reads": contents(recipe)},
+        recipe = self.evaluate(run)
+        return self.cache.get(
+            self.out / "before" / f"{run.variant.slug}.{run.task}.json",
+            {**self._variant_settings(run.variant), "evaluate": given(recipe), "evaluate reads": contents(recipe)},
             lambda: {"evaluation": asdict(evaluate(recipe))},
         )
 
-    def form(self, form: Form) -> dict[str, Any] | None:
-        """The model in one form, on the disk."""
+    def prepare(self, variant: Variant) -> dict[str, Any] | None:
+        """The result of writing a variant of the model to the disk."""
         from ..recipes.quantize import quantize
 
-        original = needed(self.original(), "the model could not be made ready")
-        recipe = self.quantize(form)
+        original = required(self.original(), "the model could not be prepared")
+        recipe = self.quantize(variant)
         if recipe is None:
             return original
 
         def make() -> dict[str, Any]:
-            made = quantize(recipe)
-            return {"bits_per_weight": made.bits_per_weight, "commands": [command("quantize", recipe)]}
+            quantized = quantize(recipe)
+            return {"bits_per_weight": quantized.bits_per_weight, "commands": [command("quantize", recipe)]}
 
-        return self.kept.get(
-            self.out / "models" / f"{form.slug}.json", self._form_settings(form), make, Path(recipe.out)
+        return self.cache.get(
+            self.out / "models" / f"{variant.slug}.json", self._variant_settings(variant), make, Path(recipe.out)
         )
 
     def original(self) -> dict[str, Any] | None:
-        """The model that all forms start from, rounded to `dtype`."""
+        """The result of casting the model to `dtype`, from which all variants are made."""
 
         def make() -> dict[str, Any]:
             import torch
@@ -384,25 +399,28 @@ class _Run:
 
         settings = {"model": self.recipe.model, "dtype": self.recipe.dtype, "model reads": self._model_content}
         folder = None if self.recipe.dtype is None else Path(self._original)
-        return self.kept.get(self.out / "models" / "original.json", settings, make, folder)
+        return self.cache.get(self.out / "models" / "original.json", settings, make, folder)
 
     def answer_tokens(self, name: str) -> int | None:
-        """How long an answer may get, for tasks that have answers."""
+        """Maximum number of tokens of an answer; None for tasks without answers."""
         from ..checkpoint.loading import task_class
 
-        recipe = self.evaluate(Cell(Form("floor"), name, 1, 0))
+        recipe = self.evaluate(Run(Variant(""), name, 1, 0))
         if recipe.harness or not task_class(recipe.task).has_answers:
             return None
         return int(recipe.options.get("max_new_tokens", task_class(recipe.task).max_new_tokens))
 
-    def floor(self, name: str) -> dict[str, Any] | None:
-        """What a constant answer scores: the commonest right one, for tasks that have answers."""
+    def majority_baseline(self, name: str) -> dict[str, Any] | None:
+        """The majority-class baseline: scores of always giving the most common reference answer.
+
+        None for tasks without answers.
+        """
         from collections import Counter
 
         from ..data.tasks import make_task
         from ..data.tasks.base import answer, spread
 
-        recipe = self.evaluate(Cell(Form("floor"), name, 1, 0))
+        recipe = self.evaluate(Run(Variant(""), name, 1, 0))
 
         def make() -> dict[str, Any]:
             task = make_task(recipe.task, **{"data": recipe.data, **recipe.options})
@@ -416,9 +434,9 @@ class _Run:
         if self.answer_tokens(name) is None:
             return None
         file = self.out / "before" / f"constant-answer.{name}.json"
-        found = self.kept.get(file, {"evaluate": given(recipe), "evaluate reads": contents(recipe)}, make)
+        found = self.cache.get(file, {"evaluate": given(recipe), "evaluate reads": contents(recipe)}, make)
         if found is not None and "failed" in found:
-            log.warning("%s: no constant answer to compare with: %s", name, found["failed"])
+            log.warning("%s: no majority-class baseline: %s", name, found["failed"])
             return None
         return found
 
@@ -428,15 +446,15 @@ class _Run:
     def _original(self) -> str:
         return self.recipe.model if self.recipe.dtype is None else str(self.out / "models" / "original")
 
-    def _model(self, form: Form) -> str:
-        return self._original if form.quantizer is None else str(self.out / "models" / form.slug)
+    def _model(self, variant: Variant) -> str:
+        return self._original if variant.quantizer is None else str(self.out / "models" / variant.slug)
 
-    def _form_settings(self, form: Form) -> dict[str, Any]:
-        recipe = self.quantize(form)
+    def _variant_settings(self, variant: Variant) -> dict[str, Any]:
+        recipe = self.quantize(variant)
         return {
             "model": self.recipe.model,
             "dtype": self.recipe.dtype,
-            "load": form.load,
+            "load": variant.load,
             "quantize": recipe and given(recipe),
             "model reads": self._model_content,
             "quantize reads": recipe and contents(recipe),
@@ -446,42 +464,47 @@ class _Run:
     def _model_content(self) -> dict[str, str]:
         return content_of_model(self.recipe.model)
 
-    def quantize(self, form: Form) -> Quantize | None:
+    def quantize(self, variant: Variant) -> Quantize | None:
         from ..recipes.quantize import resolve_quantizer
 
-        if form.quantizer is None:
+        if variant.quantizer is None:
             return None
-        options = dict(form.quantizer)
-        ours = {"model": self._original, "out": self._model(form), "quantizer": options.pop("name"), "overwrite": True}
-        ours["plugin"] = self.recipe.plugin
-        ours |= {key: options.pop(key, None) for key in ("bits", "group_size")} | {"options": options}
-        made: Quantize = _built(Quantize, ours, self.recipe.quantize, "quantize")
+        options = dict(variant.quantizer)
+        fixed = {
+            "model": self._original,
+            "out": self._model(variant),
+            "quantizer": options.pop("name"),
+            "overwrite": True,
+        }
+        fixed["plugin"] = self.recipe.plugin
+        fixed |= {key: options.pop(key, None) for key in ("bits", "group_size")} | {"options": options}
+        made: Quantize = _built(Quantize, fixed, self.recipe.quantize, "quantize")
         return made if resolve_quantizer(made).needs_hessian else replace(made, calibration=None)
 
-    def finetune(self, cell: Cell) -> Finetune:
-        section = self._section(cell.task, "finetune")
+    def finetune(self, run: Run) -> Finetune:
+        section = self._section(run.task, "finetune")
         training = {"save_strategy": "no", "eval_strategy": "no", **self.recipe.training, **section.pop("training", {})}
-        ours = {
-            "model": self._model(cell.form),
-            "load": cell.form.load,
-            "out": str(self.out / "adapters" / cell.name),
-            "lora": replace(self.recipe.lora, r=cell.rank),
-            "seed": cell.seed,
+        fixed = {
+            "model": self._model(run.variant),
+            "load": run.variant.load,
+            "out": str(self.out / "adapters" / run.name),
+            "lora": replace(self.recipe.lora, r=run.rank),
+            "seed": run.seed,
             "training": training,
             "plugin": self.recipe.plugin,
             "overwrite": True,
         }
-        made: Finetune = _built(Finetune, ours, section, f"tasks.{cell.task}")
+        made: Finetune = _built(Finetune, fixed, section, f"tasks.{run.task}")
         return made
 
-    def evaluate(self, cell: Cell, adapter: bool = False) -> Evaluate:
-        folder = str(self.out / "adapters" / cell.name) if adapter else None
-        ours: dict[str, Any] = {"model": self._model(cell.form), "load": cell.form.load, "adapter": folder}
-        ours["plugin"] = self.recipe.plugin
-        section, trained = (self._section(cell.task, verb) for verb in ("evaluate", "finetune"))
-        if section.get("task") == trained["task"]:  # in the words of the training, before it, too
+    def evaluate(self, run: Run, adapter: bool = False) -> Evaluate:
+        folder = str(self.out / "adapters" / run.name) if adapter else None
+        fixed: dict[str, Any] = {"model": self._model(run.variant), "load": run.variant.load, "adapter": folder}
+        fixed["plugin"] = self.recipe.plugin
+        section, trained = (self._section(run.task, verb) for verb in ("evaluate", "finetune"))
+        if section.get("task") == trained["task"]:  # the prompt template of the training, also before it
             section["options"] = {**without_data(trained.get("options", {})), **section.get("options", {})}
-        made: Evaluate = _built(Evaluate, ours, section, f"tasks.{cell.task}")
+        made: Evaluate = _built(Evaluate, fixed, section, f"tasks.{run.task}")
         return made
 
     def _section(self, name: str, verb: str) -> dict[str, Any]:
@@ -493,7 +516,7 @@ class _Run:
 
 
 def _free() -> None:
-    """Gives back what the last model held, before the next is loaded."""
+    """Frees the memory of the last model before the next is loaded."""
     import gc
 
     import torch
@@ -507,7 +530,7 @@ def _free() -> None:
 
 
 def _check(recipe: Sweep) -> None:
-    """Raises InputError for what can be seen to be wrong without a model."""
+    """Raises InputError for options that can be seen to be wrong without a model."""
     for name in recipe.baselines:
         if name not in BASELINES:
             raise InputError(f"baselines: no baseline {name!r}; {did_you_mean(name, BASELINES)}")
@@ -524,13 +547,13 @@ def _check(recipe: Sweep) -> None:
         own = [verb for verb in ("finetune", "evaluate") if "data" in recipe.tasks[name].get(verb, {})]
         if own:
             raise InputError(
-                f"--data.{name}: under {' and '.join(own)} this task names data of its own, lest it be judged by what "
-                f"it was trained on; change them in the YAML"
+                f"--data.{name}: under {' and '.join(own)} this task names data of its own, so that it is not "
+                f"evaluated on its training data; change them in the YAML"
             )
         if Path(data).expanduser().is_file():
             raise InputError(
-                f"--data.{name} {data}: a file would be trained on and judged by; a folder with a file for each split "
-                f"is expected, or a name on the hub"
+                f"--data.{name} {data}: a file would be trained on and evaluated on; a folder with a file for each "
+                f"split is expected, or a name on the hub"
             )
     for name in recipe.tasks:
         if not re.fullmatch(r"[\w-]+", name):
@@ -546,9 +569,7 @@ def _check(recipe: Sweep) -> None:
         if not isinstance(options.get("name"), str):
             raise InputError(f"quantizers: {{name: …, bits: …, options}} is expected, not {options!r}")
         if empty := [key for key, value in options.items() if value == []]:
-            raise InputError(
-                f"quantizers: {options['name']} has {empty[0]}: [], of which no cell is made; give a value"
-            )
+            raise InputError(f"quantizers: {options['name']} has {empty[0]}: [], which makes no variant; give a value")
 
 
 def _check_mapping(where: str, value: Any) -> None:
@@ -571,21 +592,24 @@ def _label(quantizer: dict[str, Any]) -> str:
     return ", ".join([f"{quantizer['name']}{bits}", *others])
 
 
-def _built(cls: Any, ours: dict[str, Any], theirs: dict[str, Any], where: str) -> Any:
-    """The recipe of what the sweep decides and what the user gave."""
-    known = [each.name for each in fields(cls) if each.name not in ours]
-    for key in theirs:
+def _built(cls: Any, fixed: dict[str, Any], asked: dict[str, Any], where: str) -> Any:
+    """The recipe from the options that the sweep sets (`fixed`) and those that the user gave (`asked`).
+
+    Raises InputError, led by `where`, for an unknown option, one that the sweep sets, a wrong type or a missing one.
+    """
+    known = [each.name for each in fields(cls) if each.name not in fixed]
+    for key in asked:
         if key not in known:
-            why = "the sweep decides this" if key in ours else did_you_mean(key, known)
+            why = "the sweep sets it" if key in fixed else did_you_mean(key, known)
             raise InputError(f"{where}: {key!r} cannot be given for {cls.__name__.lower()}; {why}")
     hints = get_type_hints(cls)
-    for key, value in theirs.items():
+    for key, value in asked.items():
         if not fits(value, hints[key]):
             raise InputError(f"{where}: {key}={config.shown(value)}; {type_name(hints[key])} is expected")
     for each in fields(cls):
-        if each.default is MISSING and each.default_factory is MISSING and each.name not in {*theirs, *ours}:
+        if each.default is MISSING and each.default_factory is MISSING and each.name not in {*asked, *fixed}:
             raise InputError(f"{where}: {each.name!r} is missing, which {cls.__name__.lower()} needs")
-    return cls(**theirs, **ours)
+    return cls(**asked, **fixed)
 
 
 def as_yaml(recipe: Sweep) -> str:

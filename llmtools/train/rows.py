@@ -54,9 +54,9 @@ def _system_prompts(rows: list[Row]) -> set[str | None]:
 
 def _form(row: Row) -> str:
     """The form that a row is learned in. A record with an answer may have a text or messages of its own beside it."""
-    from ..data.tasks.text import FORMS, form_of
+    from ..data.tasks.text import RECORD_FORMATS, record_format_of
 
-    return "prompt" if all(key in row for key in FORMS["prompt"]) else form_of(row)
+    return "prompt" if all(key in row for key in RECORD_FORMATS["prompt"]) else record_format_of(row)
 
 
 def turns(rows: list[Row]) -> list[Row]:
@@ -80,7 +80,7 @@ def shortened(rows: list[Row], task: Any, tokenizer: Any, limit: int | None) -> 
 
     A prompt that cannot be short enough stays as it is; `examples_of` leaves it out.
     """
-    from ..data.tasks.text import BESIDE, FORMS
+    from ..data.tasks.text import OPTIONAL_FIELDS, RECORD_FORMATS
 
     short = []
     for row in rows:
@@ -89,7 +89,7 @@ def shortened(rows: list[Row], task: Any, tokenizer: Any, limit: int | None) -> 
             answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             with suppress(InputError):
                 row = task.fitted(row, tokenizer, limit and limit - len(answer) - 1)
-        kept = (*FORMS[form], *BESIDE["messages"])
+        kept = (*RECORD_FORMATS[form], *OPTIONAL_FIELDS["messages"])
         short.append({key: row[key] for key in kept if row.get(key) is not None})
     return short
 

@@ -1,4 +1,4 @@
-"""A card says what the folder's files say, calls the rest unknown, and goes up with the folder."""
+"""A card states what the folder's files say, calls the rest unknown, and is uploaded with the folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import llmtools
-from llmtools.checkpoint.model_card import MARK, card, write_card
+from llmtools.checkpoint.model_card import MARKER, card, write_card
 from llmtools.checkpoint.upload import push_to_hub
 from llmtools.errors import InputError
 from tests.hub import Hub
@@ -51,16 +51,16 @@ def row(text: str, key: str) -> str:
 
 def test_a_saved_model_carries_its_card(quantized: Path) -> None:
     text = (quantized / "README.md").read_text(encoding="utf-8")
-    note = json.loads((quantized / "llmtools.json").read_text())
+    info = json.loads((quantized / "llmtools.json").read_text())
     assert head(text)["tags"] == ["llmtools", "optq"]
     assert head(text)["library_name"] == "transformers"
     assert "# tiny-3bit\n" in text
     assert "import llmtools" in text
     assert "optq (" in row(text, "quantizer")
     assert "bits 3" in row(text, "quantizer")
-    assert row(text, "bits per weight").startswith(f"{note['bits_per_weight']:.2f}, with scales")
+    assert row(text, "bits per weight").startswith(f"{info['bits_per_weight']:.2f}, including scales")
     assert row(text, "calibration data") == "48 tokens of a text that was not recorded"
-    assert f"weights {note['report']['totals']['relative_error']:.4f}" in row(text, "errors of the quantized layers")
+    assert f"weights {info['report']['totals']['relative_error']:.4f}" in row(text, "errors of the quantized layers")
     assert row(text, "measured quality").startswith("unknown")
 
 
@@ -73,7 +73,7 @@ def test_what_is_not_recorded_is_unknown_or_none(tmp_path: Path) -> None:
     assert row(dense, "base model") == "unknown"
     report = llmtools.quantize(model, "rtn", bits=4, group_size=32)
     with_report = card(llmtools.save(model, None, tmp_path / "a", report=report))
-    assert row(with_report, "calibration data") == "none: the quantizer saw no data"
+    assert row(with_report, "calibration data") == "none: the quantizer uses no data"
     without = card(llmtools.save(model, None, tmp_path / "b"))
     assert row(without, "calibration data") == "unknown"
     assert row(without, "errors of the quantized layers") == "unknown"
@@ -82,13 +82,13 @@ def test_what_is_not_recorded_is_unknown_or_none(tmp_path: Path) -> None:
 
 
 def test_the_base_model_is_a_hub_name_or_no_address(quantized: Path) -> None:
-    note = json.loads((quantized / "llmtools.json").read_text())
+    info = json.loads((quantized / "llmtools.json").read_text())
     for base, called, in_head in (
-        ("/home/somebody/models/llama", "a folder called `llama` on the machine of whoever made this", None),
+        ("/home/somebody/models/llama", "a local folder `llama`", None),
         ("meta-llama/Llama-2-7b-hf", "[meta-llama/Llama-2-7b-hf](https://huggingface.co/meta-llama/Llama-2-7b-hf)",
          "meta-llama/Llama-2-7b-hf"),
     ):  # fmt: skip
-        (quantized / "llmtools.json").write_text(json.dumps(note | {"base_model": base}))
+        (quantized / "llmtools.json").write_text(json.dumps(info | {"base_model": base}))
         text = card(quantized)
         assert row(text, "base model") == called
         assert head(text).get("base_model") == in_head
@@ -96,7 +96,7 @@ def test_the_base_model_is_a_hub_name_or_no_address(quantized: Path) -> None:
     assert head(card(quantized, base_name="a/b"))["base_model"] == "a/b"
 
 
-def test_measures_and_training_are_told(adapter: Path) -> None:
+def test_measures_and_training_are_in_the_card(adapter: Path) -> None:
     run = {
         "command": "finetune",
         "recipe": {"data": "/home/somebody/samsum.jsonl", "task": "samsum", "seed": 3},
@@ -125,24 +125,35 @@ def test_a_base_that_was_quantized_for_the_training_alone_is_not_called_dense(ad
     for load, asked in (("nf4", 'bnb_4bit_quant_type="nf4"'), ("int8", "load_in_8bit=True")):
         (adapter / "run.json").write_text(json.dumps({"command": "finetune", "recipe": {"load": load}}))
         text = card(adapter)
-        assert row(text, "quantizer of the base model") == f"{load} (by bitsandbytes, while it loads)"
+        assert row(text, "quantizer of the base model") == f"{load} (by bitsandbytes, while loading)"
         assert row(text, "bits per weight of the base model") == "unknown"
-        assert row(text, "calibration data of the base model") == "none: the quantizer saw no data"
+        assert row(text, "calibration data of the base model") == "none: the quantizer uses no data"
         assert load in head(text)["tags"]
         assert asked in text and "dense" not in text
 
 
-def test_a_card_in_your_own_words_stays(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_edited_card_stays(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = quantized / "README.md"
-    own.write_text(own.read_text(encoding="utf-8").replace(MARK, "Mine."), encoding="utf-8")
+    own.write_text(own.read_text(encoding="utf-8").replace(MARKER, "Mine."), encoding="utf-8")
     mine = own.read_bytes()
     write_card(quantized)
     assert own.read_bytes() == mine
     hub = Hub(monkeypatch)
     push_to_hub(quantized, "me/tiny")
     assert hub.files["README.md"] == mine
-    with pytest.raises(InputError, match="your own words"):
+    with pytest.raises(InputError, match="was edited"):
         push_to_hub(quantized, "me/tiny", results=[RESULT])
+
+
+def test_a_card_of_an_earlier_version_is_overwritten(quantized: Path) -> None:
+    file = quantized / "README.md"
+    marker = (
+        "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
+    )
+    former = file.read_text(encoding="utf-8")
+    file.write_text(former.replace(MARKER, marker) + "old", encoding="utf-8")
+    write_card(quantized)
+    assert file.read_text(encoding="utf-8") == former
 
 
 def test_an_upload_holds_the_folder_and_says_what_the_world_should_read(
@@ -160,7 +171,7 @@ def test_an_upload_holds_the_folder_and_says_what_the_world_should_read(
     assert 'from_pretrained(model, "me/lora")' in text
     assert {path: path.read_bytes() for path in adapter.rglob("*") if path.is_file()} == before
     push_to_hub(adapter, "me/lora")
-    assert "path of this machine" in caplog.text
+    assert "by a local path" in caplog.text
 
 
 def test_a_model_in_memory_goes_up_with_adapters_alone_if_it_has_some(

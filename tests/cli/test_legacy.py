@@ -113,7 +113,7 @@ def test_old_commands_run(stories: Path, tmp_path: Path, capsys: pytest.CaptureF
     run = json.loads((a / "llmtools.json").read_text())
     assert (run["recipe"]["task"], run["recipe"]["lora"]["r"], run["result"]["steps"]) == ("alpaca", 2, 2)
     assert "| trained on | alpaca.json (task alpaca), examples 4, steps 2, seed 0 |" in (a / "README.md").read_text()
-    assert "| calibration data | none: the quantizer saw no data |" in (q / "README.md").read_text()
+    assert "| calibration data | none: the quantizer uses no data |" in (q / "README.md").read_text()
     capsys.readouterr()
     words = f"generate --model {stories} --weights {q} --adapter {a} --max-length 4 --instruction"
     assert main([*words.split(), "Say hello."]) == 0

@@ -1,4 +1,4 @@
-"""Continuing prompts: greedy is repeatable, drawn depends on the seed alone, and the prompt is not in the answer."""
+"""Continuing prompts: greedy is repeatable, sampling depends on the seed alone, and the prompt is not in the answer."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_an_answer_does_not_depend_on_its_neighbours(pair: tuple[Any, Any]) -> N
     assert together[0].startswith(", there was")
 
 
-def test_drawing_depends_on_the_seed_alone(pair: tuple[Any, Any]) -> None:
-    def draw(seed: int) -> list[str]:
+def test_sampling_depends_on_the_seed_alone(pair: tuple[Any, Any]) -> None:
+    def sample(seed: int) -> list[str]:
         return complete(*pair, ["Once"], max_new_tokens=12, temperature=1.0, seed=seed)
 
     state = torch.get_rng_state()
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -1,4 +1,4 @@
-"""The tasks of the published experiments: their words to the byte, their splits, what is cut, and what scores 1."""
+"""The tasks of the published experiments: their prompts to the byte, their splits, truncation, and what scores 1."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def rows(name: str, **options: Any) -> list[dict[str, Any]]:
     return make_task(name, **{"data": DATA.get(name.partition("_")[0], ""), **options}).test()
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
+# -------------------------------------------------------------------------------------------------------------- prompts
 
 
 def test_alpaca_is_stanfords_template() -> None:
@@ -275,7 +275,7 @@ def test_a_long_chat_loses_its_end_but_not_the_separator(tokenizer: Any) -> None
         assert len(tokenizer(whole, add_special_tokens=False)["input_ids"]) > 40 or longer == row["dialogue"]
 
 
-def test_an_input_cut_to_nothing_keeps_its_words(tokenizer: Any) -> None:
+def test_an_input_cut_to_nothing_keeps_its_template(tokenizer: Any) -> None:
     row = rows("alpaca")[1]
     task = make_task("alpaca", data=f"{DATA['alpaca']}/alpaca.json")
     prompt = row["prompt"].replace("3 and 4", "")
@@ -315,11 +315,11 @@ def test_a_perfect_answer_scores_1(name: str) -> None:
     pytest.importorskip("rouge_score")
     options = {"data": f"{DATA[name]}/{name}.json"} if "alpaca" in name else {"data": DATA[name.partition("_")[0]]}
     task = make_task(name, **options)
-    judged = task.test()
-    perfect = [row["completion"] for row in judged]
+    evaluated = task.test()
+    perfect = [row["completion"] for row in evaluated]
     if name == "bbh_cot":
         perfect = [f"\nWe think. So the answer is{answer}." for answer in perfect]
-    scores = task.score(perfect, judged)
+    scores = task.score(perfect, evaluated)
     main = next(iter(scores))
     assert scores[main] == 1
     if name.startswith("bbh"):
@@ -328,8 +328,8 @@ def test_a_perfect_answer_scores_1(name: str) -> None:
 
 
 def test_a_constant_answer_scores_what_it_should() -> None:
-    task, judged = make_task("mnli", data=DATA["mnli"]), rows("mnli")
-    scores = task.score([" Neutral."] * 30, judged)
+    task, evaluated = make_task("mnli", data=DATA["mnli"]), rows("mnli")
+    scores = task.score([" Neutral."] * 30, evaluated)
     assert scores["accuracy"] == pytest.approx(8 / 30)
     assert (scores["recall_neutral"], scores["recall_entailment"], scores["recall_contradiction"]) == (1, 0, 0)
 
@@ -350,15 +350,15 @@ def test_a_constant_answer_scores_what_it_should() -> None:
 
 def test_rouge_is_rouge_score_with_stemming() -> None:
     rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
-    task, judged = make_task("samsum", data=DATA["samsum"]), rows("samsum")
+    task, evaluated = make_task("samsum", data=DATA["samsum"]), rows("samsum")
     outputs = ["Their teams wins the match", "Dee waters plants.\nCal did it.", ""]
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = rouge_scorer.RougeScorer(names, use_stemmer=True)
-    each = [scorer.score(row["summary"], output) for row, output in zip(judged, outputs, strict=True)]
-    scores = task.score(outputs, judged)
+    each = [scorer.score(row["summary"], output) for row, output in zip(evaluated, outputs, strict=True)]
+    scores = task.score(outputs, evaluated)
     assert scores == {name: sum(one[name].fmeasure for one in each) / 3 for name in names}
     assert rouge(["The teams matched"], ["the team matches"])["rouge1"] == 1  # stems, not words
-    assert task.score([""] * 3, judged)["rougeLsum"] == 0
+    assert task.score([""] * 3, evaluated)["rougeLsum"] == 0
 
 
 def test_rouge_of_a_hundred_pairs_is_the_mean_of_rouge_score_s() -> None:
@@ -382,7 +382,7 @@ def test_rouge_of_a_hundred_pairs_is_the_mean_of_rouge_score_s() -> None:
     assert scores["rougeL"] != scores["rougeLsum"]
 
 
-# ----------------------------------------------------------------------------------------------------- judging a model
+# --------------------------------------------------------------------------------------------------- evaluating a model
 
 
 def test_batches_give_the_answers_of_single_prompts(model: Any, tokenizer: Any) -> None:
@@ -420,7 +420,7 @@ def test_the_likeliest_choice_has_the_largest_sum_of_log_probabilities(model: An
     assert choose(model, tokenizer, prompts, choices, batch_size=2) == expected
 
 
-def test_mnli_is_judged_by_likelihood_and_by_generation(model: Any, tokenizer: Any) -> None:
+def test_mnli_is_scored_by_likelihood_and_by_generation(model: Any, tokenizer: Any) -> None:
     task = make_task("mnli", data=DATA["mnli"], source_tokens=400)
     steps: list[int] = []
     result = task.evaluate(model, tokenizer, limit=5, batch_size=3, on_step=lambda done, total: steps.append(done))
@@ -496,7 +496,7 @@ def test_a_chat_is_asked_in_the_tokens_it_was_trained_in(
     row = {"messages": [*chat, {"role": "user", "content": "Thanks"}]}
     assert answer(row) == "Hello there"
     assert prompt_text(row, chatty) == "user: Hi\n"
-    with pytest.raises(InputError, match=r"row 1: .*no answer to judge by"):
+    with pytest.raises(InputError, match=r"row 1: .*no answer to evaluate"):
         prompt_text({"messages": chat[:1]}, chatty, where="row 1")
 
     data = str(tmp_path / "a.jsonl")

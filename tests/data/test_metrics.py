@@ -40,7 +40,7 @@ def test_long_windows_are_summed_in_pieces_to_the_same_value(
     assert perplexity(model, ids, context=64).value == pytest.approx(whole.value, rel=1e-6)
 
 
-def test_a_model_that_knows_nothing_is_as_perplexed_as_there_are_words() -> None:
+def test_a_uniform_model_has_the_perplexity_of_the_vocabulary() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()

@@ -1,4 +1,4 @@
-"""Tasks: rows of one form, a template, a score; a stranger's in a few lines."""
+"""Tasks: rows of one record format, a template, a score; a third-party task in a few lines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write(path: Path, *rows: object) -> str:
     return str(path)
 
 
-def test_rows_keep_the_fields_of_their_form(tmp_path: Path) -> None:
+def test_rows_keep_the_fields_of_their_record_format(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", {"prompt": "1+1=", "completion": " 2", "id": 7})
     assert TextTask(data).train() == [{"prompt": "1+1=", "completion": " 2"}]
     assert TextTask(write(tmp_path / "b.jsonl", {"messages": CHAT})).train() == [{"messages": CHAT}]
@@ -36,11 +36,11 @@ def test_rows_keep_the_fields_of_their_form(tmp_path: Path) -> None:
         ([{"text": "a"}, {"prompt": "a", "completion": "b"}], r"a\.jsonl:2: .*'prompt' among .*'text'"),
         ([{"promt": "a", "completion": "b"}], r"a\.jsonl:1: .*did you mean 'prompt'"),
         ([{"prompt": "a", "completion": 3}], "'completion' should be a string"),
-        ([{"prompt": "a", "completion": " "}], "nothing to learn"),
+        ([{"prompt": "a", "completion": " "}], "nothing to train on"),
         ([{"messages": "hi"}], "list of"),
-        ([{"messages": CHAT[:1]}], "no answer to learn"),
+        ([{"messages": CHAT[:1]}], "no answer to train on"),
     ],
-    ids=["two forms", "misspelt", "no string", "empty", "no chat", "no answer"],
+    ids=["two formats", "misspelt", "no string", "empty", "no chat", "no answer"],
 )
 def test_a_wrong_row_is_said_with_its_line(tmp_path: Path, rows: list[Row], says: str) -> None:
     with pytest.raises(InputError, match=says):
@@ -73,7 +73,7 @@ def test_a_template_makes_prompts_of_any_fields(tmp_path: Path) -> None:
     ]
     with pytest.raises(InputError, match=r"a\.jsonl:1: no field 'question'"):
         TextTask(data, prompt="{question}", completion=" {a}").train()
-    with pytest.raises(InputError, match="two halves"):
+    with pytest.raises(InputError, match="two parts"):
         TextTask(data, prompt="{q}").train()
 
 
@@ -98,7 +98,7 @@ class Sums(Task):
         return [self.template.fill({"a": a, "b": 1, "c": a + 1}) for a in range(self.count)]
 
 
-def test_a_strangers_task_is_a_few_lines() -> None:
+def test_a_third_party_task_is_a_few_lines() -> None:
     task = make_task(f"{__name__}:Sums", count=4)
     rows = task.validation()
     assert rows[0] == {"prompt": "0+1=", "completion": "1"}
@@ -108,7 +108,7 @@ def test_a_strangers_task_is_a_few_lines() -> None:
         task.train()
 
 
-def test_a_task_is_judged_by_generating(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_is_evaluated_by_generating(stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model: Any = AutoModelForCausalLM.from_pretrained(stories)

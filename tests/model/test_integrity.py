@@ -237,7 +237,7 @@ def test_a_chat_template_that_does_not_end_is_refused(
 ) -> None:
     monkeypatch.setattr("llmtools.checkpoint.folder.TEMPLATE_SECONDS", 0.5)
     (folder := copy("rtn")).joinpath("chat_template.jinja").write_text(template)
-    with pytest.raises(CheckpointError, match="chat template does not come to an end"):
+    with pytest.raises(CheckpointError, match="chat template does not terminate"):
         llmtools.load(folder)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llmtools
-from llmtools.checkpoint.folder import STARTS, load_starts
+from llmtools.checkpoint.folder import LORA_INIT, load_lora_init
 from llmtools.cli.app import main
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.quantize import Report, quantize
@@ -132,7 +132,7 @@ def test_starts_lie_beside_the_checkpoint(tmp_path: Path) -> None:
     model, report = quantized(adapter_rank=3)
     ids = BATCHES[0]
     llmtools.save(model, None, tmp_path / "with", report=report)
-    starts = load_starts(tmp_path / "with")
+    starts = load_lora_init(tmp_path / "with")
     assert all(torch.equal(starts[path].a, start.a) and torch.equal(starts[path].b, start.b)
                for path, start in report.starts.items())  # fmt: skip
     from transformers import AutoModelForCausalLM
@@ -142,11 +142,11 @@ def test_starts_lie_beside_the_checkpoint(tmp_path: Path) -> None:
         assert torch.equal(opened(ids).logits, model(ids).logits)
 
     llmtools.save(model, None, tmp_path / "without")
-    with pytest.raises(CheckpointError, match="has no start values for adapters"):
-        load_starts(tmp_path / "without")
-    (tmp_path / "with" / STARTS).write_bytes(b"no tensors")
+    with pytest.raises(CheckpointError, match="has no LoRA initialisation"):
+        load_lora_init(tmp_path / "without")
+    (tmp_path / "with" / LORA_INIT).write_bytes(b"no tensors")
     with pytest.raises(CheckpointError, match="is damaged"):
-        load_starts(tmp_path / "with")
+        load_lora_init(tmp_path / "with")
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -172,7 +172,7 @@ def test_finetuning_can_start_from_the_error(
     arguments = ["--model", tmp_path / "q", "--data", text, "--training.max_steps", 1, "--training.max_length", 32]
     assert run("finetune", *arguments, "--lora.init", "error", "--training.learning_rate", 1e-30, "--out",
                tmp_path / "a") == 0  # fmt: skip
-    starts = load_starts(tmp_path / "q")
+    starts = load_lora_init(tmp_path / "q")
     adapter = load_file(tmp_path / "a" / "adapter_model.safetensors")
     for path, start in starts.items():
         a, b = (adapter[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")

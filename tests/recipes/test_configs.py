@@ -50,10 +50,10 @@ def test_it_builds_and_says_how_it_is_run(name: str) -> None:
         known = {f"--{key}" for key in ("config", *VERBS[verb].recipe().__dataclass_fields__)}
         assert {word.split(".")[0] for word in words if word.startswith("--")} <= known, command
     if name.startswith("sweep_"):
-        from llmtools.sweep.runner import _Run
+        from llmtools.sweep.runner import _Runner
 
         assert all(command.startswith(f"llmtools sweep {name}") for command in commands)
-        assert len(_Run(recipe).cells()) >= 4
+        assert len(_Runner(recipe).runs()) >= 4
         return
     if name.startswith("quantize_"):
         assert "--config quantize_" in commands[0]

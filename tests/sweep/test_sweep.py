@@ -1,4 +1,4 @@
-"""A sweep: its cells, what is made again and what is not, what fails, and a report that is right and loads nothing."""
+"""A sweep: its runs, what is made again and what is not, what fails, and a report that is right and loads nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,7 @@ from llmtools.errors import InputError
 from llmtools.recipes.evaluate import Evaluate
 from llmtools.recipes.finetune import Finetune, Lora
 from llmtools.recipes.quantize import Quantize
-from llmtools.sweep import plots as pictures
-from llmtools.sweep import report as tradeoff
+from llmtools.sweep import plots, report
 from llmtools.sweep import runner as module
 from llmtools.sweep.memory import meter
 from llmtools.sweep.runner import Sweep, sweep
@@ -47,11 +47,11 @@ def data(tmp_path_factory: pytest.TempPathFactory, tinystories: Path) -> Path:
 @pytest.fixture(scope="module")
 def recipe(stories: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """One quantizer and the model itself."""
-    judged = {"task": "perplexity", "data": str(data / "text.txt"), "context": 64, "limit": 4}
+    evaluate = {"task": "perplexity", "data": str(data / "text.txt"), "context": 64, "limit": 4}
     return Sweep(
         model=str(stories),
         out=str(tmp_path_factory.mktemp("sweep") / "s"),
-        tasks={"cats": {"finetune": {"task": "text", "data": str(data / "train.jsonl")}, "evaluate": judged}},
+        tasks={"cats": {"finetune": {"task": "text", "data": str(data / "train.jsonl")}, "evaluate": evaluate}},
         baselines=["lora"],
         quantizers=[{"name": "rtn", "bits": 4, "group_size": 32}],
         ranks=[2],
@@ -61,24 +61,24 @@ def recipe(stories: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def swept(recipe: Sweep) -> module.Swept:
+def swept(recipe: Sweep) -> module.SweepResult:
     return sweep(recipe)
 
 
-CELLS = ("lora-not-quantized.cats.r2.s0", "rtn-4-bit-group-size-32.cats.r2.s0")
+RUNS = ("lora-not-quantized.cats.r2.s0", "rtn-4-bit-group-size-32.cats.r2.s0")
 
 
-def cell(recipe: Sweep, name: str) -> dict[str, Any]:
-    return dict(json.loads((Path(recipe.out) / "cells" / f"{name}.json").read_text()))
+def result_of(recipe: Sweep, name: str) -> dict[str, Any]:
+    return dict(json.loads((Path(recipe.out) / "runs" / f"{name}.json").read_text()))
 
 
 def times(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*.json") if path.name != "report.json"}
 
 
-def test_a_cell_says_what_it_cost_and_how_good_it_is(recipe: Sweep, swept: module.Swept) -> None:
-    assert (swept.cells, swept.made, swept.kept, swept.failed, swept.exit_code) == (2, 2, 0, {}, 0)
-    dense, packed = (cell(recipe, name) for name in CELLS)
+def test_a_run_says_what_it_cost_and_how_good_it_is(recipe: Sweep, swept: module.SweepResult) -> None:
+    assert (swept.runs, swept.made, swept.kept, swept.failed, swept.exit_code) == (2, 2, 0, {}, 0)
+    dense, packed = (result_of(recipe, name) for name in RUNS)
     assert dense["bits_per_weight"] == 16
     assert 4.5 < packed["bits_per_weight"] < 5
     others = dense["model_bytes"] - dense["weight_bytes"]  # embeddings, norms, tables of positions
@@ -94,11 +94,11 @@ def test_a_cell_says_what_it_cost_and_how_good_it_is(recipe: Sweep, swept: modul
         assert found["device"] == "cpu" or torch.cuda.is_available()
     assert dense["peak_bytes"] != packed["peak_bytes"]
     assert [words.split()[1] for words in packed["commands"]] == ["quantize", "evaluate", "finetune", "evaluate"]
-    assert (Path(recipe.out) / "adapters" / CELLS[1] / "adapter_config.json").exists()
+    assert (Path(recipe.out) / "adapters" / RUNS[1] / "adapter_config.json").exists()
 
 
-def test_a_second_run_makes_nothing_and_a_lost_cell_again(
-    recipe: Sweep, swept: module.Swept, caplog: pytest.LogCaptureFixture
+def test_a_second_run_makes_nothing_and_a_lost_run_again(
+    recipe: Sweep, swept: module.SweepResult, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="llmtools")
     before = times(Path(recipe.out))
@@ -106,25 +106,25 @@ def test_a_second_run_makes_nothing_and_a_lost_cell_again(
     assert (again.made, again.kept, again.table) == (0, 2, swept.table)
     assert times(Path(recipe.out)) == before
     assert caplog.text.count("(finished before)") == 2
-    former = cell(recipe, CELLS[0])
-    (Path(recipe.out) / "cells" / f"{CELLS[0]}.json").unlink()
+    former = result_of(recipe, RUNS[0])
+    (Path(recipe.out) / "runs" / f"{RUNS[0]}.json").unlink()
     only = sweep(replace(recipe, report_only=True))
-    assert (only.made, only.kept, only.missing) == (0, 1, [CELLS[0]])
-    assert f"* {CELLS[0]}: not made yet" in Path(f"{only.report}.md").read_text()
+    assert (only.made, only.kept, only.missing) == (0, 1, [RUNS[0]])
+    assert f"* {RUNS[0]}: not run yet" in Path(f"{only.report}.md").read_text()
     one = sweep(recipe)
     assert (one.made, one.kept) == (1, 1)
-    assert cell(recipe, CELLS[0])["after"]["value"] == former["after"]["value"]
+    assert result_of(recipe, RUNS[0])["after"]["value"] == former["after"]["value"]
 
 
-def test_the_yaml_that_is_written_is_the_sweep(recipe: Sweep, swept: module.Swept) -> None:
+def test_the_yaml_that_is_written_is_the_sweep(recipe: Sweep, swept: module.SweepResult) -> None:
     verb = VERBS["sweep"]
     file = str(Path(recipe.out) / "sweep.yaml")
     assert _parse(_parser("sweep", verb, Sweep), "sweep", Sweep, ["--config", file]) == recipe
     assert main(["sweep", file, "--report_only"]) == 0
 
 
-def test_changed_settings_are_noticed_and_concern_their_cells_alone(
-    recipe: Sweep, swept: module.Swept, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_changed_settings_are_noticed_and_concern_their_runs_alone(
+    recipe: Sweep, swept: module.SweepResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     import shutil
 
@@ -138,13 +138,13 @@ def test_changed_settings_are_noticed_and_concern_their_cells_alone(
     assert (sweep(changed).made, "finetune.training.max_steps 2, now 1" in caplog.text) == (1, True)
     touched = {path for path, at in times(tmp_path / "s").items() if before[path] != at}
     assert not [path for path in touched if "/before/" in path or "/models/" in path]
-    assert cell(changed, CELLS[1])["trained"]["steps"] == 1
+    assert result_of(changed, RUNS[1])["trained"]["steps"] == 1
     stale = sweep(replace(here, report_only=True))  # with the former settings
-    assert stale.missing == [CELLS[1]]
+    assert stale.missing == [RUNS[1]]
 
 
 @pytest.fixture
-def moved(recipe: Sweep, swept: module.Swept, stories: Path, data: Path, tmp_path: Path) -> Sweep:
+def moved(recipe: Sweep, swept: module.SweepResult, stories: Path, data: Path, tmp_path: Path) -> Sweep:
     """The finished sweep with its model and its data in a folder of its own."""
     import shutil
 
@@ -170,7 +170,7 @@ def moved(recipe: Sweep, swept: module.Swept, stories: Path, data: Path, tmp_pat
         ("model/tokenizer.json", "model reads.tokenizer changed"),
     ],
 )
-def test_a_cell_is_kept_only_with_what_it_was_made_from(
+def test_a_run_is_kept_only_with_what_it_was_made_from(
     file: str, said: str, moved: Sweep, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="llmtools")
@@ -180,18 +180,29 @@ def test_a_cell_is_kept_only_with_what_it_was_made_from(
     assert sweep(moved).missing == []
     (tmp_path / file).write_bytes(bytes_[:-1] + bytes([bytes_[-1] ^ 1]))  # as long, and as old
     os.utime(tmp_path / file, (1, 1))
-    assert sweep(moved).missing == list(CELLS)
+    assert sweep(moved).missing == list(RUNS)
     assert said in caplog.text
     (tmp_path / file).write_bytes(bytes_)
     assert sweep(moved).missing == []
 
 
-def test_a_cell_is_kept_only_with_the_adapter_that_it_made(moved: Sweep, tmp_path: Path) -> None:
-    dense, packed = (tmp_path / "s" / "adapters" / name / "adapter_model.safetensors" for name in CELLS)
+def test_a_run_is_kept_only_with_the_adapter_that_it_made(moved: Sweep, tmp_path: Path) -> None:
+    dense, packed = (tmp_path / "s" / "adapters" / name / "adapter_model.safetensors" for name in RUNS)
     dense.unlink()
-    assert sweep(moved).missing == [CELLS[0]]
+    assert sweep(moved).missing == [RUNS[0]]
     packed.write_bytes(packed.read_bytes()[:-1] + b"!")
-    assert sweep(moved).missing == list(CELLS)
+    assert sweep(moved).missing == list(RUNS)
+
+
+def test_results_of_earlier_versions_are_read(moved: Sweep, swept: module.SweepResult, tmp_path: Path) -> None:
+    """They lie in OUT/cells, and call the variant "form"."""
+    folder = (tmp_path / "s" / "runs").rename(tmp_path / "s" / "cells")
+    for file in folder.glob("*.json"):
+        result = json.loads(file.read_text())
+        file.write_text(json.dumps({"form": result.pop("variant"), **result}))
+    again = sweep(moved)
+    assert (again.kept, again.missing, again.table) == (2, [], swept.table)
+    assert not (tmp_path / "s" / "runs").exists()
 
 
 def test_code_and_calibration_text_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +255,7 @@ def test_two_sweeps_do_not_write_to_one_folder(recipe: Sweep, tmp_path: Path) ->
     assert len(said) == 1 and f"another run (pid {os.getpid()}) writes to {tmp_path / 's'}" in said[0]
 
 
-def test_a_cell_that_fails_says_why_and_stops_no_other(recipe: Sweep, data: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_says_why_and_stops_no_other(recipe: Sweep, data: Path, tmp_path: Path) -> None:
     late = tmp_path / "late.jsonl"
     task = recipe.tasks["cats"]
     late.write_text("{")
@@ -252,10 +263,10 @@ def test_a_cell_that_fails_says_why_and_stops_no_other(recipe: Sweep, data: Path
     quantizers = [{"name": "rtn", "bits": 3, "group_size": 32}]
     here = replace(recipe, out=str(tmp_path / "s"), tasks=tasks, quantizers=quantizers, baselines=["lora"])
     result = sweep(here)
-    assert (result.cells, result.made, result.kept, result.exit_code) == (4, 2, 0, 1)
+    assert (result.runs, result.made, result.kept, result.exit_code) == (4, 2, 0, 1)
     assert set(result.failed) == {"lora-not-quantized.late.r2.s0", "rtn-3-bit-group-size-32.late.r2.s0"}
     assert "late.jsonl:1" in result.failed["lora-not-quantized.late.r2.s0"]
-    assert "Traceback" in cell(here, "lora-not-quantized.late.r2.s0")["traceback"]
+    assert "Traceback" in result_of(here, "lora-not-quantized.late.r2.s0")["traceback"]
     text = Path(f"{result.report}.md").read_text()
     assert "lora-not-quantized.late.r2.s0: " in text
     late.write_text((data / "train.jsonl").read_text())
@@ -278,10 +289,10 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"quantizers": [{"name": "rtn", "bits": []}]}, "bits: []"),
         ({"data": {"dogs": "x"}}, "--data.dogs"),
         ({"data": {"cats": "x"}}, "--data.cats: under finetune and evaluate this task names data of its own"),
-        ({"data": {"mnli": __file__}, "tasks": {"mnli": {"data": "x"}}}, "would be trained on and judged by"),
+        ({"data": {"mnli": __file__}, "tasks": {"mnli": {"data": "x"}}}, "would be trained on and evaluated on"),
         ({"tasks": {"a/b": task}}, "'a/b'"),
         ({"tasks": {"cats": {**task, "evaluate": {"limits": 3}}}}, "did you mean 'limit'"),
-        ({"tasks": {"cats": {**task, "finetune": {"seed": 3}}}}, "the sweep decides this"),
+        ({"tasks": {"cats": {**task, "finetune": {"seed": 3}}}}, "the sweep sets it"),
         ({"tasks": {"cats": task, "late": {**task, "finetune": 3}}}, "tasks.late.finetune: a mapping"),
         ({"tasks": {"cats": task, "late": 3}}, "tasks.late: a mapping"),
         ({"tasks": {"cats": task, "late": {**task, "evaluate": ["x"]}}}, "tasks.late.evaluate: a mapping"),
@@ -319,23 +330,23 @@ def test_a_baseline_that_is_not_installed_is_left_out_with_a_line(
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     here = replace(recipe, out=str(tmp_path / "s"), baselines=["lora", "nf4", "int8"], report_only=True)
     result = sweep(here)
-    assert result.cells == 2  # LoRA and RTN
+    assert result.runs == 2  # LoRA and RTN
     assert "* NF4, bitsandbytes: left out" in Path(f"{result.report}.md").read_text()
 
 
 @pytest.mark.slow
-def test_a_baseline_of_bitsandbytes_is_a_cell_like_any_other(recipe: Sweep, tmp_path: Path) -> None:
+def test_a_baseline_of_bitsandbytes_is_a_run_like_any_other(recipe: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     here = replace(recipe, out=str(tmp_path / "s"), baselines=["nf4"], quantizers=[])
     assert sweep(here).made == 1
-    found = cell(here, "nf4-bitsandbytes.cats.r2.s0")
+    found = result_of(here, "nf4-bitsandbytes.cats.r2.s0")
     assert 4 < found["bits_per_weight"] < 5
     others = 64 * 512 * 2  # the embedding, which is the output head, too; and the norms
     assert found["weight_bytes"] + others < found["model_bytes"] < found["weight_bytes"] + others + 3000
     assert "--load nf4" in found["commands"][0]
 
 
-def test_lists_are_run_through_and_data_replaced(recipe: Sweep) -> None:
+def test_lists_make_variants_and_data_are_replaced(recipe: Sweep) -> None:
     many = replace(
         recipe,
         quantizers=[{"name": "rtn", "bits": [4, 3, 2], "group_size": [32, 64]}, {"name": "nf4"}],
@@ -344,32 +355,34 @@ def test_lists_are_run_through_and_data_replaced(recipe: Sweep) -> None:
         tasks={"mnli": {"data": "none", "options": {"digits": True}, "finetune": {"options": {"digits": False}}}},
         data={"mnli": str(ASSETS / "mnli")},
     )
-    run = module._Run(many)
-    cells = run.cells()
-    assert len(cells) == len({one.name for one in cells}) == (1 + 6 + 1) * 2 * 2
-    assert run.finetune(cells[0]).data == run.evaluate(cells[0]).data == str(ASSETS / "mnli")
-    assert {run.finetune(one).lora.r for one in cells} == {1, 2}
-    assert cells[0].seed == 0 and cells[-1].seed == 1  # seed by seed
+    runner = module._Runner(many)
+    runs = runner.runs()
+    assert len(runs) == len({one.name for one in runs}) == (1 + 6 + 1) * 2 * 2
+    assert runner.finetune(runs[0]).data == runner.evaluate(runs[0]).data == str(ASSETS / "mnli")
+    assert {runner.finetune(one).lora.r for one in runs} == {1, 2}
+    assert runs[0].seed == 0 and runs[-1].seed == 1  # seed by seed
 
 
 def test_a_sign_tells_names_apart() -> None:
     values = ({"damping": 0.01}, {"damping": -0.01}, {"group_size": 1}, {"group_size": -1})
-    slugs = [module.Form(module._label({"name": "optq", "bits": 3, **more})).slug for more in values]
+    slugs = [module.Variant(module._label({"name": "optq", "bits": 3, **more})).slug for more in values]
     assert slugs[:2] == ["optq-3-bit-damping-0-01", "optq-3-bit-damping-minus-0-01"]
     assert len(set(slugs)) == 4
 
 
-def test_a_model_is_judged_before_training_in_the_words_of_training(recipe: Sweep) -> None:
+def test_a_model_is_evaluated_before_training_with_the_prompt_template_of_training(recipe: Sweep) -> None:
     """What was left to the options of finetune goes for evaluate, too, as it does where it has the adapter."""
     tasks = {"mnli": {"data": "x", "finetune": {"options": {"digits": True, "validation_data": "y"}}}}
-    run = module._Run(replace(recipe, tasks=tasks))
-    assert run.evaluate(run.cells()[0]).options == {"digits": True}
+    runner = module._Runner(replace(recipe, tasks=tasks))
+    assert runner.evaluate(runner.runs()[0]).options == {"digits": True}
     tasks["mnli"]["evaluate"] = {"options": {"digits": False}}
-    assert run.evaluate(run.cells()[0]).options == {"digits": False}
-    assert run.answer_tokens("mnli") == 4
+    assert runner.evaluate(runner.runs()[0]).options == {"digits": False}
+    assert runner.answer_tokens("mnli") == 4
+    if find_spec("lm_eval") is None:
+        return
     tasks["mnli"] = {"finetune": {"data": "x"}, "evaluate": {"harness": "arc_easy"}}
-    assert run.evaluate(run.cells()[0]).task == Evaluate.task
-    assert run.answer_tokens("mnli") is run.floor("mnli") is None
+    assert runner.evaluate(runner.runs()[0]).task == Evaluate.task
+    assert runner.answer_tokens("mnli") is runner.majority_baseline("mnli") is None
 
 
 def test_a_command_says_the_recipe() -> None:
@@ -398,7 +411,7 @@ def test_a_command_says_the_recipe() -> None:
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def test_the_html_holds_everything_and_loads_nothing(swept: module.Swept) -> None:
+def test_the_html_holds_everything_and_loads_nothing(swept: module.SweepResult) -> None:
     pytest.importorskip("matplotlib")
     text = Path(f"{swept.report}.html").read_text()
     assert text.count("data:image/svg+xml;base64,") == 3
@@ -411,12 +424,12 @@ def test_the_html_holds_everything_and_loads_nothing(swept: module.Swept) -> Non
         assert html.escape(document.figure(row["before"])) in text
 
 
-def made_up(form: str, seed: int, value: float, rank: int = 8, task: str = "mnli", **more: Any) -> dict[str, Any]:
-    """A cell with round figures."""
+def made_up(variant: str, seed: int, value: float, rank: int = 8, task: str = "mnli", **more: Any) -> dict[str, Any]:
+    """A run with round figures."""
     measure = "perplexity" if task == "text" else "accuracy"
     counts = {"context": 64} if task == "text" else {"examples": 100, "shortened_prompts": 79}
     return {
-        "form": form,
+        "variant": variant,
         "task": task,
         "rank": rank,
         "seed": seed,
@@ -435,91 +448,96 @@ def made_up(form: str, seed: int, value: float, rank: int = 8, task: str = "mnli
 
 
 @pytest.fixture
-def told(recipe: Sweep, tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
-    """The Markdown and the JSON of a report on made-up cells."""
+def reported(recipe: Sweep, tmp_path: Path) -> Callable[..., tuple[str, dict[str, Any]]]:
+    """The Markdown and the JSON of a report on made-up runs."""
 
-    def tell(cells: list[dict[str, Any]], **more: Any) -> tuple[str, dict[str, Any]]:
-        found = {f"{number}": made for number, made in enumerate(cells)}
-        floors = {"mnli": {"scores": {"accuracy": 0.4}, "answer": "no"}}
+    def write(runs: list[dict[str, Any]], **more: Any) -> tuple[str, dict[str, Any]]:
+        found = {f"{number}": made for number, made in enumerate(runs)}
+        majority_baselines = {"mnli": {"scores": {"accuracy": 0.4}, "answer": "no"}}
         lengths = {"mnli": 4, "text": None}
-        arguments = {"left_out": [], "parameters": 260_032, "floors": floors, "answer_tokens": lengths} | more
-        tradeoff.report(recipe, tmp_path / "r", list(found), found, **arguments)
+        arguments = {
+            "left_out": [],
+            "parameters": 260_032,
+            "majority_baselines": majority_baselines,
+            "answer_tokens": lengths,
+        } | more
+        report.report(recipe, tmp_path / "r", list(found), found, **arguments)
         return (tmp_path / "r.md").read_text(), json.loads((tmp_path / "r.json").read_text())
 
-    return tell
+    return write
 
 
-def test_seeds_become_a_mean_and_a_spread(told: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, found = told([made_up("a", seed, value) for seed, value in enumerate((0.1, 0.2, 0.6))])
+def test_seeds_become_a_mean_and_a_spread(reported: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    text, found = reported([made_up("a", seed, value) for seed, value in enumerate((0.1, 0.2, 0.6))])
     (row,) = found["rows"]
     assert row["after"]["mean"] == pytest.approx(0.3)
     assert row["after"]["spread"] == pytest.approx(0.07**0.5)  # ((0.2² + 0.1² + 0.3²) / 2)
     assert row["measures"]["other"]["mean"] == pytest.approx(0.6)
     assert (row["peak_bytes"], row["seconds"], row["after"]["runs"]) == (5000, 11, 3)
     assert "| a | 4.50 | 1.0 KB | 2.5 KB | 0.250 | 0.300 ± 0.265 |" in text
-    assert "| always the same answer |  |  |  |  | 0.400 |" in text
+    assert "| majority-class baseline |  |  |  |  | 0.400 |" in text
     assert "| a | 5.0 KB | 11 |" in text
 
 
-def test_unfinished_seeds_are_told_apart(told: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, _ = told([made_up("a", 0, 0.5), made_up("a", 1, 0.7), made_up("b", 0, 0.3)])
+def test_unfinished_seeds_are_told_apart(reported: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    text, _ = reported([made_up("a", 0, 0.5), made_up("a", 1, 0.7), made_up("b", 0, 0.3)])
     assert "over 1 or 2 seeds of training, and a figure without it is of one" in text
     assert "| 0.250 | 0.600 ± 0.141 |" in text and "| 0.250 | 0.300 |" in text
 
 
-def test_chance_is_called_chance(told: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+def test_a_score_at_chance_level_is_called_that(reported: Callable[..., tuple[str, dict[str, Any]]]) -> None:
     """One standard error at 0.4 over 100 examples is 0.049."""
-    text, _ = told([made_up("a", 0, 0.49), made_up("b", 0, 0.3)])
+    text, _ = reported([made_up("a", 0, 0.49), made_up("b", 0, 0.3)])
     assert "(accuracy 0.400) by more than two standard errors (0.049 each, with 100 examples)" in text
-    assert "mnli: no form is better" in text and "those of guessing" in text
-    text, _ = told([made_up("a", 0, 0.51), made_up("b", 0, 0.3)])
-    assert re.search(r"mnli: better than always giving the same answer \(accuracy 0\.400\).*: a\. Not so: b\.", text)
+    assert "mnli: no variant is better" in text and "at chance level" in text
+    text, _ = reported([made_up("a", 0, 0.51), made_up("b", 0, 0.3)])
+    assert re.search(r"mnli: better than the majority-class baseline \(accuracy 0\.400\).*: a\. Not better: b\.", text)
 
 
-def test_the_report_says_what_it_rests_on(told: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, _ = told([made_up("a", 0, 20.0, task="text")], floors={})
+def test_the_report_says_what_it_rests_on(reported: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    text, _ = reported([made_up("a", 0, 20.0, task="text")], majority_baselines={})
     assert "260,032 parameters" in text and "text in windows of 64 tokens" in text
-    assert "one run with one seed" in text and "always the same" not in text
-    large, _ = told([made_up("a", 0, 20.0, task="text")], floors={}, parameters=7_000_000_000)
+    assert "one run with one seed" in text and "majority-class" not in text
+    large, _ = reported([made_up("a", 0, 20.0, task="text")], majority_baselines={}, parameters=7_000_000_000)
     assert "cannot be expected" in text and "cannot be expected" not in large
-    empty, found = told([])
-    assert found["rows"] == [] and "Quality" in empty and "Judged" not in empty
+    empty, found = reported([])
+    assert found["rows"] == [] and "Quality" in empty and "The evaluation took" not in empty
     assert "\n    model: " in empty  # the sweep itself
 
 
-def test_the_report_says_what_was_cut(told: Callable[..., tuple[str, dict[str, Any]]]) -> None:
-    text, _ = told([made_up("a", 0, 0.5), made_up("a", 0, 20.0, task="text")])
-    judged = "100 examples of mnli (79 with a shortened prompt, answers of at most 4 tokens), text in windows of 64"
-    assert f"Judged were {judged} tokens. Right answers that are longer" in text
-    assert "Left out of the training, being too long, were 16 of 1000 examples of mnli. " in text
-    text, _ = told([made_up("a", 0, 20.0, task="text")], floors={})
-    assert "Right answers" not in text and "Left out of the training" not in text
+def test_the_report_says_what_was_cut(reported: Callable[..., tuple[str, dict[str, Any]]]) -> None:
+    text, _ = reported([made_up("a", 0, 0.5), made_up("a", 0, 20.0, task="text")])
+    evaluated = "100 examples of mnli (79 with a truncated prompt, answers of at most 4 tokens), text in windows of 64"
+    assert f"The evaluation took {evaluated} tokens. A reference answer longer" in text
+    assert "Left out of the training for their length were 16 of 1000 examples of mnli. " in text
+    text, _ = reported([made_up("a", 0, 20.0, task="text")], majority_baselines={})
+    assert "reference answer longer" not in text and "Left out of the training" not in text
 
 
-def test_ranks_have_a_column_and_a_picture_of_their_own(
-    told: Callable[..., tuple[str, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ranks_have_a_column_and_a_plot_of_their_own(
+    reported: Callable[..., tuple[str, dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    cells = [made_up("a", seed, 0.4 + 0.1 * seed, rank) for rank in (4, 8) for seed in (0, 1)]
-    text, found = told(cells)
+    runs = [made_up("a", seed, 0.4 + 0.1 * seed, rank) for rank in (4, 8) for seed in (0, 1)]
+    text, found = reported(runs)
     assert "| weights | rank |" in text and len(found["rows"]) == 2
     page = (tmp_path / "r.html").read_text()
     assert page.count("<img") == 4 and "rank of the adapters" in page
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
-    told(cells)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    reported(runs)
     assert "llmtools[plot]" in (tmp_path / "r.html").read_text()
 
 
-def test_the_constant_answer_is_the_commonest_right_one(recipe: Sweep, tmp_path: Path) -> None:
+def test_the_majority_class_baseline_is_the_most_common_reference_answer(recipe: Sweep, tmp_path: Path) -> None:
     tasks = {"mnli": {"data": str(ASSETS / "mnli"), "options": {"digits": True}}}
-    found = module._Run(replace(recipe, tasks=tasks, out=str(tmp_path / "s"))).floor("mnli")
+    found = module._Runner(replace(recipe, tasks=tasks, out=str(tmp_path / "s"))).majority_baseline("mnli")
     assert found is not None
     labels = [json.loads(line)["label"] for line in (ASSETS / "mnli" / "dev_matched.jsonl").read_text().splitlines()]
     known = [label for label in labels if label != "-"]
     most = max(known.count(label) for label in set(known))
     assert found["scores"]["accuracy"] == pytest.approx(most / len(known))
     assert found["answer"] in ("0", "1", "2")
-    assert module._Run(recipe).floor("cats") is None  # perplexity has no answers
+    assert module._Runner(recipe).majority_baseline("cats") is None  # perplexity has no answers
 
 
 def test_the_meter_counts_what_stays_and_what_a_step_allocates() -> None:
@@ -573,22 +591,22 @@ class Silent(Surprise):
 def test_a_plug_in_s_task_says_what_it_can_do(
     recipe: Sweep, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One without answers has no constant answer to compare with; one that only forgot to say so gets a line."""
+    """One without answers has no majority-class baseline; one that only forgot to say so gets a line."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "surprise_task.py").write_text(OWN_TASK)
     finetune = recipe.tasks["cats"]["finetune"]
 
     def of(name: str, text: str = "text.txt") -> Sweep:
-        judged = {"task": f"surprise_task:{name}", "data": str(data / text)}
-        return replace(recipe, out=str(tmp_path / "s"), tasks={"own": {"finetune": finetune, "evaluate": judged}})
+        evaluate = {"task": f"surprise_task:{name}", "data": str(data / text)}
+        return replace(recipe, out=str(tmp_path / "s"), tasks={"own": {"finetune": finetune, "evaluate": evaluate}})
 
-    run = module._Run(of("Surprise"))
-    assert run.cells() and run.answer_tokens("own") is None and run.floor("own") is None
+    runner = module._Runner(of("Surprise"))
+    assert runner.runs() and runner.answer_tokens("own") is None and runner.majority_baseline("own") is None
     assert not (tmp_path / "s").exists() and not caplog.records
     with pytest.raises(InputError, match=r"own\.r2\.s0: there is no file .*gone\.txt"):
-        module._Run(of("Surprise", "gone.txt")).cells()
-    assert module._Run(of("Silent")).floor("own") is None
-    assert "own: no constant answer to compare with: task 'surprise_task:Silent' has no test rows" in caplog.text
+        module._Runner(of("Surprise", "gone.txt")).runs()
+    assert module._Runner(of("Silent")).majority_baseline("own") is None
+    assert "own: no majority-class baseline: task 'surprise_task:Silent' has no test rows" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tasks: what to train on, in which words, and how an answer is judged. One file each; see `base.Task`."""
+"""Tasks: data to train on, a prompt template, and a score. One file each; see `base.Task`."""
 
 from . import alpaca, bbh, mnli, perplexity, samsum, text
 from .base import Task, Template, make_task, tasks

@@ -1,7 +1,7 @@
-"""Instructions with answers, in the words of Stanford Alpaca (Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca).
+"""Instructions with answers, in Stanford Alpaca's prompt template.
 
-There are two forms, for instructions with an input and without. The answer follows "### Response:" at once, as
-Stanford's training script writes it.
+Source: Taori et al. 2023, github.com/tatsu-lab/stanford_alpaca. There are two templates, for instructions with an input
+and without. The answer follows "### Response:" directly, as in Stanford's training script.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Alpaca(DataTask):
     """Stanford Alpaca's 52 thousand instructions; answers are scored by ROUGE. (Papers report its models on bbh.)"""
 
     max_new_tokens: int = 256
-    """tokens of an answer in evaluate"""
+    """Maximum number of tokens of an answer."""
 
     hub: ClassVar[str] = "tatsu-lab/alpaca"
     template: ClassVar[Template] = ALONE
@@ -53,6 +53,6 @@ class Alpaca(DataTask):
 @tasks.register("code_alpaca")
 @dataclass(frozen=True)
 class CodeAlpaca(Alpaca):
-    """Code Alpaca's instructions to write or mend code, in the same words (Chaudhary 2023)."""
+    """Code Alpaca's instructions to write or fix code, in the same prompt template (Chaudhary 2023)."""
 
     hub: ClassVar[str] = "sahil2801/CodeAlpaca-20k"

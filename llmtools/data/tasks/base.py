@@ -1,7 +1,7 @@
-"""What a task is: examples, the words they are put in, and a score.
+"""The interface of a task: examples, a prompt template, and a score.
 
-A task is a frozen dataclass; its fields are its options. A new one is a file like this, and one entry point in the
-group ``llmtools.tasks`` if it lives in another package:
+A task is a frozen dataclass; its fields are its options. A new one is a file like this, and an entry point in the group
+``llmtools.tasks`` if it is in another package:
 
     @tasks.register("capitals")
     @dataclass(frozen=True)
@@ -17,13 +17,13 @@ group ``llmtools.tasks`` if it lives in another package:
         def validation(self) -> list[Row]:
             return self.train()
 
-A row has one of three forms, those of TRL: ``{"text"}`` (every token is learned), ``{"prompt", "completion"}`` and
-``{"messages"}``, a chat in the tokenizer's own template; it may have other fields beside, for the score. There are
-three splits: `train`, `validation` to choose a checkpoint by, and `test`, which is reported and never chosen by.
-`score` judges what the model wrote against the rows; the default is exact match. `evaluate` generates greedily and
-scores; a task judged otherwise (perplexity) replaces it.
+A row has one of TRL's three formats: ``{"text"}`` (loss on every token), ``{"prompt", "completion"}`` and
+``{"messages"}``, a chat in the tokenizer's own template; it may have further fields for the score. There are three
+splits: `train`, `validation` for the choice of a checkpoint, and `test`, which is reported and takes no part in any
+choice. `score` compares the outputs with the rows; the default is exact match. `evaluate` generates greedily and
+scores; a task evaluated otherwise (perplexity) overrides it.
 
-A task over the records of a known data set is shorter still: see `records.DataTask`.
+A task over the records of a published data set is shorter still: see `dataset_task.DataTask`.
 """
 
 from __future__ import annotations
@@ -52,17 +52,19 @@ tasks: Registry[Task] = Registry("task", "llmtools.tasks")
 
 
 class NullField(InputError):
-    """A row has null where its template needs a text: nothing to learn from, and never the word "None"."""
+    """A row has null where its prompt template needs a text; it must not become the text "None"."""
 
 
 class Template(NamedTuple):
-    """The words around a row's fields: ``Template("Q: {question}\\nA:", " {answer}")``. Saved beside an adapter."""
+    """A prompt template: ``Template("Q: {question}\\nA:", " {answer}")``. Saved beside an adapter."""
 
     prompt: str
+    """Format string of the prompt over a row's fields."""
     completion: str
+    """Format string of the completion."""
 
     def fill(self, fields: Row, where: str = "row") -> Row:
-        """The row with a prompt and a completion. Raises InputError, led by `where`, for a field that is not there."""
+        """The row ``{"prompt", "completion"}``. Raises InputError, led by `where`, for a missing field."""
         return {
             "prompt": _filled(self.prompt, fields, where),
             "completion": _filled(self.completion, fields, where),
@@ -73,43 +75,45 @@ class Task(ABC):
     """A task: examples, template and score. Subclasses are frozen dataclasses whose fields are the options."""
 
     name: ClassVar[str]
+    """Name in the registry."""
     template: ClassVar[Template | None] = None
+    """Prompt template; None for tasks without one."""
     stop: ClassVar[tuple[str, ...]] = ()
-    """An answer ends before the first of these strings."""
+    """Stop strings; an answer ends before the first of them."""
     max_new_tokens: int = 64
-    """How long an answer may get in `evaluate`."""
+    """Maximum number of tokens of an answer."""
     has_answers: ClassVar[bool] = True
-    """Whether `evaluate` has the model answer the test rows and `score` compares; false for perplexity."""
+    """Whether `evaluate` generates answers to the test rows that `score` compares; false for perplexity."""
     reads_file: ClassVar[bool] = False
-    """Whether `data` is one file (or wikitext2, c4), and no folder of splits or another name on the hub."""
+    """Whether `data` is one file (or wikitext2, c4), not a folder of splits or another name on the hub."""
     validates_on_data: ClassVar[bool] = False
-    """Whether `evaluate` judges all of the data that it is given, as `validation_data`: the user's own."""
+    """Whether `evaluate` takes all of the data that it is given, as `validation_data`: the user's own."""
 
     def train(self) -> list[Row]:
         """The rows to train on."""
         raise InputError(f"task {self.name!r} has nothing to train on; it only evaluates")
 
     def validation(self) -> list[Row]:
-        """Rows held out of training, to choose a checkpoint by; none by default."""
+        """Rows held out of training, for the choice of a checkpoint; none by default."""
         return []
 
     def test(self) -> list[Row]:
-        """Rows to report on, which nothing was chosen by; where a task has no such split, its validation rows."""
+        """Rows for the reported measures; the validation rows where a task has no test split."""
         return self.validation()
 
     def fitted(self, row: Row, tokenizer: PreTrainedTokenizerBase, room: int | None = None) -> Row:
-        """The row, or one with a shorter prompt: of the task's own limit, and at most `room` tokens.
+        """The row, its prompt truncated to the task's own limit and to `room` tokens where the task can do that.
 
-        A task that knows what a prompt can spare replaces this. The answer is never cut.
+        A task that knows which part of a prompt may be truncated overrides this. The answer is never truncated.
         """
         return row
 
     def max_length(self) -> int | None:
-        """Tokens of a whole training example, if the task has limits of its own."""
+        """Maximum number of tokens of a training example, if the task has limits of its own."""
         return None
 
     def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
-        """Judges `outputs[i]`, the model's answer to `rows[i]`; the measure that counts comes first."""
+        """Measures of `outputs[i]`, the model's answer to `rows[i]`; the main measure comes first."""
         hits = [output.strip() == answer(row).strip() for output, row in zip(outputs, rows, strict=True)]
         return {"exact_match": sum(hits) / len(hits)}
 
@@ -122,7 +126,10 @@ class Task(ABC):
         batch_size: int = 1,
         on_step: OnStep | None = None,
     ) -> dict[str, Any]:
-        """Measures of `model` on the test rows (on `limit` of them), the one that counts first, JSON-ready."""
+        """Measures of `model` on (`limit` of) the test rows, the main one first, JSON-ready.
+
+        Raises InputError where there are no test rows, or a prompt does not fit into the model's positions.
+        """
         rows, shortened = self.test_rows(model, tokenizer, limit)
         outputs = complete(
             model,
@@ -137,19 +144,19 @@ class Task(ABC):
         return {**self.score(outputs, rows), **self.counts(rows, shortened)}
 
     def counts(self, rows: list[Row], shortened: int) -> dict[str, int]:
-        """How many examples were judged, and how many of them with a shortened prompt, if any."""
+        """Number of evaluated examples, and of those with a truncated prompt, if any."""
         return {"examples": len(rows), **({"shortened_prompts": shortened} if shortened else {})}
 
     def test_rows(
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
     ) -> tuple[list[Row], int]:
-        """The rows that `evaluate` judges, and how many of them have a shortened prompt.
+        """The rows to evaluate, and the number of those with a truncated prompt.
 
         They are spread evenly over the test split if `limit` is below its size.
         """
         rows = self.test()
         if not rows:
-            raise InputError(f"task {self.name!r} has no rows to judge on; name some, or use --task perplexity")
+            raise InputError(f"task {self.name!r} has no rows to evaluate on; name some, or use --task perplexity")
         positions = model_positions(model)
         room = None if positions is None else positions - self.max_new_tokens
         whole = spread(rows, limit)
@@ -160,9 +167,9 @@ class Task(ABC):
 
 
 def held_out(count: int, share: float, seed: int) -> set[int]:
-    """Which of `count` training rows are held out for validation: a random `share` of them, the same for a seed."""
+    """Indices of the training rows held out for validation: a random fraction `share` of `count`, fixed by the seed."""
     if not 0 <= share < 1:
-        raise InputError(f"validation={share}: a share of the rows from 0 to below 1 is expected, or a file")
+        raise InputError(f"validation={share}: a fraction of the rows from 0 to below 1 is expected, or a file")
     held = round(share * count)
     if share > 0 and not 0 < held < count:
         raise InputError(
@@ -173,7 +180,7 @@ def held_out(count: int, share: float, seed: int) -> set[int]:
 
 
 def spread(rows: list[Row], limit: int | None) -> list[Row]:
-    """`limit` of the rows at even distances, so that a sorted file is sampled throughout; all for None."""
+    """`limit` rows at even distances, so that a sorted file is sampled throughout; all for None."""
     if limit is None or limit >= len(rows):
         return rows
     if limit < 1:
@@ -182,7 +189,7 @@ def spread(rows: list[Row], limit: int | None) -> list[Row]:
 
 
 def make_task(name: str, **options: Any) -> Task:
-    """The task called `name` with these options. Raises InputError for an unknown name or option, or a missing one."""
+    """The task `name` with these options. Raises InputError for an unknown name or option, or a missing option."""
     cls = tasks.get(name)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in options:
@@ -196,7 +203,7 @@ def make_task(name: str, **options: Any) -> Task:
 
 
 def check_data(task: type[Task], *data: Any) -> None:
-    """Raises InputError where data that a task is given are a path with nothing there. Nothing is read."""
+    """Raises InputError where a task's data are a path that does not exist. Nothing is read."""
     for each in data:
         if not isinstance(each, str) or each in HUB:
             continue
@@ -207,7 +214,7 @@ def check_data(task: type[Task], *data: Any) -> None:
 
 
 def answer(row: Row) -> str:
-    """What the model should write after the prompt."""
+    """The reference answer of a row. Raises InputError for plain text, or a chat without an answer."""
     if "completion" in row:
         return str(row["completion"])
     if "messages" in row:
@@ -216,7 +223,10 @@ def answer(row: Row) -> str:
 
 
 def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, *, where: str = "row") -> str:
-    """What the model is given: the prompt, or the chat up to the last answer in the tokenizer's template."""
+    """The model's input: the prompt, or the chat up to the last answer in the tokenizer's template.
+
+    Raises InputError for plain text, a chat without an answer, or one that the template rejects.
+    """
     if "prompt" in row:
         return str(row["prompt"])
     if "messages" in row:
@@ -226,17 +236,17 @@ def prompt_text(row: Row, tokenizer: PreTrainedTokenizerBase, *, where: str = "r
 
 
 def _last_answer(messages: list[Row], where: str) -> int:
-    """Where the last answer of a chat is; what the user says after it is left out."""
+    """Index of the last answer of a chat."""
     for index in range(len(messages) - 1, 0, -1):
         if messages[index]["role"] == "assistant":
             return index
-    raise InputError(f"{where}: no message of the role 'assistant' after another one, there is no answer to judge by")
+    raise InputError(f"{where}: no message of the role 'assistant' after another one, there is no answer to evaluate")
 
 
 def in_chat_template(
     messages: list[Row], tokenizer: PreTrainedTokenizerBase, *, where: str = "row", **options: Any
 ) -> Any:
-    """A chat as `tokenizer.apply_chat_template` writes it. Raises InputError if its template refuses the chat."""
+    """`tokenizer.apply_chat_template` of a chat. Raises InputError if there is no template, or it rejects the chat."""
     from jinja2 import TemplateError
 
     needs_chat_template(tokenizer)
@@ -244,14 +254,14 @@ def in_chat_template(
         with bounded(TEMPLATE_SECONDS):
             return tokenizer.apply_chat_template(messages, **options)
     except (TimeoutError, MemoryError, OverflowError) as error:
-        raise InputError(f"{where}: the model's chat template does not come to an end ({error})") from error
+        raise InputError(f"{where}: the model's chat template does not terminate ({error})") from error
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in messages)
-        raise InputError(f"{where}: the model's chat template refuses the roles {roles}: {error}") from error
+        raise InputError(f"{where}: the model's chat template rejects the roles {roles}: {error}") from error
 
 
 def needs_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises InputError if the tokenizer has no template to write a chat in."""
+    """Raises InputError if the tokenizer has no chat template."""
     if not tokenizer.chat_template:
         raise InputError(
             "the data are chats (messages), but the model's tokenizer has no chat template; use a model that has one "
@@ -262,8 +272,8 @@ def needs_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def template_fields(template: str, where: str = "template") -> list[str]:
     """The names of a template's fields, in order. Raises InputError unless each is a plain ``{name}``.
 
-    A template may come from a file, and Python's formats can do more than fill in: reach into objects, or ask for a
-    width of gigabytes.
+    A template may come from a file, and Python's format strings can do more than substitution: access attributes, or
+    request a width of gigabytes.
     """
     try:
         parts = [(name, spec, how) for _, name, spec, how in string.Formatter().parse(template) if name is not None]
@@ -281,5 +291,5 @@ def _filled(template: str, fields: Row, where: str) -> str:
         if name not in fields:
             raise InputError(f"{where}: no field {name!r} for the template {template!r}; {did_you_mean(name, fields)}")
         if fields[name] is None:
-            raise NullField(f"{where}: {name!r} is null; leave the row out, or give it a text")
+            raise NullField(f"{where}: {name!r} is null; remove the row, or give it a text")
     return template.format_map({name: fields[name] for name in names})

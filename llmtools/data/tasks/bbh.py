@@ -1,15 +1,15 @@
-"""BIG-Bench-Hard: 27 tasks on which models were behind people (Suzgun et al. 2022, arXiv:2210.09261).
+"""BIG-Bench-Hard: 27 tasks on which models were behind human raters (Suzgun et al. 2022, arXiv:2210.09261).
 
-Three published ways of asking, each with three worked examples before the question:
+Three published few-shot prompts, each with three examples before the question:
 
-    bbh         the first three examples of a task, "… Answer: …", and the others are judged: InstructEval
-                (arXiv:2306.04757), in which ModuLoRA (arXiv:2309.16119) reports its instruction-tuned models
+    bbh         the first three examples of a task, "… Answer: …"; the others are evaluated: InstructEval
+                (arXiv:2306.04757), with which ModuLoRA (arXiv:2309.16119) evaluates its instruction-tuned models
     bbh_direct  the authors' three examples with their answers alone
     bbh_cot     the authors' three examples with the reasoning that leads to the answer (chain of thought)
 
-The last two read the authors' files, byte for byte; for the first the examples do, which are on the hub, too. Reported
-is exact match, the mean over tasks (the published average), over all examples, and each task's own; `prefix_match` is
-InstructEval's milder rule, that the output begins with the answer.
+The last two read the authors' prompt files; the first needs the examples alone, which are on the hub, too. The measures
+are exact match as the mean over tasks (the published average), over all examples, and of each task; `prefix_match` is
+InstructEval's more lenient rule: the output begins with the answer.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SHOTS = 3
+"""Number of few-shot examples."""
 
 
 @tasks.register("bbh")
@@ -38,17 +39,18 @@ class Bbh(Task):
     """BIG-Bench-Hard with three answered examples of the set (InstructEval): exact match, a task at a time."""
 
     data: str
-    """folder with bbh.jsonl (task, input, target; .gz, .xz too) or bbh/*.json, and cot-prompts/*.txt: a checkout of
-    github.com/suzgunmirac/BIG-Bench-Hard; for bbh, which needs no prompts, also bbh: lukaemon/bbh from the hub"""
+    """Folder with bbh.jsonl (task, input, target; .gz, .xz too) or bbh/*.json, and cot-prompts/*.txt: a checkout of
+    github.com/suzgunmirac/BIG-Bench-Hard; for bbh, which needs no prompts, also bbh: lukaemon/bbh from the hub."""
     only: str | None = None
-    """some of the tasks: boolean_expressions,snarks"""
+    """Names of the tasks to evaluate, such as boolean_expressions,snarks; all by default."""
     max_new_tokens: int = 32
-    """tokens of an answer; 32 is the published setting, though some answers (of word_sorting) are longer"""
+    """Maximum number of tokens of an answer; 32 is the published setting, though some answers (of word_sorting) are
+    longer."""
 
     hub: ClassVar[str | None] = "lukaemon/bbh"
     stop: ClassVar[tuple[str, ...]] = ("\n\n",)
     given: ClassVar[int] = SHOTS
-    """The first so many examples of each task are given, not asked."""
+    """Number of each task's first examples that serve as few-shot examples, and are not evaluated."""
 
     def test(self) -> list[Row]:
         rows = []
@@ -60,14 +62,14 @@ class Bbh(Task):
         return rows
 
     def shots(self, task: str, examples: list[Row]) -> list[str]:
-        """What is written before the question: the examples, each with the blank line after it."""
+        """The few-shot examples before the question, each with the blank line after it."""
         return [f"{example['input']}\nAnswer: {example['target']}\n\n" for example in examples]
 
     def prompt(self, row: Row) -> str:
         return "".join(row["shots"]) + f"{row['input']}\nAnswer:"
 
     def answer_in(self, output: str) -> str:
-        """The answer that an output gives: its first line."""
+        """The answer in an output: its first line."""
         return output.strip().partition("\n")[0].strip()
 
     def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
@@ -85,12 +87,12 @@ class Bbh(Task):
         }
 
     def fitted(self, row: Row, tokenizer: PreTrainedTokenizerBase, room: int | None = None) -> Row:
-        """With fewer examples before the question where the model has no room for all (InstructEval does the same)."""
+        """The row with fewer few-shot examples where the prompt has more than `room` tokens (as in InstructEval)."""
         while room is not None and len(tokenizer(row["prompt"], verbose=False)["input_ids"]) > room:
             if not row["shots"]:
                 raise InputError(
-                    f"task {row['task']!r}: a question alone has more tokens than the model has room for ({room}); "
-                    f"name the tasks that fit with --options.only, or take a model with more positions"
+                    f"task {row['task']!r}: a question alone has more tokens than the model's positions leave for it "
+                    f"({room}); name the tasks that fit with --options.only, or take a model with more positions"
                 )
             row = {**row, "shots": row["shots"][:-1]}
             row["prompt"] = self.prompt(row)
@@ -99,8 +101,8 @@ class Bbh(Task):
     def _examples(self) -> dict[str, list[Row]]:
         """Each task's examples, {task, input, target}, in the order of the files."""
         if self.hub is not None and self.data in (self.name, self.hub) and not Path(self.data).is_dir():
-            asked = self._asked(hub_configs(self.hub))
-            return {task: [{"task": task, **row} for row in hub_rows(self.hub, "test", task)] for task in asked}
+            selected = self._selected(hub_configs(self.hub))
+            return {task: [{"task": task, **row} for row in hub_rows(self.hub, "test", task)] for task in selected}
         folder = self._folder()
         found: dict[str, list[Row]] = {}
         for file in sorted(folder.glob("bbh.jsonl*")):
@@ -114,10 +116,10 @@ class Bbh(Task):
             found[file.stem] = [_checked(row, f"{file}, example {at}") for at, row in enumerate(rows, start=1)]
         if not found:
             raise InputError(f"{folder} holds neither bbh.jsonl (or .gz, .xz of it) nor bbh/*.json")
-        return {task: found[task] for task in self._asked(found)}
+        return {task: found[task] for task in self._selected(found)}
 
-    def _asked(self, known: Iterable[str]) -> list[str]:
-        """The names of the tasks to ask, of those that the data have."""
+    def _selected(self, known: Iterable[str]) -> list[str]:
+        """The names of the tasks to evaluate: all of the data's, or those in `only`."""
         known = list(known)
         if self.only is None:
             return known
@@ -150,15 +152,16 @@ class BbhCot(Bbh):
     """BIG-Bench-Hard with the authors' chain-of-thought prompts: exact match of what follows "the answer is"."""
 
     max_new_tokens: int = 512
-    """tokens of the reasoning and the answer"""
+    """Maximum number of tokens of the reasoning and the answer."""
 
-    hub: ClassVar[str | None] = None  # where the authors' prompts are not
+    hub: ClassVar[str | None] = None  # which has no copy of the authors' prompts
     stop: ClassVar[tuple[str, ...]] = ("\n\nQ:",)
     given: ClassVar[int] = 0
     opening: ClassVar[str] = "A: Let's think step by step."
+    """Text after the question, with which the answer begins."""
 
     def shots(self, task: str, examples: list[Row]) -> list[str]:
-        """The authors' file: what the task is and the first example, then each further example."""
+        """The examples in the authors' file, the first with the description of the task before it."""
         file = self._folder() / "cot-prompts" / f"{task}.txt"
         if not file.exists():
             raise InputError(f"there is no {file}, the authors' examples for the task")
@@ -178,7 +181,7 @@ class BbhDirect(BbhCot):
     """BIG-Bench-Hard with the authors' three examples, answers alone: exact match."""
 
     max_new_tokens: int = 128
-    """tokens of an answer"""
+    """Maximum number of tokens of an answer."""
 
     opening: ClassVar[str] = "A:"
 
@@ -190,10 +193,10 @@ class BbhDirect(BbhCot):
 
 
 def examples_of(file: str) -> list[str]:
-    """The examples in an authors' file, the first with the description before it.
+    """The examples in a prompt file of the authors, the first with the description before it.
 
-    The file is ``"<warning>\\n-----\\n" + "\\n\\n".join(examples)`` with a description before the first; joined, these
-    are its bytes after the dashes.
+    The file is ``"<warning>\\n-----\\n" + description + "\\n\\n" + "\\n\\n".join(examples)``; the result, joined by
+    blank lines, is its text after the dashes.
     """
     _, _, prompts = file.partition("-----\n")
     first, *rest = re.split(r"\n\n(?=Q: )", prompts)

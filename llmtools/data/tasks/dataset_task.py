@@ -1,6 +1,6 @@
-"""Tasks over the records of a known data set: where its splits are, and how a record becomes a prompt with an answer.
+"""Tasks over the records of a published data set: its splits, and how a record becomes a prompt with an answer.
 
-A new one says where the published set is, its template, and its score:
+A new one declares where the data set is, a prompt template, and a score:
 
     @tasks.register("samsum")
     @dataclass(frozen=True)
@@ -15,8 +15,8 @@ A new one says where the published set is, its template, and its score:
         def score(self, outputs, rows):
             return rouge(outputs, [row["summary"] for row in rows])
 
-A prompt that is too long loses the end of the field that it can spare. What follows the field, the separator before the
-answer, stays, and so does the whole answer (the published scripts cut the end of the prompt, separator and all).
+In a prompt that is too long, the end of the fields in `shorten` is truncated. The separator before the answer and the
+whole answer stay (the published scripts truncate the end of the prompt, separator included).
 """
 
 from __future__ import annotations
@@ -40,37 +40,42 @@ log = logging.getLogger(__name__)
 
 
 class Split(NamedTuple):
-    """Where a split is: the pattern of its files' names in a folder, and its name on the hub."""
+    """Where a split is, in a folder and on the hub."""
 
     files: str
+    """Pattern of its files' names in a folder."""
     hub: str
+    """Name on the hub."""
 
 
 @dataclass(frozen=True)
 class DataTask(Task):
-    """A task over records. A single file serves for whichever split is asked for; folders and the hub have each."""
+    """A task over records. A single file is its training and its test split; folders and the hub have each."""
 
     data: str
-    """a .json or .jsonl file (.gz, .xz too), a folder with a file for each split, or a name on the hub (the task's own
-    name for the published set)"""
+    """Data set: a .json or .jsonl file (.gz, .xz too), a folder with a file for each split, or a name on the hub (the
+    task's own name for the published one)."""
     validation_data: float | str = 0.0
-    """what to validate on: a file, or the share of the training records held out for it; 0: the set's own split"""
+    """Validation data: a file, or the fraction of the training records to hold out; 0 for the data set's own split."""
     seed: int = 0
-    """of the choice of the records that are held out"""
+    """Random seed of the choice of the held-out records."""
     source_tokens: int | None = None
-    """tokens of a prompt; a longer one loses the end of its long field, never what stands before the answer"""
+    """Maximum number of tokens of a prompt; in longer ones the end of the long field is truncated."""
     max_new_tokens: int = 64
-    """tokens of an answer in evaluate; with source_tokens, the length of a training example"""
+    """Maximum number of tokens of an answer; with source_tokens, it limits the length of a training example."""
 
     hub: ClassVar[str]
+    """Name of the published data set on the hub."""
     template: ClassVar[Template]
+    """Prompt template of a record."""
     splits: ClassVar[dict[str, Split]] = {
         "train": Split("train*", "train"),
         "validation": Split("val*", "validation"),
         "test": Split("test*", "test"),
     }
+    """Splits of the data set, by our names."""
     shorten: ClassVar[tuple[str, ...]] = ()
-    """Fields that a long prompt may lose the end of, in this order."""
+    """Fields whose end is truncated in a long prompt, in this order."""
 
     def train(self) -> list[Row]:
         rows = self.rows("train")
@@ -87,7 +92,9 @@ class DataTask(Task):
 
     def test(self) -> list[Row]:
         if "test" not in self.splits and not self._is_file():
-            raise InputError(f"task {self.name!r} has no test split: name a file of records to judge on, with --data")
+            raise InputError(
+                f"task {self.name!r} has no test split: name a file of records to evaluate on, with --data"
+            )
         return self.rows("test")
 
     def rows(self, split: str) -> list[Row]:
@@ -95,7 +102,7 @@ class DataTask(Task):
         return self._filled(self.records(split), self.data)
 
     def records(self, split: str) -> list[Row]:
-        """The records of a split as the set has them; none if it has no such split."""
+        """The records of a split as the data set has them; none if it has no such split."""
         if self._is_file():
             return read_rows(self.data) if split != "validation" else []
         if split not in self.splits:
@@ -131,29 +138,29 @@ class DataTask(Task):
             )
         return row
 
-    def max_length(self) -> int | None:  # and a token each for the beginning and the end of a text
+    def max_length(self) -> int | None:  # 2: the start and the end token of a text
         return None if self.source_tokens is None else self.source_tokens + self.max_new_tokens + 2
 
     def _filled(self, records: list[Row], where: str) -> list[Row]:
-        rows, out = [], []
+        rows, skipped = [], []
         for number, record in enumerate(records, start=1):
             try:
                 row = self.row(record, f"{where}, record {number}")
             except NullField:
-                out.append(number)
+                skipped.append(number)
                 continue
             if str(row.get("completion", "?")).strip():
                 rows.append(row)
             else:
-                out.append(number)
-        if out:
-            more = ", …" if len(out) > 3 else ""
+                skipped.append(number)
+        if skipped:
+            more = ", …" if len(skipped) > 3 else ""
             log.warning(
                 "%s: %d of %d records have null or an empty answer and are left out: %s%s",
                 where,
-                len(out),
+                len(skipped),
                 len(records),
-                ", ".join(map(str, out[:3])),
+                ", ".join(map(str, skipped[:3])),
                 more,
             )
         if records and not rows:
@@ -179,7 +186,7 @@ class DataTask(Task):
 
 
 def beginning(text: str, less: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many characters make up all tokens of a text but the last `less`; about, if the tokenizer does not say."""
+    """Number of characters of a text's tokens without the last `less`; an estimate for a tokenizer without offsets."""
     if tokenizer.is_fast:
         ends = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         return int(ends[-less - 1][1]) if less < len(ends) else 0
@@ -188,7 +195,7 @@ def beginning(text: str, less: int, tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def stripped(record: Row, *names: str) -> Row:
-    """The record with these fields, where it has them, stripped of white space at their ends; null is no text."""
+    """The record with these fields, where present, stripped of white space; null becomes the empty string."""
     texts = {name: record[name] for name in names if name in record}
     return {**record, **{name: "" if text is None else str(text).strip() for name, text in texts.items()}}
 
@@ -201,21 +208,21 @@ def hub_rows(name: str, split: str, config: str | None = None) -> list[Row]:
 
 
 def hub_configs(name: str) -> list[str]:
-    """The names of the parts that a data set on the hub has."""
+    """The names of the configurations of a data set on the hub."""
     with _asking_the_hub(name) as datasets:
         return sorted(datasets.get_dataset_config_names(name))
 
 
 @contextmanager
 def _asking_the_hub(name: str) -> Iterator[Any]:
-    """Gives `datasets`; whatever it raises becomes an InputError."""
+    """Yields the module `datasets`; whatever it raises becomes an InputError."""
     try:
         import datasets
     except ImportError as error:
         raise InputError(f"{name!r} is read with datasets: pip install 'llmtools[train]', or give a file") from error
     try:
         yield datasets
-    except Exception as error:  # the hub's client raises many types, all meaning: it could not be had
+    except Exception as error:  # the hub's client raises many types, all meaning that nothing was read
         raise InputError(
             f"there is no file or folder {name}, and no such data set could be read from the hub ({error}); "
             f"give a .json or .jsonl file, or a folder of them"

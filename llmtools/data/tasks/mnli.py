@@ -2,9 +2,9 @@
 
 `mnli_genre` asks for the genre of a snippet instead, the text classification of ModuLoRA's paper (table 1).
 
-The words are those of ModuLoRA's scripts (arXiv:2309.16119), which strip premise, hypothesis and genre of white space
-and write the label as a digit: `digits`. It is judged twice: by which label the model finds likeliest, and by what it
-writes.
+The prompt template is that of ModuLoRA's scripts (arXiv:2309.16119), which strip premise, hypothesis and genre of white
+space and write the label as a digit: `digits`. Answers are scored twice: by the label with the largest likelihood, and
+by the generated text.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ class Mnli(DataTask):
     """Entailment, neutral or contradiction: accuracy by likelihood and by generation, recall of each label."""
 
     source_tokens: int | None = 64
-    """tokens of a prompt; of a longer one the premise loses its end, then the hypothesis"""
+    """Maximum number of tokens of a prompt; in longer ones the end of the premise is truncated, then the hypothesis."""
     max_new_tokens: int = 4
-    """tokens of a label"""
+    """Maximum number of tokens of a label."""
     digits: bool = False
-    """write the labels as 0, 1 and 2 (entailment, neutral, contradiction), as the published scripts do"""
+    """Whether labels are written as 0, 1 and 2 (entailment, neutral, contradiction), as in the published scripts."""
 
     labels: ClassVar[tuple[str, ...]] = LABELS
+    """Names of the classes; the index of a name is its digit."""
     hub: ClassVar[str] = "nyu-mll/multi_nli"
     template: ClassVar[Template] = Template(
         "### Premise: {premise}\n ### Hypothesis: {hypothesis}\n ### Genre: {genre} ### Label:", " {answer}"
@@ -92,9 +93,9 @@ class Mnli(DataTask):
         }
 
     def score(self, outputs: list[str], rows: list[Row]) -> dict[str, float]:
-        """Accuracy, and the share of each label's rows that were told right."""
-        told = [(output.split() or [""])[0].strip(".,").lower() for output in outputs]
-        hits = [one == answer(row).strip() for one, row in zip(told, rows, strict=True)]
+        """Accuracy, and the recall of each label."""
+        predicted = [(output.split() or [""])[0].strip(".,").lower() for output in outputs]
+        hits = [label == answer(row).strip() for label, row in zip(predicted, rows, strict=True)]
         scores = {"accuracy": sum(hits) / len(hits)}
         for label in self.labels:
             of_label = [hit for hit, row in zip(hits, rows, strict=True) if row["label"] == label]
@@ -116,14 +117,14 @@ class MnliGenre(Mnli):
     """
 
     digits: bool = False
-    """write the genres as 0 … 4 (fiction, government, slate, telephone, travel)"""
+    """Whether genres are written as 0 … 4 (fiction, government, slate, telephone, travel)."""
 
     labels: ClassVar[tuple[str, ...]] = GENRES
     template: ClassVar[Template] = Template("### Text: {premise}\n ### Genre:", " {answer}")
     shorten: ClassVar[tuple[str, ...]] = ("premise",)
 
     def records(self, split: str) -> list[Row]:
-        """A premise stands in three pairs, and is asked for once."""
+        """The records with a genre; a premise occurs in three pairs, and is taken once."""
         records = DataTask.records(self, split)
         first: dict[Any, Row] = {}
         for record in records:

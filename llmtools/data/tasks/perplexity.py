@@ -1,7 +1,7 @@
-"""Perplexity of any text, and of two sets by their published protocols (see `llmtools.data.metrics`).
+"""Perplexity of any text, and of two data sets by their published protocols (see `llmtools.data.metrics`).
 
-A figure belongs to its context, so the context is part of the result. Published figures for `wikitext2` and `c4` are
-mostly taken at 2048, some at 4096 tokens.
+The result depends on the context length, which is therefore part of it. Published figures for `wikitext2` and `c4` are
+mostly for 2048, some for 4096 tokens.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class PerplexityTask(Task):
     """Perplexity of a text in windows of `context` tokens; lower is better."""
 
     data: str
-    """the text: a .txt or .jsonl file (.gz, .xz too), or wikitext2 | c4 from the hub"""
+    """Text: a .txt or .jsonl file (.gz, .xz too), or wikitext2 | c4 from the hub."""
     has_answers: ClassVar[bool] = False
     reads_file: ClassVar[bool] = True
 
     context: int | None = None
-    """tokens in a window; the default is the model's positions, at most 2048"""
+    """Tokens in a window; by default the model's number of positions, at most 2048."""
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
         """The text as one row of tokens, int64 [1, t]."""
@@ -52,7 +52,7 @@ class PerplexityTask(Task):
         on_step: OnStep | None = None,
     ) -> dict[str, Any]:
         if batch_size != 1:
-            log.warning("batch_size=%d changes nothing: perplexity is measured window by window", batch_size)
+            log.warning("batch_size=%d has no effect: perplexity is measured window by window", batch_size)
         context = self.context if self.context is not None else min(model_positions(model) or 2048, 2048)
         ids = self.ids(tokenizer, context)
         if limit is not None:
@@ -72,7 +72,8 @@ class WikiText2(PerplexityTask):
     """Perplexity of WikiText-2's raw test split: its rows joined by two newlines, tokenized once."""
 
     data: str
-    """wiki.test.raw, a row a line and a blank line for the empty row (.gz, .xz too), or wikitext2 from the hub"""
+    """Text: wiki.test.raw with one row per line and blank lines for empty rows (.gz, .xz too), or wikitext2 from the
+    hub."""
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
         if self.data == self.name:
@@ -87,7 +88,7 @@ class C4(PerplexityTask):
     """Perplexity of C4 validation text ("c4-new"): the first 1100 documents joined by spaces, at most 256 windows."""
 
     data: str
-    """a .jsonl file with the "text" of each document (.gz, .xz too), or c4 from the hub"""
+    """Documents: a .jsonl file with the "text" of each (.gz, .xz too), or c4 from the hub."""
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, context: int) -> Tensor:
         documents = documents_of(self.data, split="test")[:1100]

@@ -1,7 +1,7 @@
-"""SAMSum: summaries of everyday chats (Gliwa et al. 2019, arXiv:1911.12237), in ModuLoRA's words (arXiv:2309.16119).
+"""SAMSum: summaries of chats (Gliwa et al. 2019, arXiv:1911.12237), in ModuLoRA's prompt template (arXiv:2309.16119).
 
-Chat and summary are stripped of white space at their ends, as the published script does. The space before the summary
-belongs to the answer, not to the prompt: most tokenizers write it in one token with the word that follows.
+Chat and summary are stripped of white space at their ends, as in the published script. The space before the summary
+belongs to the completion, not to the prompt: most tokenizers encode it in one token with the word that follows.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Samsum(DataTask):
     """Summaries of everyday chats, scored by ROUGE-1, 2, L and Lsum."""
 
     source_tokens: int | None = 255
-    """tokens of a prompt; the end of a longer chat is left out"""
+    """Maximum number of tokens of a prompt; the end of a longer chat is truncated."""
     max_new_tokens: int = 50
-    """tokens of a summary"""
+    """Maximum number of tokens of a summary."""
 
     hub: ClassVar[str] = "knkarthick/samsum"
     template: ClassVar[Template] = Template("### Summarize this: {dialogue}\n ### Output:", " {summary}")

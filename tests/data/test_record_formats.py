@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from llmtools.data.tasks import make_task
 from llmtools.data.tasks.base import NullField, Template
-from llmtools.data.tasks.text import rows_of_one_form
+from llmtools.data.tasks.text import rows_of_one_format
 from llmtools.data.text_io import read_documents, read_rows
 from llmtools.data.tokens import tokenized
 from llmtools.errors import InputError
@@ -42,16 +42,16 @@ def write(path: Path, text: str) -> Path:
     ],
 )
 def test_the_same_row_is_read_from_every_kind_of_file(tmp_path: Path, name: str, text: str) -> None:
-    assert rows_of_one_form(write(tmp_path / name, text)) == [PAIR]
+    assert rows_of_one_format(write(tmp_path / name, text)) == [PAIR]
 
 
 def test_parquet_is_read_and_a_damaged_one_is_said(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     arrow = pytest.importorskip("pyarrow")
     parquet.write_table(arrow.Table.from_pylist([PAIR, PAIR]), tmp_path / "a.parquet")
-    assert rows_of_one_form(tmp_path / "a.parquet") == [PAIR, PAIR]
+    assert rows_of_one_format(tmp_path / "a.parquet") == [PAIR, PAIR]
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:100])
-    with pytest.raises(InputError, match="not a whole Parquet file"):
+    with pytest.raises(InputError, match="not a complete Parquet file"):
         read_rows(tmp_path / "b.parquet")
 
 
@@ -69,7 +69,7 @@ def test_text_loses_its_byte_order_mark(tmp_path: Path) -> None:
     ids=["ShareGPT", "parts"],
 )  # fmt: skip
 def test_chats_in_other_spellings_are_the_same_chat(tmp_path: Path, row: dict[str, Any]) -> None:
-    assert rows_of_one_form(write(tmp_path / "a.jsonl", json.dumps(row))) == [CHAT]
+    assert rows_of_one_format(write(tmp_path / "a.jsonl", json.dumps(row))) == [CHAT]
 
 
 @pytest.mark.parametrize("completion", ["yo", [{"role": "assistant", "content": "yo"}]], ids=["string", "messages"])
@@ -81,7 +81,7 @@ def test_of_a_prompt_that_is_a_chat_only_the_completion_is_learned(tmp_path: Pat
         {"role": "assistant", "content": "b"},
         {"role": "user", "content": "hi"},
     ]
-    rows = rows_of_one_form(write(tmp_path / "a.jsonl", json.dumps({"prompt": prompt, "completion": completion})))
+    rows = rows_of_one_format(write(tmp_path / "a.jsonl", json.dumps({"prompt": prompt, "completion": completion})))
     (turn,) = turns_of(rows)
     assert turn["completion"] == [{"role": "assistant", "content": "yo"}] and len(turn["prompt"]) == 3
 
@@ -93,7 +93,7 @@ def test_an_answer_of_weight_zero_is_not_learned(tmp_path: Path) -> None:
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "bad", "weight": 0},
         {"role": "user", "content": "b"}, {"role": "assistant", "content": "good", "weight": 1},
     ]  # fmt: skip
-    turns = turns_of(rows_of_one_form(write(tmp_path / "a.jsonl", json.dumps({"messages": messages}))))
+    turns = turns_of(rows_of_one_format(write(tmp_path / "a.jsonl", json.dumps({"messages": messages}))))
     assert [turn["completion"][0]["content"] for turn in turns] == ["good"]
 
 
@@ -112,12 +112,12 @@ def test_an_answer_of_weight_zero_is_not_learned(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_cannot_be_learned_is_one_line_with_a_remedy(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        rows_of_one_form(write(tmp_path / "a.jsonl", text))
+        rows_of_one_format(write(tmp_path / "a.jsonl", text))
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a,b\n1\n", "has not the 2 columns"), ("a,b\n1,2,3\n", "has not the 2 columns"), ('a\n"x', "CSV")],
+    [("a,b\n1\n", "does not have the 2 columns"), ("a,b\n1,2,3\n", "does not have the 2 columns"), ('a\n"x', "CSV")],
 )  # fmt: skip
 def test_a_damaged_csv_is_said_with_its_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
@@ -212,7 +212,7 @@ def test_tools_stand_before_the_chat_and_calls_have_their_own_arguments_only(tok
     ]  # fmt: skip
     file = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     for turn, arguments in zip(
-        turns_of(rows_of_one_form(file)), ('{"x": 1}', '{"y": "s"}', '{"x": "a string"}'), strict=True
+        turns_of(rows_of_one_format(file)), ('{"x": 1}', '{"y": "s"}', '{"x": "a string"}'), strict=True
     ):
         text = tokenizer.decode(tokenized(turn, tokenizer).input_ids)
         assert "clock" in text.partition("[user]")[0]
@@ -221,7 +221,7 @@ def test_tools_stand_before_the_chat_and_calls_have_their_own_arguments_only(tok
 
 def test_greedy_is_greedy_whatever_the_model_says_of_itself(stories: Path) -> None:
     import llmtools
-    from llmtools.data.generation import complete, write
+    from llmtools.data.generation import complete, generate_completions
 
     model, tokenizer = llmtools.load(stories)
     prompt = ["Once upon a time", "Tom had"]
@@ -235,4 +235,4 @@ def test_greedy_is_greedy_whatever_the_model_says_of_itself(stories: Path) -> No
         own = model.generation_config
         assert complete(model, tokenizer, prompt, max_new_tokens=12) == expected, change
         assert model.generation_config is own
-    assert [one.tokens for one in write(model, tokenizer, prompt, max_new_tokens=12)] == [12, 12]
+    assert [one.tokens for one in generate_completions(model, tokenizer, prompt, max_new_tokens=12)] == [12, 12]

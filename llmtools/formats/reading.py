@@ -102,7 +102,8 @@ def format_of(quantization: Mapping[str, Any]) -> type[Format] | None:
     if not quantization or quantization.get("quant_method") == METHOD:
         return None
     with opening("the quantization config is damaged"):
-        known = quantization.get("quant_method") in AUTO_QUANTIZATION_CONFIG_MAPPING
+        method = quantization.get("quant_method")
+        known = isinstance(method, str) and method in AUTO_QUANTIZATION_CONFIG_MAPPING
         return next((kind for kind in formats.classes(plugins=not known) if kind.detect(quantization)), None)
 
 
@@ -163,7 +164,11 @@ def _other(name: str, kind: type[Format]) -> str:
 
 def _writers(kind: type[Format]) -> str:
     """The names of the formats that share a kind's tensors."""
-    return " or ".join(each.__name__ for each in formats.classes(plugins=False) if each.marker == kind.marker)
+    return " or ".join(
+        each.__name__
+        for each in formats.classes(plugins=False)
+        if each.marker == kind.marker and Format in each.__bases__
+    )
 
 
 def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -223,7 +223,7 @@ def test_a_folder_whose_config_is_silent_opens_by_its_tensors_or_is_refused(kind
     if kind.partition(" ")[0] in ("hqq", "bitsandbytes"):
         assert torch.equal(logits(load_model(tmp_path / "theirs")), expected)
         return
-    writers = "GPTQ or AWQ" if kind in ("gptq", "awq") else "CompressedTensors"
+    writers = "AWQ or GPTQ" if kind in ("gptq", "awq") else "CompressedTensors"
     with pytest.raises(CheckpointError, match=f"quantized weight, as {writers} writes it, and neither config"):
         load_model(tmp_path / "theirs")
 

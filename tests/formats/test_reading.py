@@ -122,10 +122,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told(damage: str, gptq: Path) -> None:
-    change, complaint = DAMAGE[damage]
+def test_damage_is_reported(damage: str, gptq: Path) -> None:
+    change, message = DAMAGE[damage]
     edit(gptq, change)
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         llmtools.load(gptq)
 
 

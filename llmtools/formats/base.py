@@ -70,7 +70,7 @@ class Format(ABC):
     marker: ClassVar[str]
     """Name of a tensor that every quantized module has, and no other module."""
     companion: ClassVar[str | None] = None
-    """Name of a second tensor of every quantized module, which with the marker identifies the format without a config."""
+    """Name of a second tensor of every quantized module, to identify the format without a config."""
     implied: ClassVar[Mapping[str, Any] | None] = None
     """Quantization config of a folder without one, if the tensors describe themselves; else None."""
     unused: ClassVar[tuple[str, ...]] = ()

@@ -66,12 +66,12 @@ class BitsAndBytes(Format):
         nested = "weight.nested_absmax" in stored
         absmax = stored.get("weight.absmax", blocks, dtypes=(torch.uint8,) if nested else (torch.float32,))
         packed = {"qweight": pack(codes, 4), "columns": torch.empty(0, in_features, dtype=torch.uint8)}
-        ours = None
+        nested_tensors = None
         if nested:
-            absmax, ours = _denest(stored, state, absmax)
-        double = ours is not None and group == block
-        if ours is not None and double:
-            packed |= ours | {"scales": ours["scales"].reshape(out_features, -1)}
+            absmax, nested_tensors = _denest(stored, state, absmax)
+        double = nested_tensors is not None and group == block
+        if nested_tensors is not None and double:
+            packed |= nested_tensors | {"scales": nested_tensors["scales"].reshape(out_features, -1)}
         else:
             spread = absmax.repeat_interleave(block // group)[: weights // group]  # [out · G]
             packed["scales"] = spread.reshape(out_features, -1).contiguous()

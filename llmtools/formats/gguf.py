@@ -1,4 +1,4 @@
-"""Export of a model to one GGUF file, for llama.cpp: LLaMA-like decoders with grids that its simplest types hold exactly.
+"""Export of a model to one GGUF file, for llama.cpp: LLaMA-like decoders, grids that its basic types hold.
 
 Source: llama.cpp, ggml/src/ggml-common.h (block_q4_0, block_q4_1, block_q5_0, block_q8_0) and gguf-py/gguf.
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 BLOCK = 32
 """Number of weights in a block."""
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-"""model_type → llama.cpp's architecture."""
+"""Value of model_type → llama.cpp's architecture."""
 _LOSSY = Limits(bits=(4,))
 
 
@@ -218,7 +218,7 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         log.warning(
-            "GGUF: llama.cpp uses full attention where this model has a sliding window of %d tokens; longer texts differ",
+            "GGUF: llama.cpp uses full attention, this model a sliding window of %d tokens; longer texts differ",
             config.sliding_window,
         )
     kind = rope.get("rope_type", "default")
@@ -232,7 +232,7 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
 
 
 def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """Divisor of each rotary frequency [head_dim / 2]: 1 for short wavelengths, `factor` for long ones, else between."""
+    """Divisor of each rotary frequency [head_dim / 2]: 1 for short wavelengths, `factor` for long ones."""
     waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, head_dim, 2) / head_dim)
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     share = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)

@@ -27,7 +27,7 @@ from .base import FLOATS, TYPE_NAMES, Format, affine, formats
 from .tensors import Module
 
 _FIELDS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
-"""packing → bits of a field, fields in a word."""
+"""Packing → (bits of a field, fields per word)."""
 
 
 @formats.register("hqq")

@@ -90,8 +90,8 @@ class QuIPSharpFiles(Format):
             sv = sv * scales.repeat_interleave(torch.tensor(out_features))
         shared = self._codes_of(stored, total, in_features) | {"su": su}
         if len(out_features) == 1 and torch.equal(sv.half().float(), sv):
-            ours = QuIPSharp(bits=self.bits, residual_scale=self.residual_scale)
-            return [(ours, shared | {"sv": sv.half()})]
+            quantizer = QuIPSharp(bits=self.bits, residual_scale=self.residual_scale)
+            return [(quantizer, shared | {"sv": sv.half()})]
         converted: list[tuple[Quantizer, Packed]] = []
         first = 0
         for rows in out_features:
@@ -125,5 +125,5 @@ def _codes(stream: Tensor, m: int, n: int) -> Tensor:
     for j in range(8):
         codes |= ((words >> (32 + 4 * j + index)) & 1) << j
     grid = codes.unflatten(-1, (2, 2))  # [I, J, r, c, columns, row]
-    ours: Tensor = grid.permute(0, 2, 5, 1, 3, 4).reshape(m, n // 8).to(torch.int16)
-    return ours
+    rows: Tensor = grid.permute(0, 2, 5, 1, 3, 4).reshape(m, n // 8).to(torch.int16)
+    return rows

@@ -6,7 +6,7 @@ checkpoints, with the same checks: `llmtools.save` writes it as one. The origina
 "origin" in ``config.json``.
 
 transformers opens some of these formats, too, with the packages that wrote them:
-``AutoModelForCausalLM.from_pretrained`` of such a folder is not changed. Methods not read here are left to transformers.
+``AutoModelForCausalLM.from_pretrained`` of such a folder is not changed. Other methods are left to transformers.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from ..errors import InputError
 from .uniform import Uniform
 
 READERS = ("vllm", "gptqmodel", "transformers", "llama.cpp")
-"""Names of the readers, as the option --reader takes them."""
+"""Names of the readers."""
 
 _Limit = Callable[[Sequence[Uniform], Sequence[str]], str | None]
 """(layers, paths of dense linears in the blocks) → reason why a reader does not support them, with the remedy, or

@@ -251,7 +251,7 @@ def test_scale_and_minimum_are_used_where_they_are_exact() -> None:
     [
         ({"bits": 4, "group_size": 16}, "group_size=16"),
         ({"bits": 8, "group_size": 32}, "beyond Q8_0"),
-        ({"name": "optq", "bits": 3, "group_size": 32, "act_order": True}, "another order"),
+        ({"name": "optq", "bits": 3, "group_size": 32, "act_order": True}, "reordered columns"),
     ],
     ids=str,
 )

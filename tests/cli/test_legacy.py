@@ -90,7 +90,7 @@ def test_what_cannot_be_kept_says_what_to_do() -> None:
         ("finetune", "--batch_size two", "whole numbers"),
         ("finetune", "--batch_size ²", "whole numbers"),
         ("finetune", f"--batch_size {'9' * 5000}", "whole numbers"),
-        ("finetune", "--val_set_size 2000", "fraction of the rows"),
+        ("finetune", "--val_set_size 2000", "share of the rows"),
     ):
         with pytest.raises(InputError, match=says):
             today(verb, words)

@@ -210,8 +210,8 @@ def _opened(name: str, config: Mapping[str, Any], options: dict[str, Any]) -> tu
     if external is not None:
         return (*open_model(external, options), False)
     model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
-    ours = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
-    return model, info, bool(ours) and type(model).__name__ in (model.config.architectures or ())
+    own = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
+    return model, info, bool(own) and type(model).__name__ in (model.config.architectures or ())
 
 
 def _config_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,7 +228,7 @@ def _config_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _named(name: str) -> Iterator[None]:
-    """Adds the folder to messages of CheckpointError; makes one of transformers' question about remote code."""
+    """Adds the folder to messages of CheckpointError; turns transformers' question about remote code into one."""
     try:
         yield
     except CheckpointError as error:

@@ -195,7 +195,7 @@ def check_model(name: str) -> None:
     if folder.is_dir():
         if not (folder / "config.json").exists():
             hint = "; it is an adapter, pass it with --adapter" if (folder / "adapter_config.json").exists() else ""
-            raise InputError(f"{name} is not a checkpoint: it has no config.json{hint}")
+            raise InputError(f"{name} is not a checkpoint: it holds no config.json{hint}")
         return
     if name.startswith((".", "/", "~")) or not _HUB_NAME.match(name):
         raise InputError(f"there is no folder {name} (looked in {Path.cwd()})")

@@ -26,7 +26,7 @@ LEAST_TEMPERATURE = 1e-5
 """Smallest temperature above 0: below it, logits become infinite."""
 
 
-class Completion(NamedTuple):
+class GeneratedText(NamedTuple):
     """The text that a model generated after a prompt."""
 
     text: str
@@ -54,7 +54,7 @@ def generate_completions(
     chat: bool = False,
     batch_size: int = 1,
     on_step: OnStep | None = None,
-) -> list[Completion]:
+) -> list[GeneratedText]:
     """The completion of each prompt: greedy decoding at temperature 0, else sampling with `seed`.
 
     It ends at an end-of-text token, before the first of the strings in `stop`, or after `max_new_tokens`. Of the
@@ -73,7 +73,7 @@ def generate_completions(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    outputs = [Completion("", 0)] * len(prompts)
+    outputs = [GeneratedText("", 0)] * len(prompts)
     ends_of_text = _ends_of_text(model, tokenizer)
     done = 0
     with _evaluating(model), _plain_generation(model, ends_of_text):
@@ -93,7 +93,7 @@ def generate_completions(
                 count = next((at + 1 for at, token in enumerate(row) if token in ends_of_text), len(row))
                 text = _text_after(tokenizer, ids[index] + row[:count], len(ids[index]))
                 ends = [at for at in map(text.find, stop) if at >= 0]
-                outputs[index] = Completion(text[: min(ends)] if ends else text, count)
+                outputs[index] = GeneratedText(text[: min(ends)] if ends else text, count)
             done += len(batch)
             if on_step is not None:
                 on_step(done, len(prompts))

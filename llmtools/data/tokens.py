@@ -28,7 +28,7 @@ class Example(NamedTuple):
     input_ids: list[int]
     """Token ids of prompt and completion."""
     completion_mask: list[int] | None
-    """1 for each token in the loss, as in `trl.SFTTrainer`; None for all."""
+    """Mask of the loss, 1 for each token in it, as in `trl.SFTTrainer`; None for all."""
     end_appended: bool = False
     """Whether an end-of-text token was appended that the chat template lacks."""
 

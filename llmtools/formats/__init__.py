@@ -1,6 +1,6 @@
-"""External formats, one file each: `reading` opens their checkpoints as ours, `writing` writes ours as theirs.
+"""External checkpoint formats, one file each: `reading` opens their checkpoints, `writing` exports models to them.
 
-`base.Format` says what a format is; `formats` is the registry, with the entry point ``llmtools.formats``.
+`base.Format` is the interface of a format; `formats` the registry, with the entry point ``llmtools.formats``.
 """
 
 from . import awq, bitsandbytes, compressed_tensors, gguf, gptq, hqq, quip_sharp

@@ -1,4 +1,6 @@
-"""AWQ's files: AutoAWQ's "gemm" and "gemv" (arXiv:2306.00978), always 4 bits. m = out, n = in.
+"""AWQ checkpoints (arXiv:2306.00978): AutoAWQ's versions "gemm" and "gemv", always 4 bits. m = out, n = in.
+
+Source: AutoAWQ, awq/modules/linear/gemm.py, gemv.py and awq/utils/packing_utils.py.
 
 gemm   qweight int32 [n, m/8]    qzeros int32 [G, m/8]    scales [G, m]
        nibble i of word c is that of output 8c + ORDER[i]
@@ -21,11 +23,12 @@ from .base import FLOATS, Format, affine, formats, whole
 from .tensors import Module
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Output of each nibble of a word, from the lowest nibble up."""
 
 
 @formats.register("awq")
 class AWQ(Format):
-    """AutoAWQ's files."""
+    """AWQ checkpoints, versions gemm and gemv; read only."""
 
     marker, companion = "qweight", "qzeros"
 
@@ -49,8 +52,9 @@ class AWQ(Format):
         )
 
     def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
-        asked = self.config.get("group_size", self.config.get("q_group_size", 128))
-        group_size = whole({"group_size": asked}, "group_size")
+        group_size = whole(
+            {"group_size": self.config.get("group_size", self.config.get("q_group_size", 128))}, "group_size"
+        )
         group_size = in_features if group_size < 1 else group_size
         if in_features % group_size:
             raise CheckpointError(f"{stored.path}: {in_features} columns are no multiple of group_size={group_size}")

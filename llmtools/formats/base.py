@@ -1,6 +1,6 @@
-"""What an external format is: how its checkpoints are detected, how a module is read, and how one is written.
+"""The interface of an external format: detecting its checkpoints, reading a module, writing a module.
 
-A format is one file here, a class that is registered under its name:
+A format is a class, registered under its name, in a file of this package:
 
     @formats.register("toy8")
     class Toy8(Format):
@@ -8,17 +8,17 @@ A format is one file here, a class that is registered under its name:
         limits = Limits(bits=(8,), whole_rows=True)
 
         @classmethod
-        def detect(cls, config): ...                        # is this quantization config one of mine?
+        def detect(cls, config): ...                        # whether a quantization config is of this format
         def read(self, stored, out_features, in_features): ...   # a module's tensors -> (quantizer, packed)
         @classmethod
         def write(cls, layer): ...                          # a uniform grid -> a module's tensors
         @classmethod
         def describe(cls, layers, dense): ...               # -> the quantization config
 
-Reading is exact, and so is writing: ``read(write(x)) = x`` (`laws.round_trip`). A format of another package is found by
-an entry point in the group ``llmtools.formats``; ``examples/llmtools-toy8`` is one.
+Reading and writing are exact: ``read(write(x)) = x`` (`laws.round_trip`). A format of another package is found by an
+entry point in the group ``llmtools.formats``; ``examples/llmtools-toy8`` is one.
 
-Shapes: out, in — features; G — groups in a row.
+Shapes: out, in — features; G — groups per row.
 """
 
 from __future__ import annotations
@@ -43,38 +43,40 @@ from .tensors import Module, write_json, write_shards
 from .uniform import Limits, Requantized, Uniform, uniform_layers
 
 FLOATS = tuple(SCALE_TYPES.values())
+"""Types of scales."""
 TYPE_NAMES = {dtype: name for name, dtype in SCALE_TYPES.items()}
+"""Type of scales → its name in our quantizers' options."""
 
 
-class Written(NamedTuple):
-    """What an export wrote."""
+class WriteResult(NamedTuple):
+    """The result of writing a model's files."""
 
     modules: int
     """Number of quantized linears."""
     requantized: list[Requantized]
-    """Those that the format could not hold exactly, with `lossy`."""
+    """Linears that the format cannot hold exactly, re-quantized under `lossy`."""
     readers: tuple[str, ...]
-    """Programs that are known to read this one, of `readers.READERS`."""
+    """Programs known to read the files, of `readers.READERS`."""
 
 
 formats: Registry[Format] = Registry("format", "llmtools.formats")
 
 
 class Format(ABC):
-    """A kind of checkpoint. One object reads one checkpoint; `config` is what that says of its quantization."""
+    """An external format. An instance reads one checkpoint; `config` is that checkpoint's quantization config."""
 
     name: ClassVar[str]
-    """Name in the registry, and on the command line where the format is written."""
+    """Name in the registry, and on the command line for export."""
     marker: ClassVar[str]
-    """Name of a tensor that every quantized module has, and no other."""
+    """Name of a tensor that every quantized module has, and no other module."""
     companion: ClassVar[str | None] = None
-    """Name of another tensor of every quantized module: with the marker, it tells the format without a config."""
+    """Name of a second tensor of every quantized module, to identify the format without a config."""
     implied: ClassVar[Mapping[str, Any] | None] = None
-    """The quantization config of a folder that has none, if the tensors describe themselves; else None."""
+    """Quantization config of a folder without one, if the tensors describe themselves; else None."""
     unused: ClassVar[tuple[str, ...]] = ()
-    """Names of tensors that writers put beside the others, and that say nothing about the weight."""
+    """Names of tensors that some writers add, and that the weight does not depend on."""
     limits: ClassVar[Limits | None] = None
-    """What its modules can hold; None for a format that is read only."""
+    """Grids that the format can hold; None for a format that is read only."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -86,24 +88,24 @@ class Format(ABC):
 
     @abstractmethod
     def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
-        """The same weight [out_features, in_features] as one of our quantizers and its tensors, to the bit.
+        """The weight [out_features, in_features] as one of our quantizers and its packed tensors, bit for bit.
 
-        Raises CheckpointError where the tensors are damaged.
+        stored: the module's tensors in the file. Raises CheckpointError for damaged tensors.
         """
 
     def parts(self, path: str) -> tuple[str, ...]:
-        """The linears of the model whose weights, one above the other, are stored as the module at `path`."""
+        """Paths of the model's linears whose weights, concatenated over outputs, are stored as the module `path`."""
         return (path,)
 
     def read_parts(
         self, stored: Module, out_features: Sequence[int], in_features: int
     ) -> list[tuple[Quantizer, Packed]]:
-        """`read` for each of the parts, by their numbers of outputs."""
+        """`read` for each of the parts; out_features: their numbers of outputs."""
         (whole,) = out_features
         return [self.read(stored, whole, in_features)]
 
     def modules(self, names: Iterable[str]) -> list[str]:
-        """The paths of the quantized modules, in the order of the names."""
+        """Paths of the quantized modules, in the order of the tensors' names."""
         end = f".{self.marker}"
         return [name.removesuffix(end) for name in names if name.endswith(end)]
 
@@ -114,17 +116,17 @@ class Format(ABC):
 
     @classmethod
     def write(cls, layer: Uniform) -> dict[str, Tensor]:
-        """The tensors of one linear, by their names below its path. The layer is within `limits`."""
+        """Name → tensor of one linear, names relative to its path. The layer is within `limits`."""
         raise NotImplementedError(f"{cls.__name__}.write")
 
     @classmethod
     def describe(cls, layers: Mapping[str, Uniform], dense: list[str]) -> dict[str, Any]:
-        """The ``quantization_config`` of a model with these layers; `dense` are the paths of the other linears."""
+        """The ``quantization_config`` of a model with these layers; dense: paths of the unquantized linears."""
         raise NotImplementedError(f"{cls.__name__}.describe")
 
     @classmethod
     def files(cls, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-        """What else readers look for in the folder: name -> contents as JSON. config: the quantization config."""
+        """Further files that readers expect: name → contents as JSON. config: the quantization config."""
         return {}
 
     @classmethod
@@ -137,10 +139,11 @@ class Format(ABC):
         lossy: bool = False,
         reader: str | None = None,
         max_shard_size: str | int = "5GB",
-    ) -> Written:
-        """Writes a model with quantized linears into a folder, as transformers lays it out.
+    ) -> WriteResult:
+        """Writes a model with quantized linears into a folder, in transformers' layout.
 
-        Raises InputError for a layer that is not within `limits`, unless `lossy`, and for what `reader` does not take.
+        Raises InputError for a layer that is not within `limits`, unless `lossy`, and for one that `reader` does not
+        support.
         """
         layers = quantized_linears(model)
         assert cls.limits is not None, cls.name
@@ -151,22 +154,22 @@ class Format(ABC):
         dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in layers]
         inside = [path for path in dense if path.rpartition(".")[2] != "lm_head"]
         readers = readers_of(cls.name, list(uniform.values()), inside, reader)
-        told: Any = model
-        config = copy.deepcopy(told.config)
+        hf_model: Any = model
+        config = copy.deepcopy(hf_model.config)
         config.quantization_config = cls.describe(uniform, dense)
         config.save_pretrained(folder)
-        if told.can_generate():
-            told.generation_config.save_pretrained(folder)
+        if hf_model.can_generate():
+            hf_model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         write_shards(folder, tensors, max_shard_size)
         for name, contents in cls.files(config.quantization_config).items():
             write_json(folder / name, contents)
-        return Written(len(uniform), requantized, readers)
+        return WriteResult(len(uniform), requantized, readers)
 
 
 def _others(model: nn.Module) -> dict[str, Tensor]:
-    """Everything that is not packed, each tensor once: of tied ones the first name stays."""
+    """All tensors that are not packed, each once: tied ones under their first name."""
     packed = {f"{path}.{name}" for path, layer in quantized_linears(model).items() for name in layer.packed}
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -189,17 +192,17 @@ def affine(
     qweight: Tensor | None = None,
     group_of: Tensor | None = None,
 ) -> tuple[Quantizer, Packed]:
-    """A uniform grid as our quantizer and its tensors: value = scale · (code − zero).
+    """A uniform grid as our quantizer and its packed tensors: value = scale · (code − zero).
 
-    codes [out, in], or their bit stream `qweight` [out, w] int32 if the caller has it; scales [out, G]; zeros [out, G]:
-    integers in [0, 2^bits), or floats, which are kept as such. group_of [in]: the group of each column, if they are
-    not runs of group_size columns.
+    codes [out, in] uint8, or their bit stream `qweight` [out, w] int32; scales [out, G] float16, bfloat16 or float32;
+    zeros [out, G]: integers in [0, 2^bits), or floats, which stay floats. group_of [in]: group of each column; None for
+    groups of group_size consecutive columns.
     """
     perm = None
     if group_of is not None:
         perm = torch.argsort(group_of, stable=True)
         if codes is None:
-            raise AssertionError("columns in another order need their codes")
+            raise AssertionError("reordered columns need their codes")
         codes = codes[:, perm]
     if qweight is None:
         assert codes is not None
@@ -229,9 +232,9 @@ def affine(
 
 
 def columns_by_group(stored: Module, name: str, in_features: int, group_size: int, groups: int) -> Tensor | None:
-    """The group of each column, [in], as the tensor `name` has it; None where groups are runs of columns.
+    """The group of each column, int64 [in], from the tensor `name`; None where groups are consecutive columns.
 
-    Raises CheckpointError where they are no groups of group_size columns, the last one possibly shorter.
+    Raises CheckpointError where they are not groups of group_size columns, the last one possibly shorter.
     """
     if name not in stored:
         return None
@@ -242,13 +245,13 @@ def columns_by_group(stored: Module, name: str, in_features: int, group_size: in
     if not torch.equal(group_of.sort().values, natural) or int(natural[-1]) != groups - 1:
         raise CheckpointError(
             f"{stored.path}.{name} does not sort {in_features} columns into {groups} groups of {group_size}; "
-            "this checkpoint's scales cannot be told apart"
+            "this checkpoint's scales cannot be assigned to columns"
         )
     return group_of
 
 
 def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """An integer of the config. Raises CheckpointError where it is missing or something else."""
+    """An integer of the config. Raises CheckpointError where it is missing or of another type."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
         raise CheckpointError(f"the quantization config says {key}={value!r}, an integer is expected")
@@ -256,9 +259,9 @@ def whole(config: Mapping[str, Any], key: str, default: int | None = None) -> in
 
 
 def mapping(value: Any, key: str) -> dict[str, Any]:
-    """A table of the config, {} for null. Raises CheckpointError for something else."""
+    """A mapping of the config, {} for null. Raises CheckpointError for another type."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"the quantization config says {key}={value!r}, a table is expected")
+        raise CheckpointError(f"the quantization config says {key}={value!r}, a mapping is expected")
     return {str(name): each for name, each in value.items()}

@@ -1,15 +1,17 @@
-"""bitsandbytes' 4-bit files: NF4 and FP4, with the maxima in float32 or, "nested", in 8 bits (arXiv:2305.14314).
+"""bitsandbytes' 4-bit checkpoints: NF4 and FP4, absmax in float32 or, with double quantization, in 8 bits.
 
-The matrix is one row of blocks, usually of 64: its rows are laid end to end. Two codes a byte, the first one high.
+Source: QLoRA (arXiv:2305.14314); bitsandbytes, bitsandbytes/functional.py (QuantState.as_dict).
+
+The flattened matrix is split into blocks, usually of 64. Two codes per byte, the first in the high nibble.
 
     weight                               uint8 [N/2, 1]     (perhaps viewed as another type, for FSDP)
-    weight.absmax                        float32 [blocks], or uint8 if nested
+    weight.absmax                        float32 [blocks], or uint8 with double quantization
     weight.quant_map                     float32 [16]
     weight.nested_absmax, .nested_quant_map            float32 [blocks/256], [256]
     weight.quant_state.bitsandbytes__nf4               uint8: JSON of type, blocksize, shape, nested_offset …
 
-Where a block divides a row, blocks are groups of a row. Where it does not, groups of gcd(in, blocksize) columns lie
-within one block each, and the maxima are repeated for them.
+Where the block size divides the row, blocks are groups of a row. Where it does not, groups of gcd(in, blocksize)
+columns are within one block each, and its absmax is repeated for them.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ _STATE = "weight.quant_state.bitsandbytes__"
 
 @formats.register("bitsandbytes")
 class BitsAndBytes(Format):
-    """bitsandbytes' 4-bit files."""
+    """bitsandbytes' 4-bit checkpoints; read only."""
 
     marker, companion = "weight.quant_map", "weight.absmax"
     implied = MappingProxyType({"quant_method": "bitsandbytes", "load_in_4bit": True})
@@ -64,12 +66,12 @@ class BitsAndBytes(Format):
         nested = "weight.nested_absmax" in stored
         absmax = stored.get("weight.absmax", blocks, dtypes=(torch.uint8,) if nested else (torch.float32,))
         packed = {"qweight": pack(codes, 4), "columns": torch.empty(0, in_features, dtype=torch.uint8)}
-        ours = None
+        nested_tensors = None
         if nested:
-            absmax, ours = _denest(stored, state, absmax)
-        double = ours is not None and group == block
-        if ours is not None and double:
-            packed |= ours | {"scales": ours["scales"].reshape(out_features, -1)}
+            absmax, nested_tensors = _denest(stored, state, absmax)
+        double = nested_tensors is not None and group == block
+        if nested_tensors is not None and double:
+            packed |= nested_tensors | {"scales": nested_tensors["scales"].reshape(out_features, -1)}
         else:
             spread = absmax.repeat_interleave(block // group)[: weights // group]  # [out · G]
             packed["scales"] = spread.reshape(out_features, -1).contiguous()
@@ -79,7 +81,7 @@ class BitsAndBytes(Format):
 
 
 def _denest(stored: Module, state: Mapping[str, Any], codes: Tensor) -> tuple[Tensor, Packed | None]:
-    """The maxima in float32; and what we keep of them packed, if our own double quantization is the same."""
+    """(absmax in float32, its packed tensors where our double quantization is the same). codes: uint8 [blocks]."""
     size = whole(state, "nested_blocksize", 256)
     table = stored.get("weight.nested_quant_map", 256, dtypes=(torch.float32,))
     scales = stored.get("weight.nested_absmax", -(-codes.numel() // size), dtypes=(torch.float32,))
@@ -101,7 +103,7 @@ def _state(stored: Module) -> dict[str, Any]:
 
 
 def _sorted(table: Tensor, codes: Tensor) -> tuple[tuple[float, ...], Tensor]:
-    """The table in rising order, and the codes that go with it."""
+    """(table in ascending order, codes into it). table: float32 [16]; codes: uint8, any shape."""
     order = table.argsort(stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(16)).to(torch.uint8)
     return tuple(table[order].tolist()), rank[codes.int()]

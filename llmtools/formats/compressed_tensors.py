@@ -1,12 +1,15 @@
-"""compressed-tensors' "pack-quantized" files, as llm-compressor writes them and vLLM reads them. m = out, n = in.
+"""compressed-tensors' "pack-quantized" checkpoints, which llm-compressor writes and vLLM reads. m = out, n = in.
+
+Source: compressed-tensors, src/compressed_tensors/compressors/pack_quantized (base.py, helpers.py).
 
     weight_packed       int32 [m, ceil(n·b/32)]     a bit stream along the inputs of code = q + 2^(b−1)
     weight_scale        [m, G]                      or [1], one for the tensor
     weight_zero_point   int32 [ceil(m·b/32), G]     along the outputs, of zero + 2^(b−1); absent if symmetric
     weight_shape        int64 [2]                   weight_g_idx int32 [n], optional: the group of each column
 
-Widths and groups are read off the tensors' shapes, as the config's patterns need not be unique. Versions before 0.18
-wrote 3 bits, and 5 to 7, with whole codes in a word and the top of each word empty; the shape tells that, too.
+Bits and groups follow from the tensors' shapes, as a module may match several patterns of the config. Versions before
+0.18 packed 3 bits, and 5 to 7, with whole codes per word and the top bits of each word unused; the shape shows that,
+too.
 """
 
 from __future__ import annotations
@@ -26,19 +29,19 @@ from .tensors import Module
 from .uniform import Limits, Uniform
 
 _VERSION = "0.18.0"
-"""The first whose 3-bit stream is dense, as ours is."""
+"""First version with a dense 3-bit stream, which we write."""
 
 
 @formats.register("compressed-tensors")
 class CompressedTensors(Format):
-    """compressed-tensors' "pack-quantized" files."""
+    """compressed-tensors' "pack-quantized" checkpoints."""
 
     marker, companion = "weight_packed", "weight_scale"
     limits = Limits(
         bits=(2, 3, 4, 5, 6, 7, 8),
         scale_types=(torch.float16, torch.bfloat16, torch.float32),
         whole_groups=True,
-        any_order=False,  # "actorder: group" was taken out of compressed-tensors, and readers ignore weight_g_idx
+        any_order=False,  # "actorder: group" was removed from compressed-tensors, and readers ignore weight_g_idx
     )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -105,13 +108,13 @@ class CompressedTensors(Format):
         )
 
     def _width(self, stored: Module, width: int, in_features: int) -> tuple[int, bool]:
-        """(bits, whether the stream is dense) of `width` words a row."""
+        """(bits, whether the stream is dense) for `width` words per row."""
         found = [(bits, True) for bits in self.widths if words(in_features, bits) == width]
         found += [(bits, False) for bits in self.widths if 32 % bits and _padded_words(in_features, bits) == width]
         if not found:
             raise CheckpointError(
-                f"the checkpoint is damaged: {stored.path}.weight_packed has {width} words a row, which "
-                f"{in_features} codes of {' or '.join(map(str, self.widths))} bits do not fill"
+                f"the checkpoint is damaged: {stored.path}.weight_packed has {width} words per row, which "
+                f"do not match {in_features} codes of {' or '.join(map(str, self.widths))} bits"
             )
         if len(found) > 1 and _before_dense(str(self.config.get("version") or "")):
             return found[-1]
@@ -130,7 +133,7 @@ class CompressedTensors(Format):
 
     @classmethod
     def describe(cls, layers: Mapping[str, Uniform], dense: list[str]) -> dict[str, Any]:
-        """One group of modules for each kind of grid."""
+        """The config, with one config group for each kind of grid."""
         kinds: dict[tuple[Any, ...], list[str]] = {}
         for path, layer in layers.items():
             row = layer.scales.shape[1] == 1
@@ -160,9 +163,9 @@ class CompressedTensors(Format):
 
 
 def _all_packed(groups: Any) -> bool:
-    """Whether each group of a "mixed-precision" config, which names its own format, has this one."""
-    each = list(groups.values()) if isinstance(groups, Mapping) else []
-    return bool(each) and all(isinstance(one, Mapping) and one.get("format") == "pack-quantized" for one in each)
+    """Whether all config groups of a "mixed-precision" config, each with a format of its own, have this one."""
+    found = list(groups.values()) if isinstance(groups, Mapping) else []
+    return bool(found) and all(isinstance(each, Mapping) and each.get("format") == "pack-quantized" for each in found)
 
 
 def _padded_words(count: int, bits: int) -> int:

@@ -1,14 +1,15 @@
-"""A model as one GGUF file, for llama.cpp: LLaMA-like decoders whose grids its simplest types hold to the bit.
+"""Export of a model to one GGUF file, for llama.cpp: LLaMA-like decoders, grids that its basic types hold.
+
+Source: llama.cpp, ggml/src/ggml-common.h (block_q4_0, block_q4_1, block_q5_0, block_q8_0) and gguf-py/gguf.
 
 llama.cpp's types have blocks of 32 weights of a row, with a float16 scale d:
 
     Q4_0   d · (q − 8)      4 bits      Q5_0   d · (q − 16)     5 bits
     Q4_1   d · q + m        4 bits      Q8_0   d · q, q signed  8 bits
 
-Our value is scale · (code − zero), so what counts is the range of code − zero. All of 2 and 3 bits lies in −7 … 7 and
-goes into Q4_0, as symmetric 4 bits do; asymmetric 4 bits go into Q4_1 where m = −scale · zero is a float16, else into
-Q5_0. The smallest type that holds a layer is taken. The K-types have scales that are quantized themselves and hold
-nothing of ours exactly.
+Our value is scale · (code − zero), so the range of code − zero decides. All grids of 2 and 3 bits lie in −7 … 7 and
+fit Q4_0, as symmetric 4 bits do; asymmetric 4 bits fit Q4_1 where m = −scale · zero is a float16, else Q5_0. The
+smallest type that holds a layer is used. The K-types quantize their scales and hold none of our grids exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn.swap import quantized_linears
 from ..quant import Packed, Quantizer
-from .base import Format, Written, formats
+from .base import Format, WriteResult, formats
 from .pretokenizer import rule_of
 from .readers import readers_of
 from .tensors import Module
@@ -35,14 +36,15 @@ from .uniform import Limits, Requantized, Uniform, requantized, uniform_of
 log = logging.getLogger(__name__)
 
 BLOCK = 32
+"""Number of weights in a block."""
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
-"""model_type → llama.cpp's architecture."""
+"""Value of model_type → llama.cpp's architecture."""
 _LOSSY = Limits(bits=(4,))
 
 
 @formats.register("gguf")
 class GGUF(Format):
-    """llama.cpp's files; written, not read."""
+    """GGUF files; written, not read."""
 
     marker = "gguf"
 
@@ -67,15 +69,15 @@ class GGUF(Format):
         lossy: bool = False,
         reader: str | None = None,
         max_shard_size: str | int = "5GB",
-    ) -> Written:
+    ) -> WriteResult:
         """Writes ``model.gguf``. Raises InputError for what GGUF cannot hold exactly, unless `lossy`."""
         readers = readers_of(cls.name, [], [], reader)
         gguf = _package()
-        told: Any = model
-        config = told.config
+        hf_model: Any = model
+        config = hf_model.config
         if config.model_type not in ARCHITECTURES:
             raise InputError(
-                f"GGUF of {config.model_type} is not written (but of {', '.join(ARCHITECTURES)}); export it with "
+                f"GGUF export of {config.model_type} is not supported ({', '.join(ARCHITECTURES)} are); export it with "
                 "--format dense and use llama.cpp's convert_hf_to_gguf.py"
             )
         arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
@@ -95,13 +97,13 @@ class GGUF(Format):
                 changed.append(Requantized(path, packed, error))
                 packed = as_blocks(_rotary_rows(again, path, config))
                 if isinstance(packed, str):
-                    raise InputError(f"{path}: {packed}, and no rounding helps")
+                    raise InputError(f"{path}: {packed}, also when re-quantized")
             blocks[f"{path}.weight"] = packed
         writer = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[arch])
         _write_metadata(gguf, writer, config)
-        _write_words(gguf, writer, tokenizer, folder, config)
-        own = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
-        dense = {name: tensor for name, tensor in model.state_dict().items() if name not in own}
+        _write_vocabulary(gguf, writer, tokenizer, config)
+        quantized = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
+        dense = {name: tensor for name, tensor in model.state_dict().items() if name not in quantized}
         if config.tie_word_embeddings:
             dense.pop("lm_head.weight", None)
         for name, (kind, data) in blocks.items():
@@ -111,25 +113,25 @@ class GGUF(Format):
         for name, tensor in dense.items():
             target = names.get_name(name, (".weight", ".bias"))
             if target is None:
-                raise InputError(f"{name} has no place in a GGUF file of {config.model_type}")
+                raise InputError(f"{name} has no name in GGUF files of {config.model_type}")
             data, kind = _dense(gguf, _rotary_rows_of(tensor, name, config))
             writer.add_tensor(target, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        return Written(len(layers), changed, readers)
+        return WriteResult(len(layers), changed, readers)
 
 
 def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:
-    """(type, bytes [out, in / 32 · size] uint8) of the smallest type that holds the layer; or why there is none."""
+    """(type, bytes [out, in / 32 · size] uint8) of the smallest type that holds the layer; or the reason for none."""
     in_features = layer.codes.shape[1]
     if in_features % BLOCK:
-        return f"GGUF has blocks of {BLOCK} columns, and {in_features} are no multiple"
+        return f"GGUF has blocks of {BLOCK} columns, and {in_features} are not a multiple"
     if layer.group_of is not None:
-        return "its groups are of columns in another order"
+        return "its groups are of reordered columns"
     if layer.group_size % BLOCK and layer.group_size < in_features:
-        return f"GGUF has blocks of {BLOCK} columns, and group_size={layer.group_size} is no multiple"
+        return f"GGUF has blocks of {BLOCK} columns, and group_size={layer.group_size} is not a multiple"
     scales = layer.scales.half()
     if not torch.equal(scales.float(), layer.scales.float()):
         return "its scales do not fit float16"
@@ -146,27 +148,30 @@ def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:
     if int(codes.max()) <= 15 and torch.equal(minimum.half().float(), minimum):
         return "Q4_1", torch.cat([head, _bytes(minimum.half()), _nibbles(codes)], -1).flatten(1)
     if low >= -16 and high <= 15:
-        fives = values + 16
-        tops = ((fives >> 4).to(torch.int64) << torch.arange(BLOCK)).sum(-1, keepdim=True)  # bit i: the top of weight i
-        tops = torch.where(tops >= 1 << 31, tops - (1 << 32), tops).to(torch.int32)
-        return "Q5_0", torch.cat([head, _bytes(tops), _nibbles(fives & 15)], -1).flatten(1)
+        shifted = values + 16
+        high_bits = ((shifted >> 4).to(torch.int64) << torch.arange(BLOCK)).sum(-1, keepdim=True)  # bit i: weight i's
+        high_bits = torch.where(high_bits >= 1 << 31, high_bits - (1 << 32), high_bits).to(torch.int32)
+        return "Q5_0", torch.cat([head, _bytes(high_bits), _nibbles(shifted & 15)], -1).flatten(1)
     if low >= -128 and high <= 127:
         return "Q8_0", torch.cat([head, values.to(torch.int8).view(torch.uint8)], -1).flatten(1)
     return f"its codes minus zero points lie in {low} … {high}, beyond Q8_0"
 
 
 def _bytes(values: Tensor) -> Tensor:
-    """[out, blocks, 1] of any type -> its bytes, [out, blocks, size]."""
+    """[out, blocks, 1] of any type -> its bytes, uint8 [out, blocks, size]."""
     return values.contiguous().view(torch.uint8)
 
 
 def _nibbles(codes: Tensor) -> Tensor:
-    """[…, 32] in 0 … 15 -> bytes […, 16]: weight i low and weight 16 + i high in byte i."""
+    """[…, 32] in 0 … 15 -> uint8 […, 16]: weight i in the low and weight 16 + i in the high nibble of byte i."""
     return (codes[..., :16] | codes[..., 16:] << 4).to(torch.uint8)
 
 
 def _rotary_rows(layer: Uniform, path: str, config: Any) -> Uniform:
-    """llama.cpp rotates neighbouring rows of LLaMA's queries and keys, transformers rows half a head apart."""
+    """The rows of LLaMA's queries and keys in llama.cpp's order.
+
+    Its rotary embedding pairs neighbouring rows; that of transformers, rows half a head apart.
+    """
     order = _rotary_order(path, layer.codes.shape[0], config)
     if order is None:
         return layer
@@ -186,7 +191,7 @@ def _rotary_order(path: str, rows: int, config: Any) -> Tensor | None:
 
 
 def _dense(gguf: Any, tensor: Tensor) -> tuple[Any, Any]:
-    """(array, type) of a tensor that stays as it is: float32 for vectors, as llama.cpp wants them."""
+    """(array, type) of an unquantized tensor: float32 for vectors, as llama.cpp requires."""
     if tensor.ndim == 1 or tensor.dtype == torch.float32:
         return tensor.float().numpy(), None
     if tensor.dtype == torch.bfloat16:
@@ -213,7 +218,7 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         log.warning(
-            "GGUF: llama.cpp attends to everything where this model looks back %d tokens; longer texts differ",
+            "GGUF: llama.cpp uses full attention, this model a sliding window of %d tokens; longer texts differ",
             config.sliding_window,
         )
     kind = rope.get("rope_type", "default")
@@ -223,11 +228,11 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
     elif kind == "llama3":
         writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim).numpy())
     elif kind != "default":
-        raise InputError(f"rotary embeddings of type {kind!r} are not written to GGUF; export it with --format dense")
+        raise InputError(f"GGUF export of rotary embeddings of type {kind!r} is not supported; use --format dense")
 
 
 def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
-    """What each frequency is divided by: 1 for short waves, `factor` for long ones, and between the two in between."""
+    """Divisor of each rotary frequency [head_dim / 2]: 1 for short wavelengths, `factor` for long ones."""
     waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, head_dim, 2) / head_dim)
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     share = ((rope["original_max_position_embeddings"] / waves - low) / (high - low)).clamp(0, 1)
@@ -235,41 +240,41 @@ def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     return factors
 
 
-def _write_words(gguf: Any, writer: Any, tokenizer: Any, folder: Path, config: Any) -> None:
-    """The vocabulary: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama"), out of tokenizer.json."""
+def _write_vocabulary(gguf: Any, writer: Any, tokenizer: Any, config: Any) -> None:
+    """Writes the vocabulary, byte-level BPE ("gpt2") or SentencePiece BPE ("llama"), from tokenizer.json."""
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
         return
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    told = json.loads(backend.to_str()) if backend is not None else {}
-    model = told.get("model") or {}
-    byte_level = "ByteLevel" in json.dumps([told.get("pre_tokenizer"), told.get("decoder")])
+    spec = json.loads(backend.to_str()) if backend is not None else {}
+    model = spec.get("model") or {}
+    byte_level = "ByteLevel" in json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
     if model.get("type") != "BPE" or not (byte_level or model.get("byte_fallback")):
         raise InputError(
-            f"a {model.get('type')} tokenizer is not written to GGUF (BPE is); export the model with --format dense "
-            "and use llama.cpp's convert_hf_to_gguf.py"
+            f"GGUF export of a {model.get('type')} tokenizer is not supported (BPE is); export the model with "
+            "--format dense and use llama.cpp's convert_hf_to_gguf.py"
         )
-    words = [f"[PAD{index}]" for index in range(config.vocab_size)]
+    tokens = [f"[PAD{index}]" for index in range(config.vocab_size)]
     kinds = [gguf.TokenType.UNUSED] * config.vocab_size
-    for word, index in model["vocab"].items():
-        words[index] = word
-        is_byte = not byte_level and len(word) == 6 and word.startswith("<0x")
+    for token, index in model["vocab"].items():
+        tokens[index] = token
+        is_byte = not byte_level and len(token) == 6 and token.startswith("<0x")
         kinds[index] = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
-    for added in told.get("added_tokens") or ():
-        words[added["id"]] = added["content"]
+    for added in spec.get("added_tokens") or ():
+        tokens[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if tokenizer.unk_token_id is not None:
         kinds[tokenizer.unk_token_id] = gguf.TokenType.UNKNOWN
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     writer.add_tokenizer_model("gpt2" if byte_level else "llama")
-    writer.add_token_list(words)
+    writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     if byte_level:
-        writer.add_tokenizer_pre(rule_of(told))
+        writer.add_tokenizer_pre(rule_of(spec))
         writer.add_token_merges(merges)
     else:
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores(_scores(words, merges))
+        writer.add_token_scores(_scores(tokens, merges))
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
@@ -281,12 +286,12 @@ def _write_words(gguf: Any, writer: Any, tokenizer: Any, folder: Path, config: A
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _scores(words: list[str], merges: list[str]) -> list[float]:
-    """SentencePiece joins the pair whose result scores highest: minus the rank of the first merge that makes a word."""
+def _scores(tokens: list[str], merges: list[str]) -> list[float]:
+    """SentencePiece's score of each token: minus the rank of the first merge that results in it (highest first)."""
     rank: dict[str, int] = {}
     for index, pair in enumerate(merges):
         rank.setdefault(pair.replace(" ", ""), index)
-    return [-float(rank.get(word, len(merges))) for word in words]
+    return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
 def _package() -> Any:

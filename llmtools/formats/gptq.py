@@ -1,16 +1,19 @@
-"""GPTQ's files: AutoGPTQ, GPTQModel, GPTQ-for-LLaMa and others; AutoRound in its GPTQ packing.
+"""GPTQ checkpoints: of AutoGPTQ, GPTQModel, GPTQ-for-LLaMa and others; AutoRound's in GPTQ packing.
 
-Of each linear, with b bits, m = out and n = in:
+Source: AutoGPTQ, auto_gptq/nn_modules/qlinear/qlinear_cuda.py; GPTQModel, gptqmodel/nn_modules/qlinear/torch.py, and
+gptqmodel/utils/planar_packing.py for "gptq_p".
 
-    qweight  int32 [ceil(n·b/32), m]     a bit stream along the inputs, one an output
-    qzeros   int32 [G, ceil(m·b/32)]     a bit stream along the outputs, one a group
+The tensors of a linear, with b bits, m = out and n = in:
+
+    qweight  int32 [ceil(n·b/32), m]     a bit stream along the inputs for each output
+    qzeros   int32 [G, ceil(m·b/32)]     a bit stream along the outputs for each group
     scales   [G, m]                      g_idx int32 [n], optional: the group of each column
 
-Three versions. v1 ("gptq", also where the config is silent) stores zero − 1, v2 ("gptq_v2") stores zero; where v1 has
-to store −1 it wraps to the largest field, and so do we when we read it. "gptq_p" stores fields of 3, 5, 6 and 7 bits
-in planes: of every 32 codes first the low bits, then the next, each plane a bit stream of its own; zeros as in v2.
+There are three versions. v1 ("gptq", the default of the config) stores zero − 1, v2 ("gptq_v2") stores zero; in v1 a
+zero of 0 wraps to the largest field, which reading reverses. "gptq_p" stores fields of 3, 5, 6 and 7 bits in bit
+planes: of every 32 codes first the low bits, then the next, each plane a bit stream of its own; zeros as in v2.
 
-`dynamic` gives modules other options: its keys are regular expressions, "-:…" for modules that stay dense.
+`dynamic` overrides options per module: its keys are regular expressions, "-:…" for modules that stay dense.
 """
 
 from __future__ import annotations
@@ -35,18 +38,20 @@ from .uniform import Limits, Uniform
 log = logging.getLogger(__name__)
 
 PLANES = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}
-"""Widths of the planes of gptq_p, from the low bits up."""
+"""Bits → widths of the planes of gptq_p, from the low bits up."""
 
 _AUTOROUND = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round:gptq": "gptq"}
+"""AutoRound's packing_format → version."""
 
 
 @formats.register("gptq")
 class GPTQ(Format):
-    """GPTQ's files of all versions; written as version 1."""
+    """GPTQ checkpoints of all versions; exported as version 1."""
 
     marker, companion = "qweight", "qzeros"
     limits = Limits(bits=(2, 3, 4, 8), zero_codes=False)
     written_version: ClassVar[str] = "gptq"
+    """Version of exported checkpoints."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -88,7 +93,7 @@ class GPTQ(Format):
         scales = stored.get("scales", groups, out_features, dtypes=FLOATS).T
         zeros = (_unpack_planes(qzeros, planes, out_features) if planes else unpack(qzeros, bits, out_features)).T
         if self.version == "gptq":
-            _look_for_carries(stored, qzeros, bits, out_features)
+            _warn_of_carries(stored, qzeros, bits, out_features)
             zeros = (zeros.to(torch.int32) + 1) % 2**bits
         group_of = columns_by_group(stored, "g_idx", in_features, group_size, groups)
         codes = None
@@ -108,14 +113,14 @@ class GPTQ(Format):
         )
 
     def _options(self, path: str) -> dict[str, Any]:
-        """The config as it holds for one module."""
+        """The options of one module: the config with its overrides."""
         options = dict(self.config)
         for pattern, changes in mapping(self.config.get("dynamic"), "dynamic").items():
             if _matches(pattern.removeprefix("+:").removeprefix("-:"), path):
                 if pattern.startswith("-:"):
                     raise CheckpointError(f"{path} is quantized, but the config's dynamic[{pattern!r}] leaves it dense")
                 return options | mapping(changes, f"dynamic[{pattern!r}]")
-        extra = mapping(self.config.get("extra_config"), "extra_config")  # AutoRound's way: by path
+        extra = mapping(self.config.get("extra_config"), "extra_config")  # AutoRound's overrides, by path
         own = mapping(extra.get(path), f"extra_config[{path!r}]")
         return options | {key: value for key, value in own.items() if value is not None}
 
@@ -133,7 +138,7 @@ class GPTQ(Format):
 
     @classmethod
     def describe(cls, layers: Mapping[str, Uniform], dense: list[str]) -> dict[str, Any]:
-        """What most layers have, and under `dynamic` the rest, one pattern a module."""
+        """The most common options, and under `dynamic` the overrides, one pattern per module."""
         options = {path: _options_of(layer) for path, layer in layers.items()}
         common, _ = Counter(options.values()).most_common(1)[0]
         dynamic: dict[str, dict[str, Any]] = {}
@@ -160,7 +165,7 @@ class GPTQ(Format):
 
 @formats.register("gptq_v2")
 class GPTQv2(GPTQ):
-    """Written as version 2, whose zero points may be 0; `GPTQ` reads it."""
+    """GPTQ checkpoints exported as version 2, whose zero points may be 0; `GPTQ` reads them."""
 
     limits = Limits(bits=(2, 3, 4, 8))
     written_version = "gptq_v2"
@@ -181,7 +186,7 @@ def _as_json(options: tuple[int, int, bool, bool]) -> dict[str, Any]:
 
 
 def _group_size(stored: Module, in_features: int) -> int:
-    """As the scales have it, where the config does not say: programs differ in their defaults."""
+    """The group size by the shape of the scales, for a config without one: programs differ in their defaults."""
     groups = max(stored.get("scales", None, None).shape[0], 1)
     if in_features % groups:
         raise CheckpointError(f"{stored.path}: the quantization config has no group_size for {groups} groups")
@@ -195,11 +200,13 @@ def _matches(pattern: str, path: str) -> bool:
     except TimeoutError as error:
         raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] takes too long to match") from error
     except (re.error, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"the config's dynamic[{pattern[:60]!r}] is no regular expression ({error})") from error
+        raise CheckpointError(
+            f"the config's dynamic[{pattern[:60]!r}] is not a valid regular expression ({error})"
+        ) from error
 
 
 def _unpack_planes(stream: Tensor, planes: tuple[int, ...], count: int) -> Tensor:
-    """gptq_p: [..., w] int32 -> codes [..., count] uint8. Of every 32 codes, planes of `width` words each."""
+    """gptq_p: int32 [..., w] -> codes uint8 [..., count]. Every 32 codes are planes of `width` words each."""
     runs = stream.unflatten(-1, (-1, sum(planes)))  # [..., r, bits]
     codes, shift = torch.zeros(*runs.shape[:-1], 32, dtype=torch.uint8), 0
     for width, plane in zip(planes, runs.split(planes, -1), strict=True):
@@ -208,16 +215,16 @@ def _unpack_planes(stream: Tensor, planes: tuple[int, ...], count: int) -> Tenso
     return codes.flatten(-2)[..., :count]
 
 
-def _look_for_carries(stored: Module, qzeros: Tensor, bits: int, out_features: int) -> None:
-    """Warns of a mistake of old writers, who stored zero − 1 = −1 without cutting it: it fills its word to the top."""
+def _warn_of_carries(stored: Module, qzeros: Tensor, bits: int, out_features: int) -> None:
+    """Warns of a bug of early writers: an unmasked zero − 1 = −1 sets all higher bits of its word."""
     if 32 % bits:
         return
     fields = unpack(qzeros, bits, qzeros.shape[1] * 32 // bits).unflatten(-1, (-1, 32 // bits))  # [G, w, fields]
     full = fields == 2**bits - 1
-    to_the_top = full[..., :-1] <= full[..., 1:]  # whoever is full is followed by one that is full
+    to_the_top = full[..., :-1] <= full[..., 1:]  # a full field is followed by full ones
     if bool(full[..., :-1].any()) and bool(to_the_top.all()):
         log.warning(
-            "%s: zero points of 0 seem to have overwritten their neighbours when this file was written; if the model "
-            "talks nonsense, that is why, and it has to be quantized again",
+            "%s: zero points of 0 seem to have overwritten their neighbours when this file was written; if the model's "
+            "output is nonsense, that is the reason, and it has to be quantized again",
             stored.path,
         )

@@ -1,12 +1,14 @@
-"""HQQ's files, in safetensors as transformers and hqq write them: W = (code − zero) · scale with zeros that are floats.
+"""HQQ checkpoints, in safetensors as transformers and hqq write them: W = (code − zero) · scale with float zeros.
+
+Source: hqq, hqq/core/quantize.py and hqq/core/bitpack.py.
 
 The matrix is reshaped, to [·, group_size] for axis 1 and to [group_size, ·] for axis 0; each row, or column, of that is
-a group. The codes are then packed along the first dimension: with P in a word, the rows are cut in P equal blocks, and
-the first block takes the highest field.
+a group. The codes are then packed along the first dimension: with P per word, the rows are split into P equal blocks,
+and the first block takes the highest field.
 
     W_q     uint8 [rows/P, ·]; 3 bits: int32 with ten fields, the rows padded to a multiple of ten
     scale, zero     [groups, 1] for axis 1, [1, groups] for axis 0
-    nbits, group_size, shape, axis, packing, …     one tensor an option
+    nbits, group_size, shape, axis, packing, …     one tensor per option
 """
 
 from __future__ import annotations
@@ -25,12 +27,12 @@ from .base import FLOATS, TYPE_NAMES, Format, affine, formats
 from .tensors import Module
 
 _FIELDS = {"8bit_u8": (8, 1), "4bit_u8": (4, 2), "3bit_32": (3, 10), "2bit_u8": (2, 4), "1bit_u8": (1, 8)}
-"""packing → bits of a field, fields in a word."""
+"""Packing → (bits of a field, fields per word)."""
 
 
 @formats.register("hqq")
 class HQQ(Format):
-    """HQQ's files."""
+    """HQQ checkpoints; read only."""
 
     marker, companion = "W_q", "packing"
     implied = MappingProxyType({"quant_method": "hqq"})  # hqq's own save_to_safetensors writes no config
@@ -55,9 +57,7 @@ class HQQ(Format):
             )
         for name in ("quant_scale", "quant_zero"):
             if name in stored and bool(stored.get(name).any()):
-                raise CheckpointError(
-                    f"{stored.path}: HQQ with {name} is not read (scales that are quantized themselves)"
-                )
+                raise CheckpointError(f"{stored.path}: HQQ with {name} is not read (quantized scales or zeros)")
         weights, group_size = out_features * in_features, self._group_size(stored, in_features, axis, out_features)
         groups = weights // group_size
         rows = groups if axis == 1 else group_size
@@ -99,7 +99,10 @@ class HQQ(Format):
 
 
 def _columns(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size: int) -> tuple[Quantizer, Packed]:
-    """Axis 0: element (r, c) belongs to group (r mod P, c), P = out / group_size."""
+    """Axis 0: element (r, c) belongs to group (r mod P, c), P = out / group_size.
+
+    codes uint8 [out, in]; scales, zeros: float [1, P · in].
+    """
     out_features, in_features = codes.shape
     quantizer = ColumnGrid(bits=bits, group_size=size, scale_type=TYPE_NAMES[scales.dtype])
     packed = {
@@ -112,8 +115,8 @@ def _columns(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int, size: int)
 
 
 def _fields(words: Tensor, width: int, per_word: int, rows: int) -> Tensor:
-    """W_q [rows / P, c] -> codes [rows, c] uint8."""
-    if words.is_floating_point():  # "view_as_float": the same bytes under another name
+    """W_q [rows / P, c] -> codes uint8 [rows, c]."""
+    if words.is_floating_point():  # "view_as_float": the same bytes as another type
         words = words.contiguous().view(torch.int32 if per_word == 10 else torch.uint8)
     if words.dtype != (torch.int32 if per_word == 10 else torch.uint8):
         raise CheckpointError(f"the checkpoint is damaged: W_q is {words.dtype}")
@@ -123,7 +126,7 @@ def _fields(words: Tensor, width: int, per_word: int, rows: int) -> Tensor:
 
 
 def _integers(zeros: Tensor, bits: int) -> Tensor:
-    """Zero points as integers where all are (round_zero), which take less room; else as they are."""
+    """Zero points as int32 where all are integers (round_zero), which are smaller; else unchanged."""
     whole = zeros.round()
     if torch.equal(whole, zeros) and bool(((whole >= 0) & (whole < 2**bits)).all()):
         return whole.to(torch.int32)

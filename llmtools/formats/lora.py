@@ -1,12 +1,12 @@
-"""Adapters that servers accept: plain LoRA, and nothing else in the file.
+"""Export of adapters for inference servers: plain LoRA.
 
-vLLM and its like read ``lora_A`` and ``lora_B``, ranks and alphas (rsLoRA and per-module patterns too), and refuse
-what changes the model in other ways: DoRA's magnitudes, trained biases, modules saved whole. Those are refused here
-with the way out, a merged model.
+vLLM and other servers read ``lora_A`` and ``lora_B``, ranks and alphas (rsLoRA and per-module patterns, too), and
+reject everything else (vLLM, vllm/lora/peft_helper.py): DoRA's magnitudes, trained biases, modules_to_save. Such
+adapters are refused here; the remedy is a merged model.
 
-PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) do not start at zero but take their start out of the base, so
-their files mean nothing on the base as it was published. Relative to that base the adapter did B A − B₀ A₀, with the
-start (A₀, B₀), and that is a plain adapter of twice the rank: A' = [A; A₀], B' = [B, −B₀] (as PEFT's own conversion).
+PiSSA (arXiv:2404.02948) and OLoRA (arXiv:2406.01775) initialise (A₀, B₀) from the base weights and subtract B₀ A₀ from
+them, so their adapters do not fit the published base model. Relative to that, the adapter adds B A − B₀ A₀, a plain
+adapter of twice the rank: A' = [A; A₀], B' = [B, −B₀] (PEFT, src/peft/tuners/lora/model.py, subtract_mutated_init).
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from ..model.fingerprint import FINGERPRINT
 from ..model.integrity import note_checksums
 
 _PLAIN = (None, True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga", "error")
-"""Values of init_lora_weights that leave the base alone."""
+"""Values of init_lora_weights that do not change the base weights."""
 _FROM_BASE = ("pissa", "olora")
+"""Values of init_lora_weights that subtract the initial adapter from the base weights."""
 
 
 def export_adapter(
@@ -41,10 +42,12 @@ def export_adapter(
     base_name: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a PEFT adapter as a plain LoRA that servers read; returns the folder.
+    """Writes a PEFT adapter as a plain LoRA adapter for servers; returns the folder.
 
-    base: the dense model that a PiSSA or OLoRA adapter was trained on, from which its start is worked out again.
-    base_name: what to write as the base's name, instead of the path on this machine.
+    base: the dense model that a PiSSA or OLoRA adapter was trained on, to recompute its initialisation; used up.
+    base_name: name of the base model to write in place of a local path.
+
+    Raises InputError for an adapter that is damaged or not plain LoRA, or a missing or different base.
     """
     source = Path(adapter).expanduser()
     config = check_adapter(source)
@@ -53,13 +56,15 @@ def export_adapter(
     except (OSError, SafetensorError) as error:
         raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
     _refuse_more_than_lora(source, config, tensors)
-    start = config.get("init_lora_weights")
-    if str(start).split("_niter")[0] in _FROM_BASE:
+    init = config.get("init_lora_weights")
+    if str(init).split("_niter")[0] in _FROM_BASE:
         if base is None:
-            raise InputError(f"{source} started from the base's weights ({start}); pass --model, the dense base model")
-        tensors, config = _relative_to(_start_of(base, source), tensors, config)
-    elif start not in _PLAIN:
-        raise InputError(f"{source}: init_lora_weights={start!r} changed the base; merge it with --format dense")
+            raise InputError(
+                f"{source} was initialised from the base's weights ({init}); pass --model, the dense base model"
+            )
+        tensors, config = _relative_to(_initial_adapter(base, source), tensors, config)
+    elif init not in _PLAIN:
+        raise InputError(f"{source}: init_lora_weights={init!r} changed the base; merge it with --format dense")
     config |= {"init_lora_weights": True, "inference_mode": True}
     if base_name is not None:
         config["base_model_name_or_path"] = base_name
@@ -68,15 +73,15 @@ def export_adapter(
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if (source / FINGERPRINT).exists():
             shutil.copy(source / FINGERPRINT, partial / FINGERPRINT)
-        if info := _how_it_is_asked(source):
+        if info := _inference_info(source):
             info["files"] = files_of(partial)
             info["checksums"] = note_checksums(partial, info)
             (partial / MARK).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 
-def _how_it_is_asked(source: Path) -> dict[str, Any]:
-    """Of what is known of the adapter what generating and evaluating need: prompt format, task, how its base loads."""
+def _inference_info(source: Path) -> dict[str, Any]:
+    """The metadata that generate and evaluate need: prompt format, task, quantization of the base while loading."""
     info = read_info(source)
     recipe: Any = info.get("recipe") if isinstance(info.get("recipe"), dict) else {}
     kept = {key: recipe[key] for key in ("task", "options", "load") if recipe.get(key) is not None}
@@ -85,7 +90,7 @@ def _how_it_is_asked(source: Path) -> dict[str, Any]:
 
 
 def _refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    merge = "servers do not read that; merge the adapter with --format dense --adapter"
+    merge = "servers do not support that; merge the adapter with --format dense --adapter"
     if config.get("peft_type") != "LORA":
         raise InputError(f"{source} is a {config.get('peft_type')} adapter, not LoRA; {merge}")
     for key in (
@@ -105,8 +110,8 @@ def _refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[s
         raise InputError(f"{source} holds {others[0]}; {merge}")
 
 
-def _start_of(base: Any, source: Path) -> dict[str, Tensor]:
-    """The adapter as it was before training, by the names in the file; the base is used up."""
+def _initial_adapter(base: Any, source: Path) -> dict[str, Tensor]:
+    """Name in the file → tensor of the adapter before training; the base is used up."""
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     config = LoraConfig.from_pretrained(str(source))
@@ -117,18 +122,21 @@ def _start_of(base: Any, source: Path) -> dict[str, Tensor]:
 
 
 def _relative_to(
-    start: dict[str, Tensor], tensors: dict[str, Tensor], config: dict[str, Any]
+    initial: dict[str, Tensor], tensors: dict[str, Tensor], config: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter of twice the rank that does B A − B₀ A₀, with the scale of the original."""
-    if set(start) != set(tensors):
+    """(tensors, config) of the adapter of twice the rank that adds B A − B₀ A₀, scaled as the original.
+
+    Per linear: lora_A [r, in] -> [2 r, in], lora_B [out, r] -> [out, 2 r].
+    """
+    if set(initial) != set(tensors):
         raise InputError("the adapter does not fit this base model; was it trained on another one?")
     doubled = {
-        name: torch.cat([tensor, start[name].to(tensor)], 0)
+        name: torch.cat([tensor, initial[name].to(tensor)], 0)
         if name.endswith("lora_A.weight")
-        else torch.cat([tensor, -start[name].to(tensor)], 1)
+        else torch.cat([tensor, -initial[name].to(tensor)], 1)
         for name, tensor in tensors.items()
     }
-    # The scale is alpha / r, or alpha / √r for rsLoRA: with 2 r it stays if alpha grows likewise.
+    # The scaling is alpha / r, or alpha / √r for rsLoRA: at 2 r it is unchanged with alpha scaled by 2, or √2.
     factor = 2**0.5 if config.get("use_rslora") else 2
     changed = config | {
         "r": 2 * config["r"],

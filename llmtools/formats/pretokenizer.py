@@ -1,8 +1,10 @@
-"""Which of llama.cpp's rules cuts words as a byte-level BPE tokenizer does.
+"""llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer.
 
-A GGUF file names the rule (``tokenizer.ggml.pre``), it does not hold it; under another rule newlines, digits and code
-get other tokens, and nobody notices. So the rule is found by what ``tokenizer.json`` says, never by the model's family,
-and a tokenizer that follows none of them is refused. The rules: llama.cpp, src/llama-vocab.cpp (`llm_tokenizer_bpe`).
+A GGUF file only names the pre-tokenizer (``tokenizer.ggml.pre``); under another one newlines, digits and code get
+different tokens, without an error. So it is determined from ``tokenizer.json``, not from the model's family, and a
+tokenizer without an equivalent is refused.
+
+Source: llama.cpp, src/llama-vocab.cpp (`llm_tokenizer_bpe`).
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ GPT4O = f"{_HEAD}{_UPPER}*{_LOWER}+{_ENGLISH}?|{_HEAD}{_UPPER}+{_LOWER}*{_ENGLIS
 
 class _Rule(NamedTuple):
     name: str
+    """Name in llama.cpp."""
     ignore_merges: bool = False
-    """whether a word that is in the vocabulary is a token, whatever the merges say"""
+    """Whether a pre-token that is in the vocabulary is one token, whatever the merges say."""
 
 
 RULES: dict[tuple[str, ...], _Rule] = {
@@ -38,31 +41,31 @@ RULES: dict[tuple[str, ...], _Rule] = {
     (TEKKEN,): _Rule("tekken", ignore_merges=True),
     (GPT4O,): _Rule("gpt-4o"),
 }
-"""The regular expressions that a text is split by, one after the other → llama.cpp's name for them."""
+"""Regular expressions that split a text, in this order → llama.cpp's pre-tokenizer."""
 
 
 def rule_of(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name of the rule that a ``tokenizer.json`` follows. Raises InputError where there is none."""
+    """llama.cpp's name of the pre-tokenizer in a ``tokenizer.json``. Raises InputError where it has no equivalent."""
     remedy = "export the model with --format dense and use llama.cpp's convert_hf_to_gguf.py"
     try:
         patterns = tuple(_patterns(tokenizer.get("pre_tokenizer")))
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from error
     if patterns == (GPT2,) and _has_digits_alone((tokenizer.get("model") or {}).get("vocab") or {}):
-        patterns = (DIGITS, GPT2)  # no token crosses a digit, so both give the same; the vocabulary was made by these
+        patterns = (DIGITS, GPT2)  # equivalent, as no token spans a digit
     rule = RULES.get(patterns)
     if rule is None:
-        raise InputError(f"llama.cpp has no rule that cuts words as this tokenizer does, by {patterns}; {remedy}")
+        raise InputError(f"llama.cpp has no pre-tokenizer with this tokenizer's patterns {patterns}; {remedy}")
     ignores = bool((tokenizer.get("model") or {}).get("ignore_merges"))
     if ignores != rule.ignore_merges:
         raise InputError(
-            f"the tokenizer says ignore_merges={ignores}, and llama.cpp's rule {rule.name!r} not; {remedy}"
+            f"the tokenizer has ignore_merges={ignores}, llama.cpp's pre-tokenizer {rule.name!r} has not; {remedy}"
         )
     return rule.name
 
 
 def _patterns(step: Any) -> Iterator[str]:
-    """The regular expressions of a pre-tokenizer; "Digits" and the byte level's own are written as such."""
+    """The regular expressions of a pre-tokenizer; "Digits" and "ByteLevel" as their equivalent ones."""
     kind = (step or {}).get("type")
     if kind == "Sequence":
         for each in step.get("pretokenizers") or ():
@@ -70,7 +73,7 @@ def _patterns(step: Any) -> Iterator[str]:
     elif kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         pattern = step.get("pattern") or {}
         if "Regex" not in pattern:
-            raise InputError(f"the tokenizer splits at {pattern}, which llama.cpp does not")
+            raise InputError(f"the tokenizer splits at {pattern}, which llama.cpp does not support")
         yield str(pattern["Regex"])
     elif kind == "Digits" and step.get("individual_digits"):
         yield DIGITS
@@ -78,11 +81,11 @@ def _patterns(step: Any) -> Iterator[str]:
         if step.get("use_regex", True):
             yield GPT2
     else:
-        raise InputError(f"the tokenizer cuts words by {kind} ({step}), which llama.cpp does not")
+        raise InputError(f"the tokenizer has the pre-tokenizer {kind} ({step}), which llama.cpp does not have")
 
 
 def _has_digits_alone(vocabulary: Mapping[str, int]) -> bool:
-    """Whether each token of a byte-level vocabulary with a number character is that character and nothing else."""
+    """Whether each token of a byte-level vocabulary that contains a number character is that single character."""
     from tokenizers.decoders import ByteLevel
 
     decoder, found = ByteLevel(), False

@@ -1,12 +1,14 @@
-"""QuIP#'s files, as on the hub under "relaxml" (arXiv:2402.04396). m = out, n = in, multiples of 16 and 64.
+"""QuIP# checkpoints (arXiv:2402.04396), as on the hub under "relaxml". m = out, n = in, multiples of 16 and 64.
 
-Of each linear, four a block: ``qkv_proj`` and ``upgate_proj`` (in this order) are stored as one matrix.
+Source: quip-sharp, lib/linear/quantized_linear.py and lib/codebook/latticee8_padded12.py (..._rvq3bit, ..._rvq4bit).
+
+The tensors of a linear; a block has four linears, as ``qkv_proj`` and ``upgate_proj`` (in this order) are fused:
 
     Qidxs        int64: [m, n/32] for 2 bits, [m, n/16] for 4, [m, 3n/64] for 3
-    SU, SV       float16 [n], [m]: signs, or any numbers after fine-tuning
-    Wscale       float16 [], to be multiplied in, and 1 in most files
+    SU, SV       float16 [n], [m]: signs, or arbitrary values after fine-tuning
+    Wscale       float16 [], a factor, 1 in most files
     codebook_id  7, 18 or 17 for 2, 3 or 4 bits
-    fuse_scales  float16 [3] or [2]: a scale for each of the fused parts
+    fuse_scales  float16 [3] or [2]: a factor for each of the fused parts
 
 A word of Qidxs holds four codes of E8P for two rows and sixteen columns, see `_codes`. At 4 bits the first half of the
 columns are the codes, the other half those of the residual; at 3 bits the last third are E81B's bytes, row by row.
@@ -28,15 +30,16 @@ from .base import Format, formats
 from .tensors import Module
 
 QUIP_PARAMS = "quip_params"
-"""The key of config.json."""
+"""Key of the quantization config in config.json."""
 BOOKS = {"E8P12": (2, 7), "E8P12RVQ3B": (3, 18), "E8P12RVQ4B": (4, 17)}
-"""codebook → bits, codebook_id"""
+"""Codebook → (bits, codebook_id)."""
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "upgate_proj": ("up_proj", "gate_proj")}
+"""Fused module → its parts, in the order of their outputs."""
 
 
 @formats.register("quip_sharp")
 class QuIPSharpFiles(Format):
-    """QuIP#'s files."""
+    """QuIP# checkpoints; read only."""
 
     marker, companion = "Qidxs", "SU"
     unused = ("scaleWH", "A", "B", "ocs_dupe_inds")
@@ -87,8 +90,8 @@ class QuIPSharpFiles(Format):
             sv = sv * scales.repeat_interleave(torch.tensor(out_features))
         shared = self._codes_of(stored, total, in_features) | {"su": su}
         if len(out_features) == 1 and torch.equal(sv.half().float(), sv):
-            ours = QuIPSharp(bits=self.bits, residual_scale=self.residual_scale)
-            return [(ours, shared | {"sv": sv.half()})]
+            quantizer = QuIPSharp(bits=self.bits, residual_scale=self.residual_scale)
+            return [(quantizer, shared | {"sv": sv.half()})]
         converted: list[tuple[Quantizer, Packed]] = []
         first = 0
         for rows in out_features:
@@ -110,7 +113,7 @@ class QuIPSharpFiles(Format):
 
 
 def _codes(stream: Tensor, m: int, n: int) -> Tensor:
-    """int64 [m, n/32] -> E8P codes [m, n/8] int16, whose high byte names the magnitudes and low byte the signs.
+    """int64 [m, n/32] -> E8P codes int16 [m, n/8], magnitudes in the high byte and signs in the low byte.
 
     As [m/16, n/64, 8, 4] words, word [I, J, r, c] belongs to rows 16 I + 2 r + {0, 1} and columns 64 J + 16 c + 0 … 15.
     Code i = 0 … 3 of it has row i mod 2 and the eight columns i div 2. Bits 8 i … 8 i + 7 of a word are the magnitudes
@@ -122,5 +125,5 @@ def _codes(stream: Tensor, m: int, n: int) -> Tensor:
     for j in range(8):
         codes |= ((words >> (32 + 4 * j + index)) & 1) << j
     grid = codes.unflatten(-1, (2, 2))  # [I, J, r, c, columns, row]
-    ours: Tensor = grid.permute(0, 2, 5, 1, 3, 4).reshape(m, n // 8).to(torch.int16)
-    return ours
+    rows: Tensor = grid.permute(0, 2, 5, 1, 3, 4).reshape(m, n // 8).to(torch.int16)
+    return rows

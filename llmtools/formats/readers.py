@@ -1,6 +1,6 @@
-"""Who can read what an export writes: other programs take less than their formats can say.
+"""Programs that read exported checkpoints; most support only a part of what the formats can express.
 
-| reader         | format             | takes |
+| reader         | format             | supports |
 |---|---|---|
 | `vllm`         | gptq               | symmetric 4 and 8 bits, columns in natural order, one setting for all modules |
 |                | compressed-tensors | symmetric 4 and 8 bits |
@@ -12,9 +12,9 @@
 |                | gguf, dense, lora  | everything |
 | `llama.cpp`    | gguf               | everything |
 
-`make test-interop` has each of them but vLLM open exports of the default grids and of symmetric ones: what it takes, by
-the table, gives the same logits, and what it does not take stops it. vLLM's rows are from the source of version 0.33;
-it is not run. What is not in the table is not known to work.
+`make test-interop` opens exports of default and of symmetric grids in each of them except vLLM: supported ones, by the
+table, give the same logits, and others an error. vLLM's rows are from the source of version 0.33, untested.
+Combinations that are not in the table are not known to work.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from ..errors import InputError
 from .uniform import Uniform
 
 READERS = ("vllm", "gptqmodel", "transformers", "llama.cpp")
+"""Names of the readers."""
 
 _Limit = Callable[[Sequence[Uniform], Sequence[str]], str | None]
-"""(layers, paths of dense linears in the blocks) → why a reader does not take them, with the remedy; None if it does"""
+"""(layers, paths of dense linears in the blocks) → reason why a reader does not support them, with the remedy, or
+None."""
 
 
 def _asymmetric(layers: Sequence[Uniform], dense: Sequence[str]) -> str | None:
@@ -60,7 +62,7 @@ def _several_settings(layers: Sequence[Uniform], dense: Sequence[str]) -> str | 
     return None if fits else "it reads one setting for all linears of the blocks: quantize without overrides and skip"
 
 
-_TAKES: Mapping[str, Mapping[str, tuple[_Limit, ...]]] = {
+_LIMITS: Mapping[str, Mapping[str, tuple[_Limit, ...]]] = {
     "vllm": {
         "gptq": (_asymmetric, _other_widths, _other_groups, _reordered, _several_settings),
         "compressed-tensors": (_asymmetric, _other_widths, _other_groups),
@@ -78,27 +80,27 @@ _TAKES: Mapping[str, Mapping[str, tuple[_Limit, ...]]] = {
     },
     "llama.cpp": {"gguf": ()},
 }
-"""reader → format → what it does not take of it"""
+"""Reader → format → what the reader does not support of it."""
 
 
-def refusal(reader: str, form: str, layers: Sequence[Uniform], dense: Sequence[str] = ()) -> str | None:
-    """Why a reader does not take a model exported in the format `form`, with the remedy; None where it does.
+def refusal(reader: str, format_name: str, layers: Sequence[Uniform], dense: Sequence[str] = ()) -> str | None:
+    """The reason why a reader does not support a model exported in this format, with the remedy; None where it does.
 
-    dense: paths of linears in the blocks that stayed dense.
+    dense: paths of unquantized linears in the blocks.
     """
-    takes = _TAKES[reader]
-    if form not in takes:
-        return f"it does not read {form}, but {', '.join(known for known in takes if known != 'lora')}"
-    return next((reason for limit in takes[form] if (reason := limit(layers, dense)) is not None), None)
+    limits = _LIMITS[reader]
+    if format_name not in limits:
+        return f"it does not read {format_name}, but {', '.join(known for known in limits if known != 'lora')}"
+    return next((reason for limit in limits[format_name] if (reason := limit(layers, dense)) is not None), None)
 
 
 def readers_of(
-    form: str, layers: Sequence[Uniform], dense: Sequence[str], wanted: str | None = None
+    format_name: str, layers: Sequence[Uniform], dense: Sequence[str], reader: str | None = None
 ) -> tuple[str, ...]:
-    """The readers that take the export. Raises InputError where `wanted` is none of them."""
-    if wanted is not None and (reason := refusal(wanted, form, layers, dense)):
-        raise InputError(f"{wanted} would not open this {form} export: {reason}; nothing was written")
-    return tuple(reader for reader in READERS if refusal(reader, form, layers, dense) is None)
+    """The readers that support the export. Raises InputError where `reader` does not."""
+    if reader is not None and (reason := refusal(reader, format_name, layers, dense)):
+        raise InputError(f"{reader} would not open this {format_name} export: {reason}; nothing was written")
+    return tuple(each for each in READERS if refusal(each, format_name, layers, dense) is None)
 
 
 def _group_size(layer: Uniform) -> int:

@@ -1,12 +1,12 @@
-"""Third-party checkpoints opened as ours, exact to the bit, so that they finetune and export like ours.
+"""Reading of third-party checkpoints as llmtools models, bit for bit, so that they can be finetuned and exported.
 
-`llmtools.load(folder)` detects them by what their config says. Each quantized module is translated into one of our
-quantizers and its tensors (one file a format here), and the result goes through the same door as our own checkpoints,
-with the same checks: `llmtools.save` writes it as one of ours. What the third-party config said is kept, all of it,
-under "origin" in ``config.json``.
+`llmtools.load(folder)` detects them by their quantization config. Each quantized module is translated into one of our
+quantizers and its packed tensors (one file per format in this package), and the result is loaded like our own
+checkpoints, with the same checks: `llmtools.save` writes it as one. The original quantization config is kept under
+"origin" in ``config.json``.
 
-transformers opens some of these formats as well, with the peers' packages, and keeps doing so:
-``AutoModelForCausalLM.from_pretrained`` of such a folder is theirs. What is not listed here is left to it.
+transformers opens some of these formats, too, with the packages that wrote them:
+``AutoModelForCausalLM.from_pretrained`` of such a folder is not changed. Other methods are left to transformers.
 """
 
 from __future__ import annotations
@@ -32,19 +32,24 @@ from .base import Format, formats, mapping
 from .quip_sharp import QUIP_PARAMS
 from .tensors import Module, Tensors
 
-_SIDE_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's, where config.json says nothing
+_SIDE_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's, where config.json has no entry
 _HUB_OPTIONS = ("revision", "token", "cache_dir")
 
 
 class External(NamedTuple):
-    """A third-party checkpoint: where it is, and how it is read."""
+    """A third-party checkpoint."""
 
     folder: Path
+    """Folder of the files."""
     format: Format
+    """Format that reads them."""
 
 
 def detect(name: str, options: Mapping[str, Any]) -> External | None:
-    """The checkpoint of others at this folder or hub name; None where it is ours, dense, or left to transformers."""
+    """The third-party checkpoint in a folder or hub name; None where it is ours, dense, or left to transformers.
+
+    Raises CheckpointError for a damaged quantization config, or quantized tensors without one.
+    """
     folder = Path(name)
     if not folder.exists():
         return _from_hub(name, options)
@@ -54,27 +59,27 @@ def detect(name: str, options: Mapping[str, Any]) -> External | None:
 
 
 def left_to_transformers(config: Mapping[str, Any], name: str) -> str | None:
-    """The method of a quantized checkpoint that is transformers' to open; None where it is dense, or ours to read.
+    """The quantization method of a checkpoint left to transformers; None where it is dense, or llmtools reads it.
 
-    Raises CheckpointError for a method that neither can open.
+    Raises CheckpointError for a method that neither can read.
     """
     folder = Path(name) if Path(name).exists() else None
     quantization = quantization_config(config, folder)
     if not quantization or format_of(quantization) is not None or quantization.get("quant_method") == METHOD:
         return None
-    method, form = quantization.get("quant_method"), quantization.get("format")
-    if method == "bitsandbytes":  # transformers lists it by the width
+    method, packing = quantization.get("quant_method"), quantization.get("format")
+    if method == "bitsandbytes":  # transformers has one entry for each width
         eight = quantization.get("load_in_8bit", quantization.get("_load_in_8bit"))
         method = "bitsandbytes_8bit" if eight else "bitsandbytes_4bit"
     if not isinstance(method, str) or method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise CheckpointError(f"{name} is quantized by {method!r}, which neither llmtools nor transformers can read")
     if method in _REFUSED:
         raise CheckpointError(f"{name} is quantized by {method}, which llmtools does not read; {_REMEDY}")
-    return f"{method} (format {form})" if isinstance(form, str) else method
+    return f"{method} (format {packing})" if isinstance(packing, str) else method
 
 
 _REFUSED = ("torchao",)
-"""Methods whose weights are tensors of a type of their own, which nothing here could check, train on or save."""
+"""Methods with tensor subclasses as weights, which llmtools cannot check, train on or save."""
 _REMEDY = (
     "give the dense model that it was made from, or dequantize it with the program that wrote it and save_pretrained"
 )
@@ -82,7 +87,7 @@ _REMEDY = (
 
 @contextmanager
 def naming_method(config: Mapping[str, Any], name: str) -> Iterator[None]:
-    """Errors of a checkpoint that was left to transformers name its method, and the way out."""
+    """Adds the quantization method and a remedy to errors of a checkpoint that was left to transformers."""
     try:
         yield
     except CheckpointError as error:
@@ -90,14 +95,15 @@ def naming_method(config: Mapping[str, Any], name: str) -> Iterator[None]:
             raise
         raise CheckpointError(
             f"{str(error).rstrip('.')}; the model is quantized by {method}, which llmtools leaves to transformers: "
-            f"install what that asks for, or {_REMEDY}"
+            f"install the package that it requires, or {_REMEDY}"
         ) from error
 
 
 def format_of(quantization: Mapping[str, Any]) -> type[Format] | None:
-    """The format of checkpoints with this quantization config; None where there is none, or it is nobody's here.
+    """The format that reads checkpoints with this quantization config; None where there is none.
 
-    Plug-ins are asked about methods that neither llmtools nor transformers reads.
+    Plug-ins are loaded only for methods that neither llmtools nor transformers reads. Raises CheckpointError for a
+    damaged config.
     """
     if not quantization or quantization.get("quant_method") == METHOD:
         return None
@@ -108,57 +114,57 @@ def format_of(quantization: Mapping[str, Any]) -> type[Format] | None:
 
 
 def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """What a model's config says about its quantization, or the file beside it; {} where nothing does."""
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        told = mapping(quantization, "quantization_config")
-        return told if told.get("quant_method") is not None else _guessed(told)
+    """The quantization config of a model's config, of the file beside it, or implied by the tensors; {} for none."""
+    entry = config.get("quantization_config") or config.get("compression_config")
+    if entry:
+        quantization = mapping(entry, "quantization_config")
+        return quantization if quantization.get("quant_method") is not None else _with_method(quantization)
     if config.get(QUIP_PARAMS):
         return {"quant_method": "quip_sharp", **mapping(config[QUIP_PARAMS], QUIP_PARAMS)}
     for name in _SIDE_FILES if folder else ():
         if folder and (side := read_json(folder / name, CheckpointError)):
-            return _guessed(side)
+            return _with_method(side)
     return _implied(folder) if folder else {}
 
 
-def _guessed(told: Mapping[str, Any]) -> dict[str, Any]:
-    """A quantization config with the method that it does not name, by the options that only one program has."""
-    if told.get("load_in_4bit") or told.get("load_in_8bit"):
+def _with_method(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A quantization config without quant_method, completed by the options that only one method has."""
+    if config.get("load_in_4bit") or config.get("load_in_8bit"):
         method = "bitsandbytes"
-    elif "w_bit" in told or str(told.get("version")).lower() in ("gemm", "gemv"):
+    elif "w_bit" in config or str(config.get("version")).lower() in ("gemm", "gemv"):
         method = "awq"
-    elif "config_groups" in told:
+    elif "config_groups" in config:
         method = "compressed-tensors"
-    elif "bits" in told:
+    elif "bits" in config:
         method = "gptq"
     else:
-        return dict(told)
-    return {**told, "quant_method": method}
+        return dict(config)
+    return {**config, "quant_method": method}
 
 
 def _implied(folder: Path) -> dict[str, Any]:
-    """The quantization config of a folder that has none, by its tensors' names; {} where they are a dense model's.
+    """The quantization config of a folder without one, from its tensors' names; {} for a dense model.
 
-    Raises CheckpointError for quantized tensors that do not tell how they were quantized.
+    Raises CheckpointError for quantized tensors that do not determine it.
     """
     names = read_headers(shards_of(folder)).keys()
     for kind in formats.classes(plugins=False):
         if kind.companion is None:
             continue
         end = f".{kind.marker}"
-        found = next((name for name in names if name.endswith(end) and _other(name, kind) in names), None)
+        found = next((name for name in names if name.endswith(end) and _companion(name, kind) in names), None)
         if found is None:
             continue
         if kind.implied is None:
             raise CheckpointError(
                 f"{folder}: {found} is a quantized weight, as {_writers(kind)} writes it, and neither config.json nor "
-                "a file beside it says how it was quantized; copy the quantization_config from where the model is from"
+                "a file beside it says how it was quantized; copy the quantization_config from the model's source"
             )
         return dict(kind.implied)
     return {}
 
 
-def _other(name: str, kind: type[Format]) -> str:
+def _companion(name: str, kind: type[Format]) -> str:
     return f"{name.removesuffix(kind.marker)}{kind.companion}"
 
 
@@ -172,7 +178,10 @@ def _writers(kind: type[Format]) -> str:
 
 
 def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(model in eval mode, transformers' loading info). options as for ``AutoModelForCausalLM.from_pretrained``."""
+    """(model in eval mode, transformers' loading info). options as for ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises CheckpointError for damaged files, or ones that do not fit config.json.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     options = {key: value for key, value in options.items() if key not in (*_HUB_OPTIONS, "use_safetensors")}
@@ -199,12 +208,18 @@ def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[s
 
 
 def translate(
-    form: Format, tensors: Mapping[str, Tensor], skeleton: nn.Module
+    reader: Format, tensors: Mapping[str, Tensor], skeleton: nn.Module
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
-    """(tensors of our own checkpoint by name, path → quantizer) for a model of this skeleton, on the meta device."""
+    """(name → tensor of an llmtools checkpoint, path → quantizer).
+
+    tensors: name → tensor in the file, shapes and dtypes as in the format's module. skeleton: the model on the meta
+    device, with linears [out, in].
+
+    Raises CheckpointError for damaged, missing or surplus tensors.
+    """
     state: dict[str, Tensor] = {}
     assigned: dict[str, Quantizer] = {}
-    paths = form.modules(tensors)
+    paths = reader.modules(tensors)
     names_below: dict[str, list[str]] = {path: [] for path in paths}
     for name in tensors:
         for path in _parents(name):
@@ -212,12 +227,12 @@ def translate(
                 names_below[path].append(name.removeprefix(f"{path}."))
     for stored_path in paths:
         stored = Module(tensors, stored_path)
-        located = {path: locate(skeleton, path) for path in form.parts(stored_path)}
+        located = {path: locate(skeleton, path) for path in reader.parts(stored_path)}
         linears = {path: _linear(skeleton, path, stored_path) for path in located.values() if path is not None}
         if len(linears) < len(located):
             continue
         with within(stored_path), opening(f"the checkpoint is damaged: {stored_path}"):
-            converted = form.read_parts(
+            converted = reader.read_parts(
                 stored, [linear.out_features for linear in linears.values()], next(iter(linears.values())).in_features
             )
         for (path, linear), (quantizer, packed) in zip(linears.items(), converted, strict=True):
@@ -226,34 +241,34 @@ def translate(
             state |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
         if "bias" in stored:
             state |= _bias(stored, linears)
-        _refuse_unread(stored, form, names_below.get(stored_path, []))
+        _refuse_unread(stored, reader, names_below.get(stored_path, []))
     if not assigned:
         raise CheckpointError(
-            f"the config says that the model is quantized ({form.config.get('quant_method')}), but no module has a "
-            f"tensor {form.marker!r}"
+            f"the config says that the model is quantized ({reader.config.get('quant_method')}), but no module has a "
+            f"tensor {reader.marker!r}"
         )
     inside = set(paths)
     rest = (name for name in tensors if inside.isdisjoint(_parents(name)) and not name.endswith("rotary_emb.inv_freq"))
     return {name: tensors[name] for name in rest} | state, assigned
 
 
-def _refuse_unread(stored: Module, form: Format, names: list[str]) -> None:
-    """Raises CheckpointError for tensors of a quantized module that its translation did not look at."""
-    unread = sorted(name for name in names if name not in stored.seen and not name.startswith(form.unused))
+def _refuse_unread(stored: Module, reader: Format, names: list[str]) -> None:
+    """Raises CheckpointError for tensors of a quantized module that its translation did not use."""
+    unread = sorted(name for name in names if name not in stored.seen and not name.startswith(reader.unused))
     if unread:
         raise CheckpointError(
             f"the checkpoint is damaged: {stored.path}.{unread[0]} is in the file, and "
-            f"{form.config.get('quant_method')} has no such tensor"
+            f"{reader.config.get('quant_method')} has no such tensor"
         )
 
 
 def _parents(name: str) -> list[str]:
-    """The paths of the modules that a tensor may belong to: "a.b.weight.absmax" -> "a", "a.b", "a.b.weight"."""
+    """Paths of the modules that a tensor may belong to: "a.b.weight.absmax" -> "a", "a.b", "a.b.weight"."""
     return [name[:dot] for dot, letter in enumerate(name) if letter == "."]
 
 
 def _share(model: nn.Module) -> None:
-    """Parts of a fused matrix hold its codes as one parameter, which stays one wherever the model is moved."""
+    """Makes the parts of a fused matrix share its codes as one parameter, also after the model is moved."""
     known: dict[int, nn.Parameter] = {}
     for layer in quantized_linears(model).values():
         for name, tensor in layer.packed.items():
@@ -279,7 +294,7 @@ def _bias(stored: Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]
 
 
 def _check(quantizer: Quantizer, packed: Packed, linear: nn.Linear) -> None:
-    """Raises unless the translation is what its quantizer's layout says; that would be a mistake of ours."""
+    """Raises unless the translation has its quantizer's layout, which would be a bug of the format."""
     with torch.device("meta"):
         QuantizedLinear(linear.in_features, linear.out_features, quantizer).pack_(packed)
 
@@ -295,7 +310,7 @@ def _description(assigned: Mapping[str, Quantizer], origin: Mapping[str, Any]) -
 
 
 def _from_hub(name: str, options: Mapping[str, Any]) -> External | None:
-    """A hub name's folder in the cache, downloaded if need be, if its config is one of ours to translate."""
+    """The checkpoint of a hub name, downloaded into the cache if a format here reads it; else None."""
     from huggingface_hub import snapshot_download
     from transformers import PreTrainedConfig
 
@@ -303,7 +318,7 @@ def _from_hub(name: str, options: Mapping[str, Any]) -> External | None:
     try:
         config, _ = PreTrainedConfig.get_config_dict(name, **where)
     except (OSError, ValueError):
-        return None  # transformers will say what is wrong with the name
+        return None  # transformers reports the error when the model is opened
     quantization = quantization_config(config)
     if quantization.get("quant_method") == METHOD or format_of(quantization) is None:
         return None

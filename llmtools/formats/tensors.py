@@ -18,7 +18,7 @@ from ..model.integrity import reading, refuse_pickles, shards_of
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Name → tensor. The names are known at once, from the files' headers; a tensor is read when it is asked for."""
+    """Name → tensor of a folder. Names are read from the files' headers; each tensor is read on access."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {}
@@ -41,7 +41,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 class Module:
-    """The tensors of one module: those whose names begin with its path. It remembers which were asked for."""
+    """The tensors of one module, by names relative to its path; `seen` collects the names that were accessed."""
 
     def __init__(self, tensors: Mapping[str, Tensor], path: str) -> None:
         self._tensors, self.path = tensors, path
@@ -74,7 +74,7 @@ class Module:
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str | int) -> None:
-    """Writes tensors as ``model*.safetensors``, with an index where they are more than one file."""
+    """Writes tensors, of any shapes and dtypes, as ``model*.safetensors``, with an index for more than one file."""
     split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
@@ -86,5 +86,5 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: st
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes indented JSON with an end of line."""
+    """Writes indented JSON with a final newline."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

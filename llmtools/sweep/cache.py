@@ -29,10 +29,10 @@ class ResultCache:
     A result with an output folder is valid as long as the folder holds the same weights.
     """
 
-    def __init__(self, *, make: bool = True) -> None:
-        self.make = make
+    def __init__(self, *, compute: bool = True) -> None:
+        self.compute = compute
         """Whether missing results are computed."""
-        self.made: set[str] = set()
+        self.computed: set[str] = set()
         """Names of the results computed, or tried, by this process."""
         self._tried: dict[Path, Result | None] = {}
 
@@ -53,28 +53,28 @@ class ResultCache:
         if found is not None and "failed" not in found and folder is not None and not _holds_weights(found, folder):
             log.info("%s: %s does not hold the weights of this result any more", file.stem, folder)
             found = None
-        if (found is None or "failed" in found) and self.make:
-            found = self._made(file, settings, make, folder)
+        if (found is None or "failed" in found) and self.compute:
+            found = self._compute(file, settings, make, folder)
         self._tried[file] = found
         return found
 
-    def _made(
+    def _compute(
         self, file: Path, settings: dict[str, Any], make: Callable[[], Result], folder: Path | None = None
     ) -> Result:
         began = time.monotonic()
         try:
-            made = make()
+            result = make()
             if folder is not None:
-                made = {**made, "weights": _weights(folder)}
+                result = {**result, "weights": _weights(folder)}
         except Exception as error:  # one failure must not stop the other runs
             reason = " ".join(str(error).split()) or type(error).__name__
-            made = {"failed": reason, "traceback": traceback.format_exc()}
-            log.debug("%s", made["traceback"])
-        made = {"settings": settings, **made, "seconds": time.monotonic() - began}
+            result = {"failed": reason, "traceback": traceback.format_exc()}
+            log.debug("%s", result["traceback"])
+        result = {"settings": settings, **result, "seconds": time.monotonic() - began}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, as_json(made))
-        self.made.add(file.stem)
-        return made
+        write_whole(file, as_json(result))
+        self.computed.add(file.stem)
+        return result
 
 
 def required(result: Result | None, what: str) -> Result:

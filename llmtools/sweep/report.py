@@ -25,6 +25,7 @@ class Mean(NamedTuple):
     """Mean of a figure over seeds."""
 
     mean: float
+    """Mean over seeds."""
     spread: float | None
     """Standard deviation (n − 1); None for one run."""
     runs: int
@@ -46,8 +47,11 @@ class Row:
     variant: str
     """Label of the variant."""
     task: str
+    """Name of the task."""
     rank: int
+    """Rank of the LoRA adapters."""
     seeds: list[int]
+    """Random seeds of the runs."""
     measure: str
     """Name of the task's main measure."""
     before: float
@@ -108,6 +112,7 @@ class ReportData:
     sweep: str
     """The same as YAML."""
     rows: list[Row]
+    """Finished runs, grouped over seeds."""
     parameters: int | None
     """Number of the model's parameters."""
     majority_baselines: dict[str, dict[str, Any]]
@@ -165,27 +170,30 @@ def report(
     from ..files import write_whole
     from .runner import as_yaml
 
-    finished = {name: made for name, made in found.items() if "failed" not in made}
+    finished = {name: result for name, result in found.items() if "failed" not in result}
     data = ReportData(
         recipe=replace(recipe, report=None, report_only=False),
         sweep=as_yaml(recipe),
         rows=rows_of(found),
         parameters=parameters,
         majority_baselines=majority_baselines,
-        examples={made["task"]: made["after"]["details"].get("examples", 0) for made in finished.values()},
-        shortened={made["task"]: made["after"]["details"].get("shortened_prompts", 0) for made in finished.values()},
+        examples={result["task"]: result["after"]["details"].get("examples", 0) for result in finished.values()},
+        shortened={
+            result["task"]: result["after"]["details"].get("shortened_prompts", 0) for result in finished.values()
+        },
         answer_tokens=answer_tokens,
         trained={
-            made["task"]: (made["trained"]["examples"], made["trained"]["left_out"]) for made in finished.values()
+            result["task"]: (result["trained"]["examples"], result["trained"]["left_out"])
+            for result in finished.values()
         },
-        contexts={made["task"]: made["after"]["details"].get("context", 0) for made in finished.values()},
+        contexts={result["task"]: result["after"]["details"].get("context", 0) for result in finished.values()},
         left_out=left_out,
         missing={
             name: found[name]["failed"] if name in found else "not run yet" for name in runs if name not in finished
         },
-        versions={name: version for made in finished.values() for name, version in made["versions"].items()},
-        platform=next((made["platform"] for made in finished.values()), ""),
-        runs={name: {key: made[key] for key in made if key != "settings"} for name, made in finished.items()},
+        versions={name: version for result in finished.values() for name, version in result["versions"].items()},
+        platform=next((result["platform"] for result in finished.values()), ""),
+        runs={name: {key: result[key] for key in result if key != "settings"} for name, result in finished.items()},
     )
     text = blocks(data)
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -258,8 +266,8 @@ def blocks(data: ReportData) -> list[Block]:
         ]
     text += [Block("section", "sweep.yaml"), Block("code", data.sweep)]
     if data.versions:
-        made = ", ".join(f"{name} {version}" for name, version in data.versions.items())
-        text += [Block("paragraph", f"Made with {made} on {data.platform}.")]
+        versions = ", ".join(f"{name} {version}" for name, version in data.versions.items())
+        text += [Block("paragraph", f"Made with {versions} on {data.platform}.")]
     return text
 
 

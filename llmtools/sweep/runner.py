@@ -97,9 +97,9 @@ class SweepResult:
     """Path of the report without suffix."""
     runs: int
     """Number of runs in the grid."""
-    made: int
+    computed: int
     """Number of runs finished by this sweep."""
-    kept: int
+    reused: int
     """Number of runs finished before, with the same settings."""
     failed: dict[str, str]
     """Reason of each failed run, by its name."""
@@ -115,7 +115,7 @@ class SweepResult:
     def __str__(self) -> str:
         lines = [f"failed: {name}: {reason}" for name, reason in self.failed.items()]
         lines += [f"missing: {len(self.missing)} runs"] if self.missing else []
-        counts = f"{self.runs} runs: {self.made} made, {self.kept} kept, {len(self.failed)} failed"
+        counts = f"{self.runs} runs: {self.computed} computed, {self.reused} reused, {len(self.failed)} failed"
         return "\n".join([self.table, *lines, f"{counts}\n{self.report}.html, .md, .json"])
 
 
@@ -140,9 +140,13 @@ class Run(NamedTuple):
     """One run: a variant of the model, finetuned on a task."""
 
     variant: Variant
+    """Variant of the model."""
     task: str
+    """Name of the task in the sweep."""
     rank: int
+    """Rank of the LoRA adapters."""
     seed: int
+    """Random seed."""
 
     @property
     def name(self) -> str:
@@ -208,21 +212,21 @@ def _run_all(recipe: Sweep, runner: _Runner, runs: list[Run], left_out: list[str
     lengths = {name: runner.answer_tokens(name) for name in recipe.tasks}
     majority = {name: scored for name in recipe.tasks if (scored := runner.majority_baseline(name))}
     found: dict[str, dict[str, Any]] = {}
-    began, made = time.monotonic(), 0
+    began, computed = time.monotonic(), 0
     for number, run in enumerate(runs, start=1):
         result = runner.result(run)
         if result is None:
             continue
         found[run.name] = result
-        fresh = run.name in runner.cache.made
-        made += fresh
+        fresh = run.name in runner.cache.computed
+        computed += fresh
         log.info(
             "run %d of %d, %s: %s%s",
             number,
             len(runs),
             run.name,
             f"failed: {result['failed']}" if "failed" in result else _summary(result),
-            f", about {duration((time.monotonic() - began) / made * (len(runs) - number))} left"
+            f", about {duration((time.monotonic() - began) / computed * (len(runs) - number))} left"
             if fresh and number < len(runs)
             else ""
             if fresh
@@ -237,8 +241,8 @@ def _run_all(recipe: Sweep, runner: _Runner, runs: list[Run], left_out: list[str
     return SweepResult(
         report=str(base),
         runs=len(runs),
-        made=made - len(runner.cache.made & failed.keys()),
-        kept=len(found) - made - len(failed.keys() - runner.cache.made),
+        computed=computed - len(runner.cache.computed & failed.keys()),
+        reused=len(found) - computed - len(failed.keys() - runner.cache.computed),
         failed=failed,
         missing=[run.name for run in runs if run.name not in found],
         table=table,
@@ -267,7 +271,7 @@ class _Runner:
     def __init__(self, recipe: Sweep) -> None:
         self.recipe = recipe
         self.out = Path(recipe.out).expanduser()
-        self.cache = ResultCache(make=not recipe.report_only)
+        self.cache = ResultCache(compute=not recipe.report_only)
         earlier = self.out / "cells"
         self.results = earlier if earlier.is_dir() else self.out / "runs"
         _check(recipe)
@@ -381,7 +385,7 @@ class _Runner:
         )
 
     def original(self) -> dict[str, Any] | None:
-        """The result of casting the model to `dtype`, from which all variants are made."""
+        """The result of casting the model to `dtype`, from which all variants derive."""
 
         def make() -> dict[str, Any]:
             import torch
@@ -426,7 +430,9 @@ class _Runner:
             task = make_task(recipe.task, **{"data": recipe.data, **recipe.options})
             rows = spread(task.test(), recipe.limit)
             if not rows:
-                raise InputError(f"task {recipe.task!r} has no test rows; one without answers says has_answers = False")
+                raise InputError(
+                    f"task {recipe.task!r} has no test rows; a task without answers sets has_answers = False"
+                )
             constant = Counter(map(answer, rows)).most_common(1)[0][0].strip()
             shown = constant if len(constant) <= 20 else f"{constant[:19]}…"
             return {"scores": task.score([constant] * len(rows), rows), "answer": shown}
@@ -478,8 +484,8 @@ class _Runner:
         }
         fixed["plugin"] = self.recipe.plugin
         fixed |= {key: options.pop(key, None) for key in ("bits", "group_size")} | {"options": options}
-        made: Quantize = _built(Quantize, fixed, self.recipe.quantize, "quantize")
-        return made if resolve_quantizer(made).needs_hessian else replace(made, calibration=None)
+        recipe: Quantize = _built(Quantize, fixed, self.recipe.quantize, "quantize")
+        return recipe if resolve_quantizer(recipe).needs_hessian else replace(recipe, calibration=None)
 
     def finetune(self, run: Run) -> Finetune:
         section = self._section(run.task, "finetune")
@@ -494,8 +500,8 @@ class _Runner:
             "plugin": self.recipe.plugin,
             "overwrite": True,
         }
-        made: Finetune = _built(Finetune, fixed, section, f"tasks.{run.task}")
-        return made
+        recipe: Finetune = _built(Finetune, fixed, section, f"tasks.{run.task}")
+        return recipe
 
     def evaluate(self, run: Run, adapter: bool = False) -> Evaluate:
         folder = str(self.out / "adapters" / run.name) if adapter else None
@@ -504,8 +510,8 @@ class _Runner:
         section, trained = (self._section(run.task, verb) for verb in ("evaluate", "finetune"))
         if section.get("task") == trained["task"]:  # the prompt template of the training, also before it
             section["options"] = {**without_data(trained.get("options", {})), **section.get("options", {})}
-        made: Evaluate = _built(Evaluate, fixed, section, f"tasks.{run.task}")
-        return made
+        recipe: Evaluate = _built(Evaluate, fixed, section, f"tasks.{run.task}")
+        return recipe
 
     def _section(self, name: str, verb: str) -> dict[str, Any]:
         task = dict(self.recipe.tasks[name])

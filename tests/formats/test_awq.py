@@ -51,10 +51,10 @@ def test_the_old_config_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "message"),
     [({"version": "gemv_fast"}, "not read"), ({"bits": 3}, "3 bits"), ({"group_size": 40}, "no multiple")],
 )
-def test_what_cannot_be_read_is_refused(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write(tmp_path / "q", gemm, config(**changes))
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         llmtools.load(tmp_path / "q")

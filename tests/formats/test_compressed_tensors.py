@@ -86,17 +86,17 @@ def test_widths_are_told_by_the_shapes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "complaint"),
+    ("told", "message"),
     [
-        (config(2), "words a row"),
+        (config(2), "words per row"),
         (config(4, transform_config={"config_groups": {"a": {}}}), "transforms"),
         (config(4, config_groups={}), "no config group"),
     ],
     ids=["width", "transforms", "no groups"],
 )
-def test_what_cannot_be_read_is_refused(told: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(told: dict[str, Any], message: str, tmp_path: Path) -> None:
     write(tmp_path / "q", writer(4), told)
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         llmtools.load(tmp_path / "q")
 
 

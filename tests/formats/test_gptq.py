@@ -144,7 +144,7 @@ def test_zeros_that_overwrote_their_neighbours_are_noticed(tmp_path: Path, caplo
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "message"),
     [
         ({"bits": 3}, r"qweight has shape \[12, 64\], expected \[9, 64\]"),
         ({"group_size": 16}, "qzeros has shape"),
@@ -154,9 +154,9 @@ def test_zeros_that_overwrote_their_neighbours_are_noticed(tmp_path: Path, caplo
         ({"pack_dtype": "int8"}, "pack_dtype"),
     ],
 )
-def test_configs_that_do_not_fit_are_refused(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_configs_that_do_not_fit_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write(tmp_path / "q", writer(), config(**changes))
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         llmtools.load(tmp_path / "q")
 
 

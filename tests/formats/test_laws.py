@@ -1,4 +1,4 @@
-"""Every format that models are written in keeps the law of the round trip, and the law can be broken."""
+"""Every export format passes the round trip, and the check can fail."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_a_plain_adapter_stays_as_it_is(options: dict[str, Any], tmp_path: Path)
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {"up_proj": 2}}], ids=str)
-def test_starts_out_of_the_base_are_taken_off(start: Any, options: dict[str, Any], tmp_path: Path) -> None:
+def test_an_initialisation_from_the_base_is_subtracted(start: Any, options: dict[str, Any], tmp_path: Path) -> None:
     expected = trained(tmp_path / "adapter", init_lora_weights=start, **options)
     with pytest.raises(InputError, match="pass --model"):
         export_adapter(tmp_path / "adapter", tmp_path / "plain")
@@ -72,7 +72,7 @@ def test_adapters_of_quantized_models_are_plain_already(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "message"),
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "trained biases"),
@@ -80,8 +80,8 @@ def test_adapters_of_quantized_models_are_plain_already(tmp_path: Path) -> None:
     ],
     ids=["dora", "bias", "whole modules"],
 )
-def test_what_servers_do_not_read_is_refused(options: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_what_servers_do_not_read_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     trained(tmp_path / "adapter", **options)
-    with pytest.raises(InputError, match=rf"{complaint}.*--format dense"):
+    with pytest.raises(InputError, match=rf"{message}.*--format dense"):
         export_adapter(tmp_path / "adapter", tmp_path / "plain")
     assert not (tmp_path / "plain").exists()

@@ -193,17 +193,17 @@ def test_it_is_saved_as_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("changes", "message"),
     [
         ({"codebook": "D4"}, "codebook 'D4' is not read"),
         ({"codebook": "E8P12RVQ4B"}, "codebook_id 7 is not that of"),
         ({"rescale_WH": True}, "rescale_WH"),
     ],
 )
-def test_what_cannot_be_read_is_refused(changes: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     write(tmp_path / "q", 2)
     config = json.loads((tmp_path / "q" / "config.json").read_text())
     config["quip_params"] |= changes
     (tmp_path / "q" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         llmtools.load(tmp_path / "q")

@@ -34,14 +34,14 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     writer, config = KINDS[request.param]
-    write(tmp_path / "theirs", writer, config | {"a_key_of_theirs": {"kept": [1, 2]}})
-    return tmp_path / "theirs"
+    write(tmp_path / "external", writer, config | {"an_unknown_key": {"kept": [1, 2]}})
+    return tmp_path / "external"
 
 
 @pytest.fixture
 def gptq(tmp_path: Path) -> Path:
-    write(tmp_path / "theirs", *KINDS["gptq"])
-    return tmp_path / "theirs"
+    write(tmp_path / "external", *KINDS["gptq"])
+    return tmp_path / "external"
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_it_is_saved_as_ours_and_remembers_where_it_came_from(folder: Path, tmp_
     back, _ = llmtools.load(llmtools.save(model, tokenizer, tmp_path / "ours"))
     assert torch.equal(logits(back), logits(model))
     told = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
-    assert told["quant_method"] == "llmtools" and told["origin"]["a_key_of_theirs"] == {"kept": [1, 2]}
+    assert told["quant_method"] == "llmtools" and told["origin"]["an_unknown_key"] == {"kept": [1, 2]}
 
 
 def test_adapters_train_on_it(folder: Path) -> None:
@@ -122,10 +122,10 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told(damage: str, gptq: Path) -> None:
-    change, complaint = DAMAGE[damage]
+def test_damage_is_reported(damage: str, gptq: Path) -> None:
+    change, message = DAMAGE[damage]
     edit(gptq, change)
-    with pytest.raises(CheckpointError, match=complaint):
+    with pytest.raises(CheckpointError, match=message):
         llmtools.load(gptq)
 
 
@@ -217,24 +217,24 @@ def test_weights_in_eight_bits_of_another_library_are_not_taken_for_damage(tmp_p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_whose_config_is_silent_opens_by_its_tensors_or_is_refused(kind: str, tmp_path: Path) -> None:
-    write(tmp_path / "theirs", *KINDS[kind])
-    expected = logits(load_model(tmp_path / "theirs"))
-    told(tmp_path / "theirs", None)
+    write(tmp_path / "external", *KINDS[kind])
+    expected = logits(load_model(tmp_path / "external"))
+    told(tmp_path / "external", None)
     if kind.partition(" ")[0] in ("hqq", "bitsandbytes"):
-        assert torch.equal(logits(load_model(tmp_path / "theirs")), expected)
+        assert torch.equal(logits(load_model(tmp_path / "external")), expected)
         return
     writers = "AWQ or GPTQ" if kind in ("gptq", "awq") else "CompressedTensors"
     with pytest.raises(CheckpointError, match=f"quantized weight, as {writers} writes it, and neither config"):
-        load_model(tmp_path / "theirs")
+        load_model(tmp_path / "external")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("hqq")])
 def test_a_config_without_its_method_is_told_by_its_options(kind: str, tmp_path: Path) -> None:
     writer, config = KINDS[kind]
-    write(tmp_path / "theirs", writer, config)
-    expected = logits(load_model(tmp_path / "theirs"))
-    told(tmp_path / "theirs", {key: value for key, value in config.items() if key != "quant_method"})
-    assert torch.equal(logits(load_model(tmp_path / "theirs")), expected)
+    write(tmp_path / "external", writer, config)
+    expected = logits(load_model(tmp_path / "external"))
+    told(tmp_path / "external", {key: value for key, value in config.items() if key != "quant_method"})
+    assert torch.equal(logits(load_model(tmp_path / "external")), expected)
 
 
 @pytest.mark.parametrize("value", ["4", 4.5, True, None, [3], {"a": 1}, "", -3, 0, 99, "absent"], ids=str)
@@ -268,8 +268,8 @@ SCALE_OF = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_that_are_none_and_tensors_too_many_are_refused(kind: str, tmp_path: Path) -> None:
-    write(tmp_path / "theirs", *KINDS[kind])
-    tensors = load_file(tmp_path / "theirs" / WEIGHTS)
+    write(tmp_path / "external", *KINDS[kind])
+    tensors = load_file(tmp_path / "external" / WEIGHTS)
     path = "model.layers.1.mlp.down_proj"
     scales = tensors[f"{path}.{SCALE_OF[kind]}"].clone()
     scales.view(-1)[-1] = float("nan")
@@ -277,9 +277,9 @@ def test_numbers_that_are_none_and_tensors_too_many_are_refused(kind: str, tmp_p
         ({f"{path}.{SCALE_OF[kind]}": scales}, "NaN or infinite"),
         ({f"{path}.more": torch.zeros(2)}, r"down_proj\.more is in the file"),
     ):
-        save_file(tensors | changed, tmp_path / "theirs" / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors | changed, tmp_path / "external" / WEIGHTS, metadata={"format": "pt"})
         with pytest.raises(CheckpointError, match=message):
-            llmtools.load(tmp_path / "theirs")
+            llmtools.load(tmp_path / "external")
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def times(folder: Path) -> dict[str, int]:
 
 
 def test_a_run_says_what_it_cost_and_how_good_it_is(recipe: Sweep, swept: module.SweepResult) -> None:
-    assert (swept.runs, swept.made, swept.kept, swept.failed, swept.exit_code) == (2, 2, 0, {}, 0)
+    assert (swept.runs, swept.computed, swept.reused, swept.failed, swept.exit_code) == (2, 2, 0, {}, 0)
     dense, packed = (result_of(recipe, name) for name in RUNS)
     assert dense["bits_per_weight"] == 16
     assert 4.5 < packed["bits_per_weight"] < 5
@@ -103,16 +103,16 @@ def test_a_second_run_makes_nothing_and_a_lost_run_again(
     caplog.set_level("INFO", logger="llmtools")
     before = times(Path(recipe.out))
     again = sweep(recipe)
-    assert (again.made, again.kept, again.table) == (0, 2, swept.table)
+    assert (again.computed, again.reused, again.table) == (0, 2, swept.table)
     assert times(Path(recipe.out)) == before
     assert caplog.text.count("(finished before)") == 2
     former = result_of(recipe, RUNS[0])
     (Path(recipe.out) / "runs" / f"{RUNS[0]}.json").unlink()
     only = sweep(replace(recipe, report_only=True))
-    assert (only.made, only.kept, only.missing) == (0, 1, [RUNS[0]])
+    assert (only.computed, only.reused, only.missing) == (0, 1, [RUNS[0]])
     assert f"* {RUNS[0]}: not run yet" in Path(f"{only.report}.md").read_text()
     one = sweep(recipe)
-    assert (one.made, one.kept) == (1, 1)
+    assert (one.computed, one.reused) == (1, 1)
     assert result_of(recipe, RUNS[0])["after"]["value"] == former["after"]["value"]
 
 
@@ -135,7 +135,7 @@ def test_changed_settings_are_noticed_and_concern_their_runs_alone(
     here = replace(recipe, out=str(tmp_path / "s"))
     before = times(tmp_path / "s")
     changed = replace(here, training={**recipe.training, "max_steps": 1}, baselines=[])
-    assert (sweep(changed).made, "finetune.training.max_steps 2, now 1" in caplog.text) == (1, True)
+    assert (sweep(changed).computed, "finetune.training.max_steps 2, now 1" in caplog.text) == (1, True)
     touched = {path for path, at in times(tmp_path / "s").items() if before[path] != at}
     assert not [path for path in touched if "/before/" in path or "/models/" in path]
     assert result_of(changed, RUNS[1])["trained"]["steps"] == 1
@@ -196,12 +196,13 @@ def test_a_run_is_kept_only_with_the_adapter_that_it_made(moved: Sweep, tmp_path
 
 def test_results_of_earlier_versions_are_read(moved: Sweep, swept: module.SweepResult, tmp_path: Path) -> None:
     """They lie in OUT/cells, and call the variant "form"."""
+    before = sweep(moved)
     folder = (tmp_path / "s" / "runs").rename(tmp_path / "s" / "cells")
     for file in folder.glob("*.json"):
         result = json.loads(file.read_text())
         file.write_text(json.dumps({"form": result.pop("variant"), **result}))
     again = sweep(moved)
-    assert (again.kept, again.missing, again.table) == (2, [], swept.table)
+    assert (again.reused, again.missing, again.table) == (2, [], before.table)
     assert not (tmp_path / "s" / "runs").exists()
 
 
@@ -263,7 +264,7 @@ def test_a_run_that_fails_says_why_and_stops_no_other(recipe: Sweep, data: Path,
     quantizers = [{"name": "rtn", "bits": 3, "group_size": 32}]
     here = replace(recipe, out=str(tmp_path / "s"), tasks=tasks, quantizers=quantizers, baselines=["lora"])
     result = sweep(here)
-    assert (result.runs, result.made, result.kept, result.exit_code) == (4, 2, 0, 1)
+    assert (result.runs, result.computed, result.reused, result.exit_code) == (4, 2, 0, 1)
     assert set(result.failed) == {"lora-not-quantized.late.r2.s0", "rtn-3-bit-group-size-32.late.r2.s0"}
     assert "late.jsonl:1" in result.failed["lora-not-quantized.late.r2.s0"]
     assert "Traceback" in result_of(here, "lora-not-quantized.late.r2.s0")["traceback"]
@@ -271,7 +272,7 @@ def test_a_run_that_fails_says_why_and_stops_no_other(recipe: Sweep, data: Path,
     assert "lora-not-quantized.late.r2.s0: " in text
     late.write_text((data / "train.jsonl").read_text())
     result = sweep(replace(here, quantizers=[]))
-    assert (result.made, result.kept, result.failed) == (1, 1, {})
+    assert (result.computed, result.reused, result.failed) == (1, 1, {})
 
 
 def test_what_cannot_be_run_is_said_before_anything_is(
@@ -338,7 +339,7 @@ def test_a_baseline_that_is_not_installed_is_left_out_with_a_line(
 def test_a_baseline_of_bitsandbytes_is_a_run_like_any_other(recipe: Sweep, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     here = replace(recipe, out=str(tmp_path / "s"), baselines=["nf4"], quantizers=[])
-    assert sweep(here).made == 1
+    assert sweep(here).computed == 1
     found = result_of(here, "nf4-bitsandbytes.cats.r2.s0")
     assert 4 < found["bits_per_weight"] < 5
     others = 64 * 512 * 2  # the embedding, which is the output head, too; and the norms

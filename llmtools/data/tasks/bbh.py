@@ -48,6 +48,7 @@ class Bbh(Task):
     longer."""
 
     hub: ClassVar[str | None] = "lukaemon/bbh"
+    """Name of the data set on the hub; None for none."""
     stop: ClassVar[tuple[str, ...]] = ("\n\n",)
     given: ClassVar[int] = SHOTS
     """Number of each task's first examples that serve as few-shot examples, and are not evaluated."""

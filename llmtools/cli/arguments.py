@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..options import current_name, with_current_names
 from ..recipes.plain_yaml import leaves, parse_yaml, read_config, read_value, read_yaml, shown, without_code
 from ..redaction import is_secret, redacted
 
@@ -36,19 +37,19 @@ class Arguments(NamedTuple):
     """name of a flag → its value as it was typed"""
 
 
-def read_arguments(args: list[str], options: type[Any]) -> Arguments:
-    """Reads the files that the arguments of a command name, and the values of its flags.
+def read_arguments(args: list[str], options: type[Any], command: str = "") -> Arguments:
+    """Reads the files that the arguments of a command name, and the values of its flags; former names are replaced.
 
     Raises InputError where a file is no mapping of plain values, or has code run that the command line does not name.
     """
-    words = list(_words(args, options))
+    words = [(_current(command, word), value) for word, value in _words(args, options)]
     flags = {word[2:]: value for word, value in words if value is not None and word.startswith("--")}
     spelled = {each for key, text in flags.items() if key != "config" for each in _strings(text)}
     trust = flags.pop("trust_plugins", "false").lower()
     if trust not in ("true", "false"):
         raise InputError(f"--trust_plugins {trust}: true or false is expected")
     secretive = any(word.startswith("--print_config") for word, _ in words)
-    reader = _Reader(options)
+    reader = _Reader(options, command)
 
     def checked(file: Path, contents: dict[str, Any]) -> dict[str, Any]:
         if trust == "false":
@@ -73,7 +74,8 @@ def read_arguments(args: list[str], options: type[Any]) -> Arguments:
 class _Reader:
     """Notes what mappings and flags say, in their order: what comes later counts."""
 
-    def __init__(self, options: type[Any]) -> None:
+    def __init__(self, options: type[Any], command: str = "") -> None:
+        self.command = command
         self.args: list[str] = []
         self.open_options: dict[str, Any] = {}
         hints = dict(_hints(options))
@@ -84,8 +86,10 @@ class _Reader:
     def mapping(self, name: str, contents: dict[str, Any], where: str) -> None:
         """The contents of a configuration, or of the group of options `name`."""
         if name == "config":
-            contents = _nested(contents)
-        whole = contents if name == "config" else {name: contents}
+            whole = contents = self._renamed(_nested(contents), where)
+        else:
+            whole = self._renamed({name: contents}, where)
+            contents = whole[name]
         for group in self.groups & whole.keys():
             if not isinstance(whole[group], dict):
                 raise InputError(f"{where}: {group}: a mapping (key: value) is expected, not {shown(whole[group])}")
@@ -106,7 +110,7 @@ class _Reader:
                 raise InputError(f"--{name} {text}: a mapping is expected ({{key: value}}), or --{name}.key value")
             if name in self.groups:
                 return self.mapping(name, contents, "command line")
-            text = json.dumps(contents)
+            text = json.dumps(self._renamed({name: contents}, f"--{name}")[name])
         for key in self.open:
             if name == key:
                 self._note(key, read_value(text))
@@ -115,6 +119,12 @@ class _Reader:
             elif name.startswith(f"{key}."):
                 self._note(key, _with(self.open_options.get(key), name[len(key) + 1 :].split("."), read_value(text)))
         self.args.append(f"--{name}={text}")
+
+    def _renamed(self, contents: dict[str, Any], where: str) -> dict[str, Any]:
+        try:
+            return with_current_names(self.command, contents)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
     def _note(self, key: str, value: Any) -> None:
         self.open_options.pop(key, None)
@@ -146,6 +156,11 @@ def _words(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | Non
         else:
             taken = True
             yield word, after
+
+
+def _current(command: str, word: str) -> str:
+    """A flag by the option's name today."""
+    return f"--{current_name(command, word[2:])}" if word.startswith("--") else word
 
 
 def _strings(text: str) -> set[str]:

@@ -20,7 +20,7 @@ OLD: dict[str, dict[str, str]] = {
     "quantize": {
         "save": "out",
         "dataset": "calibration",
-        "nsamples": "samples",
+        "nsamples": "num_samples",
         "percdamp": "options.damping",
         "groupsize": "group_size",
         "wbits": "bits",

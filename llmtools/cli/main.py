@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import InputError, did_you_mean
+from ..options import current_name
 from ..ranks import is_first, on_one_machine, rank
 from ..recipes.configs import with_packaged
 from ..recipes.plain_yaml import read_value, shown
@@ -176,7 +177,7 @@ def _run(args: list[str]) -> int:
 def _with_training(args: list[str], known: list[str]) -> list[str]:
     """Arguments of trl.SFTConfig may stand without ``training.``: --learning_rate 2e-4, as in TRL's own scripts."""
     ours = {"config", "trust_plugins", "json", "debug", "help", "help_all", "print_config", *known}
-    words = [arg.partition("=")[0].lstrip("-") for arg in args if arg.startswith("--")]
+    words = [current_name("finetune", arg.partition("=")[0].lstrip("-")) for arg in args if arg.startswith("--")]
     if all(word in ours or "." in word for word in words):
         return args
     from ..train.arguments import training_arguments
@@ -258,7 +259,7 @@ def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
 
     What a recipe holds as a mapping of anything comes as we read it, and is not read a second time by jsonargparse.
     """
-    given = read_arguments(args, options)
+    given = read_arguments(args, options, name)
     try:
         parsed = parser.parse_args(given.args, env=False)
     except SystemExit as stopped:

@@ -43,7 +43,7 @@ VERBS = {
         "quantize a model and write a checkpoint",
         """\
 llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
-  --samples 64 --tokens 512 --out QDIR
+  --num_samples 64 --max_length 512 --out QDIR
 llmtools quantize --model DIR --quantizer nf4 --out QDIR
 llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
         first=(
@@ -53,8 +53,8 @@ llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
             "bits",
             "group_size",
             "calibration",
-            "samples",
-            "tokens",
+            "num_samples",
+            "max_length",
             "skip",
             "options",
         ),
@@ -88,11 +88,22 @@ llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
         "evaluate",
         "measure a model on a task: perplexity, or answers",
         """\
-llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
+llmtools evaluate --model QDIR --task perplexity --data test.txt --max_length 512
 llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json
-llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --limit 100
+llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --num_samples 100
 llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
-        first=("model", "adapter", "task", "data", "limit", "batch_size", "context", "harness", "load", "options"),
+        first=(
+            "model",
+            "adapter",
+            "task",
+            "data",
+            "num_samples",
+            "batch_size",
+            "max_length",
+            "harness",
+            "load",
+            "options",
+        ),
     ),
     "generate": Verb(
         "recipes.generate",
@@ -155,7 +166,7 @@ llmtools sweep sweep.yaml --report_only""",
         "plan",
         "say what a finetuning step will hold in memory",
         """\
-llmtools plan --model DIR --quantizer optq --bits 2 --batch 1 --length 128
+llmtools plan --model DIR --quantizer optq --bits 2 --batch_size 1 --max_length 128
 llmtools plan --model owner/name --quantizer quip_sharp --device cuda --memory 24 --lora.r 16
 llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true --json""",
         first=(
@@ -163,8 +174,8 @@ llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true 
             "quantizer",
             "bits",
             "group_size",
-            "batch",
-            "length",
+            "batch_size",
+            "max_length",
             "lora.r",
             "gradient_checkpointing",
             "device",

@@ -20,18 +20,18 @@ from typing import Any
 from ..errors import InputError
 from ..ranks import is_first
 from ..signals import Request, Stopped, interruptible, put_off
-from ..train.adapters import check_start, leave_out, lora_config
+from ..train.adapters import check_initialisation, exclude_unsupported, lora_config
 from ..train.arguments import arguments_of, check_choosing, check_fsdp, check_training, yes_or_no
 from ..train.callbacks import say_when_it_ends, seconds, stopper, watch
-from ..train.options import Finetune, Finetuned, Lora, facts
+from ..train.options import Finetune, FinetuneResult, Lora, facts
 from ..train.rows import examples_of, rows_of, shortened
 from ..train.run_folder import TENSORS, done, lasting_name, together, working
 from ..train.trainer import best_loss, last_logged, make_trainer, run_trainer
 
-__all__ = ["Finetune", "Finetuned", "Lora", "finetune"]
+__all__ = ["Finetune", "FinetuneResult", "Lora", "finetune"]
 
 
-def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
+def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> FinetuneResult:
     """Trains adapters and writes them as a PEFT folder; `callbacks` are called as the Trainer's are."""
     from ..checkpoint.loading import check_model
     from ..files import check_no_input, claim
@@ -50,7 +50,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
         return _finetune(recipe, out, work, callbacks)
 
 
-def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
+def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> FinetuneResult:
     from ..checkpoint.folder import load_starts
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
@@ -74,8 +74,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     check_training(recipe.training)
     check_fsdp(recipe.training)
     check_choosing(recipe, validation)
-    check_start(recipe)
-    config = lora_config(recipe)
+    check_initialisation(recipe.lora, recipe.model, recipe.load)
+    config = lora_config(recipe.lora)
     starts = load_starts(recipe.model) if recipe.lora.init == "error" else None
 
     import_plugins(recipe.plugin)
@@ -86,7 +86,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= content_of_model(recipe.model)
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
-    leave_out(config, model)
+    exclude_unsupported(config, model)
     if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)
         prompt_format["chat_template"] = content_of_template(tokenizer.chat_template)
@@ -123,7 +123,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             raise Stopped(exit_code=request.exit_code)
         history = trainer.state.log_history
         counted = count_parameters(trainer.model)
-        result = Finetuned(
+        result = FinetuneResult(
             out=recipe.out,
             steps=trainer.state.global_step,
             train_loss=last_logged(history, "loss"),

@@ -17,6 +17,7 @@ from ..checkpoint.run_info import as_json
 from ..content import model_content
 from ..errors import InputError
 from ..files import read_json, write_whole
+from ..options import with_current_names
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class Kept:
         if file in self._tried:
             return self._tried[file]
         found = _read(file)
-        if found is not None and (changed := differences(found.get("settings"), settings)):
+        if found is not None and (changed := differences(_settings(found), settings)):
             log.info("%s was made with other settings (%s)", file.stem, "; ".join(changed))
             found = None
         if found is not None and "failed" not in found and folder is not None and not _is_there(found, folder):
@@ -83,6 +84,16 @@ def needed(result: Result | None, what: str) -> Result:
     if result is None or "failed" in result:
         raise InputError(f"{what}: {result['failed'] if result else 'it is not there'}")
     return result
+
+
+def _settings(found: Result) -> Any:
+    """The settings of a stored result, with the options' names of today."""
+    settings = found.get("settings")
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: with_current_names(key, value) if isinstance(value, dict) else value for key, value in settings.items()
+    }
 
 
 def _is_there(found: Result, folder: Path) -> bool:

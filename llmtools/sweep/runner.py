@@ -34,7 +34,7 @@ from ..checkpoint.loading import without_data
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
 from ..files import MARK, claim, clear_unfinished, read_json, write_whole
-from ..options import fits, type_name
+from ..options import fits, type_name, with_current_names
 from ..recipes import plain_yaml as config
 from ..recipes.evaluate import Evaluate
 from ..recipes.finetune import Finetune, Lora
@@ -71,7 +71,7 @@ class Sweep:
     dtype: str | None = "bfloat16"
     """round the model to this type first, so that 16 bits are what is compared with; null: as it is stored"""
     quantize: dict[str, Any] = field(default_factory=dict)
-    """options of quantize for all quantizers, such as --quantize.calibration train.txt --quantize.samples 64"""
+    """options of quantize for all quantizers, such as --quantize.calibration train.txt --quantize.num_samples 64"""
     lora: Lora = LORA
     """the adapter; its rank comes from --ranks"""
     training: dict[str, Any] = field(default_factory=dict)
@@ -252,7 +252,7 @@ class _Run:
     """A sweep's recipes, and the files of what came of them."""
 
     def __init__(self, recipe: Sweep) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = _with_current_names(recipe)
         self.out = Path(recipe.out).expanduser()
         self.kept = Kept(make=not recipe.report_only)
         _check(recipe)
@@ -270,7 +270,7 @@ class _Run:
 
     def _check(self, cell: Cell) -> None:
         """Raises InputError, led by the cell's name, for what can be seen to be wrong with it without a model."""
-        from ..recipes.evaluate import judge_of
+        from ..recipes.evaluate import evaluator_of
         from ..recipes.quantize import checked_quantizer
         from ..train.rows import training_task
 
@@ -278,7 +278,7 @@ class _Run:
         if self.recipe.report_only:
             return
         try:
-            training_task(trained), judge_of(judged)
+            training_task(trained), evaluator_of(judged)
             if made is not None:
                 checked_quantizer(made)
         except InputError as error:
@@ -390,7 +390,7 @@ class _Run:
         """How long an answer may get, for tasks that have answers."""
         from ..checkpoint.loading import task_class
 
-        recipe = self.evaluate(Cell(Form("floor"), name, 1, 0))
+        recipe = self.evaluation(name)
         if recipe.harness or not task_class(recipe.task).has_answers:
             return None
         return int(recipe.options.get("max_new_tokens", task_class(recipe.task).max_new_tokens))
@@ -402,11 +402,11 @@ class _Run:
         from ..data.tasks import make_task
         from ..data.tasks.base import answer, spread
 
-        recipe = self.evaluate(Cell(Form("floor"), name, 1, 0))
+        recipe = self.evaluation(name)
 
         def make() -> dict[str, Any]:
             task = make_task(recipe.task, **{"data": recipe.data, **recipe.options})
-            rows = spread(task.test(), recipe.limit)
+            rows = spread(task.test(), recipe.num_samples)
             if not rows:
                 raise InputError(f"task {recipe.task!r} has no test rows; one without answers says has_answers = False")
             constant = Counter(map(answer, rows)).most_common(1)[0][0].strip()
@@ -475,13 +475,19 @@ class _Run:
         return made
 
     def evaluate(self, cell: Cell, adapter: bool = False) -> Evaluate:
+        """The evaluation of a cell, before finetuning or with its adapter."""
         folder = str(self.out / "adapters" / cell.name) if adapter else None
-        ours: dict[str, Any] = {"model": self._model(cell.form), "load": cell.form.load, "adapter": folder}
-        ours["plugin"] = self.recipe.plugin
-        section, trained = (self._section(cell.task, verb) for verb in ("evaluate", "finetune"))
+        return self.evaluation(cell.task, self._model(cell.form), cell.form.load, folder)
+
+    def evaluation(
+        self, name: str, model: str | None = None, load: str | None = None, adapter: str | None = None
+    ) -> Evaluate:
+        """The evaluation of a model on the task `name`, by default of the model that all forms start from."""
+        ours = {"model": model or self._original, "load": load, "adapter": adapter, "plugin": self.recipe.plugin}
+        section, trained = (self._section(name, verb) for verb in ("evaluate", "finetune"))
         if section.get("task") == trained["task"]:  # in the words of the training, before it, too
             section["options"] = {**without_data(trained.get("options", {})), **section.get("options", {})}
-        made: Evaluate = _built(Evaluate, ours, section, f"tasks.{cell.task}")
+        made: Evaluate = _built(Evaluate, ours, section, f"tasks.{name}")
         return made
 
     def _section(self, name: str, verb: str) -> dict[str, Any]:
@@ -549,6 +555,12 @@ def _check(recipe: Sweep) -> None:
             raise InputError(
                 f"quantizers: {options['name']} has {empty[0]}: [], of which no cell is made; give a value"
             )
+
+
+def _with_current_names(recipe: Sweep) -> Sweep:
+    """The sweep with the options' names of today, whichever it was given."""
+    named = with_current_names("sweep", {"tasks": recipe.tasks, "quantize": recipe.quantize})
+    return replace(recipe, tasks=named["tasks"], quantize=named["quantize"])
 
 
 def _check_mapping(where: str, value: Any) -> None:

@@ -34,7 +34,7 @@ def rows_of(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]
 
     task = training_task(recipe)
     rows = task.train()
-    train, validation = spread(rows, recipe.limit), spread(task.validation(), recipe.limit)
+    train, validation = spread(rows, recipe.num_samples), spread(task.validation(), recipe.num_samples)
     if not train:
         raise InputError(f"{recipe.data}: there is nothing to train on")
     form = _form(train[0])

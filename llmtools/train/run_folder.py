@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import MARK, RUN, json_or_empty
+from ..options import with_current_names
 from ..ranks import is_first, processes
 from ..signals import Stopped
 from .options import Finetune
@@ -198,6 +199,7 @@ def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -
     if not isinstance(before, dict):
         log.warning("run.json cannot be read; whether the recipe is still the same is not known")
         return
+    before = with_current_names("finetune", before)
     way_out = "go on with the same, or begin anew with --overwrite"
     now = json.loads(as_json(asdict(recipe)))  # without secrets, as what was written
     ignored = {TENSORS}  # runs of earlier versions have none
@@ -212,7 +214,7 @@ def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -
         "model": not {*changed} - {*ROWS},
     }
     moved |= {key: True for key in ("model", "load") if recipe.allow_other_base}
-    for key in ("model", "load", "data", "validation", "limit", "lora", "task", "options", "seed"):
+    for key in ("model", "load", "data", "validation", "num_samples", "lora", "task", "options", "seed"):
         if before.get(key) != now[key] and not moved.get(key):
             raise InputError(f"--resume: {key} was {before.get(key)!r} and is {now[key]!r}; {way_out}")
     if not inputs:

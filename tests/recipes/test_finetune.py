@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("trl")
 
 from llmtools.errors import InputError
-from llmtools.recipes.finetune import Finetune, Finetuned, Lora, finetune
+from llmtools.recipes.finetune import Finetune, FinetuneResult, Lora, finetune
 
 TRAINING = {
     "max_steps": 4,
@@ -264,7 +264,7 @@ def killed(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "x"
 
 
-def go_on(place: Path, stories: Path, **changes: Any) -> Finetuned:
+def go_on(place: Path, stories: Path, **changes: Any) -> FinetuneResult:
     asked = recipe(stories, str(place / "train.jsonl"), place / "a", training=SAVED, resume=True)
     return finetune(replace(asked, **changes))
 
@@ -686,7 +686,7 @@ def test_every_verb_refuses_another_base_and_resuming_knows_the_same_one_in_shar
     generate(Generate(model=str(stories), adapter=folder, prompt="Tom", max_new_tokens=1, allow_other_base=True))
     assert said in caplog.text
     with pytest.raises(InputError, match=said):
-        evaluate(Evaluate(model=str(stories), adapter=folder, data=str(text), context=32))
+        evaluate(Evaluate(model=str(stories), adapter=folder, data=str(text), max_length=32))
     for form in ("dense", "lora"):
         out = tmp_path / form
         with pytest.raises(InputError, match=said):

@@ -144,7 +144,7 @@ def test_a_result_is_readable_and_whole(stories: Path) -> None:
     for wrong, says in (
         (Evaluate(model=str(stories), task="samsum", data="./none"), "there is no file or folder"),
         (Evaluate(model=str(stories), task="wikitext2", data="none.txt"), "there is no file"),
-        (Evaluate(model=str(stories), task="samsum", data="x", limit=0), "at least 1"),
+        (Evaluate(model=str(stories), task="samsum", data="x", num_samples=0), "at least 1"),
     ):
         with pytest.raises(InputError, match=says):
             evaluate(wrong)

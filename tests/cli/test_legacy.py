@@ -1,4 +1,4 @@
-"""The older words mean today's options, and those without a successor say what to do."""
+"""The options of published releases mean today's options, and those without a successor say what to do."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_old_commands_run(stories: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main([*words.split(), "Say hello."]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("Below is an instruction")
-    assert "older words: --weights --max_length --instruction" in shown.err
+    assert "published options: --weights --max_length --instruction" in shown.err
 
 
 def test_words_of_transformers_scripts_work_for_every_verb_that_has_the_option() -> None:

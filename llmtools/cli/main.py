@@ -215,7 +215,7 @@ _COMMON = ("config", "json", "help", "help_all")
 
 
 def read_recipe(name: str, options: type[Any], args: list[str]) -> Any:
-    """The recipe, an instance of the dataclass `options`, of a command's arguments: flags, and YAML files as plain data.
+    """The recipe (an instance of `options`) of a command's arguments: flags, and YAML files as plain data.
 
     name: one of VERBS, or the name of a script. Returns None where help or the configuration was printed instead.
     Raises InputError for arguments that cannot be read.

@@ -53,7 +53,7 @@ class Evaluation:
     value: float
     """Value of the main metric."""
     details: dict[str, Any]
-    """Metric → value, all of the task; with the numbers of examples, tokens, …"""
+    """Metric → value, all of the task, and numbers of examples, tokens and the like."""
     model: str
     """Folder or hub name of the model."""
     adapter: str | None

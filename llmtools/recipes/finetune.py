@@ -69,7 +69,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..nn.swap import count_parameters
     from ..train import checkpoints
     from ..train.learning import learning_check
-    from ..train.losses import draw_losses
+    from ..train.losses import plot_losses
 
     began = time.monotonic()
     task, train, validation, prompt_format = rows_of(recipe)
@@ -148,7 +148,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                     write_whole(folder / FINGERPRINT, notes[FINGERPRINT])
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-                    draw_losses(folder)
+                    plot_losses(folder)
                     best = getattr(trainer.state, "best_global_step", None)
                     checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
                     info = {**run, "facts": facts(recipe, result), "result": asdict(result)}

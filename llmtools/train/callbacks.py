@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: progress, metrics, early stopping; and what an interrupted run logs."""
+"""Callbacks of the trainer: progress, metrics, early stopping; and the log line of an interrupted run."""
 
 from __future__ import annotations
 

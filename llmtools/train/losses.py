@@ -16,7 +16,7 @@ NO_PICTURES = "are drawn by matplotlib: pip install 'llmtools[plot]'"
 _COLOURS = ("#2563a8", "#c2571a")
 
 
-def draw_losses(folder: Path) -> None:
+def plot_losses(folder: Path) -> None:
     """Plots the training and validation losses of a run's ``metrics.jsonl`` over the steps, as ``loss.png`` beside it.
 
     Nothing is plotted where no loss was logged; a failure is one line of the log.

@@ -104,7 +104,7 @@ def test_class_path_is_refused_wherever_it_stands(canary: Path, capsys: pytest.C
         ("finetune", "--model", "x", "--data", "d", "--out", "y", "--training.a.class_path", "canary.Thing"),
         ("sweep", "sweep.yaml"),
     ):
-        assert "class_path is no option" in fails(capsys, *args)
+        assert "class_path is not an option" in fails(capsys, *args)
     assert not canary.exists()
 
 

@@ -45,7 +45,7 @@ import llmtools
 from llmtools.nn import QuantizedLinear
 from llmtools.nn.loss import CausalLoss
 from llmtools.nn.swap import set_module
-from llmtools.train.heap import keep_large_blocks_apart
+from llmtools.train.heap import map_large_blocks
 
 from .llama import config
 from .peers import quiet
@@ -457,7 +457,7 @@ def main(argv: list[str] | None = None) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _resident("VmRSS")
     if lean(args.variant):
-        keep_large_blocks_apart()
+        map_large_blocks()
     run = step(args.variant, model, ids)
     for _ in range(2):
         run()

@@ -51,7 +51,7 @@ def planned(size: str, quantizer: str | None, options: dict[str, Any], modules: 
             quantizer=quantizer,
             options=options,
             lora=Lora(r=8, dropout=0.0, target_modules=modules),
-            length=128,
+            max_length=128,
             gradient_checkpointing=True,
             optim=optim,
             dtype="bfloat16",

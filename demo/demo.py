@@ -131,7 +131,7 @@ def sixteen_bits(demo: Demo, folder: Path) -> Path:
 def quantized(demo: Demo, base: Path, quantizer: str, bits: int, folder: Path) -> Path:
     from llmtools.recipes.quantize import Quantize, quantize
 
-    calibration = {"calibration": str(HOME_TRAIN), "samples": demo.samples, "tokens": demo.context}
+    calibration = {"calibration": str(HOME_TRAIN), "num_samples": demo.samples, "max_length": demo.context}
     recipe = Quantize(
         model=str(base),
         quantizer=quantizer,
@@ -193,7 +193,7 @@ def perplexity(demo: Demo, model: Path, adapter: Path | None, text: Path) -> Any
     from llmtools.recipes.evaluate import Evaluate, evaluate
 
     recipe = Evaluate(
-        model=str(model), adapter=adapter and str(adapter), task="perplexity", data=str(text), context=demo.context
+        model=str(model), adapter=adapter and str(adapter), task="perplexity", data=str(text), max_length=demo.context
     )
     command("evaluate", recipe)
     result = evaluate(recipe)

@@ -91,3 +91,55 @@ def _float(value: float) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+# --------------------------------------------------------------------------------------------------- renamed options
+
+_OF_QUANTIZE = {"samples": "num_samples", "tokens": "max_length"}
+_OF_FINETUNE = {"limit": "num_samples"}
+_OF_EVALUATE = {"limit": "num_samples", "context": "max_length"}
+FORMER_NAMES = {
+    "quantize": _OF_QUANTIZE,
+    "finetune": _OF_FINETUNE,
+    "evaluate": _OF_EVALUATE,
+    "plan": {"batch": "batch_size", "eval_batch": "eval_batch_size", "length": "max_length"},
+    "sweep": {
+        **{f"quantize.{former}": name for former, name in _OF_QUANTIZE.items()},
+        **{f"tasks.*.{former}": name for former, name in _OF_FINETUNE.items()},
+        **{f"tasks.*.finetune.{former}": name for former, name in _OF_FINETUNE.items()},
+        **{f"tasks.*.evaluate.{former}": name for former, name in _OF_EVALUATE.items()},
+    },
+}
+"""Command → dotted former name of an option (``*`` stands for any key) → the last part of its name. Former names are
+still read everywhere: on the command line, in YAMLs, and in recipes that were stored beside results."""
+
+
+def current_name(command: str, name: str) -> str:
+    """The dotted name of a command's option, whichever of its names is given.
+
+    >>> current_name("quantize", "samples"), current_name("sweep", "tasks.mnli.evaluate.limit")
+    ('num_samples', 'tasks.mnli.evaluate.num_samples')
+    """
+    *outer, last = parts = name.split(".")
+    for former, current in FORMER_NAMES.get(command, {}).items():
+        pattern = former.split(".")
+        if len(pattern) == len(parts) and all(a in ("*", b) for a, b in zip(pattern, parts, strict=True)):
+            last = current
+    return ".".join([*outer, last])
+
+
+def with_current_names(command: str, options: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """A command's options, as a YAML or a stored recipe has them, with former names replaced by today's.
+
+    group: dotted name of the mapping within the command's options. Raises InputError where both names are given.
+    """
+    found: dict[str, Any] = {}
+    for key, value in options.items():
+        path = f"{group}.{key}" if group else key
+        name = current_name(command, path)
+        if name != path:
+            key = name.rpartition(".")[2]
+            if key in options:
+                raise InputError(f"{path} is the former name of {name}, and both are given; give one of the two")
+        found[key] = with_current_names(command, value, name) if isinstance(value, Mapping) else value
+    return found

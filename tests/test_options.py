@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from llmtools import InputError, quantizer
-from llmtools.options import built, fits, type_name
+from llmtools.options import FORMER_NAMES, built, current_name, fits, type_name, with_current_names
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,22 @@ def test_no_quantizer_takes_a_value_of_another_type(name: str, options: dict[str
 def test_types_are_called_as_a_reader_of_json_knows_them() -> None:
     assert type_name(int | None) == "int or null"
     assert type_name(list[str]) == "list"
+
+
+def test_former_names_of_options_are_read_and_both_names_at_once_refused() -> None:
+    assert current_name("evaluate", "context") == "max_length"
+    assert current_name("evaluate", "options.context") == "options.context"  # an option of the task
+    assert current_name("no such command", "limit") == "limit"
+    tasks = {"limit": {"limit": 3, "evaluate": {"context": 8, "options": {"limit": 1}}}}  # a task of that name, too
+    assert with_current_names("sweep", {"quantize": {"samples": 2}, "tasks": tasks}) == {
+        "quantize": {"num_samples": 2},
+        "tasks": {"limit": {"num_samples": 3, "evaluate": {"max_length": 8, "options": {"limit": 1}}}},
+    }
+    for command, names in FORMER_NAMES.items():
+        for former, current in names.items():
+            *outer, last = former.replace("*", "x").split(".")
+            both: dict[str, Any] = {last: 1, current: 2}
+            for group in reversed(outer):
+                both = {group: both}
+            with pytest.raises(InputError, match=f"{last} is the former name of .*{current}"):
+                with_current_names(command, both)

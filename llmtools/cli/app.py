@@ -1,8 +1,8 @@
 """The command line: ``llmtools VERB --key value``. Verbs are recipes; their options come from the recipes' dataclasses.
 
 ``--config FILE.yaml`` gives options by file, flags after it override them, ``--print_config`` writes such a file,
-``--json`` prints the result as data. What a user did wrong is one line on stderr and exit code 2; nothing heavy is
-imported for help.
+``--json`` prints the result as data. A user's mistake is one line on stderr and exit code 2; nothing heavy is imported
+for help.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import InputError, did_you_mean
+from ..options import current_name
 from ..ranks import is_first, on_one_machine, rank
 from ..recipes.configs import with_packaged
 from ..recipes.plain_yaml import read_value, shown
 from .arguments import check_numbers, read_arguments, with_declared
 from .help import HelpAll, formatter
 from .legacy import translated
-from .passthrough import SUMMARIES as BORROWED
-from .passthrough import run as borrowed
+from .passthrough import SUMMARIES as PASSED_ON
+from .passthrough import run as pass_on
 from .verbs import VERBS, Verb
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
-    0: done; 1: a check failed; 2: something the user can mend, said in one line; 70: a mistake of ours, in one line;
-    130: Ctrl-C; 143: SIGTERM.
+    Returns the exit code. 0: done; 1: a check failed; 2: an error that the user can fix, in one line; 70: a bug of
+    llmtools, in one line; 130: Ctrl-C; 143: SIGTERM.
     """
     with _streams():
         return _main(list(sys.argv[1:] if argv is None else argv))
@@ -54,21 +55,21 @@ def _main(args: list[str]) -> int:
     handler = _log_to_stderr(debug)
     try:
         with _environment(_DEBUG if debug else _quiet(args)), warnings.catch_warnings():
-            if not debug:  # libraries on each other's future names
+            if not debug:  # of libraries, about each other's future versions
                 warnings.simplefilter("ignore", FutureWarning)
             return _run(args)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output closed it, as `| head` does
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
     except (KeyboardInterrupt, Exception) as error:
         if debug:
             traceback.print_exc()
-        code, line = _said(error)
-        named = args and not isinstance(error, KeyboardInterrupt) and not args[0].startswith("-")
-        command = f"llmtools {args[0]}" if named else "llmtools"
+        code, line = _exit_code_and_line(error)
+        has_verb = args and not isinstance(error, KeyboardInterrupt) and not args[0].startswith("-")
+        command = f"llmtools {args[0]}" if has_verb else "llmtools"
         if not is_first():
             if isinstance(error, (InputError, KeyboardInterrupt)) and on_one_machine():
-                return code  # the first process meets the same, and says so
+                return code  # the first process has the same error and prints it
             command = f"{command} (process {rank()})"
         print(f"{command}: {line}", file=sys.stderr)
         return code
@@ -80,9 +81,9 @@ _DEBUG = {"LLMTOOLS_DEBUG": "1"}
 
 
 def _quiet(args: list[str]) -> dict[str, str]:
-    """What keeps torch's compiled code from writing to the terminal.
+    """Environment variables that keep torch's C++ code from writing to the terminal.
 
-    In a sweep the profiler measures memory, and says so; what DDP warns of, one process says for all.
+    In a sweep the profiler, which measures memory, would log; of DDP's warnings, those of the first process are enough.
     """
     quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
     return quiet if args[:1] == ["sweep"] or not is_first() else {}
@@ -90,7 +91,7 @@ def _quiet(args: list[str]) -> dict[str, str]:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Sets environment variables for the length of the block, but for those that the user has set."""
+    """Sets environment variables for the length of the block, except those that the user has set."""
     fresh = [name for name in variables if name not in os.environ]
     os.environ.update({name: variables[name] for name in fresh})
     try:
@@ -100,24 +101,24 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _said(error: BaseException) -> tuple[int, str]:
-    """The exit code that an exception ends in, and the line that says it."""
+def _exit_code_and_line(error: BaseException) -> tuple[int, str]:
+    """The exit code of an exception, and its message in one line."""
     if isinstance(error, KeyboardInterrupt):
         return int(getattr(error, "exit_code", 130)), str(error) or "stopped"
     if isinstance(error, (InputError, OSError, ImportError, MemoryError)):
         return 2, _one_line(error)
     if type(error).__name__ == "OutOfMemoryError":
         return 2, f"not enough memory on the device: {_one_line(error)}"
-    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's word for it on a CPU
+    if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch's message on a CPU
         return 2, f"not enough memory: {_one_line(error)}"
     return 70, f"unexpected {type(error).__name__}: {_one_line(error)} (please report; --debug shows the traceback)"
 
 
 @contextmanager
 def _streams() -> Iterator[None]:
-    """Sees to it that there are outputs, and that whatever we print can be written in the user's locale."""
+    """Opens standard streams that are closed, and lets whatever we print be written in the user's locale."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started us; another file would get its number
+        if getattr(sys, name) is None:  # closed by the parent process; another file would get its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, io.TextIOWrapper)]
     former = [stream.errors for stream in streams]
@@ -146,10 +147,10 @@ def _run(args: list[str]) -> int:
         return 0
     _check_text(args)
     name, *args = args
-    if name in BORROWED:
-        return borrowed(name, args)
+    if name in PASSED_ON:
+        return pass_on(name, args)
     if name not in VERBS:
-        raise InputError(f"no such command; {did_you_mean(name, [*VERBS, *BORROWED])}")
+        raise InputError(f"no such command; {did_you_mean(name, [*VERBS, *PASSED_ON])}")
     verb = VERBS[name]
     options = verb.recipe()
     if verb.positional and args and not args[0].startswith("-"):
@@ -174,10 +175,10 @@ def _run(args: list[str]) -> int:
 
 
 def _with_training(args: list[str], known: list[str]) -> list[str]:
-    """Arguments of trl.SFTConfig may stand without ``training.``: --learning_rate 2e-4, as in TRL's own scripts."""
+    """Adds ``training.`` to bare arguments of trl.SFTConfig: --learning_rate 2e-4, as in TRL's own scripts."""
     ours = {"config", "trust_plugins", "json", "debug", "help", "help_all", "print_config", *known}
-    words = [arg.partition("=")[0].lstrip("-") for arg in args if arg.startswith("--")]
-    if all(word in ours or "." in word for word in words):
+    names = [current_name("finetune", arg.partition("=")[0].lstrip("-")) for arg in args if arg.startswith("--")]
+    if all(name in ours or "." in name for name in names):
         return args
     from ..train.arguments import training_arguments
 
@@ -187,8 +188,8 @@ def _with_training(args: list[str], known: list[str]) -> list[str]:
     ]
 
 
-def _bare(options: type[Any]) -> list[str]:
-    """What `_with_training` takes beside a recipe's own options, for a word that is neither."""
+def _bare_training_arguments(options: type[Any]) -> list[str]:
+    """Arguments that `_with_training` accepts beside the recipe's own options."""
     from ..train.arguments import training_arguments
     from ..train.options import Finetune
 
@@ -196,28 +197,28 @@ def _bare(options: type[Any]) -> list[str]:
 
 
 def _check_text(args: list[str]) -> None:
-    """Raises InputError for an argument that is no text: the system's bytes may be anything but NUL."""
+    """Raises InputError for an argument that is not valid text: the system passes any bytes but NUL."""
     for arg in args:
         try:
             arg.encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{arg!a} is no text in this locale's encoding ({sys.getfilesystemencoding()}); set a UTF-8 "
+                f"{arg!a} is not text in this locale's encoding ({sys.getfilesystemencoding()}); set a UTF-8 "
                 f"locale (LC_ALL=C.UTF-8), or rename the file"
             ) from error
         if "\0" in arg:
-            raise InputError(f"{shown(arg)} holds a NUL character, which no text or name of a file has")
+            raise InputError(f"{shown(arg)} contains a NUL character, which no text or file name may have")
 
 
 _COMMON = ("config", "json", "help", "help_all")
-"""Options of every command that the short help shows after the command's own."""
+"""Options of every command, which the short help shows after the command's own."""
 
 
 def read_recipe(name: str, options: type[Any], args: list[str]) -> Any:
-    """The recipe, of the dataclass `options`, that a command's arguments make: flags, and YAML files as plain data.
+    """The recipe (an instance of `options`) of a command's arguments: flags, and YAML files as plain data.
 
-    name: one of VERBS, or of a program. Gives None where help or the configuration was asked for and printed. Raises
-    InputError for what cannot be read.
+    name: one of VERBS, or the name of a script. Returns None where help or the configuration was printed instead.
+    Raises InputError for arguments that cannot be read.
     """
     return _parse(_parser(name, VERBS.get(name), options), name, options, args)
 
@@ -225,40 +226,48 @@ def read_recipe(name: str, options: type[Any], args: list[str]) -> Any:
 def _parser(name: str, verb: Verb | None, options: type[Any]) -> Any:
     from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
+    first = (*verb.first, *_COMMON) if verb and verb.first else ()
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     set_loader("llmtools", read_value)
     parser = ArgumentParser(
-        prog=_called(name),
+        prog=_command(name),
         description=(options.__doc__ or "").strip(),
         epilog="examples:\n" + textwrap.indent(verb.example, "  ") if verb else None,
-        formatter_class=formatter((*verb.first, *_COMMON) if verb and verb.first else ()),
+        formatter_class=formatter(first, short=bool(first)),
         parser_mode="llmtools",
         exit_on_error=False,
         allow_abbrev=False,
     )
-    if verb and verb.first:
-        parser.add_argument("--help_all", action=HelpAll, nargs=0, default=argparse.SUPPRESS, help="show every option")
+    if first:
+        parser.add_argument(
+            "--help_all",
+            action=HelpAll,
+            nargs=0,
+            const=verb.first if verb else (),
+            default=argparse.SUPPRESS,
+            help="Every option with its help.",
+        )
     parser.add_argument(
-        "--config", action="config", help="a YAML of these options, or the name of a packaged one; flags override it"
+        "--config", action="config", help="YAML of these options, or the name of a packaged one; flags override it."
     )
     parser.add_class_arguments(options, as_group=False)
     parser.add_argument(
         "--trust_plugins",
         type=bool,
         default=argparse.SUPPRESS,
-        help="take what runs code (plugin, module:Class, trust_remote_code) from the YAML, too",
+        help="Permission to take options that run code (plugin, module:Class, trust_remote_code) from a YAML.",
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    parser.add_argument("--debug", action="store_true", help="show where an error came from")
+    parser.add_argument("--json", action="store_true", help="Output of the result as JSON.")
+    parser.add_argument("--debug", action="store_true", help="Output of the traceback of an error.")
     return parser
 
 
 def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
-    """The recipe that the arguments make; None where help or the configuration was asked for and printed.
+    """The recipe of the arguments; None where help or the configuration was printed instead.
 
-    What a recipe holds as a mapping of anything comes as we read it, and is not read a second time by jsonargparse.
+    Options that are mappings of any values are taken as `read_arguments` read them, not as jsonargparse parsed them.
     """
-    given = read_arguments(args, options)
+    given = read_arguments(args, options, name)
     try:
         parsed = parser.parse_args(given.args, env=False)
     except SystemExit as stopped:
@@ -267,19 +276,19 @@ def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
         raise InputError("these arguments cannot be read; see --help") from stopped
     except (argparse.ArgumentError, argparse.ArgumentTypeError, TypeError, ValueError) as error:
         raise InputError(_readable(str(error), name, options)) from error
-    recipe = _made(options, parsed, given.open_options)
+    recipe = _instance(options, parsed, given.open_options)
     check_numbers(dataclasses.asdict(recipe))
     return with_declared(recipe, given.texts)
 
 
-def _made(options: type[Any], parsed: Any, open_options: dict[str, Any], prefix: str = "") -> Any:
-    """The dataclass of the parsed values. (jsonargparse would make objects of classes that a value names.)"""
+def _instance(options: type[Any], parsed: Any, open_options: dict[str, Any], prefix: str = "") -> Any:
+    """The dataclass with the parsed values. (jsonargparse would instantiate classes that a value names.)"""
     hints = typing.get_type_hints(options)
     values = {}
     for field in dataclasses.fields(options):
         value, name = parsed[field.name], f"{prefix}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]):
-            value = _made(hints[field.name], value, open_options, f"{name}.")
+            value = _instance(hints[field.name], value, open_options, f"{name}.")
         elif name in open_options and isinstance(open_options[name], type(value)):
             value = open_options[name]
         values[field.name] = value
@@ -287,20 +296,20 @@ def _made(options: type[Any], parsed: Any, open_options: dict[str, Any], prefix:
 
 
 def _readable(message: str, name: str, options: type[Any]) -> str:
-    """jsonargparse's messages in our manner: what was given, what is expected, the nearest name."""
+    """jsonargparse's message as one of ours: the given value, what is expected, the nearest name."""
     known = _names(options)
     if found := re.match(r"unrecognized arguments: (--?)?([^\s=]+)", message):
         dashes, word = found.groups()
         if not dashes:
-            return f"{word!r} is too much here; options are --key value (see {_called(name)} --help)"
-        return f"no option --{word}; {_near(word, known, _bare(options))}"
+            return f"unexpected argument {word!r}; options are --key value (see {_command(name)} --help)"
+        return f"no option --{word}; {_near(word, known, _bare_training_arguments(options))}"
     if found := re.match(r"Option '([^']+)' is not accepted", message):
         return f"no key {found[1]!r}; {_near(found[1], known)}"
     if found := re.match(r"Group '([^']+)' does not accept option '([^']+)'", message):
         return f"no key '{found[1]}.{found[2]}'; {_near(f'{found[1]}.{found[2]}', known)}"
     if found := re.match(r"the following arguments are required: (.*)", message):
-        missing = ", ".join(f"--{word.strip()}" for word in found[1].split(","))
-        return f"missing: {missing} (see {_called(name)} --help)"
+        missing = ", ".join(f"--{option.strip()}" for option in found[1].split(","))
+        return f"missing: {missing} (see {_command(name)} --help)"
     if found := re.match(r'Parser key "([^"]+)":\s*(.*)', message, flags=re.DOTALL):
         key, reason = found.groups()
         if expected := re.findall(r"Expected an? (?:<class '(\w+)'>|([^\n.]+))", reason):
@@ -311,19 +320,19 @@ def _readable(message: str, name: str, options: type[Any]) -> str:
     return " ".join(message.split())
 
 
-def _called(name: str) -> str:
+def _command(name: str) -> str:
     return f"llmtools {name}" if name in VERBS else name
 
 
-def _near(word: str, known: list[str], further: Sequence[str] = ()) -> str:
-    near = difflib.get_close_matches(word, [*known, *further], n=1, cutoff=0.5)
+def _near(name: str, known: list[str], further: Sequence[str] = ()) -> str:
+    near = difflib.get_close_matches(name, [*known, *further], n=1, cutoff=0.5)
     if near and near[0] in further:
         return f"did you mean {near[0]!r}, of trl.SFTConfig?"
-    return did_you_mean(word, known).replace("(there are: ", "(there are: config, ", 1)
+    return did_you_mean(name, known).replace("(there are: ", "(there are: config, ", 1)
 
 
 def _names(options: type[Any], prefix: str = "") -> list[str]:
-    """Every option's name, nested ones with dots; those that take any key end in ``.*``."""
+    """Every option's name, nested ones with dots."""
     hints = typing.get_type_hints(options)
     names: list[str] = []
     for field in dataclasses.fields(options):
@@ -336,13 +345,13 @@ def _names(options: type[Any], prefix: str = "") -> list[str]:
 
 
 def _overview() -> str:
-    summaries = {name: verb.summary for name, verb in VERBS.items()} | BORROWED
+    summaries = {name: verb.summary for name, verb in VERBS.items()} | PASSED_ON
     width = max(map(len, summaries))
     commands = "\n".join(f"  {name:<{width}}  {summary}" for name, summary in summaries.items())
     return f"""\
 usage: llmtools COMMAND [--config FILE.yaml] [--key value …] [--json]
 
-Quantize a language model to a few bits with any quantizer, finetune LoRA adapters on top, see how good it is.
+Quantize a language model to a few bits with any quantizer, finetune LoRA adapters on it, evaluate.
 
 commands:
 {commands}
@@ -352,8 +361,8 @@ examples:
   llmtools finetune --model QDIR --data train.jsonl --out ADAPTER --training.max_steps 200
   llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt
 
-`llmtools COMMAND --help` shows the options, --help_all every one; --debug (or LLMTOOLS_DEBUG=1) shows where an error
-came from."""
+`llmtools COMMAND --help` shows the main options, --help_all every one; --debug (or LLMTOOLS_DEBUG=1) shows an error's
+traceback."""
 
 
 def _log_to_stderr(debug: bool) -> logging.Handler:

@@ -1,8 +1,8 @@
-"""A command's arguments, made ready for jsonargparse: files are read, and each value stands with its flag.
+"""A command's arguments, prepared for jsonargparse: files are read, and each value is joined to its flag.
 
 jsonargparse converts by the recipe's annotations. What an annotation leaves open (``dict[str, Any]``: options of
-quantizers, tasks and libraries) it would guess from the text, and guess again from strings within a YAML; so these are
-kept here as they were given, and put into the recipe afterwards.
+quantizers, tasks and libraries) it would guess from the text, and guess again from strings within a YAML; so these
+values are kept here as they were given, and put into the recipe afterwards.
 """
 
 from __future__ import annotations
@@ -18,44 +18,46 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
+from ..options import current_name, with_current_names
 from ..recipes.plain_yaml import leaves, parse_yaml, read_config, read_value, read_yaml, shown, without_code
 from ..redaction import is_secret, redacted
 
 _ALONE = ("--json", "--debug", "--help", "--help_all", "-h")
 _SEEDS = 2**32
-"""numpy takes no larger one"""
+"""Number of seeds: numpy accepts none larger."""
 
 
 class Arguments(NamedTuple):
-    """What jsonargparse is given, and what it is not asked about."""
+    """Arguments for jsonargparse, and the values that bypass it."""
 
     args: list[str]
+    """Arguments for jsonargparse."""
     open_options: dict[str, Any]
-    """dotted name → mapping or list, of the options that hold anything"""
+    """Dotted name → mapping or list, of the options that may hold any value."""
     texts: dict[str, str]
-    """name of a flag → its value as it was typed"""
+    """Name of a flag → its value as it was typed."""
 
 
-def read_arguments(args: list[str], options: type[Any]) -> Arguments:
-    """Reads the files that the arguments of a command name, and the values of its flags.
+def read_arguments(args: list[str], options: type[Any], command: str = "") -> Arguments:
+    """Reads the files that the arguments of a command name, and the values of its flags; former names are replaced.
 
-    Raises InputError where a file is no mapping of plain values, or has code run that the command line does not name.
+    Raises InputError where a file is not a mapping of plain values, or runs code that the command line does not name.
     """
-    words = list(_words(args, options))
-    flags = {word[2:]: value for word, value in words if value is not None and word.startswith("--")}
-    spelled = {each for key, text in flags.items() if key != "config" for each in _strings(text)}
+    pairs = [(_current(command, word), value) for word, value in _split(args, options)]
+    flags = {word[2:]: value for word, value in pairs if value is not None and word.startswith("--")}
+    typed = {each for key, text in flags.items() if key != "config" for each in _strings(text)}
     trust = flags.pop("trust_plugins", "false").lower()
     if trust not in ("true", "false"):
         raise InputError(f"--trust_plugins {trust}: true or false is expected")
-    secretive = any(word.startswith("--print_config") for word, _ in words)
-    reader = _Reader(options)
+    prints_config = any(word.startswith("--print_config") for word, _ in pairs)
+    reader = _Reader(options, command)
 
     def checked(file: Path, contents: dict[str, Any]) -> dict[str, Any]:
         if trust == "false":
-            without_code(contents, file, flags.keys(), spelled)
-        return dict(redacted(contents)) if secretive else contents
+            without_code(contents, file, flags.keys(), typed)
+        return dict(redacted(contents)) if prints_config else contents
 
-    for word, text in words:
+    for word, text in pairs:
         name = word.removeprefix("--")
         if text is None:
             reader.args.append(word)
@@ -65,15 +67,16 @@ def read_arguments(args: list[str], options: type[Any]) -> Arguments:
         elif name in reader.groups and os.path.isfile(os.path.expanduser(text)):
             file = Path(text).expanduser()
             reader.mapping(name, checked(file, {name: read_yaml(file)})[name], str(file))
-        elif name != "trust_plugins" and not (secretive and is_secret(name.rpartition(".")[2])):
+        elif name != "trust_plugins" and not (prints_config and is_secret(name.rpartition(".")[2])):
             reader.flag(name, text)
     return Arguments(reader.args, reader.open_options, flags)
 
 
 class _Reader:
-    """Notes what mappings and flags say, in their order: what comes later counts."""
+    """Collects the values of mappings and flags in their order; later ones win."""
 
-    def __init__(self, options: type[Any]) -> None:
+    def __init__(self, options: type[Any], command: str = "") -> None:
+        self.command = command
         self.args: list[str] = []
         self.open_options: dict[str, Any] = {}
         hints = dict(_hints(options))
@@ -84,8 +87,10 @@ class _Reader:
     def mapping(self, name: str, contents: dict[str, Any], where: str) -> None:
         """The contents of a configuration, or of the group of options `name`."""
         if name == "config":
-            contents = _nested(contents)
-        whole = contents if name == "config" else {name: contents}
+            whole = contents = self._renamed(_nested(contents), where)
+        else:
+            whole = self._renamed({name: contents}, where)
+            contents = whole[name]
         for group in self.groups & whole.keys():
             if not isinstance(whole[group], dict):
                 raise InputError(f"{where}: {group}: a mapping (key: value) is expected, not {shown(whole[group])}")
@@ -93,63 +98,74 @@ class _Reader:
             first, _, second = key.partition(".")
             inner = whole.get(first) if second else whole
             if isinstance(inner, dict) and (second or first) in inner:
-                self._note(key, inner[second or first])
+                self._store(key, inner[second or first])
         self.args.append(f"--{name}={json.dumps(contents)}")
 
     def flag(self, name: str, text: str) -> None:
-        """One flag with its value."""
+        """A flag with its value."""
         if "class_path" in name.split("."):
-            raise InputError(f"--{name}: class_path is no option: data make no objects of classes that they name")
+            raise InputError(f"--{name}: class_path is not an option: data cannot name classes to instantiate")
         if name in self.groups | self.dicts:
             contents = parse_yaml(text, f"--{name} {text}")
             if not isinstance(contents, dict):
                 raise InputError(f"--{name} {text}: a mapping is expected ({{key: value}}), or --{name}.key value")
             if name in self.groups:
                 return self.mapping(name, contents, "command line")
-            text = json.dumps(contents)
+            text = json.dumps(self._renamed({name: contents}, f"--{name}")[name])
         for key in self.open:
             if name == key:
-                self._note(key, read_value(text))
+                self._store(key, read_value(text))
             elif name == f"{key}+":
                 self.open_options.pop(key, None)
             elif name.startswith(f"{key}."):
-                self._note(key, _with(self.open_options.get(key), name[len(key) + 1 :].split("."), read_value(text)))
+                self._store(key, _with(self.open_options.get(key), name[len(key) + 1 :].split("."), read_value(text)))
         self.args.append(f"--{name}={text}")
 
-    def _note(self, key: str, value: Any) -> None:
+    def _renamed(self, contents: dict[str, Any], where: str) -> dict[str, Any]:
+        try:
+            return with_current_names(self.command, contents)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+
+    def _store(self, key: str, value: Any) -> None:
         self.open_options.pop(key, None)
         if isinstance(value, dict | list):
             self.open_options[key] = value
 
 
-def _words(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | None]]:
-    """(flag, its value) for each flag that has one, and (argument, None) for all others.
+def _split(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | None]]:
+    """(flag, value) for each flag that has one, and (argument, None) for all others.
 
-    ``--resume`` alone means true, and prose may open with a dash: ``--prompt "- item"``.
+    ``--resume`` alone means true, and a text may begin with a dash: ``--prompt "- item"``.
     """
     hints = {f"--{name}": hint for name, hint in _hints(options)} | {"--trust_plugins": bool}
     following = [*args, None][1:]
-    taken = False
+    is_value = False
     for word, after in zip(args, following, strict=True):
         name, equals, value = word.partition("=")
-        if taken:
-            taken = False
+        if is_value:
+            is_value = False
         elif not word.startswith("--") or name in _ALONE or name == "--print_config":
             yield word, None
         elif equals:
             yield name, value
         elif bool in (hints.get(word), *typing.get_args(hints.get(word))):
-            taken = after is not None and after.lower() in ("true", "false")
-            yield word, after if taken else "true"
+            is_value = after is not None and after.lower() in ("true", "false")
+            yield word, after if is_value else "true"
         elif after is None or after == "-h" or (after.startswith("--") and not after[2:].count(" ")):
             yield word, None
         else:
-            taken = True
+            is_value = True
             yield word, after
 
 
+def _current(command: str, word: str) -> str:
+    """The flag with the option's current name."""
+    return f"--{current_name(command, word[2:])}" if word.startswith("--") else word
+
+
 def _strings(text: str) -> set[str]:
-    """The texts that a flag's value names: itself, or those in a list or mapping."""
+    """The strings of a flag's value: itself, or those in a list or mapping."""
     try:
         return {each for _, each in leaves(read_value(text)) if isinstance(each, str)}
     except InputError:
@@ -157,7 +173,7 @@ def _strings(text: str) -> set[str]:
 
 
 def _hints(options: type[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, annotation) of a recipe's options, groups before what is in them."""
+    """(dotted name, annotation) of a recipe's options, groups before their members."""
     for name, hint in typing.get_type_hints(options).items():
         yield f"{prefix}{name}", hint
         if dataclasses.is_dataclass(hint):
@@ -187,7 +203,7 @@ def _with(mapping: Any, keys: list[str], value: Any) -> dict[str, Any]:
 
 
 def check_numbers(values: dict[str, Any]) -> None:
-    """Raises InputError for numbers that no option can have, in a recipe as a mapping: NaN, too large, no seed."""
+    """Raises InputError for numbers that no option of a recipe (a mapping) can have: NaN, too large, no seed."""
     for name, value in leaves(values):
         if isinstance(value, float) and math.isnan(value):
             raise InputError(f"--{name} {value}: a number is expected")
@@ -200,9 +216,9 @@ def check_numbers(values: dict[str, Any]) -> None:
 
 
 def with_declared(recipe: Any, texts: dict[str, str]) -> Any:
-    """The recipe with the options of its task as they were typed where the task declares them as texts.
+    """The recipe with the options of its task as they were typed where the task declares them as strings.
 
-    ``--options.prompt "[INST]"`` reads as a list, and ``--options.answer 42`` as a number, but for the declaration.
+    Without the declaration ``--options.prompt "[INST]"`` would be a list, and ``--options.answer 42`` a number.
     """
     given = {key.removeprefix("options."): text for key, text in texts.items() if key.startswith("options.")}
     if not given or not isinstance(getattr(recipe, "task", None), str) or getattr(recipe, "harness", None):

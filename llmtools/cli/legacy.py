@@ -1,7 +1,7 @@
-"""The command line's older words, as people know them from the published releases, in terms of today's.
+"""Options of the published releases (LLMTools), and those of transformers' and TRL's scripts, as today's options.
 
-One table a verb; a word may be written with dashes or underscores. What a word was turned into is said in the log, and
-what cannot be kept is an error with the way out, not a silence.
+One table per verb; an option may be written with dashes or underscores. Translations are logged; an option without a
+successor is an error that names a remedy. (Former names of today's own options: `options.FORMER_NAMES`.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OLD: dict[str, dict[str, str]] = {
     "quantize": {
         "save": "out",
         "dataset": "calibration",
-        "nsamples": "samples",
+        "nsamples": "num_samples",
         "percdamp": "options.damping",
         "groupsize": "group_size",
         "wbits": "bits",
@@ -65,42 +65,42 @@ OLD: dict[str, dict[str, str]] = {
         "weights": "model",
     },
 }
-"""verb → old word → today's; with ``=``, a flag that stands for a value; empty, a word that the checkpoint answers"""
+"""Verb → published option → today's; with ``=``, a flag that stands for a value; empty: not needed."""
 
 EVERYWHERE = {"model_name_or_path": "model", "output_dir": "out", "adapter_name_or_path": "adapter"}
-"""words of transformers' and TRL's scripts, for every verb that has the option"""
+"""Options of transformers' and TRL's scripts → today's, for every verb that has the option."""
 
 ALIASES = (
     *EVERYWHERE,
     *("dataset_name", "max_seq_length", "lora_target_modules", "load_in_4bit", "load_in_8bit", "overwrite_output_dir"),
     "for",
 )
-"""words that are not old"""
+"""Options that are translated without a line in the log."""
 
 ALONE = ("act_order", "nearest", "resume_checkpoint", "load_in_4bit", "load_in_8bit", "overwrite_output_dir")
-"""words that may stand without a value"""
+"""Options that may stand without a value."""
 
 GONE = {
     "tokenizer": "the tokenizer is the one in the model's folder; copy its files there",
-    "min_length": "a shortest length is not offered any more",
-    "top_k": "drawing is limited by --top_p",
+    "min_length": "a minimum length is not supported any more",
+    "top_k": "sampling is restricted by --top_p",
 }
-"""words without a successor, and what to do"""
+"""Options without a successor → the remedy."""
 
 
 def translated(verb: str, args: list[str], known: list[str]) -> list[str]:
-    """The arguments of a command with its older words replaced; `known` are today's options, which win over old ones.
+    """A command's arguments with published options replaced. known: today's options, which win over published ones.
 
     >>> translated("quantize", ["--groupsize", "64", "--act-order"], ["bits", "group_size"])
     ['--group_size', '64', '--options.act_order', 'true']
     """
-    everywhere = {word: today for word, today in EVERYWHERE.items() if today in known}
+    everywhere = {name: today for name, today in EVERYWHERE.items() if today in known}
     table = {old: new for old, new in {**everywhere, **OLD.get(verb, {})}.items() if old not in known}
     if not table:
         return args
     found: dict[str, str] = {}
     rest: list[str] = []
-    for word, value, given in _words(args, table):
+    for word, value, given in _split(args, table):
         name = word.lstrip("-").replace("-", "_")
         if word.startswith("--") and name in GONE and name not in known:
             raise InputError(f"{word}: {GONE[name]}")
@@ -111,20 +111,22 @@ def translated(verb: str, args: list[str], known: list[str]) -> list[str]:
         else:
             rest += given
     new = _replaced(verb, found, table)
-    said = {"data_type", "ds_type"} & set(found) or {"--task", "--config"} & {arg.partition("=")[0] for arg in rest}
-    if verb == "finetune" and "dataset" in found and not said:
-        new += ["--task", "alpaca"]  # what --dataset was, unless something else was said
+    has_task = {"data_type", "ds_type"} & set(found) or {"--task", "--config"} & {arg.partition("=")[0] for arg in rest}
+    if verb == "finetune" and "dataset" in found and not has_task:
+        new += ["--task", "alpaca"]  # the published default
     if verb == "generate" and "instruction" in found:
         new += ["--raw", "true"]
     if older := [name for name in found if name not in ALIASES]:
-        log.info("older words: %s; today: %s", " ".join(f"--{name}" for name in older), " ".join(new) or "not needed")
-    if "weights" in found:  # it is where the quantized layers lie, so it wins over the name of the architecture
+        log.info(
+            "published options: %s; today: %s", " ".join(f"--{name}" for name in older), " ".join(new) or "not needed"
+        )
+    if "weights" in found:  # the folder of the quantized layers, so it wins over the name of the architecture
         rest = _without(rest, "--model")
     return rest + new
 
 
-def _words(args: list[str], table: Mapping[str, str]) -> Iterator[tuple[str, str, list[str]]]:
-    """(option, its value, the arguments it was given by), one option at a time; other arguments pass as they are."""
+def _split(args: list[str], table: Mapping[str, str]) -> Iterator[tuple[str, str, list[str]]]:
+    """(option, value, the arguments that give it) of published options; others as (argument, "", [argument])."""
     index = 0
     while index < len(args):
         word, equals, value = args[index].partition("=")
@@ -166,7 +168,7 @@ def _value(verb: str, name: str, value: str, found: Mapping[str, str]) -> str:
     if name == "weights":
         return _folder_of(value)
     if name == "instruction":
-        from ..data.tasks.alpaca import ALONE  # Stanford's words, which the task alpaca trains in
+        from ..data.tasks.alpaca import ALONE  # Stanford's prompt template, which the task alpaca trains with
 
         return ALONE.prompt.format(instruction=value)
     if name == "batch_size":
@@ -175,12 +177,12 @@ def _value(verb: str, name: str, value: str, found: Mapping[str, str]) -> str:
             raise InputError(f"--batch_size {sizes[0]} --mbatch_size {sizes[1]}: whole numbers are expected")
         return str(accumulation(int(sizes[0]), int(sizes[1]), world_size()))
     if name == "val_set_size" and re.fullmatch(r"[0-9]+\.?[0-9]*", value) and float(value) > 1:
-        raise InputError(f"--val_set_size {value}: the share of the rows is expected (--validation 0.1), or a file")
+        raise InputError(f"--val_set_size {value}: the fraction of the rows is expected (--validation 0.1), or a file")
     return value
 
 
 def _folder_of(weights: str) -> str:
-    """The checkpoint's folder that a path of old weights means."""
+    """The checkpoint's folder, of a path of published ``--weights``."""
     path = Path(weights).expanduser()
     if path.suffix in (".pt", ".pth", ".bin", ".pkl"):
         raise InputError(
@@ -191,7 +193,7 @@ def _folder_of(weights: str) -> str:
 
 
 def accumulation(batch_size: int, mbatch_size: int, processes: int = 1) -> int:
-    """How many steps of `mbatch_size` examples on each of `processes` make a batch of `batch_size`.
+    """Gradient accumulation steps of `mbatch_size` examples on each of `processes` for a batch of `batch_size`.
 
     >>> accumulation(128, 4, 2)
     16
@@ -209,7 +211,7 @@ def accumulation(batch_size: int, mbatch_size: int, processes: int = 1) -> int:
 
 
 def world_size() -> int:
-    """The number of processes that train together, as ``accelerate launch`` and ``torchrun`` say it."""
+    """Number of processes that train together, as ``accelerate launch`` and ``torchrun`` set it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

@@ -1,7 +1,7 @@
 """``llmtools serve`` and ``llmtools chat``: transformers' own commands, in a process that has imported llmtools.
 
-That import is all there is to it: it teaches transformers to open our checkpoints. Options, endpoints and messages are
-transformers'; see ``llmtools serve --help``.
+The import registers our checkpoints with transformers. Options, endpoints and messages are transformers'; see
+``llmtools serve --help``.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 from ..errors import InputError
 
 SUMMARIES = {
-    "serve": "transformers' server (OpenAI's API) for our checkpoints, too",
-    "chat": "transformers' chat in the terminal, with a server that runs",
+    "serve": "serve a model with transformers' server (OpenAI's API)",
+    "chat": "chat with a running server in the terminal, by transformers",
 }
 
 NEEDS = {"serve": ("fastapi", "uvicorn", "openai", "pydantic"), "chat": ("rich",)}
-"""what transformers' command imports, beyond what transformers itself needs"""
+"""Command → packages that it imports beyond transformers' own requirements."""
 
 
 def run(command: str, args: Sequence[str]) -> int:
     """Runs transformers' `command` with these arguments; returns its exit code.
 
-    Raises InputError where transformers has no such command, or something that it needs is not installed.
+    Raises InputError where transformers has no such command, or a package that it needs is not installed.
     """
     missing = [module for module in NEEDS[command] if find_spec(module) is None]
     if missing:
@@ -47,7 +47,7 @@ def run(command: str, args: Sequence[str]) -> int:
         app(args=[command, *args], prog_name="llmtools")
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
-    except ValueError as error:  # transformers' word for what the user can mend, such as a server that is not there
+    except ValueError as error:  # transformers' error for what the user can fix, such as a server that does not run
         raise InputError(f"{error}".replace("`transformers serve`", "`llmtools serve MODEL`")) from error
     except ImportError as error:
         raise _missing(command, error) from error
@@ -57,18 +57,18 @@ def run(command: str, args: Sequence[str]) -> int:
 
 
 def _check_served(args: Sequence[str]) -> None:
-    """Raises InputError for a model, the first argument, that cannot be served."""
+    """Raises InputError for a model (the first argument) that cannot be served."""
     from ..checkpoint.loading import check_model
 
     if not args or args[0].startswith("-"):
         return
     check_model(args[0])
     if "@" in args[0] and os.path.isdir(args[0]):
-        raise InputError(f"{args[0]}: transformers takes what follows @ for a revision; rename the folder")
+        raise InputError(f"{args[0]}: transformers reads the part after @ as a revision; rename the folder")
 
 
 def _make_cache() -> None:
-    """Makes the hub's cache folder, which /v1/models lists, and fails without."""
+    """Creates the hub's cache folder; /v1/models lists it, and fails without."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     with suppress(OSError):
@@ -80,11 +80,11 @@ def _missing(command: str, error: ImportError) -> InputError:
 
 
 def _holds(folder: str, name: str) -> bool:
-    return os.path.exists(os.path.join(folder, name))  # false, too, for prose that no folder can be called
+    return os.path.exists(os.path.join(folder, name))  # also false for text that is no valid path
 
 
 def _app(command: str) -> Any:
-    """transformers' command line, if it has `command`."""
+    """transformers' command line app. Raises InputError unless it has `command`."""
     import transformers
 
     try:
@@ -96,6 +96,6 @@ def _app(command: str) -> Any:
         if not str(error.name).startswith("transformers"):
             raise _missing(command, error) from error
     raise InputError(
-        f"transformers {transformers.__version__} has no command {command!r} that can be borrowed; "
+        f"transformers {transformers.__version__} has no command {command!r} to pass on to; "
         "pip install 'transformers>=5.16,<6', or answer prompts with `llmtools generate`"
     )

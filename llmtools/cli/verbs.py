@@ -1,4 +1,4 @@
-"""The commands: which recipe each runs, and how it is called."""
+"""The commands: the recipe that each runs, its summary, its examples."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any, NamedTuple
 
 
 class Verb(NamedTuple):
-    """A recipe as a command: where it is, what it is for, how it is called."""
+    """A recipe as a command."""
 
     module: str
     """Module of the recipe, below `llmtools`."""
     options: str
-    """Name of its dataclass."""
+    """Name of its dataclass of options."""
     function: str
     """Name of its function."""
     summary: str
+    """Summary for the overview of all commands."""
     example: str
+    """Examples for the help, one per line."""
     first: tuple[str, ...] = ()
-    """Names of the options that ``--help`` shows; the others come with ``--help_all``. Empty: all are shown."""
+    """Names of the options that ``--help`` shows, in order; ``--help_all`` shows all. Empty: both show all."""
     positional: str | None = None
-    """Name of the option that may be given without it."""
+    """Name of the option that may be given as a first argument without its flag."""
 
     def recipe(self) -> type[Any]:
         """The dataclass whose fields are the command's options."""
@@ -43,7 +45,7 @@ VERBS = {
         "quantize a model and write a checkpoint",
         """\
 llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
-  --samples 64 --tokens 512 --out QDIR
+  --num_samples 64 --max_length 512 --out QDIR
 llmtools quantize --model DIR --quantizer nf4 --out QDIR
 llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
         first=(
@@ -53,8 +55,8 @@ llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
             "bits",
             "group_size",
             "calibration",
-            "samples",
-            "tokens",
+            "num_samples",
+            "max_length",
             "skip",
             "options",
         ),
@@ -86,19 +88,30 @@ llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
         "recipes.evaluate",
         "Evaluate",
         "evaluate",
-        "measure a model on a task: perplexity, or answers",
+        "evaluate a model on a task: perplexity, or answers",
         """\
-llmtools evaluate --model QDIR --task perplexity --data test.txt --context 512
+llmtools evaluate --model QDIR --task perplexity --data test.txt --max_length 512
 llmtools evaluate --model QDIR --adapter ADAPTER --task perplexity --data test.txt --json
-llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --limit 100
+llmtools evaluate --adapter ADAPTER --task samsum --data samsum --batch_size 8 --num_samples 100
 llmtools evaluate --model QDIR --harness arc_easy,hellaswag --batch_size 8""",
-        first=("model", "adapter", "task", "data", "limit", "batch_size", "context", "harness", "load", "options"),
+        first=(
+            "model",
+            "adapter",
+            "task",
+            "data",
+            "num_samples",
+            "batch_size",
+            "max_length",
+            "harness",
+            "load",
+            "options",
+        ),
     ),
     "generate": Verb(
         "recipes.generate",
         "Generate",
         "generate",
-        "let a model write on from a prompt",
+        "generate text from prompts",
         """\
 llmtools generate --model QDIR --adapter ADAPTER --prompt "Once upon a time"
 llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --seed 1 --json""",
@@ -119,7 +132,7 @@ llmtools generate --adapter ADAPTER --prompts prompts.txt --temperature 0.8 --se
         "recipes.export",
         "Export",
         "export",
-        "write a model or an adapter in a format of others",
+        "write a model or an adapter in an external format",
         """\
 llmtools export --model QDIR --format gptq_v2 --out GPTQ
 llmtools export --model QDIR --adapter ADAPTER --format dense --out MERGED
@@ -140,7 +153,7 @@ llmtools push ADAPTER --repo owner/name --base_name owner/base --results scores.
         "sweep.runner",
         "Sweep",
         "sweep",
-        "quantize, finetune and measure in every combination, and draw the trade-off",
+        "quantize, finetune and evaluate every combination, and report the trade-off",
         """\
 llmtools sweep sweep.yaml
 llmtools sweep sweep_demo --out demo-sweep
@@ -153,9 +166,9 @@ llmtools sweep sweep.yaml --report_only""",
         "recipes.estimate",
         "Plan",
         "plan",
-        "say what a finetuning step will hold in memory",
+        "estimate the memory of a finetuning step",
         """\
-llmtools plan --model DIR --quantizer optq --bits 2 --batch 1 --length 128
+llmtools plan --model DIR --quantizer optq --bits 2 --batch_size 1 --max_length 128
 llmtools plan --model owner/name --quantizer quip_sharp --device cuda --memory 24 --lora.r 16
 llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true --json""",
         first=(
@@ -163,8 +176,8 @@ llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true 
             "quantizer",
             "bits",
             "group_size",
-            "batch",
-            "length",
+            "batch_size",
+            "max_length",
             "lora.r",
             "gradient_checkpointing",
             "device",
@@ -175,7 +188,7 @@ llmtools plan --model config.json --quantizer nf4 --gradient_checkpointing true 
         "recipes.check",
         "Check",
         "check",
-        "run the laws of a quantizer over drawn weights",
+        "run the conformance checks (laws) of a quantizer",
         """\
 llmtools check optq --options.bits 3
 llmtools check mypackage:MyQuantizer""",

@@ -1,4 +1,4 @@
-"""Run the laws over a quantizer: is it one?"""
+"""Check that a quantizer conforms to the laws (`quant.laws`)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Check:
-    """Run the laws of a quantizer over drawn weights: layout, exact rows, determinism, gradients, round trips, …"""
+    """Run the conformance checks (laws) of a quantizer on random weights: layout, determinism, gradients, …"""
 
     quantizer: str
-    """a quantizer's name, or module:Class of your own"""
+    """Name of a quantizer, or module:Class of your own."""
     options: dict[str, Any] = field(default_factory=dict)
-    """options of the quantizer, such as --options.bits 3"""
+    """Options of the quantizer, such as --options.bits 3."""
     seed: int = 0
-    """of the drawn weights"""
+    """Seed of the random weights."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One law: on how many drawn problems it held, and what was wrong on the others."""
+    """Outcome of one law on all problems."""
 
     law: str
+    """Name of the law."""
     statement: str
+    """Statement of the law."""
     problems: int
+    """Number of problems that it was checked on."""
     errors: dict[str, str]
-    """problem → what was wrong"""
+    """Problem → error, of the problems where the law is broken."""
 
     def __str__(self) -> str:
         if not self.errors:
@@ -38,12 +41,15 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """Every law's verdict."""
+class CheckResult:
+    """Outcomes of all laws."""
 
     quantizer: dict[str, Any]
+    """Specification of the quantizer: its name and options."""
     passed: bool
+    """Whether every law holds on every problem."""
     verdicts: list[Verdict]
+    """Outcome of each law."""
 
     def __str__(self) -> str:
         failed = sum(bool(verdict.errors) for verdict in self.verdicts)
@@ -55,8 +61,8 @@ class Checked:
         return 0 if self.passed else 1
 
 
-def check(recipe: Check) -> Checked:
-    """Runs every law on every drawn problem."""
+def check(recipe: Check) -> CheckResult:
+    """Runs every law on every problem. Raises InputError where the options do not fit the quantizer."""
     from ..checkpoint.loading import with_current_folder
     from ..progress import progress
     from ..quant import quantizer
@@ -69,7 +75,7 @@ def check(recipe: Check) -> Checked:
         candidate = quantizer(recipe.quantizer, **recipe.options)
     except TypeError as error:
         raise InputError(
-            f"{recipe.quantizer} cannot be made with {recipe.options or 'no options'} ({error}); a quantizer is a "
+            f"{recipe.quantizer} cannot be created with {recipe.options or 'no options'} ({error}); a quantizer is a "
             f"frozen dataclass with layout, quantize and dequantize"
         ) from error
     counts = dict.fromkeys(LAWS, 0)
@@ -82,7 +88,7 @@ def check(recipe: Check) -> Checked:
                 errors[outcome.law][outcome.problem] = " ".join(outcome.error.split())
             step(done, max(total, done), outcome.law)
     verdicts = [Verdict(law, _statement(LAWS[law]), counts[law], errors[law]) for law in LAWS]
-    return Checked(candidate.spec(), not any(verdict.errors for verdict in verdicts), verdicts)
+    return CheckResult(candidate.spec(), not any(verdict.errors for verdict in verdicts), verdicts)
 
 
 def _statement(law: Any) -> str:

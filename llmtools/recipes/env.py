@@ -1,4 +1,4 @@
-"""Say what this machine has: versions, device, compiler, threads."""
+"""Show the environment: versions, devices, compiler, threads."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from ..checkpoint.run_info import versions
 
 @dataclass(frozen=True)
 class Env:
-    """Show versions, device, compiler and threads: what a bug report should contain."""
+    """Show versions, devices, compiler and threads, for a bug report."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """This machine and what is installed on it."""
+    """Hardware, and installed software."""
 
     python: str
+    """Version of Python."""
     platform: str
+    """Operating system and architecture."""
     versions: dict[str, str]
+    """Package → installed version."""
     devices: list[str]
+    """Names of the devices."""
     compiler: str | None
-    """the C compiler that builds the CPU kernels; without one plain torch does their work"""
+    """Path of the C compiler that builds the CPU kernels; without one their torch reference runs."""
     threads: int
+    """Number of torch's threads."""
     cores: int
+    """Number of CPU cores."""
     missing: dict[str, str]
-    """what cannot be done here, and what to install for it"""
+    """Use that is not possible → requirement to install for it."""
 
     def __str__(self) -> str:
         lines = {
@@ -38,7 +44,7 @@ class Environment:
             "platform": self.platform,
             **self.versions,
             "devices": ", ".join(self.devices),
-            "compiler": self.compiler or "none (the kernels run in plain torch)",
+            "compiler": self.compiler or "none (the CPU kernels' torch reference is used)",
             "threads": f"{self.threads} of {self.cores} cores",
             **{f"no {use}": f"pip install '{extra}'" for use, extra in self.missing.items()},
         }
@@ -47,14 +53,14 @@ class Environment:
 
 
 def env(recipe: Env | None = None) -> Environment:
-    """What this machine has."""
+    """The environment on this machine."""
     from importlib.util import find_spec
 
     import torch
 
     uses: dict[str, tuple[tuple[str, ...], str]] = {
         "finetune": (("trl", "datasets"), "llmtools[train]"),
-        "pictures": (("matplotlib",), "llmtools[plot]"),
+        "plots": (("matplotlib",), "llmtools[plot]"),
         "serve": (("fastapi", "uvicorn", "openai"), "llmtools[serve]"),
     }
     return Environment(

@@ -1,4 +1,4 @@
-"""Say what a finetuning step will hold in memory, before anything is downloaded, quantized or loaded."""
+"""Estimate the memory of a finetuning step, before anything is downloaded, quantized or loaded."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..checkpoint.options import CodeOptions
 from ..errors import InputError, did_you_mean, opening
-from .finetune import Lora
+from ..train.options import Lora
+from .quantize import QuantizerOptions, resolve_quantizer
 
 OPTIMIZERS = {
     "adamw_torch_fused": 8.0,
@@ -19,58 +21,45 @@ OPTIMIZERS = {
     "paged_adamw_8bit": 2.03,
     "sgd": 0.0,
 }
-"""Bytes of state for each number that is trained, by the names of transformers' `optim`."""
+"""Bytes of optimizer state per trainable parameter, by transformers' name of the optimizer (`optim`)."""
 
 LORA = Lora()
 
 NOT_COUNTED = (
-    "what a kernel allocates within itself, what the allocator rounds up or keeps, libraries and the program "
+    "what a kernel allocates within itself, what the allocator rounds up or caches, libraries and the program "
     "(on a GPU the CUDA context, some 0.5 GB)"
 )
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Say what a finetuning step will hold in memory, beside 16-bit LoRA's and what is free; no weights are loaded."""
+class Plan(QuantizerOptions, CodeOptions):
+    """Estimate the memory of a finetuning step, beside 16-bit LoRA's and what is free; no weights are loaded."""
 
     model: str
-    """folder, hub name or config.json of the model"""
-    quantizer: str | dict[str, Any] | None = None
-    """as in quantize; by default the one that the checkpoint was made with, or optq"""
-    bits: int | None = None
-    """bits of a code (quantizers that have the option)"""
-    group_size: int | None = None
-    """inputs that share a scale, -1 for the whole row (quantizers that have the option)"""
-    options: dict[str, Any] = field(default_factory=dict)
-    """other options of the quantizer, such as --options.act_order true"""
-    overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    """as in quantize: options by pattern of module paths"""
-    skip: list[str] | None = None
-    """as in quantize: patterns of linears to leave alone"""
+    """Folder, hub name or config.json of the model."""
+    quantizer: str | dict[str, Any] | None = field(default=None, kw_only=True)
+    """Quantizer, as in quantize; by default that of the checkpoint, or optq."""
     lora: Lora = LORA
-    """the adapter, as in finetune"""
-    batch: int = 1
-    """sequences in a step of one device (per_device_train_batch_size)"""
-    eval_batch: int | None = None
-    """sequences in a batch of validation (per_device_eval_batch_size); by default as in a step, which holds more"""
-    length: int | None = None
-    """tokens of a sequence; by default the model's positions, at most 1024, as in finetune"""
+    """LoRA adapter, as in finetune."""
+    batch_size: int = 1
+    """Number of sequences per device and step (per_device_train_batch_size)."""
+    eval_batch_size: int | None = None
+    """Number of sequences in a validation batch (per_device_eval_batch_size); by default validation is not counted: in
+    batches of the same size it holds less than a step."""
+    max_length: int | None = None
+    """Length of a sequence in tokens; by default the model's positions, at most 1024, as in finetune."""
     gradient_checkpointing: bool | None = None
-    """keep the inputs of blocks only and compute the rest again; by default on a GPU, as in finetune"""
+    """Whether only the inputs of blocks are kept, and the rest is recomputed; by default on a GPU, as in finetune."""
     optim: str = "adamw_torch"
-    """the optimizer: adamw_torch | adamw_bnb_8bit | sgd, as in transformers"""
+    """Optimizer by transformers' name: adamw_torch | adamw_bnb_8bit | sgd."""
     chunked_loss: bool = True
-    """the loss without all logits at once; false for trainers that make them"""
+    """Whether the loss is computed in chunks, without all logits at once; false for trainers that make them."""
     dtype: str | None = None
-    """type of what is not quantized: bfloat16 | float16 | float32; by default the checkpoint's"""
+    """Type of what is not quantized: bfloat16 | float16 | float32; by default the checkpoint's."""
     device: str | None = None
-    """cuda | cpu: where the step is to run; by default a GPU if there is one"""
+    """Device of the step: cuda | cpu; by default a GPU if there is one."""
     memory: float | None = None
-    """GB (10⁹ bytes) that may be used; by default what is free here"""
-    plugin: str | list[str] | None = None
-    """module:Class of your own quantizer, to use it by its name"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
+    """Memory that may be used, in GB (10⁹ bytes); by default what is free on this machine."""
 
 
 @dataclass(frozen=True)
@@ -78,25 +67,25 @@ class Memory:
     """Bytes of one finetuning step at its peak."""
 
     packed: int
-    """quantized weights, as the layouts say"""
+    """Quantized weights with their scales."""
     linears: int
-    """linears of the blocks that stay dense"""
+    """Linear layers of the blocks that stay dense."""
     embeddings: int
-    """embeddings and output head"""
+    """Embeddings and output head."""
     others: int
-    """norms, biases, tables"""
+    """Norms, biases, tables."""
     adapters: int
-    """adapters, float32"""
+    """Adapters, in float32."""
     gradients: int
-    """of the adapters"""
+    """Gradients of the adapters."""
     optimizer: int
-    """the optimizer's state"""
+    """State of the optimizer."""
     activations: int
-    """what the forward keeps for the backward"""
+    """Activations that the forward keeps for the backward."""
     loss: int
-    """logits and what is made of them, if they are there at the peak"""
+    """Logits and what is computed from them, if they are live at the peak."""
     work: int
-    """of the block at hand, if that is the peak: recomputed activations, gradients, rows of weights"""
+    """Scratch memory of one block, if that is the peak: recomputed activations, gradients, dequantized rows."""
 
     @property
     def total(self) -> int:
@@ -104,54 +93,66 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """What a step holds, what 16-bit LoRA would hold, and whether it fits."""
+class PlanResult:
+    """The memory of a step, beside that of 16-bit LoRA, and whether it fits."""
 
     model: str
+    """Folder, hub name or config.json of the model."""
     quantizer: str
+    """Name of the quantizer, with its bits."""
     modules: int
-    """linears that are quantized"""
+    """Number of quantized linear layers."""
     weights: int
-    """weights in them"""
+    """Number of weights in them."""
     bits_per_weight: float
-    """packed bits by weights, scales included"""
+    """Packed bits per quantized weight, scales included."""
     trainable: int
+    """Number of trainable parameters."""
     step: str
-    """batch, length, device and what else was assumed"""
+    """Description of the step: batch size, sequence length, device, what else was assumed."""
     memory: Memory
+    """Bytes of the step by what they are for."""
     total: int
+    """Bytes of the step."""
     lora_16_bit: Memory
+    """Bytes of the same step of 16-bit LoRA."""
     total_16_bit: int
+    """Bytes of the same step of 16-bit LoRA, in all."""
     available: int | None
-    """bytes, None where they are not known"""
+    """Bytes that may be used, None where they are not known."""
     available_where: str
+    """Source of `available`."""
     fits: bool | None
-    ways_out: list[str]
-    """where it does not fit: what to change, with the total after each change"""
+    """Whether step and validation fit into `available`, None where that is not known."""
+    remedies: list[str]
+    """Changes, each on top of the former, until it fits, with the total after each; empty where it fits."""
     validation: int | None = None
-    """bytes while a batch of validation is at hand, where its size was given"""
+    """Bytes at the peak of a validation batch, where its size was given."""
     validation_16_bit: int | None = None
-    eval_batch: int | None = None
+    """Bytes at the peak of a validation batch of 16-bit LoRA."""
+    eval_batch_size: int | None = None
+    """Number of sequences in a validation batch."""
     not_counted: str = NOT_COUNTED
+    """Memory that the estimate leaves out."""
 
     def __str__(self) -> str:
         names = {
-            "packed": f"packed weights ({self.bits_per_weight:.2f} bits each)",
+            "packed": f"packed weights ({self.bits_per_weight:.2f} bits per weight)",
             "linears": "dense linears of the blocks",
             "embeddings": "embeddings and output head",
             "others": "norms, biases, tables",
-            "adapters": f"adapters ({self.trainable / 1e6:.2f} million numbers)",
-            "gradients": "their gradients",
-            "optimizer": "state of the optimizer",
-            "activations": "activations kept for backward",
+            "adapters": f"adapters ({self.trainable / 1e6:.2f} million parameters)",
+            "gradients": "gradients of the adapters",
+            "optimizer": "optimizer state",
+            "activations": "activations for the backward",
             "loss": "logits and loss",
-            "work": "work on one block",
+            "work": "scratch memory of one block",
         }
         width = max(map(len, names.values()))
         column = max(len(self.quantizer), 10)
 
-        def line(label: str, ours: str, its: str) -> str:
-            return f"{label:<{width}}  {ours:>{column}}  {its:>11}"
+        def line(label: str, quantized: str, dense: str) -> str:
+            return f"{label:<{width}}  {quantized:>{column}}  {dense:>11}"
 
         head = line("", self.quantizer, "16-bit LoRA")
         pairs = {key: (getattr(self.memory, key), getattr(self.lora_16_bit, key)) for key in names}
@@ -159,17 +160,17 @@ class Planned:
         total = line("total", size(self.total), size(self.total_16_bit))
         lines = [f"{self.model}: a finetuning step, {self.step}", head, *rows, total]
         if self.validation is not None and self.validation_16_bit is not None:
-            label = f"validation, batches of {self.eval_batch}"
+            label = f"validation, batches of {self.eval_batch_size}"
             lines.append(line(label, size(self.validation), size(self.validation_16_bit)))
         if self.available is not None:
             verdict = "it fits" if self.fits else "it does not fit"
             lines.append(f"{self.available_where}: {size(self.available)}, so {verdict}")
-        lines += [f"  {way}" for way in self.ways_out]
+        lines += [f"  {way}" for way in self.remedies]
         return "\n".join([*lines, f"not counted: {self.not_counted}"])
 
 
-def plan(recipe: Plan) -> Planned:
-    """The bytes of a finetuning step of the model that the recipe names."""
+def plan(recipe: Plan) -> PlanResult:
+    """Estimates the memory of a finetuning step of the recipe's model."""
     from ..checkpoint.loading import import_plugins, quiet_libraries
 
     import_plugins(recipe.plugin)
@@ -177,43 +178,49 @@ def plan(recipe: Plan) -> Planned:
     return plan_for(read_config(recipe), recipe)
 
 
-def plan_for(config: Any, recipe: Plan) -> Planned:
-    """The same for a configuration of transformers, such as ``LlamaConfig(hidden_size=…)``."""
+def plan_for(config: Any, recipe: Plan) -> PlanResult:
+    """The same for a configuration of transformers, such as ``LlamaConfig(hidden_size=…)``.
+
+    Raises InputError for sizes, types and names that cannot be, and for sequences longer than the model's positions.
+    """
     from ..data.metrics import model_positions
 
     _check(recipe)
     device = recipe.device or _best_device()
     shown: Any = SimpleNamespace(config=config)
     positions = model_positions(shown)
-    length = recipe.length if recipe.length is not None else min(1024, positions or 1024)
+    length = recipe.max_length if recipe.max_length is not None else min(1024, positions or 1024)
     if positions is not None and length > positions:
-        raise InputError(f"length={length} is longer than the model's {positions} positions; use at most {positions}")
+        raise InputError(
+            f"max_length={length} is longer than the model's {positions} positions; use at most {positions}"
+        )
     checkpointing = device == "cuda" if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
-    recipe = dataclasses.replace(recipe, device=device, length=length, gradient_checkpointing=checkpointing)
-    ours, name, facts = step_memory(config, recipe)
+    recipe = dataclasses.replace(recipe, device=device, max_length=length, gradient_checkpointing=checkpointing)
+    quantized, name, facts = step_memory(config, recipe)
     dense, _, dense_facts = step_memory(config, recipe, dense=True)
     available, where = _available(recipe)
-    fits = None if available is None else max(ours.total, facts["validation"]) <= available
-    words = [f"{recipe.batch} × {length} tokens", "with checkpointing" if checkpointing else "without checkpointing"]
-    return Planned(
+    fits = None if available is None else max(quantized.total, facts["validation"]) <= available
+    checkpointed = "with checkpointing" if checkpointing else "without checkpointing"
+    where_it_runs = f"on {'a GPU' if device == 'cuda' else 'the CPU'}"
+    return PlanResult(
         model=recipe.model,
         quantizer=name,
         modules=facts["modules"],
         weights=facts["weights"],
-        bits_per_weight=8 * ours.packed / facts["weights"],
+        bits_per_weight=8 * quantized.packed / facts["weights"],
         trainable=facts["trainable"],
-        step=", ".join([*words, f"on {'a GPU' if device == 'cuda' else 'the CPU'}", recipe.optim]),
-        memory=ours,
-        total=ours.total,
+        step=", ".join([f"{recipe.batch_size} × {length} tokens", checkpointed, where_it_runs, recipe.optim]),
+        memory=quantized,
+        total=quantized.total,
         lora_16_bit=dense,
         total_16_bit=dense.total,
         available=available,
         available_where=where,
         fits=fits,
-        ways_out=_ways_out(config, recipe, available) if available is not None and not fits else [],
+        remedies=_remedies(config, recipe, available) if available is not None and not fits else [],
         validation=facts["validation"] or None,
         validation_16_bit=dense_facts["validation"] or None,
-        eval_batch=recipe.eval_batch,
+        eval_batch_size=recipe.eval_batch_size,
     )
 
 
@@ -233,13 +240,13 @@ def read_config(recipe: Plan) -> Any:
             return AutoConfig.for_model(**values)
     check_model(recipe.model)
     name = str(path) if path.is_dir() else recipe.model
-    with opening(f"{recipe.model}: its configuration cannot be had", error=InputError):
+    with opening(f"{recipe.model}: its configuration cannot be loaded", error=InputError):
         check_config(PreTrainedConfig.get_config_dict(name)[0], None, name)
         return AutoConfig.from_pretrained(name, trust_remote_code=recipe.trust_remote_code)
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of ten as memory is sold and papers report it: ``"1.85 GB"``."""
+    """Bytes for printing, in powers of ten, as papers report them: ``"1.85 GB"``."""
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= limit:
             return f"{count / limit:.2f} {unit}"
@@ -250,14 +257,16 @@ def size(count: float) -> str:
 
 
 def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory, str, dict[str, int]]:
-    """(bytes, the quantizer's name, counts) of a step of the model, quantized or dense; the recipe has no gaps left.
+    """(bytes, the quantizer's name, counts) of a step of the model, quantized or dense.
 
-    Among the counts are the bytes of a batch of validation, 0 where its size was not given: gradients are not there
-    then, and the optimizer's state is.
+    The recipe's device, max_length and gradient_checkpointing are set.
+
+    Among the counts are the bytes at the peak of a validation batch, 0 where its size was not given: weights, adapters,
+    the optimizer's state and the forward's tensors, without gradients.
     """
     from ..model.memory import peak, tensors
 
-    assert recipe.length is not None
+    assert recipe.max_length is not None
     model, name, modules = _model(config, recipe, dense)
     held = tensors(model)
     how: dict[str, Any] = {
@@ -265,7 +274,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         "autocast": recipe.device == "cuda",
         "chunked_loss": recipe.chunked_loss,
     }
-    moving = peak(model, recipe.batch, recipe.length, **how)
+    transient = peak(model, recipe.batch_size, recipe.max_length, **how)
     memory = Memory(
         packed=held.packed,
         linears=held.linears,
@@ -274,20 +283,20 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         adapters=held.adapters,
         gradients=held.adapters,
         optimizer=int(OPTIMIZERS[recipe.optim] * held.trainable),
-        activations=moving.activations,
-        loss=moving.loss,
-        work=moving.work,
+        activations=transient.activations,
+        loss=transient.loss,
+        work=transient.work,
     )
     validation = 0
-    if recipe.eval_batch is not None:
-        forward = peak(model, recipe.eval_batch, recipe.length, training=False, **how)
+    if recipe.eval_batch_size is not None:
+        forward = peak(model, recipe.eval_batch_size, recipe.max_length, training=False, **how)
         validation = held.frozen + held.adapters + memory.optimizer + forward.total
     facts = {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
     return memory, name, {**facts, "validation": validation}
 
 
 def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
-    """(the model on the meta device with adapters, as finetune would train it; quantizer's name; linears quantized)"""
+    """(the model on the meta device, adapted as finetune trains it; quantizer's name; number of quantized linears)"""
     import torch
     from peft import get_peft_model
 
@@ -295,8 +304,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..nn import QuantizedLinear
     from ..nn.adapters import prepare_for_training
     from ..nn.swap import set_module
-    from ..train.adapters import leave_out, lora_config
-    from ..train.options import Finetune
+    from ..train.adapters import exclude_unsupported, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
         model = _empty(config, recipe, attention)
@@ -306,8 +314,8 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
                 set_module(model, path, QuantizedLinear.empty(model.get_submodule(path), quantizer))
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
-            config = lora_config(Finetune(recipe.model, data="", out="", lora=recipe.lora))
-            leave_out(config, model)
+            config = lora_config(recipe.lora)
+            exclude_unsupported(config, model)
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"lora: {error}") from error
@@ -315,7 +323,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
 
 
 def _empty(config: Any, recipe: Plan, attention: str) -> Any:
-    """The model without values; with the attention to plan with, where its family lets one be chosen."""
+    """The model on the meta device, with the attention implementation for planning where its family allows a choice."""
     import copy
 
     import torch
@@ -338,10 +346,9 @@ def _empty(config: Any, recipe: Plan, attention: str) -> Any:
 
 
 def _quantizers(model: Any, config: Any, recipe: Plan) -> tuple[dict[str, Any], str]:
-    """(path → quantizer, what to call them): the checkpoint's, or what quantize would choose."""
+    """(path → quantizer, their name for printing): the checkpoint's, or those that quantize would choose."""
     from ..model.targets import Plan as Choice
     from ..quant import from_spec
-    from .quantize import Quantize, resolve_quantizer
 
     stored = getattr(config, "quantization_config", None)
     if stored is not None and recipe.quantizer is None:
@@ -349,25 +356,16 @@ def _quantizers(model: Any, config: Any, recipe: Plan) -> tuple[dict[str, Any], 
         if stored.get("quant_method") != "llmtools":
             raise InputError(
                 f"{recipe.model} was quantized by {stored.get('quant_method')}; pass --quantizer to plan for one of "
-                f"ours, or plan for a folder that `llmtools quantize` wrote"
+                f"llmtools', or plan for a folder that `llmtools quantize` wrote"
             )
         made = [from_spec(spec) for spec in stored["quantizers"]]
         chosen = {path: made[index] for path, index in stored["modules"].items()}
-        return chosen, _called(made[0] if len(made) == 1 else None)
-    base = resolve_quantizer(
-        Quantize(
-            model=recipe.model,
-            out="",
-            quantizer=recipe.quantizer or "optq",
-            bits=recipe.bits,
-            group_size=recipe.group_size,
-            options=recipe.options,
-        )
-    )
-    return Choice.of(model, base, recipe.overrides, recipe.skip).quantizers, _called(base)
+        return chosen, _shown_name(made[0] if len(made) == 1 else None)
+    base = resolve_quantizer(recipe)
+    return Choice.of(model, base, recipe.overrides, recipe.skip).quantizers, _shown_name(base)
 
 
-def _called(quantizer: Any) -> str:
+def _shown_name(quantizer: Any) -> str:
     if quantizer is None:
         return "as stored"
     bits = getattr(quantizer, "bits", None)
@@ -391,10 +389,10 @@ def _available(recipe: Plan) -> tuple[int | None, str]:
 
 
 def _free_here(root: Path = Path("/")) -> int | None:
-    """Memory that programs may still take, the limit of a container included."""
+    """Bytes that programs may still allocate, a container's limit included; None where the system does not say."""
     try:
-        told = (root / "proc/meminfo").read_text()
-        free = int(re.findall(r"^MemAvailable:\s+(\d+) kB", told, flags=re.MULTILINE)[0]) * 1024
+        meminfo = (root / "proc/meminfo").read_text()
+        free = int(re.findall(r"^MemAvailable:\s+(\d+) kB", meminfo, flags=re.MULTILINE)[0]) * 1024
     except (OSError, IndexError):
         return None
     try:
@@ -405,37 +403,37 @@ def _free_here(root: Path = Path("/")) -> int | None:
     return min(free, limit)
 
 
-def _ways_out(config: Any, recipe: Plan, available: int) -> list[str]:
-    """Changes, one upon the other, until it fits."""
-    said: list[str] = []
-    for words, change in _changes(recipe):
+def _remedies(config: Any, recipe: Plan, available: int) -> list[str]:
+    """Changes of options, each on top of the former, until it fits."""
+    remedies: list[str] = []
+    for flags, change in _changes(recipe):
         recipe = dataclasses.replace(recipe, **change)
         memory, _, facts = step_memory(config, recipe)
         needed = max(memory.total, facts["validation"])
         fits = needed <= available
-        said.append(f"{'and ' if said else ''}{words}: {size(needed)}{', fits' if fits else ''}")
+        remedies.append(f"{'and ' if remedies else ''}{flags}: {size(needed)}{', fits' if fits else ''}")
         if fits:
-            return said
-    return [*said, "a smaller model, more memory, or several devices"]
+            return remedies
+    return [*remedies, "a smaller model, more memory, or several devices"]
 
 
 def _changes(recipe: Plan) -> list[tuple[str, dict[str, Any]]]:
     found: list[tuple[str, dict[str, Any]]] = []
-    if recipe.eval_batch is not None and recipe.eval_batch > recipe.batch:
-        found.append((f"--eval_batch {recipe.batch}", {"eval_batch": recipe.batch}))
+    if recipe.eval_batch_size is not None and recipe.eval_batch_size > recipe.batch_size:
+        found.append((f"--eval_batch_size {recipe.batch_size}", {"eval_batch_size": recipe.batch_size}))
     if not recipe.gradient_checkpointing:
         found.append(("--gradient_checkpointing true", {"gradient_checkpointing": True}))
-    if recipe.batch > 1:
-        smaller = {"batch": 1, "eval_batch": recipe.eval_batch and 1}
-        words = "--batch 1 --eval_batch 1" if recipe.eval_batch else "--batch 1"
-        found.append((f"{words} (with gradient accumulation)", smaller))
+    if recipe.batch_size > 1:
+        smaller = {"batch_size": 1, "eval_batch_size": recipe.eval_batch_size and 1}
+        flags = "--batch_size 1 --eval_batch_size 1" if recipe.eval_batch_size else "--batch_size 1"
+        found.append((f"{flags} (with gradient accumulation)", smaller))
     if OPTIMIZERS[recipe.optim] > 3 and recipe.device == "cuda":
         found.append(("--optim adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}))
     if recipe.quantizer not in ("quip_sharp",) or (recipe.bits or 2) > 2:
         change = {"quantizer": "quip_sharp", "bits": 2, "group_size": None, "options": {}, "overrides": {}}
         found.append(("--quantizer quip_sharp --bits 2", change))
-    if recipe.length is not None and recipe.length > 256:
-        found.append((f"--length {recipe.length // 4}", {"length": recipe.length // 4}))
+    if recipe.max_length is not None and recipe.max_length > 256:
+        found.append((f"--max_length {recipe.max_length // 4}", {"max_length": recipe.max_length // 4}))
     return found
 
 
@@ -446,13 +444,13 @@ def _best_device() -> str:
 
 
 def _check(recipe: Plan) -> None:
-    for name in ("batch", "eval_batch", "length"):
+    for name in ("batch_size", "eval_batch_size", "max_length"):
         value = getattr(recipe, name)
         if value is not None and value < 1:
             raise InputError(f"{name}={value}; at least 1 is expected")
     if recipe.optim not in OPTIMIZERS:
         raise InputError(
-            f"optim={recipe.optim!r} is not one whose state is known; {did_you_mean(recipe.optim, OPTIMIZERS)}"
+            f"optim={recipe.optim!r} is no optimizer whose state is known; {did_you_mean(recipe.optim, OPTIMIZERS)}"
         )
     if recipe.device not in (None, "cpu", "cuda"):
         raise InputError(f"device={recipe.device!r}; {did_you_mean(str(recipe.device), ('cpu', 'cuda'))}")

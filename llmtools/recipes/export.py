@@ -8,67 +8,61 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.options import AdaptedModelOptions
 from ..errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(AdaptedModelOptions):
     """Write a quantized model for servers and other programs, exactly; or a merged dense model; or a plain adapter."""
 
     format: str
-    """compressed-tensors, gptq, gptq_v2, gguf, dense (decoded, with the adapter merged), or lora (the adapter alone)"""
+    """Format to write: compressed-tensors, gptq, gptq_v2, gguf, dense (dequantized, with the adapter merged), or lora
+    (the adapter alone)."""
     out: str
-    """folder to write to"""
-    model: str | None = None
-    """folder or hub name of the quantized model; by default what the adapter was trained on"""
-    adapter: str | None = None
-    """folder of an adapter: merged into a dense model, or written as a plain LoRA with --format lora"""
+    """Folder to write to."""
     base_name: str | None = None
-    """the base model's name to write into a plain LoRA, instead of its path on this machine"""
+    """Name of the base model to write into a plain LoRA, instead of its path on this machine."""
     reader: str | None = None
-    """program that is going to read it: vllm, gptqmodel, transformers or llama.cpp (also --for); what that one does not
-    take is refused, with the options of quantize that would do"""
+    """Program to write for: vllm, gptqmodel, transformers or llama.cpp (also --for); a model that it does not read is
+    refused, with the options of quantize that make one that it does."""
     dtype: str | None = None
-    """type of dense weights: float32, float16 or bfloat16; by default the model's own"""
+    """Type of dense weights: float32, float16 or bfloat16; by default the model's own."""
     lossy: bool = False
-    """re-quantization of what the format cannot hold exactly, instead of refusing it"""
+    """Re-quantization of weights that the format cannot hold exactly, instead of an error."""
     overwrite: bool = False
-    """replace the output folder if there is one"""
-    plugin: str | list[str] | None = None
-    """module:Class of your own quantizer, if the checkpoint was made with it"""
-    allow_other_base: bool = False
-    """permission to open the adapter on another base than the one it was trained on, with a warning"""
-    verify: bool = False
-    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
+    """Permission to replace the output folder."""
 
 
 @dataclass(frozen=True)
-class ExportedModel:
-    """Where the result lies, and what was re-quantized, if anything."""
+class ExportResult:
+    """The folder that was written, and the modules that were re-quantized."""
 
     out: str
+    """Folder that was written."""
     format: str
+    """Format of the folder."""
     modules: int
+    """Number of quantized linear layers."""
     requantized: list[dict[str, Any]] = field(default_factory=list)
+    """Entry per re-quantized module: path, reason, relative error."""
     readers: list[str] = field(default_factory=list)
-    """programs that are known to read it"""
+    """Programs that are known to read it."""
 
     def __str__(self) -> str:
         lines = [
             f"{one['path']}: {one['reason']}; re-quantized, relative error {one['relative_error']:.2g}"
             for one in self.requantized
         ]
-        what = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
+        content = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
         exact = "" if self.format in ("dense", "lora") or self.requantized else ", exact"
         read = f"; known to be read by {', '.join(self.readers)}" if self.readers else ""
-        return "\n".join([*lines, f"{self.out}: {what}{exact}{read}"])
+        return "\n".join([*lines, f"{self.out}: {content}{exact}{read}"])
 
 
-def export(recipe: Export) -> ExportedModel:
+def export(recipe: Export) -> ExportResult:
     """Writes the model or the adapter."""
     from ..checkpoint.loading import import_plugins, model_and_adapter, quiet_libraries
     from ..files import claim
@@ -98,7 +92,7 @@ def export(recipe: Export) -> ExportedModel:
 
 
 def _check_format(recipe: Export) -> None:
-    """Raises InputError, with the nearest name, for a format that nothing is written in, and a reader not known."""
+    """Raises InputError, with the nearest name, for a format that cannot be written, and for an unknown reader."""
     from ..formats.writing import check_reader, writable
 
     if recipe.format not in (known := [*writable(), "dense", "lora"]):
@@ -108,7 +102,7 @@ def _check_format(recipe: Export) -> None:
 
 def _export_model(
     recipe: Export, name: str, adapter: str | None, allow_other_base: bool | None = False
-) -> ExportedModel:
+) -> ExportResult:
     from ..checkpoint.folder import save, save_dense
     from ..checkpoint.loading import loaded_as, open_model
     from ..formats.readers import readers_of
@@ -133,11 +127,11 @@ def _export_model(
         dtype = dtype or getattr(model, "dtype", None)
         merged = merge(model, dtype).to(dtype)
         save(merged, tokenizer, recipe.out, overwrite=recipe.overwrite)
-        return ExportedModel(recipe.out, recipe.format, modules)
+        return ExportResult(recipe.out, recipe.format, modules)
     if recipe.format == "dense":
         modules, readers = len(quantized_linears(model)), list(readers_of("dense", [], [], recipe.reader))
         save_dense(model, tokenizer, recipe.out, dtype=dtype, overwrite=recipe.overwrite)
-        return ExportedModel(recipe.out, recipe.format, modules, readers=readers)
+        return ExportResult(recipe.out, recipe.format, modules, readers=readers)
     done = export_model(
         model,
         tokenizer,
@@ -148,13 +142,13 @@ def _export_model(
         reader=recipe.reader,
     )
     requantized = [one._asdict() for one in done.requantized]
-    return ExportedModel(recipe.out, recipe.format, done.modules, requantized, list(done.readers))
+    return ExportResult(recipe.out, recipe.format, done.modules, requantized, list(done.readers))
 
 
-def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:
-    """An adapter whose base bitsandbytes quantized while it was loaded is merged into that base, not the plain one.
+def _export_loaded(recipe: Export, name: str, load: str) -> ExportResult:
+    """Merges an adapter whose base bitsandbytes quantized while it was loaded into that base, not the unquantized one.
 
-    Its bits are saved, and opened as our layers, which decode them.
+    The base is saved with bitsandbytes' codes and opened as QuantizedLinears, which dequantize them.
     """
     import tempfile
 
@@ -163,17 +157,17 @@ def _export_loaded(recipe: Export, name: str, load: str) -> ExportedModel:
 
     if load != "nf4":
         raise InputError(
-            f"the adapter was trained on {name} with --load {load}, and such a base cannot be decoded to merge with; "
+            f"the adapter was trained on {name} with --load {load}, and such a base cannot be dequantized for merging; "
             "serve the adapter beside it: --format lora"
         )
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as folder:
         base, tokenizer = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
         assert recipe.adapter is not None
         check_base(base, recipe.adapter, allow_other_base=recipe.allow_other_base)
-        base.save_pretrained(place)  # type: ignore[operator]
-        tokenizer.save_pretrained(place)
+        base.save_pretrained(folder)  # type: ignore[operator]
+        tokenizer.save_pretrained(folder)
         del base
-        return _export_model(recipe, place, recipe.adapter, None)
+        return _export_model(recipe, folder, recipe.adapter, None)
 
 
 def _dtype(recipe: Export) -> Any:
@@ -183,23 +177,23 @@ def _dtype(recipe: Export) -> Any:
     if recipe.dtype is None:
         return None
     if recipe.format != "dense":
-        raise InputError(f"--dtype goes with --format dense; {recipe.format} has types of its own")
+        raise InputError(f"--dtype goes with --format dense; {recipe.format} has its own types")
     if recipe.dtype not in ("float32", "float16", "bfloat16"):
         raise InputError(f"dtype={recipe.dtype!r}: float32, float16 or bfloat16 is expected")
     return getattr(torch, recipe.dtype)
 
 
-def _export_lora(recipe: Export) -> ExportedModel:
+def _export_lora(recipe: Export) -> ExportResult:
     from ..formats.lora import export_adapter
 
     assert recipe.adapter is not None
     base = _checked_base(recipe, recipe.adapter)
     export_adapter(recipe.adapter, recipe.out, base=base, base_name=recipe.base_name, overwrite=recipe.overwrite)
-    return ExportedModel(recipe.out, "lora", 0)
+    return ExportResult(recipe.out, "lora", 0)
 
 
 def _checked_base(recipe: Export, adapter: str) -> Any:
-    """The base model, where it is here, after a look at whether it is the adapter's; None where it is not here.
+    """The base model, where it is on this machine, compared with the adapter's; None where it is not.
 
     Raises InputError unless the adapter has all tensors for it, and was trained on it (or `allow_other_base`).
     """
@@ -209,17 +203,19 @@ def _checked_base(recipe: Export, adapter: str) -> Any:
     from ..model.fingerprint import check_base, read_fingerprint
 
     name = recipe.model or check_adapter(adapter).get("base_model_name_or_path")
-    here = name is not None and Path(name).expanduser().exists()
-    if name is None or not (here or recipe.model):
-        log.warning("the base model (%s) is not here, so it is not known whether the adapter is whole", name)
+    is_local = name is not None and Path(name).expanduser().exists()
+    if name is None or not (is_local or recipe.model):
+        log.warning(
+            "the base model (%s) is not on this machine, so it was not checked whether the adapter is complete", name
+        )
         return None
-    if here:
+    if is_local:
         check_fits(skeleton(name), adapter)
     if recipe.model is None and read_fingerprint(Path(adapter).expanduser()) is None:
         return None
     load = loaded_as(None, name, adapter)
     if load is not None and find_spec("bitsandbytes") is None:
-        log.warning("bitsandbytes is not installed, so it is not known whether %s is the adapter's base", name)
+        log.warning("bitsandbytes is not installed, so it was not checked whether %s is the adapter's base", name)
         return None
     base, _ = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
     check_base(base, adapter, allow_other_base=recipe.allow_other_base)

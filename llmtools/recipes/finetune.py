@@ -1,9 +1,9 @@
 """Finetune adapters on a model, quantized or not. Adapters are PEFT's, training is TRL's SFTTrainer.
 
-Work goes on in a folder beside the output, ``OUT.training``: checkpoints, ``metrics.jsonl``, ``run.json``. At the end
-the adapter is written to ``OUT`` in one piece, with a picture of the losses and the last checkpoints for a later
-``--resume``, and the work folder goes. A run that was stopped is continued by ``--resume``; it ends with the same bits
-as one that was not. It goes on with what it began with: ``run.json`` holds hashes of the rows, the model and the
+A run works in a folder beside the output, ``OUT.training``: checkpoints, ``metrics.jsonl``, ``run.json``. At the end
+the adapter is written to ``OUT`` atomically, with a plot of the losses and the last checkpoints for a later
+``--resume``, and the run folder is removed. A run that was stopped is continued by ``--resume``, and ends with the same
+bits as one that was not. It must have the same inputs: ``run.json`` holds hashes of the data, the model and the
 tokenizer; in ``OUT`` it is part of ``llmtools.json``.
 """
 
@@ -20,23 +20,27 @@ from typing import Any
 from ..errors import InputError
 from ..ranks import is_first
 from ..signals import Request, Stopped, interruptible, put_off
-from ..train.adapters import check_start, leave_out, lora_config
-from ..train.arguments import arguments_of, check_choosing, check_fsdp, check_training, yes_or_no
-from ..train.callbacks import say_when_it_ends, seconds, stopper, watch
-from ..train.options import Finetune, Finetuned, Lora, facts
+from ..train.adapters import check_initialisation, exclude_unsupported, lora_config
+from ..train.arguments import arguments_of, check_fsdp, check_training, check_validation_use, unbooled
+from ..train.callbacks import checkpoint_interval, early_stopping, log_pending_stop, metrics_callback
+from ..train.options import Finetune, FinetuneResult, Lora, facts
 from ..train.rows import examples_of, rows_of, shortened
-from ..train.run_folder import TENSORS, done, lasting_name, together, working
+from ..train.run_folder import TENSORS, base_model_name, clear, run_folder, wait_for_all
 from ..train.trainer import best_loss, last_logged, make_trainer, run_trainer
 
-__all__ = ["Finetune", "Finetuned", "Lora", "finetune"]
+__all__ = ["Finetune", "FinetuneResult", "Lora", "finetune"]
 
 
-def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
-    """Trains adapters and writes them as a PEFT folder; `callbacks` are called as the Trainer's are."""
+def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> FinetuneResult:
+    """Trains adapters and writes them as a PEFT folder.
+
+    callbacks: further TrainerCallbacks. Raises InputError for options, data and models that do not go together, and
+    where training diverges.
+    """
     from ..checkpoint.loading import check_model
     from ..files import check_no_input, claim
 
-    recipe = replace(recipe, training={key: yes_or_no(key, value) for key, value in recipe.training.items()})
+    recipe = replace(recipe, training={key: unbooled(key, value) for key, value in recipe.training.items()})
     out = Path(recipe.out).expanduser()
     work = out.with_name(f"{out.name}.training")
     check_model(recipe.model)
@@ -50,7 +54,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> Finetuned:
         return _finetune(recipe, out, work, callbacks)
 
 
-def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> Finetuned:
+def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> FinetuneResult:
     from ..checkpoint.folder import load_lora_init
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
@@ -65,7 +69,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..nn.swap import count_parameters
     from ..train import checkpoints
     from ..train.learning import learning_check
-    from ..train.losses import draw_losses
+    from ..train.losses import plot_losses
 
     began = time.monotonic()
     task, train, validation, prompt_format = rows_of(recipe)
@@ -73,10 +77,10 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     quiet_libraries()
     check_training(recipe.training)
     check_fsdp(recipe.training)
-    check_choosing(recipe, validation)
-    check_start(recipe)
-    config = lora_config(recipe)
-    starts = load_lora_init(recipe.model) if recipe.lora.init == "error" else None
+    check_validation_use(recipe, validation)
+    check_initialisation(recipe.lora, recipe.model, recipe.load)
+    config = lora_config(recipe.lora)
+    initial = load_lora_init(recipe.model) if recipe.lora.init == "error" else None
 
     import_plugins(recipe.plugin)
     model, tokenizer = open_model(
@@ -86,12 +90,12 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= content_of_model(recipe.model)
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
-    leave_out(config, model)
+    exclude_unsupported(config, model)
     if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)
         prompt_format["chat_template"] = content_of_template(tokenizer.chat_template)
     if tokenizer.eos_token is None:
-        raise InputError(f"{recipe.model}: its tokenizer has no end-of-text token, which training teaches to write")
+        raise InputError(f"{recipe.model}: its tokenizer has no end-of-text token, which ends every training example")
     arguments = arguments_of(recipe, work, model, prompt_format["record_format"], bool(validation), task.max_length())
     train, validation = (shortened(rows, task, tokenizer, arguments["max_length"]) for rows in (train, validation))
     train, left_out = examples_of(train, tokenizer, arguments, "training")
@@ -100,30 +104,32 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         arguments.setdefault("completion_only_loss", True)
 
     run = record(
-        "finetune", recipe, prompt_format=prompt_format, training=arguments, base_model=lasting_name(recipe.model)
+        "finetune", recipe, prompt_format=prompt_format, training=arguments, base_model=base_model_name(recipe.model)
     )
     run["inputs"] = inputs
-    with working(recipe, out, work, run, base) as checkpoint:
+    with run_folder(recipe, out, work, run, base) as checkpoint:
         request = Request()
         notes = {FINGERPRINT: as_text(base)}
-        keeper = checkpoints.keeper(request, seconds(recipe.training), also=[work / "metrics.jsonl"], notes=notes)
-        watcher = watch(work / "metrics.jsonl", checkpoint, keeper)
-        listeners = [watcher, keeper, learning_check(), *stopper(recipe), *callbacks]
+        keeper = checkpoints.keeper(
+            request, checkpoint_interval(recipe.training), also=[work / "metrics.jsonl"], notes=notes
+        )
+        metrics = metrics_callback(work / "metrics.jsonl", checkpoint, keeper)
+        listeners = [metrics, keeper, learning_check(), *early_stopping(recipe), *callbacks]
         trainer = make_trainer(model, tokenizer, arguments, config, train, validation, listeners)
-        if starts is not None and checkpoint is None:
-            start_adapters(trainer.model, starts)
+        if initial is not None and checkpoint is None:
+            start_adapters(trainer.model, initial)
         for adapter in trainer.model.peft_config.values():
             adapter.base_model_name_or_path = run["base_model"]
-            for names in ("target_modules", "exclude_modules"):  # sets, which are written in another order each time
+            for names in ("target_modules", "exclude_modules"):  # sets, whose order would change from run to run
                 if isinstance(found := getattr(adapter, names, None), set):
                     setattr(adapter, names, sorted(found))
-        with put_off(request, say_when_it_ends) if arguments["save_strategy"] != "no" else nullcontext():
+        with put_off(request, log_pending_stop) if arguments["save_strategy"] != "no" else nullcontext():
             run_trainer(trainer, checkpoint)
         if keeper.stopped:
             raise Stopped(exit_code=request.exit_code)
         history = trainer.state.log_history
         counted = count_parameters(trainer.model)
-        result = Finetuned(
+        result = FinetuneResult(
             out=recipe.out,
             steps=trainer.state.global_step,
             train_loss=last_logged(history, "loss"),
@@ -142,13 +148,13 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                     write_whole(folder / FINGERPRINT, notes[FINGERPRINT])
                     if (work / "metrics.jsonl").exists():
                         shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-                    draw_losses(folder)
+                    plot_losses(folder)
                     best = getattr(trainer.state, "best_global_step", None)
                     checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
                     info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
                     info["files"] = files_of(folder, CARD)
                     write_json(folder / MARK, {**info, "checksums": note_checksums(folder, info)})
-                    write_card(folder, name=out.name, former=out)  # in place of PEFT's empty form
+                    write_card(folder, name=out.name, former=out)  # instead of PEFT's empty template
             except NameTaken:
                 remove(work, of=out)
                 raise
@@ -156,7 +162,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                 if not checkpoints.all_in(work / "checkpoints"):
                     raise
                 raise InputError(f"{error} but the checkpoints in {work}; --resume writes it from them") from error
-        together()  # nobody goes on, or ends, before the adapter is on the disk
+        wait_for_all()  # no process continues, or ends, before the adapter is on the disk
     if is_first():
-        done(work, out)
+        clear(work, out)
     return result

@@ -1,4 +1,4 @@
-"""Let a model write: what follows each prompt."""
+"""Generate text from prompts."""
 
 from __future__ import annotations
 
@@ -7,73 +7,68 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.options import AdaptedModelOptions
 from ..errors import InputError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(AdaptedModelOptions):
     """Generate text from a prompt, with or without an adapter; a chat model answers in its chat template."""
 
-    model: str | None = None
-    """folder or hub name, quantized or not; by default what the adapter was trained on"""
-    adapter: str | None = None
-    """folder of an adapter"""
     load: str | None = None
-    """nf4 or int8: quantize a plain model with bitsandbytes while it loads; by default as the adapter was trained"""
+    """Quantization by bitsandbytes while an unquantized model loads: nf4 or int8; by default as the adapter was
+    trained."""
     prompt: str | None = None
-    """the prompt: a question to a chat model, or the beginning of a text"""
+    """Prompt: a user message to a chat model, or the beginning of a text."""
     system: str | None = None
-    """system prompt of a chat model; by default the one that all chats had which the adapter was trained on"""
+    """System prompt of a chat model; by default the one of all chats that the adapter was trained on."""
     prompts: str | None = None
-    """a .txt or .jsonl file of prompts instead: one a line, or the "prompt" of each row"""
+    """File of prompts instead: a .txt with one per line, or a .jsonl with a "prompt" per row."""
     max_new_tokens: int = 128
-    """how many tokens to write at most"""
+    """Maximum number of tokens to generate per prompt."""
     temperature: float = 0.0
-    """0 takes the likeliest token each time; above, tokens are drawn"""
+    """Sampling temperature; 0 is greedy decoding."""
     top_p: float = 1.0
-    """draw from the likeliest tokens that make up this share"""
+    """Probability mass of the tokens to sample from (nucleus sampling)."""
     seed: int = 0
-    """of the drawing"""
+    """Seed of the sampling."""
     raw: bool = False
-    """take the prompt as it stands: no chat template, and no prompt template that the adapter was trained with"""
-    plugin: str | list[str] | None = None
-    """module:Class of your own quantizer, if the checkpoint was made with it"""
-    allow_other_base: bool = False
-    """permission to open the adapter on another base than the one it was trained on, with a warning"""
-    verify: bool = False
-    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
+    """Prompt as it is given, without the chat template and the prompt template that the adapter was trained with."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt, as the model saw it, and what it generated."""
+    """A prompt, as the model was given it, and what it generated."""
 
     prompt: str
+    """Prompt in its template."""
     completion: str
+    """Generated text."""
     tokens: int
-    """number of tokens generated, an end-of-text token included"""
+    """Number of tokens generated, an end-of-text token included."""
     chat: bool = False
-    """whether the prompt is in the chat template"""
+    """Whether the prompt is in the chat template."""
 
 
 @dataclass(frozen=True)
-class Generated:
-    """Everything that was generated."""
+class GenerateResult:
+    """The completions, in the order of the prompts."""
 
     model: str
+    """Folder or hub name of the model."""
     adapter: str | None
+    """Folder of the adapter."""
     completions: list[Completion]
+    """Completion of each prompt."""
 
     def __str__(self) -> str:
         return "\n\n".join(one.completion if one.chat else f"{one.prompt}{one.completion}" for one in self.completions)
 
 
-def generate(recipe: Generate) -> Generated:
-    """Writes on from each prompt."""
+def generate(recipe: Generate) -> GenerateResult:
+    """Generates a completion of each prompt."""
     prompts = _prompts(recipe)
     if recipe.temperature < 0 or not 0 < recipe.top_p <= 1 or recipe.max_new_tokens < 1:
         raise InputError(
@@ -108,10 +103,10 @@ def generate(recipe: Generate) -> Generated:
     system = recipe.system if recipe.system is not None else template.get("system_prompt")
     if recipe.system is not None and not chat:
         raise InputError(
-            "--system goes with a chat template, which this model or adapter is not asked in; leave it out"
+            "--system goes with a chat template, which this model or adapter is not prompted with; leave it out"
         )
     if chat:
-        _say_what_differs(template, system, tokenizer)
+        _warn_of_differences(template, system, tokenizer)
         prompts = [_as_chat(prompt, system, tokenizer) for prompt in prompts]
     elif not recipe.raw:
         prompts = [_in_template(prompt, template) for prompt in prompts]
@@ -129,22 +124,22 @@ def generate(recipe: Generate) -> Generated:
         )
     total = sum(output.tokens for output in outputs)
     log.info("%d token%s generated", total, "s" * (total != 1))
-    if silent := sum(not output.text.strip() for output in outputs):
+    if empty := sum(not output.text.strip() for output in outputs):
         log.warning(
             "%d of %d answers are empty: the model ended the text at once%s",
-            silent,
+            empty,
             len(outputs),
-            "" if chat or not tokenizer.chat_template else "; without --raw it is asked in its chat template",
+            "" if chat or not tokenizer.chat_template else "; without --raw it is prompted in its chat template",
         )
     completions = [
         Completion(prompt, output.text, output.tokens, chat) for prompt, output in zip(prompts, outputs, strict=True)
     ]
-    return Generated(name, adapter, completions)
+    return GenerateResult(name, adapter, completions)
 
 
 def _prompts(recipe: Generate) -> list[str]:
     if (recipe.prompt is None) == (recipe.prompts is None):
-        raise InputError('pass one of the two: --prompt "some words", or --prompts FILE')
+        raise InputError('pass one of the two: --prompt "TEXT", or --prompts FILE')
     if recipe.prompt is not None:
         return [recipe.prompt]
     from ..data.text_io import enumerate_rows, existing_file, kind
@@ -164,15 +159,15 @@ def _prompts(recipe: Generate) -> list[str]:
 
 
 def _is_chat(template: dict[str, Any], adapter: str | None, tokenizer: Any) -> bool:
-    """Whether prompts go through the chat template: with an adapter if it was trained on chats."""
+    """Whether prompts are put into the chat template: with an adapter, if it was trained on chats."""
     if not tokenizer.chat_template:
         return False
-    form = template.get("record_format")
-    return form == "messages" if adapter is not None and form is not None else True
+    record_format = template.get("record_format")
+    return record_format == "messages" if adapter is not None and record_format is not None else True
 
 
-def _say_what_differs(trained: dict[str, Any], system: str | None, tokenizer: Any) -> None:
-    """Warns where chats had another system prompt, or another chat template, when the adapter was trained."""
+def _warn_of_differences(trained: dict[str, Any], system: str | None, tokenizer: Any) -> None:
+    """Warns where the adapter was trained with another system prompt or chat template."""
     from ..checkpoint.loading import content_of_template
 
     if "system_prompt" in trained and (trained["system_prompt"] or None) != (system or None):
@@ -183,11 +178,11 @@ def _say_what_differs(trained: dict[str, Any], system: str | None, tokenizer: An
         )
         log.warning("the adapter was trained %s", other)
     if trained.get("chat_template") not in (None, content_of_template(tokenizer.chat_template)):
-        log.warning("the adapter was trained in another chat template than that of this model's tokenizer")
+        log.warning("the adapter was trained with another chat template than that of this model's tokenizer")
 
 
 def _as_chat(prompt: str, system: str | None, tokenizer: Any) -> str:
-    """The prompt as a user's message, opened for an answer."""
+    """The prompt as a user message, with the generation prompt after it."""
     from ..data.tasks.base import in_chat_template
 
     messages = [{"role": "system", "content": system}] if system else []
@@ -196,7 +191,7 @@ def _as_chat(prompt: str, system: str | None, tokenizer: Any) -> str:
 
 
 def _in_template(prompt: str, template: dict[str, Any]) -> str:
-    """The prompt in the template that the adapter was trained with, if that has one field to put it in."""
+    """The prompt in the prompt template that the adapter was trained with, if that has exactly one field."""
     from ..data.tasks.base import template_fields
 
     text = (template.get("template") or {}).get("prompt")

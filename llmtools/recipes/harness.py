@@ -1,7 +1,7 @@
-"""Judge a model by tasks of EleutherAI's lm-evaluation-harness (`lm_eval`, the extra "harness").
+"""Evaluate a model on tasks of EleutherAI's lm-evaluation-harness (`lm_eval`, the extra "harness").
 
-The harness is given the model as we opened it, quantized and with its adapter. A task is a name of the harness's, or
-the path of a task's YAML; such a task's data may be local files, so nothing need come from the network.
+The harness gets the model as it was opened, quantized and with its adapter. A task is a name that lm_eval knows, or the
+path of a task's YAML; the data of such a task may be local files, so nothing need come from the network.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from ..errors import InputError
 
 
 def harness(
-    model: Any, tokenizer: Any, names: list[str], *, limit: int | None, batch_size: int, options: dict[str, Any]
+    model: Any, tokenizer: Any, names: list[str], *, num_samples: int | None, batch_size: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """``{"task/metric": value}`` for each task, with its standard error where the harness gives one."""
+    """Evaluates on each task: ``{"task/metric": value}``, with the standard error where lm_eval gives one.
+
+    Raises InputError for unknown tasks, options that lm_eval does not take, and data that cannot be loaded.
+    """
     lm_eval = import_harness()
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -28,7 +31,7 @@ def harness(
             raise InputError(f"there is no file {file}; a task of lm_eval is a name, or its YAML")
     folders = [str(folder) for folder in sorted({file.parent for file in files})]
     manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(names))
-    tasks = [_named(file) for file in files] + [name for name in names if not name.endswith((".yaml", ".yml"))]
+    tasks = [_task_name(file) for file in files] + [name for name in names if not name.endswith((".yaml", ".yml"))]
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
         raise InputError(f"lm_eval {lm_eval.__version__} has no task {', '.join(unknown)} (see `lm-eval ls tasks`)")
@@ -36,18 +39,18 @@ def harness(
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=tasks,
-            limit=limit,
+            limit=num_samples,
             task_manager=manager,
             log_samples=False,
             **options,
         )
-    except (TypeError, ValueError, OSError, ConnectionError) as error:  # an option it lacks, data that cannot be had
+    except (TypeError, ValueError, OSError, ConnectionError) as error:  # an option it lacks, data that cannot be loaded
         raise InputError(f"lm_eval: {error}") from error
-    return measures(results["results"])
+    return metrics(results["results"])
 
 
 def import_harness() -> Any:
-    """The module `lm_eval`. Raises InputError, with the way to it, where it is not installed."""
+    """The module `lm_eval`. Raises InputError, with the command to install it, where it is missing."""
     try:
         import lm_eval
     except ImportError as error:
@@ -55,8 +58,8 @@ def import_harness() -> Any:
     return lm_eval
 
 
-def measures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """lm_eval's ``{task: {"acc,none": …}}`` as ``{"task/acc": …}``; a filter's name is kept where it says something."""
+def metrics(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """lm_eval's ``{task: {"acc,none": …}}`` as ``{"task/acc": …}``; a filter's name is kept unless it is none."""
     return {
         f"{task}/{key.removesuffix(',none')}": value
         for task, values in results.items()
@@ -65,7 +68,7 @@ def measures(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _named(file: Path) -> str:
+def _task_name(file: Path) -> str:
     import yaml
 
     from .plain_yaml import read_text

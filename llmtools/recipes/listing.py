@@ -1,4 +1,4 @@
-"""List what there is: quantizers, tasks and packaged recipes, one line each; or the options of one."""
+"""List quantizers, tasks and packaged recipes, a line each; or the options of one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class List:
     """Show the quantizers, tasks and packaged recipes, plug-ins included; with a name, the options of that one."""
 
     name: str | None = None
-    """a quantizer, a task (module:Class too) or a recipe, to see its options"""
+    """Quantizer, task (module:Class too) or recipe whose options are listed; by default all names."""
     plugin: str | list[str] | None = None
-    """module:Class of your own quantizer, to list it, too"""
+    """Quantizer of your own to register, as module:Class, or a list of them."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,13 @@ class Option:
     """An option of a quantizer or task."""
 
     name: str
+    """Name of the option."""
     type: str
+    """Annotation of the option."""
     default: Any
+    """Default value, or "required"."""
     doc: str
+    """Docstring of the option."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,23 @@ class Entry:
     """A quantizer, a task or a packaged recipe."""
 
     kind: str
+    """Kind of the entry: quantizer, task or recipe."""
     name: str
+    """Name of the entry."""
     doc: str
+    """Docstring of the class; summary or contents of the recipe."""
     options: list[Option]
+    """Options of the class."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The entries asked for."""
+    """The requested entries."""
 
     entries: list[Entry]
+    """Entries by kind and name."""
     detailed: bool
+    """Whether the options are printed."""
 
     def __str__(self) -> str:
         if self.detailed:
@@ -57,7 +67,7 @@ class Listing:
 
 
 def listing(recipe: List) -> Listing:
-    """What there is, or the options of one."""
+    """Everything that is registered, or the options of one. Raises InputError, with the nearest name, if unknown."""
     from ..checkpoint.loading import import_plugins, with_current_folder
     from ..data.tasks import tasks
     from ..quant import quantizers
@@ -94,7 +104,7 @@ def listing(recipe: List) -> Listing:
 
 
 def entry_of(kind: str, name: str, cls: type[Any]) -> Entry:
-    """A class with its docstring and its fields with theirs."""
+    """The entry of a class, with the docstrings of the class and of its fields."""
     docs = field_docs(cls)
     options = [
         Option(
@@ -109,7 +119,7 @@ def entry_of(kind: str, name: str, cls: type[Any]) -> Entry:
 
 
 def field_docs(cls: type[Any]) -> dict[str, str]:
-    """The docstring under each field of a dataclass, those of its bases included; read from the source."""
+    """Field of a dataclass, or of its bases → the docstring below it, read from the source."""
     import ast
     import textwrap
 
@@ -145,7 +155,7 @@ USE = {
     "task": "llmtools finetune | evaluate --task NAME",
     "recipe": "llmtools quantize | finetune | sweep --config NAME",
 }
-"""how a name of each kind is used"""
+"""Kind → the command that takes its names."""
 
 
 def _table(kind: str, entries: list[Entry]) -> str:
@@ -155,7 +165,7 @@ def _table(kind: str, entries: list[Entry]) -> str:
 
 
 def _is_format(cls: type[Any]) -> bool:
-    """Whether a quantizer is there for what other programs stored, and nobody's choice for quantizing."""
+    """Whether a quantizer represents an external format, and cannot be chosen for quantizing."""
     from ..quant import external
 
     return cls.__module__ == external.__name__

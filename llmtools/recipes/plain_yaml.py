@@ -1,11 +1,11 @@
-"""What a YAML and the text of a flag are read as: plain data. Nothing here makes an object or imports a module.
+"""Reads YAML files and the values of flags as plain data: no object is instantiated, no module imported.
 
-A recipe is a file that people pass on: it says what is to be done, and brings no code along. So every text that a user
-gives is read here: the files of ``--config`` by `read_config`, the value of a flag by `read_value`, which is also the
-loader of our jsonargparse parsers (its own has any class imported that a ``class_path`` names). A text that is made to
-exhaust memory or the stack, by aliases of aliases or brackets without end, is refused before anything is made of it.
+A recipe is a file that people pass on, and must not bring code along. So every text that a user gives is read here: the
+files of ``--config`` by `read_config`, the value of a flag by `read_value`, which is also the loader of our parsers
+(jsonargparse's own imports any class that a ``class_path`` names). A text that is made to exhaust memory or the stack,
+by aliases of aliases or endless brackets, is refused before it is constructed.
 
-What has code run (`CODE`) counts on the command line alone, unless that says ``--trust_plugins true``.
+Options that run code (`CODE`) are accepted on the command line alone, unless it has ``--trust_plugins true``.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from typing import Any, ClassVar
 from ..errors import InputError
 
 MOST_BYTES = 2**20
-"""of a file"""
+"""Maximum size of a file in bytes."""
 MOST_NODES = 100_000
-"""scalars, lists and mappings of a text, with its aliases written out"""
+"""Maximum number of scalars, lists and mappings in a text, with its aliases expanded."""
 DEEPEST = 50
-"""lists and mappings in each other"""
+"""Maximum depth of nested lists and mappings."""
 
 CODE = {
     "plugin": "imports a module",
     "trust_remote_code": "runs code that comes with a model or data set",
-    "confirm_run_unsafe_code": "runs what a model writes",
+    "confirm_run_unsafe_code": "runs code that a model generates",
     "megatron_core": "imports a module",
     "use_cache": "unpickles a file",
 }
-"""options, of recipes and of the libraries beneath (PEFT, lm_eval), that have code run"""
+"""Options that run code, of recipes and of PEFT and lm_eval → what they do."""
 
 CLASSES = ("quantizer", "task", "name")
-"""options that may be ``module:Class``, which imports the module"""
+"""Options that may be ``module:Class``, which imports the module."""
 
 _INT = re.compile(r"[-+]?[0-9][0-9_]*$")
 _FLOAT = re.compile(
@@ -51,20 +51,20 @@ _YES = re.compile(r"(?:yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF)$")  # in YAML 
 
 
 class _Refused(InputError):
-    """A text that is turned away whatever it was meant to be."""
+    """A text that is refused, whatever it was meant to be."""
 
 
 class _NotPlain(ValueError):
-    """YAML that is more than strings, numbers, truths, null, lists, and mappings from strings."""
+    """YAML that is more than strings, numbers, booleans, null, lists, and mappings from strings."""
 
 
 # --------------------------------------------------------------------------------------------------------------- files
 
 
 def read_config(path: Path, under: tuple[Path, ...] = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """(file, what it says) of a configuration, the one that it is based on (its own key ``config``) before it.
+    """(file, contents) of a configuration, preceded by the one that it is based on (its own key ``config``).
 
-    Raises InputError, in one line with the file's name, where this is no mapping of plain values.
+    Raises InputError, in one line with the file's name, where it is not a mapping of plain values.
     """
     contents = read_yaml(path)
     base = contents.pop("config", None)
@@ -79,7 +79,7 @@ def read_config(path: Path, under: tuple[Path, ...] = ()) -> Iterator[tuple[Path
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML or JSON file holds. Raises InputError, with the file's name, where it holds none."""
+    """The mapping in a YAML or JSON file. Raises InputError, with the file's name, where it holds none."""
     if path.is_dir():
         raise InputError(f"{path} is a folder; a YAML file is expected")
     if not path.exists():
@@ -95,15 +95,15 @@ def read_text(path: Path) -> str:
     with path.open("rb") as file:
         raw = file.read(MOST_BYTES + 1)
     if len(raw) > MOST_BYTES:
-        raise InputError(f"{path} has more than {MOST_BYTES} bytes, too many for a file of options")
+        raise InputError(f"{path} has more than {MOST_BYTES} bytes, the limit for a file of options")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no text in UTF-8: {error}") from error
+        raise InputError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The plain value that a text in YAML or JSON stands for. Raises InputError, which opens with `where`."""
+    """The plain value of a text in YAML or JSON. Raises InputError, whose message begins with `where`."""
     import yaml
 
     try:
@@ -130,20 +130,20 @@ def as_yaml(value: Any) -> str:
     return str(yaml.dump(value, Dumper=_dumper(), sort_keys=False, allow_unicode=True))
 
 
-def without_code(contents: dict[str, Any], where: Path, given: Collection[str], spelled: Collection[str]) -> None:
-    """Checks that a configuration has no code run but what the command line names.
+def without_code(contents: dict[str, Any], where: Path, given: Collection[str], typed: Collection[str]) -> None:
+    """Checks that a configuration runs no code but what the command line names.
 
-    given: the options that the command line gives; of those in `CODE` it has the last word, so they go from `contents`.
-    spelled: the strings that are values on the command line.
+    given: the options on the command line; those in `CODE` override the configuration, and are removed from `contents`.
+    typed: the strings that are values on the command line.
 
-    Raises InputError for others of `CODE`, for ``module:Class``, and for files of lm_eval, which may hold code.
+    Raises InputError for other options in `CODE`, for ``module:Class``, and for files of lm_eval, which may hold code.
     """
     if "trust_plugins" in contents:
         raise InputError(f"{where}: trust_plugins can be given on the command line only")
     for key in CODE.keys() & set(given) & contents.keys():
         del contents[key]
     for key, value in leaves(contents):
-        last, named = key.rpartition(".")[2], isinstance(value, str) and value in spelled
+        last, named = key.rpartition(".")[2], isinstance(value, str) and value in typed
         if value in (None, False, "") or (last == "use_cache" and value is True):
             continue
         if last in CODE and not (last == "plugin" and named):
@@ -156,13 +156,13 @@ def without_code(contents: dict[str, Any], where: Path, given: Collection[str], 
             continue
         itself = "" if "." in key else f"--{key} {value}, or "
         raise InputError(
-            f"{where}: {key}: {shown(value)} {does}, and a YAML may not have code run; on the command line, pass "
+            f"{where}: {key}: {shown(value)} {does}, and a YAML may not run code; on the command line, pass "
             f"{itself}--trust_plugins true if you trust this file"
         )
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of what is neither a mapping nor a list; the items of a list have the list's name."""
+    """(dotted name, value) of every scalar in nested mappings and lists; the items of a list have the list's name."""
     if isinstance(value, dict):
         for key, each in value.items():
             yield from leaves(each, f"{name}.{key}" if name else key)
@@ -177,14 +177,14 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_value(text: str) -> Any:
-    """What a flag's text says: a number, true, false, null, a [list], a {mapping: …}; anything else is text.
+    """The value of a flag's text: a number, true, false, null, a [list], a {mapping: …}; anything else is a string.
 
-    Prose stays as it was typed, where YAML would see a mapping, a comment or a truth, too.
+    Prose is unchanged, also where YAML would see a mapping, a comment or a boolean.
 
     >>> [read_value(text) for text in ("1e-4", "true", "[a, b]", "{a: 1}", "Q: {q}", "{q}", "# {q}", "no")]
     [0.0001, True, ['a', 'b'], {'a': 1}, 'Q: {q}', '{q}', '# {q}', 'no']
 
-    Raises InputError for what can only do harm: a ``class_path``, brackets without end.
+    Raises InputError for what can only do harm: a ``class_path``, endless brackets.
     """
     import yaml
 
@@ -194,10 +194,10 @@ def read_value(text: str) -> Any:
             if pattern.match(bare):
                 return make(bare)
         if (bare[:1], bare[-1:]) not in (("[", "]"), ("{", "}")) or _names_fields(bare):
-            _measure(bare)  # for an option that is a number jsonargparse reads the text as YAML, too
+            _measure(bare)  # for a numeric option jsonargparse reads the text as YAML, too
             return text
         found = _parsed(bare)
-        return text if _goes_on(bare) else found
+        return text if _has_rest(bare) else found
     except _Refused as error:
         raise InputError(f"{shown(text)}: {error}") from error
     except (yaml.YAMLError, ValueError):
@@ -205,12 +205,12 @@ def read_value(text: str) -> Any:
 
 
 def _names_fields(text: str) -> bool:
-    """Whether there is a ``{question}`` in a text and nothing of a mapping."""
+    """Whether a text holds a ``{field}`` of a template, and no mapping."""
     return ":" not in text and re.search(r"\{\s*[^\s}]", text) is not None
 
 
-def _goes_on(text: str) -> bool:
-    """Whether YAML is done before the end of a text, because of a comment."""
+def _has_rest(text: str) -> bool:
+    """Whether YAML ends before the end of a text, because of a comment."""
     import yaml
 
     with suppress(ValueError):
@@ -220,7 +220,7 @@ def _goes_on(text: str) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: not too long."""
+    """A value for a message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
@@ -229,7 +229,7 @@ def shown(value: Any) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """The plain value that a text stands for. Raises YAMLError or ValueError (_Refused, _NotPlain) if it is none."""
+    """The plain value of a text. Raises YAMLError or ValueError (_Refused, _NotPlain) if it has none."""
     import yaml
 
     if text.lstrip()[:1] in ("[", "{"):
@@ -244,14 +244,14 @@ def _parsed(text: str) -> Any:
 
 
 def _measure(text: str) -> None:
-    """Raises _Refused for a text of insane size, all aliases written out, and _NotPlain for one with tags.
+    """Raises _Refused for a text that is too large, with its aliases expanded, and _NotPlain for one with tags.
 
-    The parser's events come one at a time, so nothing is built of what is refused.
+    The parser's events come one at a time, so nothing of a refused text is constructed.
     """
     import yaml
 
     nodes = 0
-    known: dict[str, tuple[int, int]] = {}  # anchor -> (nodes, depth) of what it stands for
+    known: dict[str, tuple[int, int]] = {}  # anchor -> (nodes, depth) of its value
     within: list[tuple[str | None, int, int]] = []  # each open collection: anchor, nodes before it, depth so far
     for event in yaml.parse(text, Loader=_loader()):
         if (tag := getattr(event, "tag", None)) not in (None, "!", "tag:yaml.org,2002:str"):
@@ -276,23 +276,23 @@ def _measure(text: str) -> None:
             outer, start, deepest = within[-1]
             within[-1] = (outer, start, max(deepest, depth))
         if len(within) + depth > DEEPEST:
-            raise _Refused(f"more than {DEEPEST} lists and mappings in each other")
+            raise _Refused(f"more than {DEEPEST} nested lists and mappings")
         if nodes > MOST_NODES:
-            raise _Refused(f"more than {MOST_NODES} values (with its aliases written out)")
+            raise _Refused(f"more than {MOST_NODES} values (with its aliases expanded)")
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """The value itself, if it may be passed on."""
+    """The value itself. Raises _Refused or _NotPlain if it is not plain data."""
     if depth > DEEPEST:
-        raise _Refused(f"more than {DEEPEST} lists and mappings in each other")
+        raise _Refused(f"more than {DEEPEST} nested lists and mappings")
     if isinstance(value, str) and "\0" in value:
-        raise _Refused("a text with a NUL character")
+        raise _Refused("a string with a NUL character")
     if isinstance(value, dict):
         for key, each in value.items():
             if not isinstance(key, str):
-                raise _NotPlain(f"the key {shown(key)} is no name; put it in quotes")
+                raise _NotPlain(f"the key {shown(key)} is not a string; put it in quotes")
             if "class_path" in key.split("."):
-                raise _Refused(f"{key} is no option: data make no objects of classes that they name")
+                raise _Refused(f"{key} is not an option: data cannot name classes to instantiate")
             _plain(each, depth + 1)
     elif isinstance(value, list):
         for each in value:
@@ -302,7 +302,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 @functools.cache
 def _loader() -> Any:
-    """PyYAML's safe loader for plain data alone, with the numbers of JSON (1e-4) and without dates and clock times."""
+    """PyYAML's safe loader for plain data alone, with JSON's numbers (1e-4) and without dates and times."""
     import yaml
 
     class Plain(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -320,7 +320,7 @@ def _loader() -> Any:
 
 @functools.cache
 def _dumper() -> Any:
-    """PyYAML's safe dumper, which quotes what YAML 1.1 takes for no string, and what others take for a number, too."""
+    """PyYAML's safe dumper, which also quotes strings that YAML 1.2 or other readers take for another type."""
     import yaml
 
     class Quoting(yaml.SafeDumper):

@@ -1,4 +1,4 @@
-"""Share a model or an adapter on the Hugging Face hub, with a card that says what it is."""
+"""Upload a model or an adapter to the Hugging Face hub, with a model card."""
 
 from __future__ import annotations
 
@@ -12,48 +12,49 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class Push:
-    """Upload a folder (a model or an adapter) to the Hugging Face hub, with a card of what its files say."""
+    """Upload a folder (a model or an adapter) to the Hugging Face hub, with a model card from its metadata."""
 
     folder: str
-    """folder that `llmtools quantize`, `finetune` or `export` wrote"""
+    """Folder that `llmtools quantize`, `finetune` or `export` wrote."""
     repo: str
-    """owner/name on the hub; it is made if it is not there"""
+    """Repository on the hub as owner/name; created if it does not exist."""
     private: bool = False
-    """make a new repository private"""
+    """Whether a new repository is private."""
     base_name: str | None = None
-    """the base model's name on the hub, where the files know only a folder of this machine"""
+    """Name of the base model on the hub, where the files only name a folder of this machine."""
     results: str | list[str] | None = None
-    """file, or list of files, that `llmtools evaluate --json > FILE` wrote for this folder: measures for the card"""
+    """File, or list of files, of `llmtools evaluate --json > FILE` for this folder: metrics for the model card."""
     message: str = "Upload with llmtools"
-    """of the commit"""
+    """Commit message."""
     dry_run: bool = False
-    """print the card and the names of the files that would go, and upload nothing"""
+    """Output of the model card and the names of the files, without an upload."""
 
 
 @dataclass(frozen=True)
-class Pushed:
-    """Where the folder went, or the card that would go with it."""
+class PushResult:
+    """The repository's address, or the outcome of a dry run."""
 
     repo: str
+    """Repository on the hub."""
     url: str | None
-    """None where nothing was uploaded"""
+    """Address of the commit, None where nothing was uploaded."""
     card: str | None = None
-    """of a dry run"""
+    """Model card, of a dry run."""
     files: list[str] = field(default_factory=list)
-    """those that would go, of a dry run"""
+    """Files that would be uploaded, of a dry run."""
     left_out: list[str] = field(default_factory=list)
-    """what would stay here, of a dry run"""
+    """Files that would not be uploaded, of a dry run."""
 
     def __str__(self) -> str:
         if self.card is None:
             return f"{self.repo}: {self.url}"
         lines = [f"{self.repo} would get: {', '.join(self.files)}"]
-        lines += [f"these would stay here: {', '.join(self.left_out)}"] if self.left_out else []
+        lines += [f"these would not be uploaded: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join([self.card, *lines])
 
 
-def push(recipe: Push) -> Pushed:
-    """Uploads the folder."""
+def push(recipe: Push) -> PushResult:
+    """Uploads the folder. Raises InputError for a folder that llmtools did not write, and results of another one."""
     from ..checkpoint.model_card import CARD
     from ..checkpoint.upload import check_repo, files_of, push_to_hub, texts_of
 
@@ -67,7 +68,7 @@ def push(recipe: Push) -> Pushed:
         texts = texts_of(folder, recipe.repo, base_name=recipe.base_name, results=results)
         kept, left = files_of(folder)
         card = texts.get(CARD) or (folder / CARD).read_text(encoding="utf-8")
-        return Pushed(recipe.repo, None, card, sorted({*kept, *texts}), left)
+        return PushResult(recipe.repo, None, card, sorted({*kept, *texts}), left)
     url = push_to_hub(
         folder,
         recipe.repo,
@@ -76,11 +77,11 @@ def push(recipe: Push) -> Pushed:
         results=results,
         message=recipe.message,
     )
-    return Pushed(recipe.repo, url)
+    return PushResult(recipe.repo, url)
 
 
 def _result(path: Path, folder: Path) -> dict[str, Any]:
-    """One measurement. Raises InputError unless it is one, and of this folder."""
+    """One evaluation's result. Raises InputError unless the file holds one, of this folder."""
     try:
         result = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, RecursionError) as error:
@@ -89,7 +90,7 @@ def _result(path: Path, folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is not what `llmtools evaluate --json` prints: it has {', '.join(result) or 'nothing'}"
         )
-    measured = result.get("adapter") or result["model"]
-    if Path(str(measured)).expanduser().resolve() != folder.resolve():
-        raise InputError(f"{path} was measured on {measured}, not on {folder}")
+    evaluated = result.get("adapter") or result["model"]
+    if Path(str(evaluated)).expanduser().resolve() != folder.resolve():
+        raise InputError(f"{path} is an evaluation of {evaluated}, not of {folder}")
     return result

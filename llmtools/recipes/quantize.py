@@ -7,76 +7,91 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import NO_TUNING, BlockTuning
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizerOptions:
+    """A quantizer with its options, and the linear layers that it is applied to."""
+
+    quantizer: str | dict[str, Any] | None = None
+    """Name of a quantizer (`llmtools list` shows them), or module:Class; in a YAML also {name: …, bits: …, …}; by
+    default optq."""
+    bits: int | None = None
+    """Number of bits per code (quantizers that have the option)."""
+    group_size: int | None = None
+    """Number of input features that share a scale, -1 for the whole row (quantizers that have the option)."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Other options of the quantizer, such as --options.damping 0.05; `llmtools list QUANTIZER` shows them."""
+    overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
+    """Options by pattern of module paths, best in a YAML: {down_proj: {bits: 4}, "*.0.*": null}; null keeps a linear
+    dense."""
+    skip: list[str] | None = None
+    """Patterns of linear layers to keep dense; by default those outside the transformer blocks (lm_head)."""
+
+
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(QuantizerOptions, ModelOptions):
     """Quantize the linear layers of a model and write a checkpoint that transformers opens."""
 
     model: str
-    """folder or hub name of the model"""
+    """Folder or hub name of the model."""
     out: str
-    """folder to write the quantized model to"""
-    quantizer: str | dict[str, Any] = "optq"
-    """rtn, optq, nf4, a plug-in's name or module:Class; in a YAML also {name: …, bits: …, …}"""
-    bits: int | None = None
-    """bits of a code (quantizers that have the option)"""
-    group_size: int | None = None
-    """inputs that share a scale, -1 for the whole row (quantizers that have the option)"""
-    options: dict[str, Any] = field(default_factory=dict)
-    """other options of the quantizer, such as --options.damping 0.05; `llmtools list QUANTIZER` shows them"""
-    overrides: dict[str, dict[str, Any] | None] = field(default_factory=dict)
-    """options by pattern of module paths, best in a YAML: {down_proj: {bits: 4}, "*.0.*": null}; null stays dense"""
-    skip: list[str] | None = None
-    """patterns of linears to leave alone; by default those outside the blocks (lm_head)"""
+    """Folder to write the quantized model to."""
+    quantizer: str | dict[str, Any] = field(default="optq", kw_only=True)
+    """Quantizer: rtn, optq, nf4, …, a plug-in's name, or module:Class; in a YAML also {name: …, bits: …, …}."""
     calibration: str | None = None
-    """text to learn from: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub"""
-    samples: int = 128
-    """windows of calibration text"""
-    tokens: int | None = None
-    """tokens in a window; by default the model's positions, at most 2048"""
+    """Calibration text: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
+    num_samples: int = 128
+    """Number of calibration sequences."""
+    max_length: int | None = None
+    """Length of a calibration sequence in tokens; by default the model's positions, at most 2048."""
     seed: int = 0
-    """of the choice of the windows"""
+    """Seed of the choice of calibration sequences."""
     sequential: bool = True
-    """measure each group of linears with the earlier ones of its block quantized; without: faster, a little worse"""
+    """Hessians of each group of linears measured with the block's earlier groups quantized; without: faster, a little
+    less accurate."""
     finetune_blocks: BlockTuning = NO_TUNING
-    """tune each block against the original one's outputs, after each group of linears; --finetune_blocks.epochs 5"""
+    """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
+    --finetune_blocks.epochs 5."""
     adapter_rank: int = 0
-    """also write start values for adapters up to this rank, see finetune --lora.init error"""
+    """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
+    --lora.init error; 0: none."""
     overwrite: bool = False
-    """replace the output folder if there is one"""
-    plugin: str | list[str] | None = None
-    """module:Class of your own quantizer, to use it by its name"""
-    verify: bool = False
-    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
+    """Permission to replace the output folder."""
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """Where the checkpoint lies, how small it is, how well it went."""
+class QuantizeResult:
+    """The checkpoint, its size, and the quantization error of each module."""
 
     out: str
+    """Folder of the checkpoint."""
     quantizer: dict[str, Any]
+    """Specification of the quantizer: its name and options."""
     modules: int
+    """Number of quantized linear layers."""
     bits_per_weight: float
+    """Stored bits per quantized weight, scales included."""
     packed_bytes: int
+    """Bytes of the packed weights and their scales."""
     seconds: float
+    """Duration in seconds."""
     report: dict[str, Any]
-    """one entry a module: error, proxy loss, seconds, bytes; what was left dense and why"""
+    """Entry per module: error, proxy loss, seconds, bytes; modules that stay dense, with the reason."""
     table: str
+    """Report as a table for printing."""
 
     def __str__(self) -> str:
         return (
-            f"{self.table}\n{self.out}: {self.modules} modules at {self.bits_per_weight:.2f} bits a weight, "
+            f"{self.table}\n{self.out}: {self.modules} modules at {self.bits_per_weight:.2f} bits per weight, "
             f"{self.packed_bytes / 2**20:.2f} MiB, in {self.seconds:.1f} s"
         )
 
 
-def quantize(recipe: Quantize) -> Quantized:
+def quantize(recipe: Quantize) -> QuantizeResult:
     """Quantizes the linear layers of a model and writes the checkpoint."""
     from ..files import claim
 
@@ -84,7 +99,7 @@ def quantize(recipe: Quantize) -> Quantized:
         return _quantize(recipe)
 
 
-def _quantize(recipe: Quantize) -> Quantized:
+def _quantize(recipe: Quantize) -> QuantizeResult:
     from ..checkpoint.folder import write
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import write_card
@@ -106,8 +121,8 @@ def _quantize(recipe: Quantize) -> Quantized:
     )
     text = None
     if recipe.calibration is not None:
-        tokens = recipe.tokens if recipe.tokens is not None else min(model_positions(model) or 2048, 2048)
-        text = calibration(recipe.calibration, tokenizer, samples=recipe.samples, tokens=tokens, seed=recipe.seed)
+        length = recipe.max_length if recipe.max_length is not None else min(model_positions(model) or 2048, 2048)
+        text = calibration(recipe.calibration, tokenizer, samples=recipe.num_samples, tokens=length, seed=recipe.seed)
     with progress(f"quantize ({quantizer.name})", unit="modules") as step:
         report = quantize_model(
             model,
@@ -124,7 +139,7 @@ def _quantize(recipe: Quantize) -> Quantized:
     with writing(out, overwrite=recipe.overwrite) as folder:
         write(model, tokenizer, folder, report=report, run=record("quantize", recipe, facts=_facts(recipe)))
         write_card(folder, name=out.resolve().name, former=out)
-    return Quantized(
+    return QuantizeResult(
         out=recipe.out,
         quantizer=quantizer.spec(),
         modules=len(report.rows),
@@ -137,47 +152,49 @@ def _quantize(recipe: Quantize) -> Quantized:
 
 
 def checked_quantizer(recipe: Quantize) -> Any:
-    """What the recipe describes. Raises InputError for wrong options, and where it lacks the text that it needs."""
+    """The recipe's quantizer. Raises InputError for wrong options, and where the calibration text is missing."""
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
 
     quantizer = resolve_quantizer(recipe)
     if quantizer.needs_hessian and recipe.calibration is None:
         raise InputError(
-            f"{quantizer.name} learns from text: pass --calibration FILE (.txt or .jsonl), or use a quantizer that "
+            f"{quantizer.name} needs calibration text: pass --calibration FILE (.txt or .jsonl), or a quantizer that "
             f"needs none, such as --quantizer rtn"
         )
     if recipe.finetune_blocks.epochs and recipe.calibration is None:
-        raise InputError("--finetune_blocks learns from text: pass --calibration FILE (.txt or .jsonl)")
+        raise InputError("--finetune_blocks needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if recipe.calibration is not None and recipe.calibration not in HUB:
         existing_file(recipe.calibration)
     return quantizer
 
 
 def _facts(recipe: Quantize) -> dict[str, Any]:
-    """What the model card says of the calibration."""
+    """Facts about the calibration for the model card."""
     if recipe.calibration is None:
         return {}
-    return {"calibration": {"text": recipe.calibration, "windows": recipe.samples, "seed": recipe.seed}}
+    return {"calibration": {"text": recipe.calibration, "windows": recipe.num_samples, "seed": recipe.seed}}
 
 
-def resolve_quantizer(recipe: Quantize) -> Any:
-    """What the recipe describes: name or {name, options}, then `options`, then `bits` and `group_size`."""
+def resolve_quantizer(chosen: QuantizerOptions) -> Any:
+    """The quantizer of these options: those of {name, …}, then `options`, then `bits` and `group_size`; later ones win.
+
+    Raises InputError for an unknown name and for options that the quantizer does not take.
+    """
     from ..checkpoint.loading import with_current_folder
     from ..quant import quantizer
 
     options: dict[str, Any] = {}
-    if isinstance(recipe.quantizer, str):
-        name = recipe.quantizer
-    else:
-        options = dict(recipe.quantizer)
+    if isinstance(chosen.quantizer, dict):
+        options = dict(chosen.quantizer)
         name = options.pop("name", None)
         if not isinstance(name, str):
-            raise InputError(f"quantizer: {{name: …, options}} is expected, not {recipe.quantizer!r}")
-    options |= recipe.options
-    options |= {
-        key: value for key, value in (("bits", recipe.bits), ("group_size", recipe.group_size)) if value is not None
-    }
+            raise InputError(f"quantizer: {{name: …, options}} is expected, not {chosen.quantizer!r}")
+    else:
+        name = chosen.quantizer or "optq"
+    options |= chosen.options
+    flat = {"bits": chosen.bits, "group_size": chosen.group_size}
+    options |= {key: value for key, value in flat.items() if value is not None}
     if ":" in name:
         with_current_folder()
     return quantizer(name, **options)

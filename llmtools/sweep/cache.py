@@ -17,6 +17,7 @@ from ..checkpoint.run_info import as_json
 from ..content import model_content
 from ..errors import InputError
 from ..files import read_json, write_whole
+from ..options import with_current_names
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class ResultCache:
         if file in self._tried:
             return self._tried[file]
         found = _read(file)
-        if found is not None and (changed := differences(found.get("settings"), settings)):
+        if found is not None and (changed := differences(_settings(found), settings)):
             log.info("%s was computed with other settings (%s)", file.stem, "; ".join(changed))
             found = None
         if found is not None and "failed" not in found and folder is not None and not _holds_weights(found, folder):
@@ -88,6 +89,16 @@ def _holds_weights(found: Result, folder: Path) -> bool:
     """Whether a folder still holds the weights of a result."""
     present = _weights(folder)
     return present is not None and present == found.get("weights")
+
+
+def _settings(found: Result) -> Any:
+    """The settings of a stored result, with the options' names of today."""
+    settings = found.get("settings")
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: with_current_names(key, value) if isinstance(value, dict) else value for key, value in settings.items()
+    }
 
 
 def _weights(folder: Path) -> str | None:

@@ -36,7 +36,7 @@ from ..checkpoint.loading import without_data
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
 from ..files import MARK, claim, clear_unfinished, read_json, write_whole
-from ..options import fits, type_name
+from ..options import fits, type_name, with_current_names
 from ..recipes import plain_yaml as config
 from ..recipes.evaluate import Evaluate
 from ..recipes.finetune import Finetune, Lora
@@ -74,7 +74,7 @@ class Sweep:
     dtype: str | None = "bfloat16"
     """Type that the model is cast to first, so that the reference has 16 bits; null for the stored type."""
     quantize: dict[str, Any] = field(default_factory=dict)
-    """Options of quantize for all quantizers, such as --quantize.calibration train.txt --quantize.samples 64."""
+    """Options of quantize for all quantizers, such as --quantize.calibration train.txt --quantize.num_samples 64."""
     lora: Lora = LORA
     """LoRA options; the rank comes from --ranks."""
     training: dict[str, Any] = field(default_factory=dict)
@@ -269,7 +269,7 @@ class _Runner:
     """The recipes of a sweep's runs, and their results on the disk."""
 
     def __init__(self, recipe: Sweep) -> None:
-        self.recipe = recipe
+        self.recipe = recipe = _with_current_names(recipe)
         self.out = Path(recipe.out).expanduser()
         self.cache = ResultCache(compute=not recipe.report_only)
         earlier = self.out / "cells"
@@ -289,7 +289,7 @@ class _Runner:
 
     def _check(self, run: Run) -> None:
         """Raises InputError, led by the run's name, for options that can be seen to be wrong without a model."""
-        from ..recipes.evaluate import judge_of
+        from ..recipes.evaluate import evaluator_of
         from ..recipes.quantize import checked_quantizer
         from ..train.rows import training_task
 
@@ -297,7 +297,7 @@ class _Runner:
         if self.recipe.report_only:
             return
         try:
-            training_task(finetune), judge_of(evaluate)
+            training_task(finetune), evaluator_of(evaluate)
             if quantize is not None:
                 checked_quantizer(quantize)
         except InputError as error:
@@ -409,7 +409,7 @@ class _Runner:
         """Maximum number of tokens of an answer; None for tasks without answers."""
         from ..checkpoint.loading import task_class
 
-        recipe = self.evaluate(Run(Variant(""), name, 1, 0))
+        recipe = self.evaluation(name)
         if recipe.harness or not task_class(recipe.task).has_answers:
             return None
         return int(recipe.options.get("max_new_tokens", task_class(recipe.task).max_new_tokens))
@@ -424,11 +424,11 @@ class _Runner:
         from ..data.tasks import make_task
         from ..data.tasks.base import answer, spread
 
-        recipe = self.evaluate(Run(Variant(""), name, 1, 0))
+        recipe = self.evaluation(name)
 
         def make() -> dict[str, Any]:
             task = make_task(recipe.task, **{"data": recipe.data, **recipe.options})
-            rows = spread(task.test(), recipe.limit)
+            rows = spread(task.test(), recipe.num_samples)
             if not rows:
                 raise InputError(
                     f"task {recipe.task!r} has no test rows; a task without answers sets has_answers = False"
@@ -504,13 +504,19 @@ class _Runner:
         return recipe
 
     def evaluate(self, run: Run, adapter: bool = False) -> Evaluate:
+        """The evaluation of a run, before finetuning or with its adapter."""
         folder = str(self.out / "adapters" / run.name) if adapter else None
-        fixed: dict[str, Any] = {"model": self._model(run.variant), "load": run.variant.load, "adapter": folder}
-        fixed["plugin"] = self.recipe.plugin
-        section, trained = (self._section(run.task, verb) for verb in ("evaluate", "finetune"))
+        return self.evaluation(run.task, self._model(run.variant), run.variant.load, folder)
+
+    def evaluation(
+        self, name: str, model: str | None = None, load: str | None = None, adapter: str | None = None
+    ) -> Evaluate:
+        """The evaluation of a model on the task `name`, by default of the model that all variants start from."""
+        fixed = {"model": model or self._original, "load": load, "adapter": adapter, "plugin": self.recipe.plugin}
+        section, trained = (self._section(name, verb) for verb in ("evaluate", "finetune"))
         if section.get("task") == trained["task"]:  # the prompt template of the training, also before it
             section["options"] = {**without_data(trained.get("options", {})), **section.get("options", {})}
-        recipe: Evaluate = _built(Evaluate, fixed, section, f"tasks.{run.task}")
+        recipe: Evaluate = _built(Evaluate, fixed, section, f"tasks.{name}")
         return recipe
 
     def _section(self, name: str, verb: str) -> dict[str, Any]:
@@ -576,6 +582,12 @@ def _check(recipe: Sweep) -> None:
             raise InputError(f"quantizers: {{name: …, bits: …, options}} is expected, not {options!r}")
         if empty := [key for key, value in options.items() if value == []]:
             raise InputError(f"quantizers: {options['name']} has {empty[0]}: [], which makes no variant; give a value")
+
+
+def _with_current_names(recipe: Sweep) -> Sweep:
+    """The sweep with the options' names of today, whichever it was given."""
+    named = with_current_names("sweep", {"tasks": recipe.tasks, "quantize": recipe.quantize})
+    return replace(recipe, tasks=named["tasks"], quantize=named["quantize"])
 
 
 def _check_mapping(where: str, value: Any) -> None:

@@ -1,1 +1,1 @@
-"""Training a model's adapters: options, rows, the trainer's arguments and callbacks, the run's folder."""
+"""Training of adapters: options, training examples, the trainer with its arguments and callbacks, the run folder."""

@@ -1,4 +1,4 @@
-"""The configuration of the adapters: PEFT's, with what quantized layers need."""
+"""PEFT's configuration of the LoRA adapters, and what quantized layers require of it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import InputError, did_you_mean
-from .options import Finetune
+from .options import Lora
 
 
-def lora_config(recipe: Finetune) -> Any:
+def lora_config(lora: Lora) -> Any:
+    """The options as a peft.LoraConfig. Raises InputError for values and arguments that it does not take."""
     from peft import LoraConfig
 
-    lora = recipe.lora
     own = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
     known = {each.name for each in fields(LoraConfig) if each.init}
     for key in lora.options:
@@ -40,33 +40,36 @@ def lora_config(recipe: Finetune) -> Any:
 
 
 _PREPARED = {"corda": "preprocess_corda", "eva": "initialize_lora_eva_weights", "lora_ga": "preprocess_loraga"}
-"""Values of init_lora_weights → the function of PEFT that has to be called with data of its own."""
+"""Values of init_lora_weights → PEFT's function that must be called first, with data of its own."""
 
 
-def check_start(recipe: Finetune) -> None:
-    """Raises InputError for starts of PEFT's that change the base's weights, where these are quantized, or need a
-    preparation that is not made here."""
+def check_initialisation(lora: Lora, model: str, load: str | None) -> None:
+    """Raises InputError for LoRA initialisations of PEFT that change the base weights where these are quantized, or
+    that need a preparation which finetune does not make.
+
+    model: folder or hub name of the base. load: as in `Finetune`.
+    """
     from ..checkpoint.loading import is_quantized
 
-    start = recipe.lora.options.get("init_lora_weights")
-    kind = start.lower().split("_niter")[0] if isinstance(start, str) else ""
+    method = lora.options.get("init_lora_weights")
+    kind = method.lower().split("_niter")[0] if isinstance(method, str) else ""
     why = ""
-    if kind in ("pissa", "olora", "corda", "loftq") and (recipe.load or is_quantized(recipe.model)):
-        why = "changes the weights of the base, and quantized weights are read-only"
+    if kind in ("pissa", "olora", "corda", "loftq") and (load or is_quantized(model)):
+        why = "changes the base weights, and quantized weights are read-only"
     elif kind.startswith(tuple(_PREPARED)):
         name = next(name for name in _PREPARED if kind.startswith(name))
-        why = f"needs peft's {_PREPARED[name]} with data of its own, which this command does not call"
+        why = f"needs peft's {_PREPARED[name]} with data of its own, which finetune does not call"
     elif kind == "loftq":
-        why = "quantizes the base in a way of its own, and this command does not"
+        why = "quantizes the base itself, which finetune does not do"
     if why:
         raise InputError(
-            f"lora.options.init_lora_weights={start!r} {why}; adapters that begin with what best makes up for the "
+            f"lora.options.init_lora_weights={method!r} {why}; to initialise adapters from the "
             "quantization error: llmtools quantize --adapter_rank R, then finetune --lora.init error"
         )
 
 
-def leave_out(config: Any, model: Any) -> None:
-    """Takes out of PEFT's "all-linear" what it cannot adapt, in place."""
+def exclude_unsupported(config: Any, model: Any) -> None:
+    """Excludes from PEFT's "all-linear" the layers that it cannot adapt, in place."""
     from ..nn.adapters import not_adaptable
 
     if config.target_modules == "all-linear" and not config.exclude_modules:

@@ -1,4 +1,9 @@
-"""Arguments of TRL's trainer: which there are, whether the given ones fit, and our defaults."""
+"""Arguments of TRL's trainer (trl.SFTConfig): names, checks, and llmtools' defaults.
+
+They are checked here, not by jsonargparse's ``add_class_arguments(SFTConfig)``: recipes made in Python and those of a
+sweep need the check, too, and a recipe stores only the arguments that were given, since the defaults depend on the
+model.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from .options import NEEDS_TRAIN, Finetune, Row
 
 
 def training_arguments() -> dict[str, str]:
-    """Each argument of SFTConfig, with its type as it is written there."""
+    """Name of each argument of SFTConfig → its annotation as text. Raises InputError where trl is not installed."""
     from ..checkpoint.loading import quiet_libraries
 
     quiet_libraries()
@@ -26,13 +31,13 @@ def training_arguments() -> dict[str, str]:
     return {each.name: str(each.type) for each in fields(SFTConfig) if each.init}
 
 
-def yes_or_no(key: str, value: Any) -> Any:
-    """``save_strategy: no`` is the word; YAML reads it as false."""
+def unbooled(key: str, value: Any) -> Any:
+    """The value with the string "no" restored: YAML reads ``save_strategy: no`` as false."""
     return "no" if value is False and key.endswith("_strategy") else value
 
 
 def check_training(training: dict[str, Any]) -> None:
-    """Raises InputError for an argument that SFTConfig does not have, or a value of another kind."""
+    """Raises InputError for an argument that SFTConfig does not have, or a value of another type."""
     known = training_arguments()
     for key, value in training.items():
         if key not in known:
@@ -42,17 +47,17 @@ def check_training(training: dict[str, Any]) -> None:
         kinds = set(re.findall(r"\b(int|float|bool|str|dict|list)\b", known[key]))
         if kinds and value is not None and type(value).__name__ not in kinds | ({"int"} if "float" in kinds else set()):
             raise InputError(f"training.{key}={value!r}: {' or '.join(sorted(kinds))} is expected")
-    reports = training.get("report_to")
-    for name in [reports] if isinstance(reports, str) else reports or []:
-        _check_report(str(name))
+    integrations = training.get("report_to")
+    for name in [integrations] if isinstance(integrations, str) else integrations or []:
+        _check_integration(str(name))
 
 
 PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit flytekitplugins-deck-standard"}
-"""what to install for a name of `report_to`, where that is not the package's own"""
+"""Name in `report_to` → its package, where the names differ."""
 
 
-def _check_report(name: str) -> None:
-    """Raises InputError unless transformers can report to `name` here."""
+def _check_integration(name: str) -> None:
+    """Raises InputError unless transformers can report to `name` with what is installed."""
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
     if name in ("none", "all", *get_available_reporting_integrations()):
@@ -62,10 +67,10 @@ def _check_report(name: str) -> None:
             callback()
     except ValueError as error:
         raise InputError(f"training.report_to={name!r}: {error}") from error
-    except (RuntimeError, ImportError) as error:  # how a callback says that its package is missing
+    except (RuntimeError, ImportError) as error:  # of a callback whose package is missing
         raise InputError(
             f"training.report_to={name!r}: its package is not installed: pip install {PACKAGES.get(name, name)}, or "
-            f"leave it out: metrics.jsonl has the same numbers"
+            f"omit it: metrics.jsonl has the same metrics"
         ) from error
 
 
@@ -83,28 +88,28 @@ def check_fsdp(training: dict[str, Any]) -> None:
     refuse_fsdp1(None if version is None else str(version))
 
 
-def check_choosing(recipe: Finetune, validation: list[Row]) -> None:
-    """Raises InputError for arguments that use validation rows where there are none."""
+def check_validation_use(recipe: Finetune, validation: list[Row]) -> None:
+    """Raises InputError for arguments that need validation examples where there are none."""
     training = recipe.training
     if recipe.early_stopping is not None:
         if recipe.early_stopping < 1:
             raise InputError(
-                f"early_stopping={recipe.early_stopping}: at least 1 validation without a gain is expected"
+                f"early_stopping={recipe.early_stopping}: at least 1 validation without an improvement is expected"
             )
         if not validation:
             raise InputError(
-                "early_stopping needs validation rows: pass --validation with a file, or a share such as 0.1"
+                "early_stopping needs validation examples: pass --validation with a file, or a fraction such as 0.1"
             )
     for key in ("load_best_model_at_end", "eval_strategy"):
         if not validation and training.get(key) not in (None, False, "no"):
             raise InputError(
-                f"training.{key}={training[key]}: there are no validation rows; pass --validation with a file, or the "
-                f"share of the data to hold out, such as 0.1"
+                f"training.{key}={training[key]}: there are no validation examples; pass --validation with a file, or "
+                f"the fraction of the data to hold out, such as 0.1"
             )
 
 
 def _near(key: str, known: dict[str, str]) -> str:
-    """Only the nearest names: there are 150 of them."""
+    """The nearest names of the about 150."""
     import difflib
 
     near = difflib.get_close_matches(key, known, n=4, cutoff=0.5)
@@ -112,13 +117,15 @@ def _near(key: str, known: dict[str, str]) -> str:
 
 
 def arguments_of(
-    recipe: Finetune, work: Path, model: Any, form: str, validates: bool, length: int | None = None
+    recipe: Finetune, work: Path, model: Any, record_format: str, validates: bool, length: int | None = None
 ) -> dict[str, Any]:
-    """The arguments of SFTConfig: ours where the user gave none.
+    """The arguments of SFTConfig: the recipe's, and llmtools' defaults for the others.
 
-    Adapters are float32. "bf16" computes with them in bfloat16 (autocast), on a GPU that can. On a CPU only for a model
-    that is bfloat16 itself: then nothing is lost by it, and PEFT keeps no float32 copy of each layer's input.
+    work: the run folder. record_format: text, prompt or messages. length: the task's max_length, if it has one.
+    Adapters are float32. "bf16" computes with them in bfloat16 (autocast) on a GPU that supports it, and on a CPU only
+    for a bfloat16 model: then no precision is lost, and PEFT keeps no float32 copy of each layer's input.
     Checkpointing recomputes activations to save memory, which on a CPU is worth less than its time.
+    Raises InputError for sequences longer than the model's positions.
     """
     import torch
 
@@ -128,7 +135,7 @@ def arguments_of(
     positions = model_positions(model)
     cpu = not gpu and not torch.accelerator.is_available()
     half = cpu and model.get_input_embeddings().weight.dtype == torch.bfloat16
-    ours: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "learning_rate": 2e-4,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
@@ -136,7 +143,7 @@ def arguments_of(
         "use_cpu": cpu,
         "gradient_checkpointing": gpu,
         "max_length": min(length or 1024, positions or length or 1024),
-        "packing": form == "text",
+        "packing": record_format == "text",
         "save_strategy": "steps",
         "save_steps": 0.1,
         "save_total_limit": 2,
@@ -146,22 +153,22 @@ def arguments_of(
         "dataloader_pin_memory": gpu,
     }
     if validates:
-        ours |= {"eval_strategy": "steps", "eval_steps": 0.1}
+        defaults |= {"eval_strategy": "steps", "eval_steps": 0.1}
     if "per_device_train_batch_size" in recipe.training:  # a batch that fits in training fits in validation
-        ours["per_device_eval_batch_size"] = recipe.training["per_device_train_batch_size"]
+        defaults["per_device_eval_batch_size"] = recipe.training["per_device_train_batch_size"]
     if recipe.early_stopping is not None:
-        ours |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+        defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
     if 0 < recipe.training.get("max_steps", 0) < 100:
-        ours["logging_steps"] = max(1, recipe.training["max_steps"] // 10)
-    arguments = ours | recipe.training
-    if form == "text" and arguments["packing"]:
-        arguments.setdefault("packing_strategy", "wrapped")  # cuts anywhere and loses nothing
+        defaults["logging_steps"] = max(1, recipe.training["max_steps"] // 10)
+    arguments = defaults | recipe.training
+    if record_format == "text" and arguments["packing"]:
+        arguments.setdefault("packing_strategy", "wrapped")  # cuts anywhere; no token is lost
     elif arguments["packing"]:
         arguments.setdefault("packing_strategy", "bfd")
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # renamed in transformers 5.23
-        new = old.replace("gradient", "activation")
-        if old in arguments and new in training_arguments():
-            arguments.setdefault(new, arguments.pop(old))
+    for former in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):  # renamed in transformers 5.23
+        current = former.replace("gradient", "activation")
+        if former in arguments and current in training_arguments():
+            arguments.setdefault(current, arguments.pop(former))
     length = arguments["max_length"]
     if length is not None and positions is not None and length > positions:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: progress and metrics, early stopping, the end of a time limit."""
+"""Callbacks of the trainer: progress, metrics, early stopping; and the log line of an interrupted run."""
 
 from __future__ import annotations
 
@@ -16,43 +16,47 @@ from .options import Finetune
 log = logging.getLogger(__name__)
 
 
-def say_when_it_ends() -> None:
-    log.warning("this step is finished and saved first; the same again stops at once")
+def log_pending_stop() -> None:
+    """Logs, after a first signal, that the run stops after this step."""
+    log.warning("the current step is finished and saved first; a second signal stops at once")
 
 
-def seconds(training: dict[str, Any]) -> float | None:
-    """Of work that may be lost; None where the user said when to save."""
+def checkpoint_interval(training: dict[str, Any]) -> float | None:
+    """Seconds between checkpoints, the work that may be lost; None where the arguments set the saving strategy."""
     from .checkpoints import SECONDS
 
     return None if training.keys() & {"save_steps", "save_strategy"} else SECONDS
 
 
-def watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
-    """The callback that shows progress, of validation too, writes one JSON line a record, and stops where the loss is
-    no number."""
+def metrics_callback(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
+    """The TrainerCallback that shows progress (of validation, too) and appends each record to `metrics` as a JSON line.
+
+    checkpoint: the one that the run resumes from, if any. keeper: the callback of `checkpoints.keeper`. It raises
+    InputError where a loss or the gradient's norm is not finite.
+    """
     from contextlib import ExitStack
 
     from transformers import TrainerCallback
 
     from ..progress import progress
 
-    begun = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    first = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     if is_first():
-        _forget_after(metrics, begun)
+        _drop_records_after(metrics, first)
 
-    class Watch(TrainerCallback):
+    class Metrics(TrainerCallback):
         def __init__(self) -> None:
             self.stack, self.validation = ExitStack(), ExitStack()
-            self.note = ""
+            self.postfix = ""
             self.batches = 0
-            """of this validation, so far"""
+            """Number of batches of the current validation so far."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step < state.max_steps:
                 self.step = self.stack.enter_context(progress("finetune", unit="steps"))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.step(state.global_step, state.max_steps, self.note)
+            self.step(state.global_step, state.max_steps, self.postfix)
 
         def on_prediction_step(
             self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
@@ -70,10 +74,10 @@ def watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
             self.stack.close()
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kw: Any) -> None:
-            if keeper.stopped:  # a summary of what has not come to its end
+            if keeper.stopped:  # a summary of a run that is not complete
                 return
-            numbers = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
-            bad = {key: value for key, value in numbers.items() if not math.isfinite(value)}
+            values = {key: value for key, value in (logs or {}).items() if isinstance(value, int | float)}
+            bad = {key: value for key, value in values.items() if not math.isfinite(value)}
             if any(key in bad for key in ("loss", "eval_loss", "grad_norm")):
                 self.validation.close()
                 self.stack.close()
@@ -82,19 +86,19 @@ def watch(metrics: Path, checkpoint: Path | None, keeper: Any) -> Any:
                     f"{state.global_step}; lower --training.learning_rate (now {args.learning_rate}), or look for "
                     f"broken examples; checkpoints before this step are in {args.output_dir}"
                 )
-            if "loss" in numbers:
-                self.note = f"loss {numbers['loss']:.4f}"
-            if "eval_loss" in numbers:
-                log.info("step %d: validation loss %.4f", state.global_step, numbers["eval_loss"])
+            if "loss" in values:
+                self.postfix = f"loss {values['loss']:.4f}"
+            if "eval_loss" in values:
+                log.info("step %d: validation loss %.4f", state.global_step, values["eval_loss"])
             if state.is_world_process_zero:
                 with metrics.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"step": state.global_step, **numbers}) + "\n")
+                    file.write(json.dumps({"step": state.global_step, **values}) + "\n")
 
-    return Watch()
+    return Metrics()
 
 
-def _forget_after(metrics: Path, step: int) -> None:
-    """Takes out the records of steps that are going to be made again, and what a kill left of a line."""
+def _drop_records_after(metrics: Path, step: int) -> None:
+    """Removes the records of steps that are going to be repeated, and a line that was left incomplete."""
     from ..files import write_whole
 
     if not metrics.exists():
@@ -107,8 +111,8 @@ def _forget_after(metrics: Path, step: int) -> None:
     write_whole(metrics, "".join(f"{line}\n" for line in kept))
 
 
-def stopper(recipe: Finetune) -> list[Any]:
-    """transformers' callback that ends a run which no longer gets better, if the recipe asks for it."""
+def early_stopping(recipe: Finetune) -> list[Any]:
+    """transformers' callback for early stopping, if the recipe sets it."""
     if recipe.early_stopping is None:
         return []
     from transformers import EarlyStoppingCallback

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: when they are written, whether they are whole, and which one to go on from.
+"""Checkpoints of a training run: when they are written, whether they are intact, and which one to resume from.
 
-The Trainer writes them. As soon as it has, a checkpoint is sealed: its files are on the disk, and ``files.json`` says
-their sizes and hashes. A run goes on from the last one that is as it was sealed. Nothing in a checkpoint is unpickled
-beyond tensors and plain values (``torch.load(weights_only=True)``): a file that holds more is taken for damaged. The
-Trainer's ``training_args.bin``, a pickle of everything with the hub's token in it, is not needed and not kept.
+The Trainer writes them. Then a checkpoint is sealed: its files are synced to disk, and ``files.json`` holds their sizes
+and hashes. A run resumes from the last checkpoint that matches its seal. Nothing in a checkpoint is unpickled beyond
+tensors and plain values (``torch.load(weights_only=True)``): a file that holds more counts as damaged. The Trainer's
+``training_args.bin``, a pickle of all arguments with the hub's token, is not needed and not kept.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from ..signals import Request
 log = logging.getLogger(__name__)
 
 SEAL = "files.json"
+"""Name of the file with the sizes and hashes of a checkpoint's files."""
 ARGUMENTS = "training_args.bin"
 STATE = "trainer_state.json"
 NEEDED = (STATE, "optimizer.pt", "scheduler.pt", "adapter_model.safetensors")
-"""without these there is no going on to the bit"""
+"""Files without which a run cannot be resumed bit for bit."""
 SECONDS = 300.0
-"""of work that may be lost, where the user did not say how often to save"""
+"""Seconds between checkpoints, where the arguments do not set the saving strategy."""
 
 
 def seal(checkpoint: Path) -> None:
-    """Has a finished checkpoint on the disk, and writes down what it consists of."""
+    """Syncs a complete checkpoint to disk, and writes its seal: sizes and hashes of its files."""
     (checkpoint / ARGUMENTS).unlink(missing_ok=True)
     clear_unfinished(checkpoint)
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file() and file.name != SEAL]
@@ -47,10 +48,10 @@ def seal(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None where it is as it was sealed, and can be opened.
+    """The damage of a checkpoint, with the file's name; None where it matches its seal and can be opened.
 
-    One without a seal (the run was killed a moment too early, or is of an earlier version) is whole if every file of
-    it can be opened.
+    One without a seal (the run was killed before, or is of an earlier version) is intact if all its files can be
+    opened.
     """
     try:
         sealed = read_json(checkpoint / SEAL)
@@ -66,27 +67,28 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def all_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder that have come to their end once, the last first; not all of them may be whole."""
+    """The checkpoints in a folder that were written completely once, the last first; some may be damaged."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if (path / STATE).exists()), key=steps_of, reverse=True)
 
 
 def steps_of(checkpoint: Path) -> int:
+    """Number of optimizer steps of a checkpoint."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def last_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The last whole checkpoint in a folder, and what is wrong with those after it."""
-    complaints: list[str] = []
+def last_intact(folder: Path) -> tuple[Path | None, list[str]]:
+    """(the last intact checkpoint in a folder, the damages of those after it)."""
+    damages: list[str] = []
     for checkpoint in all_in(folder):
         if (why := damage(checkpoint)) is None:
-            return checkpoint, complaints
-        complaints.append(why)
-    return None, complaints
+            return checkpoint, damages
+        damages.append(why)
+    return None, damages
 
 
-def put_aside(folder: Path, after: int) -> None:
-    """Renames the checkpoints with more than `after` steps, which are damaged, so that nobody counts on them."""
+def set_aside(folder: Path, after: int) -> None:
+    """Renames the checkpoints with more than `after` steps, which are damaged."""
     for path in list(folder.glob("checkpoint-*")):
         if re.fullmatch(r"checkpoint-\d+", path.name) and steps_of(path) > after:
             aside = path.with_name(f"damaged-{path.name}")
@@ -95,33 +97,33 @@ def put_aside(folder: Path, after: int) -> None:
 
 
 def keep(folder: Path, target: Path, best: int | None) -> None:
-    """Copies what a later `--resume` may need: the last two whole checkpoints, and the best one."""
-    whole = [path for path in all_in(folder) if damage(path) is None]
-    for path in [*whole[:2], *(path for path in whole[2:] if steps_of(path) == best)]:
+    """Copies the checkpoints that a later `--resume` may need: the last two intact ones, and the best one."""
+    intact = [path for path in all_in(folder) if damage(path) is None]
+    for path in [*intact[:2], *(path for path in intact[2:] if steps_of(path) == best)]:
         shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns(ARGUMENTS))
 
 
 class Finished(Exception):
-    """The checkpoint that a run goes on from has all its steps already."""
+    """Raised where the checkpoint that a run resumes from has all its steps already."""
 
 
 def keeper(
     request: Request, seconds: float | None, also: Iterable[Path] = (), notes: Mapping[str, str] | None = None
 ) -> Any:
-    """The TrainerCallback that has checkpoints written in time, seals them, and ends the run when that was asked for.
+    """The TrainerCallback that triggers checkpoints, seals them, and stops the run after a signal.
 
-    request: where a signal is noted. The current step is finished and saved then, and training stops.
-    seconds: of work that may be lost; None: the Trainer's arguments alone say when to save.
-    also: files beside the checkpoints that are to be on the disk with them.
-    notes: name → text of files to put into each checkpoint.
+    request: holds a received signal; the current step is then finished and saved, and training stops.
+    seconds: time between checkpoints; None: the Trainer's arguments alone determine it.
+    also: files beside the checkpoints that are synced to disk with them.
+    notes: name → text of files to write into each checkpoint.
 
-    Of several processes each has its own, and they act as one.
+    Every process of a run has its own; they decide together.
     """
     from transformers import TrainerCallback
 
     class Keeper(TrainerCallback):
         stopped = False
-        """whether training ended because of `request`"""
+        """Whether training stopped because of `request`."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step >= state.max_steps:
@@ -131,7 +133,7 @@ def keeper(
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now = time.monotonic()
             step, self._last = now - self._last, now
-            self._save_if_due(args, control, now + step)  # the next one would be too late
+            self._save_if_due(args, control, now + step)  # the next step would be too late
 
         def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self._last = time.monotonic()
@@ -139,12 +141,12 @@ def keeper(
 
         def _save_if_due(self, args: Any, control: Any, now: float) -> None:
             due = seconds is not None and now - self._saved > seconds
-            self._stop, due = _anywhere(request.number is not None, due, args.device)
+            self._stop, due = _any_process(request.number is not None, due, args.device)
             if self._stop or due:
                 control.should_save = True
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            _together()  # each process has written its part
+            _wait_for_all()  # every process has written its part
             if state.is_world_process_zero:
                 for file in also:
                     if file.exists():
@@ -158,14 +160,14 @@ def keeper(
                 self.stopped = control.should_training_stop = True
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.stopped:  # in the midst of one
+            if self.stopped:  # within the epoch
                 control.should_log = control.should_evaluate = control.should_save = False
 
     return Keeper()
 
 
-def _anywhere(stop: bool, due: bool, device: Any) -> tuple[bool, bool]:
-    """Either flag, if any process of the run has it."""
+def _any_process(stop: bool, due: bool, device: Any) -> tuple[bool, bool]:
+    """Each flag, true where any process of the run has it."""
     import torch
 
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -176,7 +178,7 @@ def _anywhere(stop: bool, due: bool, device: Any) -> tuple[bool, bool]:
     return stop, due
 
 
-def _together() -> None:
+def _wait_for_all() -> None:
     import torch
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -184,7 +186,7 @@ def _together() -> None:
 
 
 def _altered(file: Path, expected: dict[str, Any]) -> str | None:
-    """How a file differs from what the seal says of it."""
+    """How a file differs from the seal; None where it does not."""
     if not file.is_file():
         return f"{file} is missing"
     if (size := file.stat().st_size) != expected["bytes"]:
@@ -193,17 +195,17 @@ def _altered(file: Path, expected: dict[str, Any]) -> str | None:
 
 
 def _unreadable(file: Path) -> str | None:
-    """Why a file that training reads cannot be opened, or is not going to be."""
+    """Why a file that training reads cannot or must not be opened; None where it can."""
     if file.suffix in (".pt", ".pth", ".bin") and file.name != ARGUMENTS and file.is_file():
         import torch
-        from transformers.trainer_pt_utils import safe_globals  # NumPy's, for the state of its random numbers
+        from transformers.trainer_pt_utils import safe_globals  # NumPy's types, for the state of its random generator
 
         try:
             with safe_globals():
                 torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever is in there
+        except Exception as error:  # whatever the file holds
             log.debug("%s: %s", file, error)
-            return f"{file} is damaged, or holds more than tensors and plain values, which is not opened"
+            return f"{file} is damaged, or holds more than tensors and plain values, and is not opened"
     elif file.suffix == ".safetensors":
         from ..model.integrity import read_headers
 

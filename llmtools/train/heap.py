@@ -1,4 +1,4 @@
-"""The C library's memory, for training on a CPU."""
+"""The C library's allocator, for training on a CPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 _BYTES = 8 * 2**20
 
 
-def keep_large_blocks_apart() -> None:
-    """Has glibc take tensors of 8 MB and more from the system one by one, and give them back when they are freed.
+def map_large_blocks() -> None:
+    """Makes glibc allocate tensors of 8 MB and more by mmap, and return them to the system when they are freed.
 
-    Left to itself it soon keeps blocks of up to 32 MB in one heap, where what stays (gradients, activations) pins the
-    holes between. A step of a 160M model, 4 × 512 tokens, then held a fifth less beside the model, at 2 to 5 % more of
-    the processor's time (docs/results/speed.md). MALLOC_MMAP_THRESHOLD_ in the environment has precedence.
+    By default its threshold grows to 32 MB: larger and larger blocks come from one heap, which long-lived tensors
+    (gradients, activations) fragment. With this a step of a 160M model, 4 × 512 tokens, held a fifth less beside the
+    model, at 2 to 5 % more CPU time (docs/results/speed.md). MALLOC_MMAP_THRESHOLD_ in the environment has precedence.
     """
     if sys.platform == "linux" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with suppress(OSError, AttributeError):  # another C library

@@ -1,14 +1,14 @@
-"""At the first optimizer step: whether every adapter learns.
+"""Check at the first optimizer step that every adapter learns.
 
-An adapter whose layer is bypassed in forward, or whose gradient is lost on the way, stays as it began, and a run that
-trains the others ends without a word. So at the first step of a run the gradients are looked at once, and what the step
-changed. A LoRA adapter begins with B = 0, where A has no gradient yet: an adapter learns if one of its tensors has a
-gradient. Where the loss depends on a tensor (its gradient is not zero) and the step changed it, the output changes, so
-no second forward is needed to see that.
+An adapter whose layer is bypassed in forward, or whose gradient is lost, keeps its initial weights, and a run that
+trains the others ends without a warning. So at the first step of a run the gradients are checked once, and the change
+that the step makes. A LoRA adapter is initialised with B = 0, where A has no gradient yet: an adapter learns if one of
+its tensors has a gradient. Where the loss depends on a tensor (its gradient is not zero) and the step changed it, the
+output changes, so no second forward is needed.
 
-Adapters without a gradient are named in a warning: experts that the batch did not reach and layers that text does not
-use (a vision tower's) have none. That none at all learns, or a gradient that is no number, is an error; it comes
-before the step, so no weight has changed.
+Adapters without a gradient are listed in a warning: experts that the batch did not reach and layers that text does not
+use (a vision tower's) have none. It is an error if no adapter at all has a gradient, or if a gradient is not finite; it
+is raised before the step, so no weight has changed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from ..errors import InputError
 
 log = logging.getLogger(__name__)
 
-LOOKED_AT = 64
-"""Elements of a tensor, those of the largest gradient, of which it is seen whether the step changes them."""
+CHECKED = 64
+"""Number of elements of a tensor, those of the largest gradients, that are compared before and after the step."""
 
 
 def learning_check() -> Any:
-    """The TrainerCallback that looks at the adapters at the first optimizer step of this process."""
+    """The TrainerCallback that checks the adapters at the first optimizer step of this process."""
     from transformers import TrainerCallback
 
     class LearningCheck(TrainerCallback):
@@ -38,37 +38,37 @@ def learning_check() -> Any:
             self.adapters = adapters_of(model, self.parameters)
             self.finite: dict[str, Tensor] = {}
             self.before: dict[str, tuple[Tensor, Tensor]] = {}
-            self.done = getattr(args, "deepspeed", None) is not None  # which keeps the gradients to itself
+            self.done = getattr(args, "deepspeed", None) is not None  # DeepSpeed does not expose the gradients
             self.hooks = [] if self.done else [self._hooked(*each) for each in self.parameters.items()]
 
         def _hooked(self, name: str, parameter: Tensor) -> Any:
-            """Notes whether a gradient is finite where it arises; clipping makes all of them NaN if one is."""
+            """Records whether a gradient is finite when it is accumulated; clipping makes all of them NaN if one is."""
 
-            def note(parameter: Tensor) -> None:
+            def record(parameter: Tensor) -> None:
                 if parameter.grad is not None:
                     self.finite[name] = torch.isfinite(_local(parameter.grad)).all()
 
-            return parameter.register_post_accumulate_grad_hook(note)
+            return parameter.register_post_accumulate_grad_hook(record)
 
         def on_pre_optimizer_step(
             self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
         ) -> None:
             if self.done:
                 return
-            learns, finite = _seen(self.parameters)
+            learns, finite = _gradients(self.parameters)
             if not all(finite.values()) and args.fp16:
-                return  # the scale of the loss is still being found, and this step is skipped
+                return  # the loss scale is still being adjusted, and this step is skipped
             self._unhook()
             self.done = True
             if not all(finite.values()):
-                noted = {name: bool(each) for name, each in self.finite.items()}
-                raise InputError(_not_finite(self.adapters, finite if all(noted.values()) else noted, state))
+                recorded = {name: bool(each) for name, each in self.finite.items()}
+                raise InputError(_not_finite(self.adapters, finite if all(recorded.values()) else recorded, state))
             silent = [path for path, names in self.adapters.items() if not any(learns[name] for name in names)]
             if self.adapters and len(silent) == len(self.adapters):
                 raise InputError(
                     f"no adapter gets a gradient at step {state.global_step + 1} ({_listed(silent)}): nothing would be "
-                    "learned; name modules that the model uses in --lora.target_modules, and see whether the examples "
-                    "have tokens to learn"
+                    "learned; name modules that the model uses in --lora.target_modules, and check that the examples "
+                    "have tokens to train on"
                 )
             if silent and state.is_world_process_zero:
                 log.warning(
@@ -84,7 +84,7 @@ def learning_check() -> Any:
 
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             before, self.before = self.before, {}
-            same = {name for name, seen in before.items() if not _changed(self.parameters[name], *seen)}
+            same = {name for name, each in before.items() if not _changed(self.parameters[name], *each)}
             groups = ({*names} & before.keys() for names in self.adapters.values())
             still = [path for path, names in zip(self.adapters, groups, strict=True) if names and names <= same]
             if still and state.is_world_process_zero:
@@ -111,7 +111,7 @@ def learning_check() -> Any:
 def adapters_of(model: nn.Module, parameters: Iterable[str]) -> dict[str, list[str]]:
     """Path of each adapted module → names of its trainable parameters. Paths are those of the model without adapters.
 
-    PEFT's layers hold the module that they stand for as `base_layer`, or `original_module` where it is saved whole.
+    PEFT's layers hold the module that they wrap as `base_layer`, or `original_module` where it is trained as a whole.
     """
     modules = dict(model.named_modules())
     found: dict[str, list[str]] = {}
@@ -132,8 +132,8 @@ def _holds_a_module(module: nn.Module | None) -> bool:
     return module is not None and bool({"base_layer", "original_module"} & module._modules.keys())
 
 
-def _seen(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, bool], dict[str, bool]]:
-    """(whether a gradient is not zero, whether it is finite) by name, the same in every process of a run."""
+def _gradients(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, bool], dict[str, bool]]:
+    """(name → whether its gradient is not zero, name → whether it is finite), equal in every process of a run."""
     rows = []
     for each in parameters.values():
         grad = None if each.grad is None else _local(each.grad)
@@ -148,11 +148,11 @@ def _seen(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, bool], dict
     flags[:, 1] = 1 - flags[:, 1]  # not finite anywhere
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    seen = flags.tolist()
+    found = flags.tolist()
     names = list(parameters)
     return (
-        {name: bool(some) for name, (some, _) in zip(names, seen, strict=True)},
-        {name: not bad for name, (_, bad) in zip(names, seen, strict=True)},
+        {name: bool(some) for name, (some, _) in zip(names, found, strict=True)},
+        {name: not bad for name, (_, bad) in zip(names, found, strict=True)},
     )
 
 
@@ -170,19 +170,19 @@ def _listed(paths: list[str]) -> str:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process has; under FSDP2 they are distributed."""
+    """The local shard of a tensor that FSDP2 distributes; other tensors unchanged."""
     part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return part.detach()
 
 
 def _largest(parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
-    """(places of the largest gradients, the values there)"""
+    """(indices of the largest gradients in the flat local shard, int64 [k]; the parameter's values there, [k])."""
     assert parameter.grad is not None
     grad = _local(parameter.grad).reshape(-1).abs()
-    places = grad.topk(min(LOOKED_AT, grad.numel())).indices
-    return places, _local(parameter).reshape(-1)[places].clone()
+    indices = grad.topk(min(CHECKED, grad.numel())).indices
+    return indices, _local(parameter).reshape(-1)[indices].clone()
 
 
-def _changed(parameter: nn.Parameter, places: Tensor, values: Tensor) -> bool:
-    """Whether the values are others now; true where this process has no part of the parameter."""
-    return not places.numel() or bool((_local(parameter).reshape(-1)[places] != values).any())
+def _changed(parameter: nn.Parameter, indices: Tensor, values: Tensor) -> bool:
+    """Whether the values at `indices` differ now; true where this process has no shard of the parameter."""
+    return not indices.numel() or bool((_local(parameter).reshape(-1)[indices] != values).any())

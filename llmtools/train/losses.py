@@ -1,4 +1,4 @@
-"""The picture of a run's losses, drawn by matplotlib: a PNG beside the adapter."""
+"""Plot of a run's losses, by matplotlib: a PNG beside the adapter."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ NO_PICTURES = "are drawn by matplotlib: pip install 'llmtools[plot]'"
 _COLOURS = ("#2563a8", "#c2571a")
 
 
-def draw_losses(folder: Path) -> None:
-    """Draws the losses in a run's ``metrics.jsonl`` over the steps, training and validation, as ``loss.png`` beside it.
+def plot_losses(folder: Path) -> None:
+    """Plots the training and validation losses of a run's ``metrics.jsonl`` over the steps, as ``loss.png`` beside it.
 
-    Nothing is drawn where no loss was logged. Where it cannot be drawn, one line of the log says why.
+    Nothing is plotted where no loss was logged; a failure is one line of the log.
     """
-    lines = losses(folder / "metrics.jsonl")
-    if not any(lines.values()):
+    curves = losses(folder / "metrics.jsonl")
+    if not any(curves.values()):
         return
     if find_spec("matplotlib") is None:
-        log.info("pictures of the losses %s", NO_PICTURES)
+        log.info("plots of the losses %s", NO_PICTURES)
         return
     try:
-        _draw_lines(lines, folder / LOSSES)
-    except Exception as error:  # of matplotlib, its fonts, its caches: no reason to lose an adapter
-        log.warning("%s could not be drawn: %s", LOSSES, first_line(error))
+        _draw(curves, folder / LOSSES)
+    except Exception as error:  # of matplotlib, its fonts, its caches: none may lose the adapter
+        log.warning("%s could not be plotted: %s", LOSSES, first_line(error))
         (folder / LOSSES).unlink(missing_ok=True)
 
 
 def losses(metrics: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, loss) of training and of validation, in the order of the steps."""
+    """``training`` and ``validation`` → [(step, loss)], in the order of the steps."""
     text = metrics.read_text(encoding="utf-8") if metrics.exists() else ""
     records = [json.loads(line) for line in text.splitlines()]
     return {
@@ -44,7 +44,7 @@ def losses(metrics: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def _draw_lines(lines: dict[str, list[tuple[int, float]]], file: Path) -> None:
+def _draw(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -52,7 +52,7 @@ def _draw_lines(lines: dict[str, list[tuple[int, float]]], file: Path) -> None:
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
-        for (name, points), colour in zip(lines.items(), _COLOURS, strict=True):
+        for (name, points), colour in zip(curves.items(), _COLOURS, strict=True):
             if points:
                 axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1.2, color=colour, label=name)
         axes.set_xlabel("step")

@@ -1,96 +1,100 @@
-"""What a finetuning is asked for, and what it gives."""
+"""Options and result of finetuning."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-Row = dict[str, Any]
+from ..checkpoint.options import ModelOptions
 
+Row = dict[str, Any]
+"""A training example: ``text``, ``prompt`` and ``completion``, or ``messages``."""
 
 NEEDS_TRAIN = "finetuning uses trl and datasets ({error}): pip install 'llmtools[train]'"
 
 
 @dataclass(frozen=True)
 class Lora:
-    """The adapter: low-rank updates of the linear layers (LoRA, arXiv:2106.09685), made by PEFT."""
+    """A LoRA adapter: low-rank updates of the linear layers (arXiv:2106.09685), by PEFT."""
 
     r: int = 8
-    """rank of the update"""
+    """Rank of the update."""
     alpha: float = 32
-    """its scale: the update is multiplied by alpha / r"""
+    """Scale of the update, which is multiplied by alpha / r."""
     dropout: float = 0.05
-    """share of the update's inputs that is dropped in training"""
+    """Probability of dropping an input of the update in training."""
     target_modules: str | list[str] = "all-linear"
-    """which linears: all-linear (but the output head), or names such as [q_proj, v_proj]"""
+    """Linear layers to adapt: all-linear (all but the output head), or names such as [q_proj, v_proj]."""
     init: str = "zero"
-    """how it starts; zero: the model stays as it is; error: what best makes up for the quantization error (the model
-    was quantized with --adapter_rank)"""
+    """LoRA initialisation; zero: B = 0, the model is unchanged; error: the best low-rank approximation of the
+    quantization error (of a model that was quantized with --adapter_rank)."""
     options: dict[str, Any] = field(default_factory=dict)
-    """any other argument of peft.LoraConfig, such as --lora.options.use_dora true"""
+    """Other arguments of peft.LoraConfig, such as --lora.options.use_dora true."""
 
 
 @dataclass(frozen=True)
-class Finetune:
+class Finetune(ModelOptions):
     """Train LoRA adapters on a model, quantized or not, on your own text, question/answer pairs or chats."""
 
     model: str
-    """folder or hub name of the model"""
+    """Folder or hub name of the model."""
     data: str
-    """what to train on: .txt, or .jsonl with "text", or "prompt" and "completion", or "messages" (.gz too); for a task
-    that knows its data set, such as samsum: a file, a folder with a file a split, or the task's name (from the hub)"""
+    """Training data: .txt, or .jsonl with "text", or "prompt" and "completion", or "messages" (.gz too); for a task
+    that knows its data set, such as samsum: a file, a folder with a file per split, or the task's name (from the
+    hub)."""
     out: str
-    """folder to write the adapter to"""
+    """Folder to write the adapter to."""
     validation: float | str = 0.0
-    """a file to validate on, or the share of the data held out for it, such as 0.1; 0: the data set's own split"""
+    """File of validation data, or the fraction of the data to hold out, such as 0.1; 0: the data set's own validation
+    split, if it has one."""
     early_stopping: int | None = None
-    """number of validations in a row without a lower loss after which training stops; the best adapter is written"""
-    limit: int | None = None
-    """use so many examples only, spread over the data"""
+    """Number of validations in a row without a lower loss after which training stops; the best adapter is written."""
+    num_samples: int | None = None
+    """Number of training (and of validation) examples, evenly spaced over the data; by default all."""
     lora: Lora = Lora()
-    """the adapter"""
+    """LoRA adapter."""
     training: dict[str, Any] = field(default_factory=dict)
-    """any argument of trl.SFTConfig: --training.max_steps 200 --training.learning_rate 2e-4 --training.packing true
-    --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig"""
+    """Arguments of trl.SFTConfig: --training.max_steps 200 --training.learning_rate 2e-4 --training.packing true
+    --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig."""
     load: str | None = None
-    """nf4 or int8: quantize a plain model with bitsandbytes while it loads, for QLoRA and LLM.int8() as baselines"""
+    """Quantization by bitsandbytes while an unquantized model loads: nf4 or int8, for QLoRA and LLM.int8() as
+    baselines."""
     task: str = "text"
-    """where the rows come from; `llmtools list` shows the tasks"""
+    """Task that the training examples come from; `llmtools list` shows the tasks."""
     options: dict[str, Any] = field(default_factory=dict)
-    """other options of the task: --options.prompt "Q: {question}" --options.completion " {answer}" """
+    """Other options of the task: --options.prompt "Q: {question}" --options.completion " {answer}"."""
     seed: int = 0
-    """of the adapter's start, the order of the data, dropout"""
+    """Seed of the LoRA initialisation, the order of the data, and dropout."""
     resume: bool = False
-    """go on from the last checkpoint of a run that was stopped (or has ended, with more steps)"""
+    """Whether to resume from the last checkpoint of a run that was stopped (or has finished, with more steps)."""
     overwrite: bool = False
-    """replace the output folder, or a stopped run, if there is one"""
-    plugin: str | list[str] | None = None
-    """module:Class of your own quantizer, if the checkpoint was made with it"""
+    """Permission to replace the output folder, or a run that was stopped."""
     allow_other_base: bool = False
-    """permission to go on (--resume) with another base model than the one that the run began with, with a warning"""
-    verify: bool = False
-    """comparison of every byte of the model's (and adapter's) files with their checksums before they are used"""
-    trust_remote_code: bool = False
-    """run Python code that comes with the model"""
+    """Permission to resume with another base model than the one that the run began with, with a warning."""
 
 
 @dataclass(frozen=True)
-class Finetuned:
-    """Where the adapter lies, and how training went."""
+class FinetuneResult:
+    """The adapter, and the metrics of its training."""
 
     out: str
+    """Folder of the adapter."""
     steps: int
+    """Number of optimizer steps."""
     train_loss: float | None
-    """the loss at the last logged step"""
+    """Training loss at the last logged step."""
     validation_loss: float | None
+    """Validation loss of the adapter that was written."""
     trainable: int
-    """parameters of the adapter"""
+    """Number of parameters of the adapter."""
     parameters: int
-    """of model and adapter, a packed weight counted as the weights that it stands for"""
+    """Number of parameters of model and adapter; a packed weight counts as the weights that it stands for."""
     examples: int
+    """Number of training examples."""
     left_out: int
-    """examples longer than max_length"""
+    """Number of training examples left out, being longer than max_length."""
     seconds: float
+    """Duration in seconds."""
 
     def __str__(self) -> str:
         loss = "" if self.train_loss is None else f", loss {self.train_loss:.4f}"
@@ -104,8 +108,8 @@ class Finetuned:
         )
 
 
-def facts(recipe: Finetune, result: Finetuned) -> dict[str, dict[str, Any]]:
-    """What the model card says of a training, see `run_info.facts_of`."""
+def facts(recipe: Finetune, result: FinetuneResult) -> dict[str, dict[str, Any]]:
+    """Facts about the training for the model card, see `run_info.facts_of`."""
     training = {
         "data": recipe.data,
         "task": recipe.task,

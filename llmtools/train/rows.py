@@ -1,4 +1,4 @@
-"""Rows of a task as training examples: prompts shortened, chats in the tokenizer's template, token ids."""
+"""Rows of a task as training examples: prompts truncated, chats in the tokenizer's template, token ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def training_task(recipe: Finetune) -> Any:
-    """The task with its options. Raises InputError for an unknown one, wrong options, or files that are not there."""
+    """The task with its options. Raises InputError for an unknown task, invalid options, or missing files."""
     from ..checkpoint.loading import task_class
     from ..data.tasks import make_task
     from ..data.tasks.base import check_data
@@ -28,41 +28,44 @@ def training_task(recipe: Finetune) -> Any:
 
 
 def rows_of(recipe: Finetune) -> tuple[Any, list[Row], list[Row], dict[str, Any]]:
-    """(task, training rows, validation rows, its prompt format), checked before anything is loaded."""
+    """(task, training rows, validation rows, prompt format), read and checked before the model is loaded.
+
+    The prompt format holds ``record_format`` and ``template``, and for chats that share one ``system_prompt``.
+    """
     from ..checkpoint.loading import template_of
     from ..data.tasks.base import spread
 
     task = training_task(recipe)
     rows = task.train()
-    train, validation = spread(rows, recipe.limit), spread(task.validation(), recipe.limit)
+    train, validation = spread(rows, recipe.num_samples), spread(task.validation(), recipe.num_samples)
     if not train:
-        raise InputError(f"{recipe.data}: there is nothing to train on")
-    form = _form(train[0])
-    prompt_format: dict[str, Any] = {"record_format": form, "template": template_of(task)}
-    if form == "messages" and len(systems := _system_prompts(rows)) == 1:
+        raise InputError(f"{recipe.data}: there are no training examples")
+    record_format = _record_format(train[0])
+    prompt_format: dict[str, Any] = {"record_format": record_format, "template": template_of(task)}
+    if record_format == "messages" and len(systems := _system_prompts(rows)) == 1:
         prompt_format["system_prompt"] = systems.pop()
-    if form == "messages" and "assistant_only_loss" not in recipe.training:
+    if record_format == "messages" and "assistant_only_loss" not in recipe.training:
         train, validation = turns(train), turns(validation)
     return task, train, validation, prompt_format
 
 
 def _system_prompts(rows: list[Row]) -> set[str | None]:
-    """The system prompts that chats begin with; None stands for chats without one."""
+    """The system prompts of chats; None stands for chats without one."""
     first = (row["messages"][0] for row in rows)
     return {str(message["content"]) if message["role"] == "system" else None for message in first}
 
 
-def _form(row: Row) -> str:
-    """The form that a row is learned in. A record with an answer may have a text or messages of its own beside it."""
+def _record_format(row: Row) -> str:
+    """The format that a row is trained in: prompt where it has prompt and completion, whatever fields are beside."""
     from ..data.tasks.text import RECORD_FORMATS, record_format_of
 
     return "prompt" if all(key in row for key in RECORD_FORMATS["prompt"]) else record_format_of(row)
 
 
 def turns(rows: list[Row]) -> list[Row]:
-    """A chat as one example for each answer in it: what precedes is the prompt, the answer is learned.
+    """Chats as one example per answer: the preceding messages are the prompt, the answer is the completion.
 
-    The loss is on the answers alone, with any chat template. (TRL can do it in one example where the template marks
+    So the loss is on the answers alone, with any chat template. (TRL can do it in one example where the template marks
     the answers: --training.assistant_only_loss true.)
     """
     from ..data.tasks.text import is_learned
@@ -76,72 +79,77 @@ def turns(rows: list[Row]) -> list[Row]:
 
 
 def shortened(rows: list[Row], task: Any, tokenizer: Any, limit: int | None) -> list[Row]:
-    """Rows with nothing but the fields of their form, prompts shortened as the task does it, with room for the answer.
+    """Rows with the fields of their format only, prompts truncated by the task so that the answer fits into `limit`.
 
-    A prompt that cannot be short enough stays as it is; `examples_of` leaves it out.
+    A prompt that cannot be short enough is unchanged; `examples_of` leaves the example out.
     """
     from ..data.tasks.text import OPTIONAL_FIELDS, RECORD_FORMATS
 
     short = []
     for row in rows:
-        form = _form(row)
-        if form == "prompt" and isinstance(row["prompt"], str):
+        record_format = _record_format(row)
+        if record_format == "prompt" and isinstance(row["prompt"], str):
             answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
             with suppress(InputError):
                 row = task.fitted(row, tokenizer, limit and limit - len(answer) - 1)
-        kept = (*RECORD_FORMATS[form], *OPTIONAL_FIELDS["messages"])
+        kept = (*RECORD_FORMATS[record_format], *OPTIONAL_FIELDS["messages"])
         short.append({key: row[key] for key in kept if row.get(key) is not None})
     return short
 
 
-def examples_of(rows: list[Row], tokenizer: Any, arguments: dict[str, Any], what: str) -> tuple[list[Row], int]:
-    """(rows as token ids for SFTTrainer, how many did not fit into max_length). It would cut the end of these, which is
-    the answer.
+def examples_of(rows: list[Row], tokenizer: Any, arguments: dict[str, Any], split: str) -> tuple[list[Row], int]:
+    """(examples for SFTTrainer, number of those left out, being longer than max_length).
 
-    Plain text has no answer; packed and wrapped, the default, it is cut into windows and nothing of it is lost. Chats
-    whose answers the template marks itself (--training.assistant_only_loss) are left to the trainer.
+    An example has ``input_ids``, int32 [tokens], and ``completion_mask``, int8 [tokens], where it has an answer.
+    SFTTrainer would truncate long examples at the end, which is the answer. Plain text has no answer; packed and
+    wrapped, the default, it is cut into sequences, and no token is lost. Chats whose answers the template marks
+    (--training.assistant_only_loss) are tokenized by the trainer. split: training or validation, for messages.
+
+    Raises InputError where every example is too long.
     """
     from ..data.tokens import tokenized
 
     if not rows or "messages" in rows[0]:
         return rows, 0
-    limit, plain = arguments["max_length"], "text" in rows[0]
-    found = [tokenized(row, tokenizer, f"{what} example {number}") for number, row in enumerate(rows, start=1)]
+    max_length, plain = arguments["max_length"], "text" in rows[0]
+    found = [tokenized(row, tokenizer, f"{split} example {number}") for number, row in enumerate(rows, start=1)]
     if appended := sum(example.end_appended for example in found):
         log.warning(
             "the chat template writes no end token after the answers of %d %s examples; %r is appended, so that "
             "the model learns to stop",
             appended,
-            what,
+            split,
             tokenizer.eos_token,
         )
     wrapped = plain and arguments["packing"] and arguments["packing_strategy"] == "wrapped"
-    long = [index for index, each in enumerate(found) if limit and len(each.input_ids) > limit and not wrapped]
+    long = [
+        index for index, each in enumerate(found) if max_length and len(each.input_ids) > max_length and not wrapped
+    ]
     if long and len(long) == len(rows) and not plain:
         raise InputError(
-            f"all {len(rows)} {what} examples are longer than max_length={limit} tokens (the shortest has "
-            f"{min(len(each.input_ids) for each in found)}); raise --training.max_length, or shorten them"
+            f"all {len(rows)} {split} examples are longer than max_length={max_length} tokens (the shortest has "
+            f"{min(len(each.input_ids) for each in found)}); increase --training.max_length, or shorten them"
         )
     if long:
         log.warning(
             "%d of %d %s examples are longer than max_length=%d tokens and %s: %s%s",
             len(long),
             len(rows),
-            what,
-            limit,
-            "lose their end (not with --training.packing true)" if plain else "left out, so that no answer is cut",
+            split,
+            max_length,
+            "truncated (not with --training.packing true)" if plain else "left out, so that no answer is truncated",
             ", ".join(f"number {index + 1} ({len(found[index].input_ids)} tokens)" for index in long[:3]),
             ", …" if len(long) > 3 else "",
         )
     left_out = set() if plain else set(long)
-    return [_fed(each) for index, each in enumerate(found) if index not in left_out], len(left_out)
+    return [_arrays(each) for index, each in enumerate(found) if index not in left_out], len(left_out)
 
 
-def _fed(example: Any) -> Row:
-    """An example as a row of the trainer's data set; numpy's integers take a tenth of the memory of Python's."""
+def _arrays(example: Any) -> Row:
+    """An example as a row of the trainer's data set, in numpy arrays: a tenth of the memory of Python's integers."""
     import numpy as np
 
-    fed = {"input_ids": np.asarray(example.input_ids, dtype=np.int32)}
+    arrays = {"input_ids": np.asarray(example.input_ids, dtype=np.int32)}
     if example.completion_mask is not None:
-        fed["completion_mask"] = np.asarray(example.completion_mask, dtype=np.int8)
-    return fed
+        arrays["completion_mask"] = np.asarray(example.completion_mask, dtype=np.int8)
+    return arrays

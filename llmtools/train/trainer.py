@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a loss that makes no logits, run from a checkpoint or the beginning."""
+"""TRL's SFTTrainer with a chunked loss that never holds all logits, run from a checkpoint or the beginning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ log = logging.getLogger(__name__)
 
 
 def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
-    """Trains from the beginning or a checkpoint; one that has all steps is only loaded, as it would be at their end."""
+    """Trains from the beginning or a checkpoint; one that has all steps already is only loaded.
+
+    Raises InputError where no adapter is used, the best checkpoint is damaged, or checkpoints cannot be written.
+    """
     from ..files import disk_says_no
     from .checkpoints import Finished, all_in, damage
 
@@ -26,9 +29,9 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
         if trainer.args.load_best_model_at_end and (step := getattr(trainer.state, "best_global_step", None)):
             best = checkpoint.with_name(f"checkpoint-{step}")
             if (why := damage(best)) is not None:
-                raise InputError(f"--resume: the best checkpoint is asked for, and {why}") from None
+                raise InputError(f"--resume: load_best_model_at_end needs the best checkpoint, and {why}") from None
             trainer.model.load_adapter(str(best), "default", is_trainable=True)
-    except Exception as error:  # of the libraries that write checkpoints, each has its own
+    except Exception as error:  # each library that writes checkpoints has its own
         if isinstance(error, RuntimeError) and "does not require grad" in str(error):
             raise InputError(
                 "no adapter is used by the model: the loss depends on none of them; name modules that the model uses "
@@ -36,9 +39,9 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
             ) from error
         if (reason := disk_says_no(error)) is None:
             raise
-        place = Path(trainer.args.output_dir)
-        left = "--resume goes on from the last whole one" if all_in(place) else "nothing was kept"
-        raise InputError(f"{place}: cannot be written ({reason}); {left}") from error
+        folder = Path(trainer.args.output_dir)
+        remedy = "--resume continues from the last intact one" if all_in(folder) else "no checkpoint was kept"
+        raise InputError(f"{folder}: cannot be written ({reason}); {remedy}") from error
 
 
 def make_trainer(
@@ -50,7 +53,7 @@ def make_trainer(
     validation: list[Row],
     callbacks: Sequence[Any],
 ) -> Any:
-    """TRL's trainer without its printing."""
+    """TRL's trainer without its printing. Raises InputError for arguments, data and adapters that it does not take."""
     try:
         import datasets
         from jinja2 import TemplateError
@@ -59,7 +62,7 @@ def make_trainer(
     except ImportError as error:
         raise InputError(NEEDS_TRAIN.format(error=error)) from error
     from ..nn.adapters import prepare_for_training, refuse_fsdp1
-    from .heap import keep_large_blocks_apart
+    from .heap import map_large_blocks
 
     try:
         args = SFTConfig(**arguments)
@@ -67,10 +70,10 @@ def make_trainer(
         raise InputError(f"training: {error}") from error
     refuse_fsdp1(str((getattr(args, "fsdp_plugin_args", None) or {}).get("fsdp_version")))
     datasets.disable_progress_bars()
-    keep_large_blocks_apart()
+    map_large_blocks()
     prepare_for_training(model, gradient_checkpointing=args.gradient_checkpointing)
     try:
-        trainer = _lean(SFTTrainer)(
+        trainer = _with_chunked_loss(SFTTrainer)(
             model=model,
             args=args,
             train_dataset=datasets.Dataset.from_list(train),
@@ -81,23 +84,23 @@ def make_trainer(
         )
     except (ValueError, TemplateError) as error:  # no such target module, a chat template that refuses a role, …
         hint = ""
-        if "ParamWrapper" in str(error):  # PEFT takes fused experts for linears
-            hint = " Fused experts are adapted too: pass --lora.dropout 0, or --lora.target_modules with a list"
+        if "ParamWrapper" in str(error):  # PEFT treats fused experts as linears
+            hint = " Fused experts are adapted, too: pass --lora.dropout 0, or --lora.target_modules with a list"
         raise InputError(f"this cannot be trained: {error}{hint}") from error
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _lean(trainer: type) -> type:
-    """SFTTrainer with the loss of `nn/loss.py` in training, where that says the same; elsewhere its own.
+def _with_chunked_loss(trainer: type) -> type:
+    """SFTTrainer with the loss of `nn/loss.py` in training, where both are equal; elsewhere its own.
 
-    TRL's makes no logits either, but makes them again for the backward, and in the type of the activations.
+    TRL's chunked loss recomputes the logits for the backward, and in the type of the activations.
     """
     import torch
 
     from ..nn.loss import CausalLoss
 
-    class Lean(trainer):
+    class ChunkedLossTrainer(trainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             plain = (
@@ -109,9 +112,11 @@ def _lean(trainer: type) -> type:
             )
             self.causal_loss = CausalLoss(self.model) if plain else None
             head = self.model.get_base_model().get_output_embeddings()
-            self.from_logits = plain and hasattr(head, "token_adapter")  # trained tokens of a tied head: not TRL's case
-            self.hits: list[Any] = []
-            self.validated: list[Any] = []
+            self.from_logits = plain and hasattr(
+                head, "token_adapter"
+            )  # trained tokens of a tied head, which TRL's loss ignores
+            self.accuracies: list[Any] = []
+            self.losses: list[Any] = []
 
         def compute_loss(
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -126,7 +131,7 @@ def _lean(trainer: type) -> type:
                     result = super().compute_loss(model, inputs, return_outputs=return_outputs)
                     loss = result[0] if return_outputs else result
                 tokens = (inputs["labels"][:, 1:] != -100).sum()
-                self.validated.append(torch.stack([loss.detach().double() * tokens, tokens.double()]))
+                self.losses.append(torch.stack([loss.detach().double() * tokens, tokens.double()]))
                 return result
             if self.causal_loss is not None and model.training and not return_outputs:
                 found = self.causal_loss(model, inputs)
@@ -136,33 +141,33 @@ def _lean(trainer: type) -> type:
                 return super().compute_loss(
                     model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
                 )
-            self.hits.append(torch.stack([found.correct, found.tokens]))
+            self.accuracies.append(torch.stack([found.correct, found.tokens]))
             if num_items_in_batch is None:
                 return found.sum / found.tokens.clamp(min=1)
             loss = found.sum / torch.as_tensor(num_items_in_batch).to(found.sum).clamp(min=1)
             return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
 
         def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-            """The Trainer's, whose loss is a mean over batches, with the mean over all learned tokens instead."""
-            self.validated = []
+            """The Trainer's, whose loss is a mean over batches, with the mean over all target tokens instead."""
+            self.losses = []
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            if self.validated:
-                total, tokens = self.accelerator.reduce(torch.stack(self.validated).sum(0), "sum").tolist()
+            if self.losses:
+                total, tokens = self.accelerator.reduce(torch.stack(self.losses).sum(0), "sum").tolist()
                 output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
             return output
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-            if self.hits and "loss" in logs:
-                correct, tokens = torch.stack(self.hits).sum(0).tolist()
+            if self.accuracies and "loss" in logs:
+                correct, tokens = torch.stack(self.accuracies).sum(0).tolist()
                 logs = {**logs, "mean_token_accuracy": correct / max(tokens, 1)}
-                self.hits.clear()
+                self.accuracies.clear()
             super().log(logs, start_time)
 
-    return Lean
+    return ChunkedLossTrainer
 
 
 def _from_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-    """(the model's outputs, the loss of its logits)"""
+    """(the model's outputs, the loss of its logits)."""
     from ..nn.loss import loss_of_logits
 
     outputs = model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
@@ -170,10 +175,11 @@ def _from_logits(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def best_loss(trainer: Any) -> float | None:
-    """The validation loss of the adapter that is written, where that is the best one and not the last."""
+    """The validation loss of the adapter that is written, where that is the best and not the last."""
     chosen = trainer.args.load_best_model_at_end and trainer.args.metric_for_best_model in ("loss", "eval_loss")
     return None if not chosen or trainer.state.best_metric is None else float(trainer.state.best_metric)
 
 
 def last_logged(history: list[dict[str, Any]], key: str) -> float | None:
+    """The last value of a metric in the trainer's log history."""
     return next((float(entry[key]) for entry in reversed(history) if key in entry), None)

@@ -369,7 +369,7 @@ def test_what_is_printed_can_be_printed_in_any_locale() -> None:
 
 
 def test_an_argument_that_is_no_text_is_one_line(stories: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for text, says in (("a\udcff", "a\\udcff' is no text"), ("a\0b", "NUL")):
+    for text, says in (("a\udcff", "a\\udcff' is not text"), ("a\0b", "NUL")):
         for words in (("generate", "--model", stories, "--prompt", text), ("check", text), ("list", f"--name={text}")):
             assert says in fails(capsys, *words)
         assert says in fails(capsys, "quantize", "--model", stories, "--out", text, "--options.x", text)

@@ -1,4 +1,4 @@
-"""The older words mean today's options, and those without a successor say what to do."""
+"""The options of published releases mean today's options, and those without a successor say what to do."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llmtools.cli.app import main
+from llmtools.cli.app import _names, main, read_recipe
 from llmtools.cli.legacy import GONE, OLD, accumulation, translated
+from llmtools.cli.verbs import VERBS
 from llmtools.errors import InputError
+from llmtools.options import FORMER_NAMES
 
 
 def today(verb: str, words: str) -> str:
@@ -22,7 +24,7 @@ def test_every_old_word_becomes_todays() -> None:
         (
             "quantize",
             "--dataset c4 --nsamples 128 --percdamp .01",
-            "--calibration c4 --samples 128 --options.damping .01",
+            "--calibration c4 --num_samples 128 --options.damping .01",
         ),
         ("quantize", "--act-order --nearest", "--options.act_order true --quantizer rtn"),
         ("quantize", "--act_order false --nearest=false", "--options.act_order false"),
@@ -119,7 +121,7 @@ def test_old_commands_run(stories: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert main([*words.split(), "Say hello."]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("Below is an instruction")
-    assert "older words: --weights --max_length --instruction" in shown.err
+    assert "published options: --weights --max_length --instruction" in shown.err
 
 
 def test_words_of_transformers_scripts_work_for_every_verb_that_has_the_option() -> None:
@@ -140,3 +142,43 @@ def test_words_of_transformers_scripts_work_for_every_verb_that_has_the_option()
         "--load nf4 --data d --training.max_length 64 --lora.target_modules q_proj"
     )
     assert today("finetune", "--load_in_8bit true --overwrite_output_dir") == "--load int8 --overwrite true"
+
+
+@pytest.mark.parametrize("verb", sorted(set(FORMER_NAMES) - {"sweep"}))
+def test_former_names_of_options_stay_as_aliases(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = VERBS[verb].recipe()
+    needed = {"model": "m", "data": "d", "out": "o"}
+    base = [word for name in needed if name in _names(options) for word in (f"--{name}", needed[name])]
+    for former, name in FORMER_NAMES[verb].items():
+        file = tmp_path / f"{former}.yaml"
+        file.write_text(f"{former}: 7\n")
+        newer = tmp_path / f"{name}.yaml"
+        newer.write_text(f"config: {file.name}\n{name}: 8\n")
+        for words, value in (
+            ([f"--{former}", "5"], 5),
+            ([f"--{former}=5", f"--{name}", "6"], 6),
+            ([f"--{name}", "6", f"--{former}", "5"], 5),
+            (["--config", str(file)], 7),
+            (["--config", str(newer)], 8),
+            (["--config", str(newer), f"--{former}", "5"], 5),
+        ):
+            assert getattr(read_recipe(verb, options, [*base, *words]), name) == value, words
+        with pytest.raises(InputError, match=f"--{name} x: int or null|--{name} x: int"):
+            read_recipe(verb, options, [*base, f"--{former}", "x"])
+    assert main([verb, "--help_all"]) == 0
+    shown = capsys.readouterr().out.split()
+    assert all(f"--{name}" in shown and f"--{former}" not in shown for former, name in FORMER_NAMES[verb].items())
+
+
+def test_former_names_within_a_sweep_are_overridden_by_either_name(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "model: m\nquantize: {samples: 1, tokens: 2}\ntasks: {a: {limit: 3, evaluate: {limit: 4, context: 5}}}\n"
+    )
+    words = ["--quantize.num_samples", "6", "--quantize.tokens", "7", "--tasks.a.evaluate.limit", "8"]
+    made = read_recipe("sweep", VERBS["sweep"].recipe(), ["--config", str(file), *words])
+    assert made.quantize == {"num_samples": 6, "max_length": 7}
+    assert made.tasks == {"a": {"num_samples": 3, "evaluate": {"num_samples": 8, "max_length": 5}}}
+    file.write_text("model: m\ntasks: {}\nquantize: {samples: 1, num_samples: 2}\n")
+    with pytest.raises(InputError, match=r"sweep.yaml: quantize.samples is the former name of quantize.num_samples"):
+        read_recipe("sweep", VERBS["sweep"].recipe(), ["--config", str(file)])

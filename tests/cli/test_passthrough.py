@@ -176,7 +176,7 @@ def test_a_transformers_without_the_command_is_told(
     monkeypatch.setitem(sys.modules, "transformers.cli.transformers", None)  # importing it fails
     hook = sys.excepthook
     assert main(["chat", "model"]) == 2
-    assert "has no command 'chat' that can be borrowed" in capsys.readouterr().err
+    assert "has no command 'chat' to pass on to" in capsys.readouterr().err
     monkeypatch.setattr("llmtools.cli.passthrough.find_spec", lambda name: None if "cli" in name else object())
     assert main(["chat", "model"]) == 2
     assert "has no command 'chat'" in capsys.readouterr().err

@@ -21,7 +21,8 @@ quantize(Quantize(model=dense, quantizer="uniform", options={"levels": 31}, out=
 steps = {"max_steps": 3, "max_length": 64, "per_device_train_batch_size": 2}
 finetune(Finetune(model="packed", data=text, out="adapter", training=steps))
 models = [(dense, None), ("packed", None), ("packed", "adapter")]
-print(json.dumps([evaluate(Evaluate(model, adapter, data=text, context=256)).value for model, adapter in models]))
+made = [Evaluate(model=model, adapter=adapter, data=text, max_length=256) for model, adapter in models]
+print(json.dumps([evaluate(recipe).value for recipe in made]))
 """
 
 

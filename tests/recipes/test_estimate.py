@@ -31,7 +31,9 @@ def held(model: nn.Module) -> int:
 
 
 def recipe(**changes: Any) -> Plan:
-    return Plan(**{"model": "here", "quantizer": "rtn", "length": 32, "device": "cpu", "dtype": "float32"} | changes)
+    return Plan(
+        **{"model": "here", "quantizer": "rtn", "max_length": 32, "device": "cpu", "dtype": "float32"} | changes
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "opt"])
@@ -90,8 +92,8 @@ def test_the_peak_is_that_of_a_real_step(checkpointing: bool, chunked: bool, dro
     planned = plan_for(
         llama_config(**FIVE),
         recipe(
-            batch=2,
-            length=96,
+            batch_size=2,
+            max_length=96,
             gradient_checkpointing=checkpointing,
             chunked_loss=chunked,
             lora=Lora(r=8, dropout=dropout),
@@ -127,7 +129,7 @@ from llmtools.recipes.estimate import Plan, plan_for
 from tests.models import llama_config
 for name in ("nf4", "quip_sharp", "quip", "optq"):
     for device in ("cpu", "cuda"):
-        plan_for(llama_config(), Plan("here", quantizer=name, length=8, device=device))
+        plan_for(llama_config(), Plan("here", quantizer=name, max_length=8, device=device))
     quantizer = llmtools.quantizer(name)
     packed = quantizer.quantize(torch.randn(16, 64), torch.eye(64))
     for x in (torch.randn(3, 64), torch.randn(200, 64, requires_grad=True)):
@@ -140,7 +142,7 @@ for name in ("nf4", "quip_sharp", "quip", "optq"):
 
 def test_checkpointing_and_a_gpu_change_what_moves() -> None:
     config = llama_config(**FIVE)
-    plain, checkpointed = (plan_for(config, recipe(batch=4, gradient_checkpointing=on)) for on in (False, True))
+    plain, checkpointed = (plan_for(config, recipe(batch_size=4, gradient_checkpointing=on)) for on in (False, True))
     assert checkpointed.total < plain.total
     gpu = plan_for(config, recipe(device="cuda", dtype="bfloat16"))
     assert "with checkpointing, on a GPU" in gpu.step
@@ -153,37 +155,44 @@ def test_a_checkpoint_is_planned_as_it_was_made(
     from llmtools.recipes.quantize import Quantize, quantize
 
     made = quantize(
-        Quantize(str(stories), str(tmp_path / "q"), "rtn", bits=2, group_size=32, overrides={"down_proj": {"bits": 4}})
+        Quantize(
+            str(stories),
+            str(tmp_path / "q"),
+            quantizer="rtn",
+            bits=2,
+            group_size=32,
+            overrides={"down_proj": {"bits": 4}},
+        )
     )
-    planned = plan(Plan(str(tmp_path / "q"), length=16))
+    planned = plan(Plan(str(tmp_path / "q"), max_length=16))
     assert (planned.memory.packed, planned.modules) == (made.packed_bytes, made.modules)
     assert planned.bits_per_weight == pytest.approx(made.bits_per_weight)
 
     capsys.readouterr()
     words = ["plan", "--model", str(stories / "config.json"), "--quantizer", "rtn", "--bits", "2", "--group_size", "32"]
-    assert main([*words, "--length", "16", "--device", "cpu", "--json"]) == 0
+    assert main([*words, "--max_length", "16", "--device", "cpu", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["memory"]["packed"] < made.packed_bytes
     assert told["total"] == sum(told["memory"].values())
-    assert told["fits"] is True and told["ways_out"] == []
+    assert told["fits"] is True and told["remedies"] == []
 
 
-def test_where_it_does_not_fit_ways_out_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    made = recipe(batch=4, gradient_checkpointing=False, dtype="bfloat16")
+def test_where_it_does_not_fit_remedies_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    made = recipe(batch_size=4, gradient_checkpointing=False, dtype="bfloat16")
     ample = plan_for(llama_config(**FIVE), made)
     tight = plan_for(llama_config(**FIVE), Plan(**vars(made) | {"memory": ample.total / 2e9}))
     assert ample.fits and not tight.fits
-    assert tight.ways_out[0].startswith("--gradient_checkpointing true: ")
+    assert tight.remedies[0].startswith("--gradient_checkpointing true: ")
     assert "it does not fit" in str(tight)
     hopeless = plan_for(llama_config(**FIVE), Plan(**vars(made) | {"memory": 1e-6}))
-    assert hopeless.ways_out[-1] == "a smaller model, more memory, or several devices"
+    assert hopeless.remedies[-1] == "a smaller model, more memory, or several devices"
 
 
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"batch": 0}, "batch=0; at least 1"),
-        ({"length": 500}, "128 positions"),
+        ({"batch_size": 0}, "batch_size=0; at least 1"),
+        ({"max_length": 500}, "128 positions"),
         ({"optim": "adamw"}, "did you mean 'adamw_torch'"),
         ({"device": "gpu"}, "cpu, cuda"),
         ({"dtype": "half"}, "bfloat16"),
@@ -227,7 +236,7 @@ def test_validation_is_that_of_a_real_forward() -> None:
     from llmtools import prepare_for_training, quantize
 
     config = llama_config(**FIVE)
-    made = recipe(batch=1, length=96, eval_batch=4, gradient_checkpointing=False)
+    made = recipe(batch_size=1, max_length=96, eval_batch_size=4, gradient_checkpointing=False)
     planned = plan_for(config, made)
     model: Any = AutoModelForCausalLM.from_config(config)
     quantize(model, "rtn", None, clip=False)
@@ -252,20 +261,20 @@ def test_a_batch_of_validation_may_be_what_does_not_fit() -> None:
     config = llama_config(**FIVE)
     alone = plan_for(config, recipe())
     assert alone.validation is None and "validation" not in str(alone)
-    same, large = (plan_for(config, recipe(eval_batch=batch)) for batch in (1, 64))
+    same, large = (plan_for(config, recipe(eval_batch_size=batch)) for batch in (1, 64))
     assert same.validation < same.total < large.validation  # type: ignore[operator]
     assert same.memory == large.memory == alone.memory
     between = (large.total + large.validation) / 2e9  # type: ignore[operator]
-    narrow = plan_for(config, recipe(eval_batch=64, memory=between))
-    assert narrow.fits is False and narrow.ways_out[0].startswith("--eval_batch 1: ")
-    assert narrow.ways_out[0].endswith("fits")
-    with pytest.raises(InputError, match="eval_batch=0"):
-        plan_for(config, recipe(eval_batch=0))
+    narrow = plan_for(config, recipe(eval_batch_size=64, memory=between))
+    assert narrow.fits is False and narrow.remedies[0].startswith("--eval_batch_size 1: ")
+    assert narrow.remedies[0].endswith("fits")
+    with pytest.raises(InputError, match="eval_batch_size=0"):
+        plan_for(config, recipe(eval_batch_size=0))
 
 
 def test_the_loss_is_planned_without_all_logits() -> None:
     words, length = 2**19, 128
     config = llama_config(**FIVE, vocab_size=words)
-    chunked, whole = (plan_for(config, recipe(length=length, chunked_loss=chunked)) for chunked in (True, False))
+    chunked, whole = (plan_for(config, recipe(max_length=length, chunked_loss=chunked)) for chunked in (True, False))
     logits = 4 * words * length
     assert chunked.memory.loss < logits / 2 < logits <= whole.memory.loss + whole.memory.work

@@ -54,7 +54,7 @@ def test_the_base_of_an_adapter_is_quantized_as_in_its_training(
     caplog.set_level("INFO", logger="llmtools")
     qlora = adapter(stories, tmp_path / "a", load="nf4")
     (tmp_path / "x.txt").write_text("Once upon a time there was a little dog. " * 20)
-    judged: dict[str, Any] = {"adapter": qlora, "data": str(tmp_path / "x.txt"), "context": 32, "limit": 1}
+    judged: dict[str, Any] = {"adapter": qlora, "data": str(tmp_path / "x.txt"), "max_length": 32, "num_samples": 1}
     evaluate(Evaluate(**judged))
     evaluate(Evaluate(model=str(stories), **judged))
     generate(Generate(adapter=qlora, prompt="Once", max_new_tokens=1))
@@ -93,11 +93,11 @@ def test_an_adapter_is_judged_in_the_words_of_its_training(
     options = {"digits": True, "source_tokens": 100, "validation_data": "elsewhere.json"}
     digits = adapter(stories, tmp_path / "a", task="mnli", options=options)
     data = str(ASSETS / "mnli")
-    result = evaluate(Evaluate(adapter=digits, task="mnli", data=data, limit=2, options={"source_tokens": 120}))
+    result = evaluate(Evaluate(adapter=digits, task="mnli", data=data, num_samples=2, options={"source_tokens": 120}))
     assert made.pop() == {"data": data, "digits": True, "source_tokens": 120}
     assert "as the adapter was trained: digits True\n" in caplog.text
     assert result.data == data
-    evaluate(Evaluate(model=str(stories), task="mnli", data=data, limit=2, options={"source_tokens": 120}))
+    evaluate(Evaluate(model=str(stories), task="mnli", data=data, num_samples=2, options={"source_tokens": 120}))
     assert made.pop() == {"data": data, "source_tokens": 120}
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "Once upon a", "completion": " time"}\n')
@@ -115,6 +115,6 @@ def test_options_that_would_be_ignored_are_refused_or_told(
     with pytest.raises(InputError, match="--task samsum does not go with --harness arc_easy"):
         evaluate(Evaluate(model=str(stories), harness="arc_easy", task="samsum"))
     (tmp_path / "x.txt").write_text("Once upon a time there was a little dog. " * 20)
-    judged = Evaluate(model=str(stories), data=str(tmp_path / "x.txt"), context=32, limit=2, batch_size=2)
+    judged = Evaluate(model=str(stories), data=str(tmp_path / "x.txt"), max_length=32, num_samples=2, batch_size=2)
     assert evaluate(judged).data == str(tmp_path / "x.txt")
     assert "batch_size=2 changes nothing" in caplog.text

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("trl")
 
 from llmtools.errors import InputError
-from llmtools.recipes.finetune import Finetune, Finetuned, Lora, finetune
+from llmtools.recipes.finetune import Finetune, FinetuneResult, Lora, finetune
 
 TRAINING = {
     "max_steps": 4,
@@ -101,7 +101,7 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
         patch.setattr(Trainer, "training_step", ctrl_c_in_the_fourth)
         finetune(recipe(packed, data, tmp_path / "broken", training=training))
     assert not (tmp_path / "broken").exists()
-    with pytest.raises(InputError, match="--resume goes on"):
+    with pytest.raises(InputError, match="--resume continues"):
         finetune(recipe(packed, data, tmp_path / "broken", training=training))
     with pytest.raises(InputError, match="--resume: seed was 0 and is 1"):
         finetune(recipe(packed, data, tmp_path / "broken", training=training, seed=1, resume=True))
@@ -168,7 +168,8 @@ def test_the_best_checkpoint_is_still_the_best_when_a_finished_run_is_resumed(
     assert all(torch.equal(again[key], former[key]) for key in former)
     (tmp_path / "a" / "checkpoints" / "checkpoint-1" / "adapter_model.safetensors").unlink()
     with pytest.raises(
-        InputError, match=r"the best checkpoint is asked for, and .*adapter_model\.safetensors is missing"
+        InputError,
+        match=r"load_best_model_at_end needs the best checkpoint, and .*adapter_model\.safetensors is missing",
     ):
         finetune(recipe(stories, data, tmp_path / "a", training=training, validation=0.25, resume=True))
 
@@ -224,7 +225,7 @@ def test_a_run_that_is_asked_to_end_saves_its_step_and_says_how_to_go_on(
             if state.global_step == 3:
                 os.kill(os.getpid(), number)
 
-    with pytest.raises(KeyboardInterrupt, match=r"stopped; --resume goes on from .*checkpoint-4") as ended:
+    with pytest.raises(KeyboardInterrupt, match=r"stopped; --resume continues from .*checkpoint-4") as ended:
         finetune(recipe(stories, data, tmp_path / "a", training=training), callbacks=[Kill()])
     assert ended.value.exit_code == 128 + number  # type: ignore[attr-defined]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.training", "train.jsonl", "whole"]
@@ -265,7 +266,7 @@ def killed(stopped: Path, tmp_path: Path) -> Path:
     return tmp_path / "x"
 
 
-def go_on(place: Path, stories: Path, **changes: Any) -> Finetuned:
+def go_on(place: Path, stories: Path, **changes: Any) -> FinetuneResult:
     asked = recipe(stories, str(place / "train.jsonl"), place / "a", training=SAVED, resume=True)
     return finetune(replace(asked, **changes))
 
@@ -279,7 +280,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
         metrics.write('{"step": 4, "lo')  # a power cut
     go_on(killed, stories)
     assert "optimizer.pt is damaged (1000 bytes of" in caplog.text
-    assert re.search(r"going on from .*a\.training/checkpoints/checkpoint-3", caplog.text)
+    assert re.search(r"resuming from .*a\.training/checkpoints/checkpoint-3", caplog.text)
     whole, mended = adapter(killed / "whole"), adapter(killed / "a")
     assert all(torch.equal(whole[key], mended[key]) for key in whole)
     assert losses(killed / "a") == losses(killed / "whole")
@@ -306,7 +307,7 @@ def test_where_no_checkpoint_is_whole_the_damaged_file_is_named(killed: Path, st
     for file in (killed / "a.training").rglob("adapter_model.safetensors"):
         file.unlink()
     with pytest.raises(
-        InputError, match=r"no checkpoint .* is whole: .*checkpoint-4/adapter_model.* is missing; begin"
+        InputError, match=r"no checkpoint .* is intact: .*checkpoint-4/adapter_model.* is missing; start"
     ):
         go_on(killed, stories)
     assert len(list((killed / "a.training" / "checkpoints").iterdir())) == 2
@@ -359,7 +360,7 @@ def test_the_work_folder_is_not_somebody_elses(killed: Path, stories: Path, data
     precious.write_text("years of work")
     asked = recipe(stories, data, killed / "b")
     for changes in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(InputError, match=r"would work in .*b\.training, which is no folder of such a run"):
+        with pytest.raises(InputError, match=r"would use the folder .*b\.training, which is no run folder"):
             finetune(replace(asked, **changes))
     (killed / "a.training" / "thesis.tex").write_text("years of work")
     for changes in ({"resume": False, "overwrite": True}, {"resume": True}):
@@ -420,7 +421,7 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(
         save(value, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", full)
-    left = "nothing was kept" if at == 1 else "--resume goes on from the last whole one"
+    left = "no checkpoint was kept" if at == 1 else "--resume continues from the last intact one"
     with pytest.raises(InputError, match=f"cannot be written .*is there space left.*{left}"):
         finetune(recipe(stories, data, tmp_path / "a", training=SAVED))
     monkeypatch.undo()
@@ -514,7 +515,7 @@ def test_the_loss_is_on_the_completion_alone(stories: Path, data: str, tmp_path:
 def test_our_loss_is_that_of_trl(packed: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     training = {**TRAINING, "gradient_accumulation_steps": 2}
     finetune(recipe(packed, data, tmp_path / "ours", training=training))
-    monkeypatch.setattr("llmtools.train.trainer._lean", lambda trainer: trainer)
+    monkeypatch.setattr("llmtools.train.trainer._with_chunked_loss", lambda trainer: trainer)
     finetune(recipe(packed, data, tmp_path / "trl", training=training))
     records = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -688,7 +689,7 @@ def test_every_verb_refuses_another_base_and_resuming_knows_the_same_one_in_shar
     generate(Generate(model=str(stories), adapter=folder, prompt="Tom", max_new_tokens=1, allow_other_base=True))
     assert said in caplog.text
     with pytest.raises(InputError, match=said):
-        evaluate(Evaluate(model=str(stories), adapter=folder, data=str(text), context=32))
+        evaluate(Evaluate(model=str(stories), adapter=folder, data=str(text), max_length=32))
     for form in ("dense", "lora"):
         out = tmp_path / form
         with pytest.raises(InputError, match=said):
@@ -770,13 +771,13 @@ def test_of_several_processes_only_the_first_makes_and_clears_folders(
     out, work = tmp_path / "a", tmp_path / "a.training"
     made = recipe("model", "data", out)
     monkeypatch.setenv("RANK", "1")
-    with module.working(made, out, work) as checkpoint:
+    with module.run_folder(made, out, work) as checkpoint:
         assert checkpoint is None and not work.exists()
     monkeypatch.setenv("RANK", "0")
-    with module.working(made, out, work):
+    with module.run_folder(made, out, work):
         assert work.is_dir()
         monkeypatch.setenv("RANK", "1")
-        with pytest.raises(KeyError), module.working(made, out, work):
+        with pytest.raises(KeyError), module.run_folder(made, out, work):
             raise KeyError
         assert work.is_dir()
         monkeypatch.setenv("RANK", "0")

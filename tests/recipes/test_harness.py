@@ -56,7 +56,7 @@ def test_a_quantized_model_is_judged_by_the_harness(task: str, stories: Path, tm
     assert judged.measure == "endings_for_tests/acc"
     assert judged.value == 0.75
     assert judged.bits_per_weight < 10
-    limited = evaluate(Evaluate(model=str(tmp_path / "q"), harness=[task], limit=2, options={"num_fewshot": 0}))
+    limited = evaluate(Evaluate(model=str(tmp_path / "q"), harness=[task], num_samples=2, options={"num_fewshot": 0}))
     assert limited.value == 1
     with pytest.raises(InputError, match=r"there is no file .*none\.yaml"):
         evaluate(Evaluate(model=str(tmp_path / "q"), harness="none.yaml"))

@@ -32,8 +32,8 @@ def test_they_are_quantized(folder: Path, quantizer: str, tinystories: Path, tmp
         bits=4,
         group_size=16,
         calibration=str(tinystories / "held_out.txt"),
-        samples=2,
-        tokens=32,
+        num_samples=2,
+        max_length=32,
     )
     assert quantize(recipe).modules > 0
     dense, _ = load(folder)

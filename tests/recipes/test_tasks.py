@@ -94,7 +94,7 @@ def test_the_task_s_lengths_are_the_length_of_an_example(
 
 
 def test_a_task_that_only_judges_cannot_be_trained_on(stories: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing to train on"):
+    with pytest.raises(InputError, match="there are no training examples"):
         finetune(recipe(stories, tmp_path / "a", task="bbh"))
     with pytest.raises(InputError, match="did you mean 'source_tokens'"):
         finetune(recipe(stories, tmp_path / "a", options={"source_token": 3}))
@@ -144,7 +144,7 @@ def test_a_result_is_readable_and_whole(stories: Path) -> None:
     for wrong, says in (
         (Evaluate(model=str(stories), task="samsum", data="./none"), "there is no file or folder"),
         (Evaluate(model=str(stories), task="wikitext2", data="none.txt"), "there is no file"),
-        (Evaluate(model=str(stories), task="samsum", data="x", limit=0), "at least 1"),
+        (Evaluate(model=str(stories), task="samsum", data="x", num_samples=0), "at least 1"),
     ):
         with pytest.raises(InputError, match=says):
             evaluate(wrong)

@@ -299,7 +299,10 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"tasks": {"cats": task, "late": {**task, "evaluate": ["x"]}}}, "tasks.late.evaluate: a mapping"),
         ({"tasks": {"cats": task, "late": {**task, "finetune": {"training": 3}}}}, "finetune.training: a mapping"),
         ({"tasks": {"cats": task, "late": {**task, "options": "x"}}}, "tasks.late.options: a mapping"),
-        ({"tasks": {"cats": task, "late": {**task, "evaluate": {"limit": "x"}}}}, "limit='x'; int or null is expected"),
+        (
+            {"tasks": {"cats": task, "late": {**task, "evaluate": {"limit": "x"}}}},
+            "num_samples='x'; int or null is expected",
+        ),
         (
             {"tasks": {"cats": task, "late": {"task": "catz", "data": "x"}}},
             "not-quantized.late.r2.s0: task 'catz' is not known",
@@ -399,7 +402,7 @@ def test_a_command_says_the_recipe() -> None:
                 training={"max_steps": 2, "learning_rate": 1e-3, "lr_scheduler_kwargs": {"num_cycles": 2}},
             ),
         ),
-        ("evaluate", Evaluate(model="m", task="samsum", options={"source_tokens": 90}, limit=3)),
+        ("evaluate", Evaluate(model="m", task="samsum", options={"source_tokens": 90}, num_samples=3)),
     ]
     for verb, wanted in made:
         options = type(wanted)

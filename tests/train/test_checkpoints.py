@@ -16,7 +16,7 @@ pytest.importorskip("trl")
 
 from llmtools.signals import Request
 from llmtools.train import checkpoints
-from llmtools.train.checkpoints import SEAL, Finished, damage, keep, keeper, last_whole, put_aside, seal
+from llmtools.train.checkpoints import SEAL, Finished, damage, keep, keeper, last_intact, seal, set_aside
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_without_a_seal_what_cannot_be_opened_is_damaged(checkpoint: Path) -> No
             file.write_bytes(whole)
 
 
-def test_the_last_whole_one_is_found_and_damaged_ones_put_aside(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_last_intact_one_is_found_and_damaged_ones_set_aside(checkpoint: Path, tmp_path: Path) -> None:
     folder = checkpoint.parent
     for step in (8, 9, 10, 11):
         shutil.copytree(checkpoint, folder / f"checkpoint-{step}")
@@ -82,16 +82,16 @@ def test_the_last_whole_one_is_found_and_damaged_ones_put_aside(checkpoint: Path
     (folder / "checkpoint-10" / "scheduler.pt").write_bytes(b"")
     (folder / "checkpoint-11" / "trainer_state.json").unlink()  # never came to its end
     (folder / "checkpoint-x").mkdir()
-    found, complaints = last_whole(folder)
+    found, damages = last_intact(folder)
     assert found == folder / "checkpoint-8"
-    assert [Path(each.split()[0]).name for each in complaints] == ["scheduler.pt", "optimizer.pt"]
+    assert [Path(each.split()[0]).name for each in damages] == ["scheduler.pt", "optimizer.pt"]
     keep(folder, tmp_path / "kept", best=None)
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["checkpoint-7", "checkpoint-8"]
     assert not list((tmp_path / "kept").rglob("training_args.bin"))
-    put_aside(folder, 8)
+    set_aside(folder, 8)
     assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-7", "checkpoint-8", "checkpoint-x"}
     assert (folder / "damaged-checkpoint-9" / "scheduler.pt").exists()
-    assert last_whole(folder) == (folder / "checkpoint-8", [])
+    assert last_intact(folder) == (folder / "checkpoint-8", [])
 
 
 class Run:

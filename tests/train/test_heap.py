@@ -9,8 +9,8 @@ import pytest
 
 PROGRAM = """
 import ctypes, sys
-from llmtools.train.heap import keep_large_blocks_apart
-keep_large_blocks_apart()
+from llmtools.train.heap import map_large_blocks
+map_large_blocks()
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 for _ in range(3):  # freeing one raises the threshold above it, if that was not set

@@ -18,7 +18,7 @@ from ..plain_yaml import read_yaml
 
 FOLDER = Path(__file__).parent
 ASSETS = "demo/assets"
-"""Where a checkout has the demo's model and texts, which do not come with the package."""
+"""Folder of the demo's model and texts in a checkout; they do not come with the package."""
 
 
 class Packaged(NamedTuple):
@@ -27,14 +27,14 @@ class Packaged(NamedTuple):
     verb: str
     """Command that runs it: finetune, quantize or sweep."""
     file: Path
-    """Its YAML."""
+    """YAML file."""
     options: dict[str, Any]
-    """Top-level options of its variant, which override those of the YAML."""
+    """Top-level options of the variant, which override those of the YAML."""
     summary: str
-    """One line for a list."""
+    """Summary in one line."""
 
     def arguments(self) -> list[str]:
-        """What stands for it on a command line."""
+        """The command line arguments that it stands for."""
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in self.options.items()}
         return [f"--config={self.file}", *(f"--{key}={text}" for key, text in texts.items())]
 
@@ -67,7 +67,7 @@ def packaged() -> dict[str, Packaged]:
 
 
 def with_packaged(args: list[str]) -> list[str]:
-    """Command line arguments in which what a packaged recipe says replaces its name after ``--config``.
+    """Command line arguments with the names of packaged recipes after ``--config`` replaced by their arguments.
 
     Raises InputError for a recipe on files of a checkout, such as sweep_demo's, that is not run in one.
     """
@@ -98,5 +98,5 @@ def _arguments(name: str) -> list[str]:
     return recipe.arguments()
 
 
-def _is_name(word: str) -> bool:
-    return bool(word) and not os.path.exists(word)  # unlike Path's, also of names that no file can have
+def _is_name(text: str) -> bool:
+    return bool(text) and not os.path.exists(text)  # unlike Path.exists, also for invalid file names

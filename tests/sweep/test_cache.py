@@ -17,5 +17,5 @@ def test_settings_with_former_names_of_options_are_the_same(tmp_path: Path) -> N
     other = settings({"num_samples": 2, "max_length": 32}, {"num_samples": 5, "max_length": 64})
     file = tmp_path / "result.json"
     ResultCache().get(file, former, lambda: {"value": 1})
-    assert (ResultCache(make=False).get(file, current, dict) or {}).get("value") == 1
-    assert ResultCache(make=False).get(file, other, dict) is None
+    assert (ResultCache(compute=False).get(file, current, dict) or {}).get("value") == 1
+    assert ResultCache(compute=False).get(file, other, dict) is None

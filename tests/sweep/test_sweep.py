@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, tinystories: Path) -> Path:
 @pytest.fixture(scope="module")
 def recipe(stories: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """One quantizer and the model itself."""
-    evaluate = {"task": "perplexity", "data": str(data / "text.txt"), "context": 64, "limit": 4}
+    evaluate = {"task": "perplexity", "data": str(data / "text.txt"), "max_length": 64, "num_samples": 4}
     return Sweep(
         model=str(stories),
         out=str(tmp_path_factory.mktemp("sweep") / "s"),
@@ -292,7 +292,7 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"data": {"cats": "x"}}, "--data.cats: under finetune and evaluate this task names data of its own"),
         ({"data": {"mnli": __file__}, "tasks": {"mnli": {"data": "x"}}}, "would be trained on and evaluated on"),
         ({"tasks": {"a/b": task}}, "'a/b'"),
-        ({"tasks": {"cats": {**task, "evaluate": {"limits": 3}}}}, "did you mean 'limit'"),
+        ({"tasks": {"cats": {**task, "evaluate": {"num_sampels": 3}}}}, "did you mean 'num_samples'"),
         ({"tasks": {"cats": {**task, "finetune": {"seed": 3}}}}, "the sweep sets it"),
         ({"tasks": {"cats": task, "late": {**task, "finetune": 3}}}, "tasks.late.finetune: a mapping"),
         ({"tasks": {"cats": task, "late": 3}}, "tasks.late: a mapping"),
@@ -380,6 +380,7 @@ def test_a_model_is_evaluated_before_training_with_the_prompt_template_of_traini
     runner = module._Runner(replace(recipe, tasks=tasks))
     assert runner.evaluate(runner.runs()[0]).options == {"digits": True}
     tasks["mnli"]["evaluate"] = {"options": {"digits": False}}
+    runner = module._Runner(replace(recipe, tasks=tasks))
     assert runner.evaluate(runner.runs()[0]).options == {"digits": False}
     assert runner.answer_tokens("mnli") == 4
     if find_spec("lm_eval") is None:

@@ -386,6 +386,7 @@ def test_a_model_is_evaluated_before_training_with_the_prompt_template_of_traini
     if find_spec("lm_eval") is None:
         return
     tasks["mnli"] = {"finetune": {"data": "x"}, "evaluate": {"harness": "arc_easy"}}
+    runner = module._Runner(replace(recipe, tasks=tasks))
     assert runner.evaluate(runner.runs()[0]).task == Evaluate.task
     assert runner.answer_tokens("mnli") is runner.majority_baseline("mnli") is None
 

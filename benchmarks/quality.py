@@ -323,7 +323,7 @@ def _trained(adapted: Any, text: Tensor, steps: int, seed: int) -> nn.Module:
 
 def starts(folder: Path, bits: tuple[int, ...], group_size: int, only: Only, steps: int, seed: int) -> Iterator[Row]:
     """Adapters of rank 8 that start from zero and from the error: before training, and after the same budget of it."""
-    from llmtools.nn.lora_init import start_adapters
+    from llmtools.nn.lora_init import initialize_lora
 
     source = _source(folder, seed)
     held_out = _windows(source, ASSETS / "tinystories" / "held_out.txt", WINDOWS)
@@ -341,7 +341,7 @@ def starts(folder: Path, bits: tuple[int, ...], group_size: int, only: Only, ste
                 report = llmtools.quantize(model, name, source.calibration, adapter_rank=8, **options)
                 adapted = _adapted(model, seed)
                 if start == "error":
-                    start_adapters(adapted, report.starts)
+                    initialize_lora(adapted, report.lora_init)
                 before = window_nlls(adapted, held_out)
                 after = window_nlls(_trained(adapted, text, steps, seed), held_out)
                 yield setting | {

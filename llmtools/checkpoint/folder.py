@@ -42,7 +42,7 @@ from ..model.integrity import (
 from ..model.quantize import INCOMPLETE, Report
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
-from ..nn.lora_init import Start
+from ..nn.lora_init import LoraInit
 from ..nn.swap import packed_bytes, quantized_linears
 from .model_card import write_card
 from .run_info import versions, write_json
@@ -115,11 +115,11 @@ def write(
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if isinstance(report, Report) and report.starts:
+    if isinstance(report, Report) and report.lora_init:
         save_file(
             {
                 f"{path}.lora_{side.upper()}": tensor.contiguous()
-                for path, start in report.starts.items()
+                for path, start in report.lora_init.items()
                 for side, tensor in start._asdict().items()
             },
             folder / STARTS,
@@ -301,7 +301,7 @@ def skeleton(folder: str | PathLike[str]) -> Any:
             return auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
 
 
-def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
+def load_starts(folder: str | PathLike[str]) -> dict[str, LoraInit]:
     """The start values of adapters in a folder that `save` wrote (or of a model on the hub), by module path.
 
     Raises CheckpointError where there are none, or the file is damaged.
@@ -318,7 +318,7 @@ def load_starts(folder: str | PathLike[str]) -> dict[str, Start]:
     try:
         tensors = load_file(file)
         paths = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
-        return {path: Start(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
+        return {path: LoraInit(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
     except (SafetensorError, KeyError, OSError) as error:
         raise CheckpointError(f"{file} is damaged ({first_line(error)}); quantize the model again") from error
 

@@ -9,7 +9,7 @@ group (query, key and value; gate and up) shares one Hessian, and the order of t
 (arXiv:2210.17323, "true sequential" in its code).
 
 What cannot be found is said: a network with its weights outside `nn.Linear` (GPT-2's ``Conv1D``, the fused experts of a
-mixture) is refused, or its `leftovers` are listed.
+mixture) is refused, or its `unsupported_weights` are listed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Block:
     """Linears that no batch reached, such as an expert to which nothing was routed."""
 
 
-class Leftover(NamedTuple):
+class UnsupportedWeight(NamedTuple):
     """A weight inside the blocks that is no linear's, so that no quantizer sees it."""
 
     path: str
@@ -194,7 +194,7 @@ def _note(
     return hook
 
 
-def leftovers(model: nn.Module, blocks: list[Block]) -> list[Leftover]:
+def unsupported_weights(model: nn.Module, blocks: list[Block]) -> list[UnsupportedWeight]:
     """Weights inside the blocks, matrices or larger, that belong to no linear, or to none that can be packed."""
     found = []
     for block in blocks:
@@ -203,7 +203,7 @@ def leftovers(model: nn.Module, blocks: list[Block]) -> list[Leftover]:
                 continue
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2:
-                    found.append(Leftover(f"{path}.{name}", type(module).__name__, tuple(parameter.shape)))
+                    found.append(UnsupportedWeight(f"{path}.{name}", type(module).__name__, tuple(parameter.shape)))
     return found
 
 

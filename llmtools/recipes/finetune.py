@@ -61,7 +61,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..files import MARK, NameTaken, files_of, remove, sort_metadata, write_whole, writing
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
     from ..model.integrity import note_checksums
-    from ..nn.lora_init import start_adapters
+    from ..nn.lora_init import initialize_lora
     from ..nn.swap import count_parameters
     from ..train import checkpoints
     from ..train.learning import learning_check
@@ -111,7 +111,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         listeners = [watcher, keeper, learning_check(), *stopper(recipe), *callbacks]
         trainer = make_trainer(model, tokenizer, arguments, config, train, validation, listeners)
         if starts is not None and checkpoint is None:
-            start_adapters(trainer.model, starts)
+            initialize_lora(trainer.model, starts)
         for adapter in trainer.model.peft_config.values():
             adapter.base_model_name_or_path = run["base_model"]
             for names in ("target_modules", "exclude_modules"):  # sets, which are written in another order each time

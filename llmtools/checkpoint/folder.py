@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
-from ..files import MARK, files_of, sort_metadata, writing
+from ..files import METADATA, files_of, sort_metadata, writing
 from ..formats.reading import detect, left_to_transformers, naming_method, open_model
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
@@ -34,8 +34,8 @@ from ..model.integrity import (
     check_surplus,
     check_values,
     config_of,
-    note_checksums,
     read_headers,
+    record_checksums,
     refuse_pickles,
     shards_of,
 )
@@ -47,7 +47,7 @@ from ..nn.swap import packed_bytes, quantized_linears
 from .model_card import write_card
 from .run_info import versions, write_json
 
-NOTE = MARK
+NOTE = METADATA
 STARTS = "lora_start.safetensors"
 
 
@@ -127,7 +127,7 @@ def write(
         )
     sort_metadata(folder)
     info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
-    write_json(folder / NOTE, {**info, "checksums": note_checksums(folder, info)})
+    write_json(folder / NOTE, {**info, "checksums": record_checksums(folder, info)})
 
 
 def load(

@@ -5,7 +5,7 @@ A card is a function of a folder. It says what the files there say (``config.jso
 a folder is named by its last part, and only what looks like a name on the hub becomes ``base_model`` in the card's
 head, which the hub checks.
 
-Every save writes the card anew, as long as it carries `MARK`; delete that line to keep your own words.
+Every save writes the card anew, as long as it carries `MARKER`; delete that line to keep your own words.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .run_info import facts_of
 CARD = "README.md"
 LOSSES = "loss.png"
 """the picture of a run's losses"""
-MARK = "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
+MARKER = "<!-- written by llmtools, and written anew with the next save; delete this line to keep your own words -->"
 UNKNOWN = "unknown"
 NO_DATA = "none: the quantizer saw no data"
 _LOADED = {
@@ -53,7 +53,7 @@ def is_ours(path: Path) -> bool:
     if not path.exists():
         return True
     text = path.read_text(encoding="utf-8", errors="replace")
-    return MARK in text or _PEFT_PLACEHOLDER in text
+    return MARKER in text or _PEFT_PLACEHOLDER in text
 
 
 def card(
@@ -178,7 +178,7 @@ def _written(
 ---
 {front}
 ---
-{MARK}
+{MARKER}
 
 # {name}
 

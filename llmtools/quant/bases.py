@@ -41,14 +41,15 @@ class Basis(ABC):
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """The tensors of the state, as `Quantizer.layout` has those of a weight."""
+        """The tensors of the state, like `Quantizer.layout`."""
 
     @abstractmethod
     def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
         """The state for this weight [out, in] and Hessian [in, in]."""
 
-    def check(self, state: Packed) -> None:  # noqa: B027 (most have nothing to look at)
-        """Raises InputError for a state, read off a file, that `init` never gives; numbers are finite already."""
+    def check(self, state: Packed) -> None:  # noqa: B027 (most need no check)
+        """Raises InputError for an invalid state from a file, such as a perm [in] with duplicates; values are
+        finite."""
 
     @abstractmethod
     def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +80,7 @@ class Permutation(Basis):
         return {"perm": TensorSpec((in_features,), torch.int32)}
 
     def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
-        if hessian is None:  # nothing tells the columns apart
+        if hessian is None:  # no calibration: natural order
             return {"perm": torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
         return {"perm": torch.argsort(hessian.diagonal(), descending=True, stable=True).to(torch.int32)}
 

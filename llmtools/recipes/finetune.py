@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..ranks import is_first
-from ..signals import Request, Stopped, interruptible, put_off
+from ..signals import Request, Stopped, interruptible, deferred
 from ..train.adapters import check_start, leave_out, lora_config
 from ..train.arguments import arguments_of, check_choosing, check_fsdp, check_training, yes_or_no
 from ..train.callbacks import say_when_it_ends, seconds, stopper, watch
@@ -58,9 +58,9 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..checkpoint.run_info import record, write_json
     from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
-    from ..files import MARK, NameTaken, files_of, remove, sort_metadata, write_whole, writing
+    from ..files import METADATA, NameTaken, files_of, remove, sort_metadata, write_whole, writing
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
-    from ..model.integrity import note_checksums
+    from ..model.integrity import record_checksums
     from ..nn.lora_init import initialize_lora
     from ..nn.swap import count_parameters
     from ..train import checkpoints
@@ -117,7 +117,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             for names in ("target_modules", "exclude_modules"):  # sets, which are written in another order each time
                 if isinstance(found := getattr(adapter, names, None), set):
                     setattr(adapter, names, sorted(found))
-        with put_off(request, say_when_it_ends) if arguments["save_strategy"] != "no" else nullcontext():
+        with deferred(request, say_when_it_ends) if arguments["save_strategy"] != "no" else nullcontext():
             run_trainer(trainer, checkpoint)
         if keeper.stopped:
             raise Stopped(exit_code=request.exit_code)
@@ -147,7 +147,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                     checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
                     info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
                     info["files"] = files_of(folder, CARD)
-                    write_json(folder / MARK, {**info, "checksums": note_checksums(folder, info)})
+                    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
                     write_card(folder, name=out.name, former=out)  # in place of PEFT's empty form
             except NameTaken:
                 remove(work, of=out)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import MARK, RUN, json_or_empty
+from ..files import METADATA, RUN, json_or_empty
 from ..ranks import is_first, processes
 from ..signals import Stopped
 from .options import Finetune
@@ -59,9 +59,9 @@ def working(
 
 def done(work: Path, out: Path) -> None:
     """Takes the work folder away, unless somebody has put something of theirs into it."""
-    from ..files import remove, strangers
+    from ..files import remove, unknown_files
 
-    if (others := strangers(work)) == []:
+    if (others := unknown_files(work)) == []:
         remove(work, of=out)
     else:
         log.warning("%s stays, because it holds something that is not of this run: %s", work, (others or ["?"])[0])
@@ -77,10 +77,10 @@ def together() -> None:
 
 def _begin(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path | None:
     from ..checkpoint.run_info import as_json
-    from ..files import remove, strangers, write_whole
+    from ..files import remove, unknown_files, write_whole
     from .checkpoints import all_in
 
-    others = strangers(work) if work.exists() else []
+    others = unknown_files(work) if work.exists() else []
     if others or others is None:
         what = "is no folder of such a run" if others is None else f"holds {others[0]}, which llmtools did not write"
         raise InputError(f"this run would work in {work}, which {what}; move that away, or choose another --out")
@@ -160,7 +160,7 @@ def _appear(work: Path, out: Path, files: dict[str, Path | str]) -> None:
 
 def _run(folder: Path) -> dict[str, Any]:
     """What the run's folder, or its finished output, says of it; {} where it says nothing, or is damaged."""
-    return {**json_or_empty(folder / RUN), **json_or_empty(folder / MARK)}
+    return {**json_or_empty(folder / RUN), **json_or_empty(folder / METADATA)}
 
 
 def _check_base(recipe: Finetune, checkpoint: Path | None, base: dict[str, Any] | None) -> None:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
     """Trains from the beginning or a checkpoint; one that has all steps is only loaded, as it would be at their end."""
-    from ..files import disk_says_no
+    from ..files import disk_error
     from .checkpoints import Finished, all_in, damage
 
     try:
@@ -34,7 +34,7 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
                 "no adapter is used by the model: the loss depends on none of them; name modules that the model uses "
                 "in --lora.target_modules"
             ) from error
-        if (reason := disk_says_no(error)) is None:
+        if (reason := disk_error(error)) is None:
             raise
         place = Path(trainer.args.output_dir)
         left = "--resume goes on from the last whole one" if all_in(place) else "nothing was kept"

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import llmtools
-from llmtools.checkpoint.model_card import MARK, card, write_card
+from llmtools.checkpoint.model_card import MARKER, card, write_card
 from llmtools.checkpoint.upload import push_to_hub
 from llmtools.errors import InputError
 from tests.hub import Hub
@@ -134,7 +134,7 @@ def test_a_base_that_was_quantized_for_the_training_alone_is_not_called_dense(ad
 
 def test_a_card_in_your_own_words_stays(quantized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = quantized / "README.md"
-    own.write_text(own.read_text(encoding="utf-8").replace(MARK, "Mine."), encoding="utf-8")
+    own.write_text(own.read_text(encoding="utf-8").replace(MARKER, "Mine."), encoding="utf-8")
     mine = own.read_bytes()
     write_card(quantized)
     assert own.read_bytes() == mine

@@ -350,7 +350,7 @@ def test_chains_with_something_between_are_followed(between: str) -> None:
 
 
 def test_without_propagation_only_a_chain_can_be_walked() -> None:
-    with pytest.raises(InputError, match="walked in 3 parts"):
+    with pytest.raises(InputError, match="walked in 3 segments"):
         walk(Net(wiring="scaled"), BATCHES, lambda block, calls: None, propagate=False)
 
 

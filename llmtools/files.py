@@ -152,8 +152,8 @@ def _check_name(folder: Path, target: Path) -> None:
     size, most = len(os.fsencode(target.name)), _LONGEST - len(_BESIDE)
     if size > most:
         raise InputError(
-            f"{str(folder)[:60]}…: name too long ({size} bytes); at most {most} are possible, since temporary work "
-            f"has a longer name beside it"
+            f"{str(folder)[:60]}…: name too long ({size} bytes); at most {most} are possible, since the temporary "
+            f"folder has a longer name"
         )
 
 

@@ -20,15 +20,16 @@ CONVERTED = ("model", "nn", "quant", "kernels", "llms", "engine")
 
 FILES = sorted([*PACKAGE.glob("*.py"), *(path for name in CONVERTED for path in (PACKAGE / name).rglob("*.py"))])
 
-NO_FIRST_WORD = set(
-    "of to in with by for that which it its how what where when use run replace write read show print".split()
+NO_FIRST_WORD = re.compile(
+    r"(of|to|in|with|by|for|that|which|its?|how|what|where|when|use|run|replace|write|read|show|print)\b", re.IGNORECASE
 )
-"""First words that open no noun phrase."""
+"""Pattern of first words that open no noun phrase."""
 
 DIALECT = [
-    r"judged?\b", r"bits a weight", r"few tokens", r"rounded again", r"\bporch\b", r"\bfloors?\b", r"\brooms?\b",
+    r"judged?\b", r"bits a weight", r"few tokens", r"rounded again", r"\bporch\b", r"\bfloors?\b", r"\brooms\b",
     r"foreign (checkpoint|format|file)s?", r"(checkpoint|format)s? of others", r"\bstrangers?\b", r"likeliest",
-    r"\bchances\b", r"left over", r"start values", r"\blessons?\b", r"\btaught\b", r"\bteache?(s|r|rs)?\b", r"\bwish(es)?\b",
+    r"\bchances\b", r"left over", r"start values", r"\blessons?\b", r"\bteach(e[rs]|ers)?\b",
+    r"\bwish(es)?\b",
     r"\bcomplaints?\b", r"in words of their own", r"somebody", r"\bhungry\b", r"the way out", r"is told by",
     r"model (write|speak)s? on", r"\bfilled up\b",
 ]  # fmt: skip
@@ -49,9 +50,8 @@ def documented_attributes(tree: ast.AST) -> Iterator[tuple[str, int, str]]:
 
 def mistakes(text: str) -> Iterator[str]:
     """How an attribute docstring is no noun phrase, as messages."""
-    first = re.split(r"[\s,:;]", text, maxsplit=1)[0]
-    if first.lower() in NO_FIRST_WORD:
-        yield f"opens with {first!r}"
+    if (first := NO_FIRST_WORD.match(text)) is not None:
+        yield f"opens with {first[0]!r}"
     if text[0].islower():
         yield "opens with a small letter"
     if not text.rstrip().endswith((".", "…")):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtools.signals import Request, Stopped, interruptible, deferred
+from llmtools.signals import Request, Stopped, deferred, interruptible
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -24,7 +24,7 @@ _TABLES = {
     "MODEL_FOR_PRETRAINING_MAPPING_NAMES": "AutoModelForPreTraining",
     "MODEL_MAPPING_NAMES": "AutoModel",
 }
-"""transformers' table of model type → architectures, and its auto class; the first match is used."""
+"""Mapping tables of transformers (model type → architectures) → auto class; the first match is used."""
 
 
 def auto_class(config: Mapping[str, Any]) -> Any:

@@ -229,7 +229,7 @@ class Ledger(TorchDispatchMode):
         self._entries.append((number, -size))
 
     def peak(self, without: list[Tensor]) -> dict[str, int]:
-        """Bytes by phase at the peak, some live tensors excluded."""
+        """Bytes by phase at the peak, some live tensors [...] excluded."""
         excluded = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
         live: dict[str, int] = {}
         total, best, most = 0, {}, 0

@@ -48,7 +48,7 @@ class Rows(ABC):
         """Rows of the weight, [rows, in] of `dtype`, bit-equal to the same rows of the whole; any slice of them."""
 
     def out_features(self, packed: Packed) -> int:
-        """Rows of the weight. By convention the first tensor of the layout has one row per output feature."""
+        """Rows of the weight. By convention the first tensor of the layout is [out, …], a row per output feature."""
         return next(iter(packed.values())).shape[0]
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:

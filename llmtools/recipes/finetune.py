@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..ranks import is_first
-from ..signals import Request, Stopped, interruptible, deferred
+from ..signals import Request, Stopped, deferred, interruptible
 from ..train.adapters import check_start, leave_out, lora_config
 from ..train.arguments import arguments_of, check_choosing, check_fsdp, check_training, yes_or_no
 from ..train.callbacks import say_when_it_ends, seconds, stopper, watch

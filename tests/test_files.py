@@ -69,7 +69,7 @@ def test_an_output_lists_its_files_and_may_be_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["thesis.tex", "sub/thesis.tex", ".hidden"])
-def test_what_somebody_else_put_there_is_named_and_kept(place: str, tmp_path: Path) -> None:
+def test_files_of_other_programs_are_named_and_kept(place: str, tmp_path: Path) -> None:
     write(tmp_path / "out")
     (tmp_path / "out" / "sub").mkdir()  # an empty folder alone is no loss
     check_free(tmp_path / "out", overwrite=True)

@@ -36,11 +36,11 @@ def test_a_run_is_ended_as_by_ctrl_c(number: int) -> None:
 
 @pytest.mark.parametrize("number", ALL)
 def test_the_first_waits_and_the_second_does_not(number: int) -> None:
-    request, told = Request(), []
+    request, calls = Request(), []
     with interruptible():
-        with pytest.raises(Stopped), deferred(request, lambda: told.append(1)):
+        with pytest.raises(Stopped), deferred(request, lambda: calls.append(1)):
             send(number)
-            assert (request.number, request.exit_code, told) == (number, 128 + number, [1])
+            assert (request.number, request.exit_code, calls) == (number, 128 + number, [1])
             send(number)
         if number != signal.SIGINT:
             with pytest.raises(Stopped):  # the outer block's again

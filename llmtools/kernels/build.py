@@ -106,9 +106,9 @@ def _kept(stem: Path) -> ctypes.CDLL | None:
             _check_private(path)
             if path.stem.rpartition("-")[2] == _sum(path):
                 return ctypes.CDLL(str(path))
-            log.debug("%s is damaged and is built anew", path)
+            log.debug("%s is damaged and is rebuilt", path)
         except OSError as error:  # made by this user on another system, say with a newer libc; or just replaced
-            log.debug("%s does not load and is built anew: %s", path, error)
+            log.debug("%s does not load and is rebuilt: %s", path, error)
     return None
 
 
@@ -265,7 +265,7 @@ def cache() -> Path:
 
 
 def _check_private(path: Path) -> None:
-    """Raises unless `path` belongs to this user and nobody else may write it."""
+    """Raises unless `path` belongs to this user and is not writable by others."""
     found = path.lstat()
     kind = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
     if not (kind and found.st_uid == os.getuid() and not found.st_mode & 0o022):

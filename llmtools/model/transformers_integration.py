@@ -53,7 +53,7 @@ VERSION = 1
 SENTINEL = "weight"
 """Name of the empty tensor beside the packed ones: the one that transformers without llmtools looks for."""
 
-# A reload of this module registers its classes anew; the decorators refuse a registered name.
+# A reload of this module registers its classes again; the decorators refuse a registered name.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 

@@ -156,7 +156,7 @@ def test_a_checkpoint_of_learned_rounding_opens_as_it_was(tmp_path: Path) -> Non
 
 @dataclass(frozen=True)
 class Half(Quantizer):
-    """A stranger's: the weight in float16, less accurate than it looks."""
+    """A third-party quantizer: the weight in float16, less accurate than it looks."""
 
     name = "half"
 
@@ -176,7 +176,7 @@ QUANTIZERS: dict[str, tuple[str | Quantizer, dict[str, Any]]] = {
     "nf4": ("nf4", {"double_quantization": True}),
     "hqq": ("hqq", {"bits": 2, "group_size": 32}),
     "quip_sharp": ("quip_sharp", {"bits": 2}),
-    "stranger": (Half(), {}),
+    "third-party": (Half(), {}),
 }
 
 

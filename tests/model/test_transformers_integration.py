@@ -371,7 +371,7 @@ def test_a_newer_format_is_refused(damaged: Path) -> None:
         opened(damaged)
 
 
-@pytest.mark.parametrize("name", ["somebodys", "os:system", "antigravity:fly"])
+@pytest.mark.parametrize("name", ["unregistered", "os:system", "antigravity:fly"])
 def test_an_unknown_quantizer_is_named_and_nothing_is_imported(damaged: Path, name: str) -> None:
     edit_config(damaged, lambda config: config["quantizers"][0].update(name=name))
     with pytest.raises(CheckpointError, match=f"{name}.*(plug-in, install it|if you trust that module)"):
@@ -421,7 +421,7 @@ def test_a_model_with_adapters_in_it_is_not_saved_as_a_checkpoint(checkpoint: Pa
 
 @dataclass(frozen=True)
 class Halves(Quantizer):
-    """A stranger's quantizer: float16, and that is all."""
+    """A third-party quantizer: float16 values."""
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {"halves": TensorSpec((out_features, in_features), torch.float16)}

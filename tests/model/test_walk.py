@@ -160,7 +160,7 @@ def test_equal_masks_and_rotary_tables_are_kept_once() -> None:
     assert len({id(table) for table in tables}) == 1
 
 
-def test_steps_are_told() -> None:
+def test_steps_are_reported() -> None:
     steps: list[tuple[int, int, str]] = []
     walk(tiny_model("llama"), BATCHES, lambda block, calls: None, on_step=lambda *step: steps.append(step))
     assert steps == [(1, 2, "model.layers.0"), (2, 2, "model.layers.1")]

@@ -58,7 +58,7 @@ class Grid(Rows):
 
 
 def tile_rows(rows: slice, out_features: int, height: int) -> tuple[slice, slice]:
-    """The rows of tiles that `rows` of the weight touch, and where the wanted rows lie among theirs.
+    """The rows of tiles that `rows` of the weight touch, and the slice of the requested rows among theirs.
 
     >>> tile_rows(slice(5, 8), 100, 2)        # rows 4 … 7 of the weight are decoded, and the first is dropped
     (slice(2, 4, None), slice(1, 4, 1))

@@ -1,1 +1,1 @@
-"""Measurements: a number beside its limit and its peers, in one run."""
+"""Measurements: each number with its limit and its baselines, in one run."""

@@ -5,7 +5,7 @@
     python -m benchmarks.gpu --device cpu --tiny      the same code on toy shapes: its figures mean nothing
 
 Sections:
-    ops        decoding rows and rotating, in GB/s beside a copy's; products for few tokens beside the packed bytes
+    ops        decoding rows and rotating, in GB/s beside a copy's; small-batch products (GEMV) beside the packed bytes
     crossing   up to how many tokens the fused products win: what `GEMV_TOKENS` in quant/materialize.py should say
     layers     forward and backward of one layer, 1 to 2048 tokens, beside bfloat16 and bitsandbytes
     graphs     the same bits from a CUDA graph and from torch.compile, no synchronisation with the host
@@ -177,7 +177,7 @@ class Bench:
         return 2 if self.tiny else max(2, min(64, -(-(2**29) // nbytes)))
 
     def peak(self, work: Callable[[], object]) -> int:
-        """Bytes in use at the peak of `work`, everything on the device included; 0 where that cannot be told."""
+        """Bytes in use at the peak of `work`, everything on the device included; 0 where that is unknown."""
         if not self.cuda:
             work()
             return 0
@@ -336,7 +336,7 @@ def layers(bench: Bench) -> None:
                 eager = bench.seconds(lambda works=works: [work() for work in works]) / len(works)  # type: ignore[misc]
                 try:
                     seconds: float | None = bench.device_seconds(works)
-                except RuntimeError as error:  # a peer may not be made for capturing
+                except RuntimeError as error:  # a baseline may not support capturing
                     print(f"# {name}: not captured ({str(error).splitlines()[0]})")
                     seconds = None
                     bench.free()
@@ -361,7 +361,7 @@ def bitsandbytes_linear(in_features: int, out_features: int, bench: Bench) -> nn
         layer = layer.to(torch.bfloat16).to(bench.device).requires_grad_(False)
         layer(torch.zeros(1, in_features, device=bench.device, dtype=torch.bfloat16))
         return layer
-    except Exception as error:  # whatever a stranger's package does here
+    except Exception as error:  # third-party code may raise anything
         print(f"# without bitsandbytes: {type(error).__name__}: {error}")
         return None
 

@@ -39,7 +39,7 @@ def step(layer: nn.Module, x: Tensor, grad: Tensor) -> Callable[[], None]:
     return run
 
 
-def peers(linear: nn.Linear) -> dict[str, nn.Module]:
+def baselines(linear: nn.Linear) -> dict[str, nn.Module]:
     """Layers of other libraries with this weight: of those that are installed, and that work here."""
     makers: dict[str, Callable[[nn.Linear], nn.Module]] = {"bitsandbytes nf4": _bitsandbytes}
     for bits in (4, 3, 2):
@@ -50,7 +50,7 @@ def peers(linear: nn.Linear) -> dict[str, nn.Module]:
         try:
             layer = make(linear)
             layer(torch.zeros(1, IN, dtype=torch.bfloat16))
-        except Exception as error:  # whatever a stranger's package does here
+        except Exception as error:  # third-party code may raise anything
             print(f"without {name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
         found[name] = layer
@@ -97,7 +97,7 @@ def layers(machine: Machine) -> Iterator[Problem]:
         name: QuantizedLinear.from_linear(linear, quantizer(method, **options))
         for name, (method, options) in OURS.items()
     }
-    others = {"bf16 nn.Linear": linear, **peers(linear)}
+    others = {"bf16 nn.Linear": linear, **baselines(linear)}
     for tokens in TOKENS:
         x = torch.randn(tokens, IN).bfloat16().requires_grad_()
         grad = torch.randn(tokens, OUT).bfloat16()

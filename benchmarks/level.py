@@ -8,8 +8,8 @@
 LLaMA shapes of 160M parameters (JackFram/llama-160m) and 1.1B (TinyLlama) with random weights, built here. Every
 variant gets stock PEFT: rank 8 on all linears, float32 adapters. The baseline is what a user of transformers and PEFT
 has: a bfloat16 base, the model's own loss. Ours is what `llmtools finetune` runs: bfloat16 autocast (`bf16` of the
-training arguments) and the loss of `llmtools/nn/loss.py`. So that what these two give is told from what packed weights
-give, the same is done to the 16-bit model in a row of its own.
+training arguments) and the loss of `llmtools/nn/loss.py`. So that the gain from these two is separated from that of
+packed weights give, the same is done to the 16-bit model in a row of its own.
 
 Weights of `rtn` have the layout of `optq`, hence its speed. A peak of memory is measured in a process of its own that
 does two steps: the most that was resident, and that less what was resident once the model with its adapters was
@@ -47,8 +47,8 @@ from llmtools.nn.loss import CausalLoss
 from llmtools.nn.swap import set_module
 from llmtools.train.heap import map_large_blocks
 
+from .baselines import quiet
 from .llama import config
-from .peers import quiet
 from .run import Machine, Problem, Wanted, case
 
 SHAPES = ("160M", "1.1B")
@@ -242,7 +242,7 @@ def _candidates(
                 if small.training:
                     loss.backward()
                 baselines[name] = ready(build(name, shape))
-        except Exception as error:  # whatever a stranger's package does here
+        except Exception as error:  # third-party code may raise anything
             print(f"without {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
     return {name: ready(build(name, shape)) for name in filter(wanted, OURS)}, baselines
 
@@ -280,9 +280,9 @@ def generate(machine: Machine) -> Iterator[Problem]:
     """Greedy tokens one by one; the time is of all of them, with that of the prompt or without."""
     for shape in SHAPES:
         smallest = _bytes("2 bits", shape)
-        for words, way in ((f"after {PROMPT}", following), (f"and their prompt of {PROMPT}", greedy)):
+        for context, way in ((f"after {PROMPT}", following), (f"and their prompt of {PROMPT}", greedy)):
             yield Problem(
-                f"{shape} {GENERATED} tokens {words}",
+                f"{shape} {GENERATED} tokens {context}",
                 functools.partial(_check_generation, shape),
                 {},
                 {},
@@ -308,13 +308,13 @@ def following(model: Any) -> Callable[[], Tensor]:
         model(input_ids=ids, past_key_values=cache, use_cache=True)
 
     def run() -> Tensor:
-        words = [ids[:, :1]]
+        generated = [ids[:, :1]]
         with torch.no_grad():
             for _ in range(GENERATED):
-                logits = model(input_ids=words[-1], past_key_values=cache, use_cache=True).logits
-                words.append(logits[:, -1:].argmax(-1))
+                logits = model(input_ids=generated[-1], past_key_values=cache, use_cache=True).logits
+                generated.append(logits[:, -1:].argmax(-1))
         cache.crop(-GENERATED)
-        return torch.cat(words, 1)
+        return torch.cat(generated, 1)
 
     return run
 
@@ -326,11 +326,11 @@ def greedy(model: nn.Module) -> Callable[[], Tensor]:
     def run() -> Tensor:
         with torch.no_grad():
             out = model(input_ids=ids, use_cache=True, logits_to_keep=torch.tensor([PROMPT - 1]))
-            words = [out.logits[:, -1:].argmax(-1)]
+            generated = [out.logits[:, -1:].argmax(-1)]
             for _ in range(GENERATED - 1):
-                out = model(input_ids=words[-1], past_key_values=out.past_key_values, use_cache=True)
-                words.append(out.logits[:, -1:].argmax(-1))
-        return torch.cat(words, 1)
+                out = model(input_ids=generated[-1], past_key_values=out.past_key_values, use_cache=True)
+                generated.append(out.logits[:, -1:].argmax(-1))
+        return torch.cat(generated, 1)
 
     return run
 
@@ -369,9 +369,9 @@ def _bytes(variant: str, shape: str) -> int:
 
 def _memory(shape: str, batch: int, tokens: int, checkpointing: bool, variant: str) -> dict[str, Any]:
     """Weight bytes and peaks of one variant, measured in a process of its own."""
-    told = [sys.executable, "-m", "benchmarks.level", variant, shape, str(batch), str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.level", variant, shape, str(batch), str(tokens)]
     done = subprocess.run(
-        [*told, *(["--checkpointing"] if checkpointing else [])],
+        [*command, *(["--checkpointing"] if checkpointing else [])],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent.parent,
@@ -406,14 +406,14 @@ def _profile(variant: str, shape: str) -> None:
                 times.append(time.process_time() - started)
         return 1000 * statistics.median(times)
 
-    told = {"whole": milliseconds()}
+    record = {"whole": milliseconds()}
     model.lm_head = Idle(head)
-    told["without the head"] = milliseconds()
+    record["without the head"] = milliseconds()
     model.lm_head = head
     for name, linear in linears.items():
         set_module(model, name, Idle(linear))
-    told["without the blocks' linears"] = milliseconds()
-    print(json.dumps({"case": "profile", "problem": f"{shape} one token", "candidate": variant} | told), flush=True)
+    record["without the blocks' linears"] = milliseconds()
+    print(json.dumps({"case": "profile", "problem": f"{shape} one token", "candidate": variant} | record), flush=True)
 
 
 class Idle(nn.Module):
@@ -464,8 +464,8 @@ def main(argv: list[str] | None = None) -> int:
     peak = _resident("VmHWM")
     about = {"weight_bytes": weights, "peak_bytes": peak, "peak_growth_bytes": peak - before}
     kept = ", checkpointing" if args.checkpointing else ", all kept"
-    told = {"case": "peak", "problem": f"{args.shape} {args.batch}x{args.tokens}{kept}", "candidate": args.variant}
-    print(json.dumps(told | about | {"torch": torch.__version__}), flush=True)
+    record = {"case": "peak", "problem": f"{args.shape} {args.batch}x{args.tokens}{kept}", "candidate": args.variant}
+    print(json.dumps(record | about | {"torch": torch.__version__}), flush=True)
     return 0
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Shape(NamedTuple):
-    """Hidden size, intermediate size, blocks, heads, heads of keys and values, words in the vocabulary."""
+    """Hidden size, intermediate size, blocks, heads, key-value heads, vocabulary size."""
 
     hidden: int
     intermediate: int

@@ -3,7 +3,7 @@
     python -m benchmarks.materialize [--threads N]
 
 The first table has the milliseconds of a forward and a backward of a 4-bit layer by scratch, the second those of a
-forward through the kernel for few tokens and through blocks.
+forward through the GEMV kernel and through blocks.
 """
 
 from __future__ import annotations

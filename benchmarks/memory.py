@@ -1,4 +1,4 @@
-"""What one layer holds: dense tensors kept for backward, and the peak of a forward and backward, beside its peers.
+"""What one layer holds: dense tensors kept for backward, and the peak of a forward and backward, beside its baselines.
 
     python -m benchmarks.memory [--size 4096] [--tokens 16] [--budget_mib 8] [--json]
 
@@ -64,7 +64,7 @@ def ours(linear: nn.Linear) -> dict[str, nn.Module]:
     return layers
 
 
-def peers(linear: nn.Linear) -> dict[str, nn.Module]:
+def baselines(linear: nn.Linear) -> dict[str, nn.Module]:
     """Layers of other libraries with the same weight, as far as they are installed."""
     found: dict[str, nn.Module] = {}
     for name, make in (
@@ -74,7 +74,7 @@ def peers(linear: nn.Linear) -> dict[str, nn.Module]:
     ):
         try:
             found[name] = make(linear)
-        except Exception as error:  # a peer may fail in any way of its own; say so and go on
+        except Exception as error:  # a baseline may raise anything; report it and continue
             print(
                 f"# {name}: not measured ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
             )
@@ -145,7 +145,7 @@ def main() -> None:
     }
     print(json.dumps({"size": args.size, "tokens": args.tokens, **{k: round(v, 2) for k, v in limit.items()}}))
     with materialize_budget(int(args.budget_mib * MIB)):
-        for name, layer in {"torch bfloat16": linear, **ours(linear), **peers(linear)}.items():
+        for name, layer in {"torch bfloat16": linear, **ours(linear), **baselines(linear)}.items():
             try:
                 row = {"layer": name, **{k: round(v, 2) for k, v in measure(layer, args.size, args.tokens).items()}}
             except Exception as error:

@@ -1,7 +1,7 @@
-"""Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, products with few tokens, Hadamard.
+"""Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, small-batch products (GEMV), Hadamard.
 
 Decoding goes a block of rows at a time into one place, as in a layer, where the result stays in cache, and is held
-against writing as many bytes there. The product with few tokens (GEMV) is held against reading the packed bytes at the
+against writing as many bytes there. The small-batch product (GEMV) is held against reading the packed bytes at the
 speed of a copy, or against a product of matrices of that many operations, whichever takes longer.
 """
 
@@ -102,7 +102,7 @@ def decode(machine: Machine) -> Iterator[Problem]:
 
 @case("multiply")
 def multiply(machine: Machine) -> Iterator[Problem]:
-    """x Wᵀ with few tokens in bfloat16, beside the dense product."""
+    """x Wᵀ for a small batch (GEMV) in bfloat16, beside the dense product."""
     for name, weight, dequantize, product, _ in kinds():
         dense = dequantize(*weight, torch.float32)
         half = dense.bfloat16()

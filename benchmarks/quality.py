@@ -4,7 +4,7 @@
     python -m benchmarks.quality layers                     proxy loss of every linear of the demo model
     python -m benchmarks.quality perplexity --models DIR …  held-out text, beside other libraries in the same run
     python -m benchmarks.quality finetune                   the same after a LoRA budget, on another kind of text
-    python -m benchmarks.quality starts                     adapters from zero and from the quantization error
+    python -m benchmarks.quality starts                     LoRA initialised with zero and from the quantization error
     python -m benchmarks.quality encode                     one large layer through quip_sharp: seconds and memory
     python -m benchmarks.quality table                      docs/results/quality.md, from the rows
 
@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 import llmtools
-from benchmarks import peers
-from benchmarks.peers import Case, Made, Source
+from benchmarks import baselines
+from benchmarks.baselines import Case, Made, Source
 from llmtools.data.metrics import mean_nll
 from llmtools.model.options import BlockTuning
 from llmtools.quant import proxy_loss
@@ -129,7 +129,7 @@ def layers(only: Only, limit: int | None = None, bits: tuple[int, ...] = BITS) -
 
 def _layer_quantizers(bits: int) -> Iterator[tuple[str, llmtools.Quantizer]]:
     for name, options in _ours(bits):
-        case = peers.ours(name, options | {"bits": bits})
+        case = baselines.ours(name, options | {"bits": bits})
         width = {"bits": bits} if "bits" in _options(name) else {}
         yield case.label.removeprefix("llmtools "), llmtools.quantizer(name, **width, **options)
 
@@ -158,13 +158,13 @@ def perplexity(
 
 
 def _cases(bits: tuple[int, ...], group_sizes: tuple[int, ...], iterations: int, only: Only) -> Iterator[Case]:
-    here = peers.installed()
+    here = baselines.installed()
     for width in bits:
         seen = set()
         for group_size in group_sizes:
-            found = [peers.ours(name, options | {"bits": width}) for name, options in _ours(width, group_size)]
+            found = [baselines.ours(name, options | {"bits": width}) for name, options in _ours(width, group_size)]
             found += _tuned(width, group_size)
-            found += [case for case in peers.cases(width, group_size, iterations) if case.by in here]
+            found += [case for case in baselines.cases(width, group_size, iterations) if case.by in here]
             for case in found:
                 if case.label not in seen and only(case.label):
                     seen.add(case.label)  # those without groups come once
@@ -208,7 +208,7 @@ def _tuned(bits: int, group_size: int) -> list[Case]:
     """Our best, with what is left of each block tuned on the original's outputs."""
     names = [name for name in ("optq", "signround", "quip", "quip_sharp") if name in llmtools.quantizers.names()]
     options = {"bits": bits, "group_size": group_size}
-    return [peers.ours(name, options, tuning=BlockTuning()) for name in names]
+    return [baselines.ours(name, options, tuning=BlockTuning()) for name in names]
 
 
 def _row(case: Case, source: Source, measure: Any) -> Row:
@@ -220,11 +220,11 @@ def _row(case: Case, source: Source, measure: Any) -> Row:
     }  # fmt: skip
     try:
         torch.manual_seed(0)
-        with peers.quiet():
+        with baselines.quiet():
             made = case.make(source)
         seconds = time.perf_counter() - started
         return row | {"bits_per_weight": made.bits_per_weight, "seconds": seconds} | measure(made)
-    except Exception as error:  # a peer may fail in any way of its own
+    except Exception as error:  # a baseline may raise anything
         reason = str(error).strip().splitlines() or [""]
         return row | {"failed": f"{type(error).__name__}: {reason[-1][:160]}"}
 
@@ -318,12 +318,12 @@ def _trained(adapted: Any, text: Tensor, steps: int, seed: int) -> nn.Module:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# starts: adapters that begin with the quantization error
+# starts: LoRA initialisation from the quantization error
 
 
 def starts(folder: Path, bits: tuple[int, ...], group_size: int, only: Only, steps: int, seed: int) -> Iterator[Row]:
-    """Adapters of rank 8 that start from zero and from the error: before training, and after the same budget of it."""
-    from llmtools.nn.lora_init import start_adapters
+    """LoRA of rank 8, initialised with zero and from the error: before training, and after the same budget of it."""
+    from llmtools.nn.lora_init import initialize_lora
 
     source = _source(folder, seed)
     held_out = _windows(source, ASSETS / "tinystories" / "held_out.txt", WINDOWS)
@@ -341,7 +341,7 @@ def starts(folder: Path, bits: tuple[int, ...], group_size: int, only: Only, ste
                 report = llmtools.quantize(model, name, source.calibration, adapter_rank=8, **options)
                 adapted = _adapted(model, seed)
                 if start == "error":
-                    start_adapters(adapted, report.starts)
+                    initialize_lora(adapted, report.lora_init)
                 before = window_nlls(adapted, held_out)
                 after = window_nlls(_trained(adapted, text, steps, seed), held_out)
                 yield setting | {
@@ -416,7 +416,7 @@ def _origin() -> Row:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
     return {
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, **peers.installed()},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, **baselines.installed()},
         "commit": commit.stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -466,8 +466,8 @@ def main(argv: list[str] | None = None) -> int:
 
         print(write(args.out))
         return 0
-    for peer in peers.PACKAGES.keys() - peers.installed().keys():
-        note(f"{peer} is not installed and left out")
+    for name in baselines.PACKAGES.keys() - baselines.installed().keys():
+        note(f"{name} is not installed and skipped")
     rows = {
         "mse": lambda: mse(args.vectors, args.checked),
         "layers": lambda: layers(only, args.limit, bits),

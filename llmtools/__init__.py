@@ -1,9 +1,9 @@
 """Quantize a large language model to 4, 3 or 2 bits with any quantizer, and finetune LoRA adapters on top.
 
-Where the ideas live: `llmtools.quant` (what a quantizer is, and ours), `llmtools.nn` (a linear layer that
-materialises its weight only while it multiplies: ModuLoRA, arXiv:2309.16119), `llmtools.model` (walking a network),
-`llmtools.formats` and `llmtools.checkpoint` (files), `llmtools.data`, `llmtools.recipes` and the command line. The
-names below are the ones most programs need:
+The packages: `llmtools.quant` (quantizers), `llmtools.nn` (a linear layer that
+materialises its weight only while it multiplies: ModuLoRA, arXiv:2309.16119), `llmtools.model` (quantizing a network
+block by block), `llmtools.formats` and `llmtools.checkpoint` (files), `llmtools.data`, `llmtools.recipes` and the
+command line. Most programs need these names:
 
     model = AutoModelForCausalLM.from_pretrained(name)
     report = llmtools.quantize(model, "optq", llmtools.calibration(text, tokenizer), bits=3, group_size=64)
@@ -11,7 +11,7 @@ names below are the ones most programs need:
     model, tokenizer = llmtools.load("model-3bit")          # or AutoModelForCausalLM.from_pretrained("model-3bit")
     model = peft.get_peft_model(llmtools.prepare_for_training(model), peft.LoraConfig(target_modules="all-linear"))
 
-Importing this package is light (no torch) and teaches transformers to open our checkpoints: see `llmtools._hook`.
+Importing this package is light (no torch) and registers our checkpoints with transformers: see `llmtools._hook`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _HOMES = {
     "save": "checkpoint.folder",
     "tasks": "data.tasks",
 }
-"""Public name → the module that defines it, imported on first use."""
+"""Public name → its module, imported on first use."""
 
 __all__ = [*_HOMES, "__version__"]
 

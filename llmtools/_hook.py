@@ -1,16 +1,16 @@
-"""How ``import llmtools`` teaches transformers to open our checkpoints, without importing transformers.
+"""Registers llmtools' checkpoints with transformers at ``import llmtools``, without importing transformers.
 
-Two wishes pull apart. ``AutoModelForCausalLM.from_pretrained`` must know the method "llmtools" after a plain ``import
-llmtools``, whichever of the two libraries was imported first; transformers has no entry points for that, only a
-registry that somebody has to fill. And ``import llmtools`` must stay light: ``llmtools --help`` answers in a fraction
-of a second, while transformers with torch takes seconds.
+Two requirements conflict. ``AutoModelForCausalLM.from_pretrained`` must know the method "llmtools" after a plain
+``import llmtools``, whichever of the two libraries was imported first; transformers has no entry points for that, only
+a registry. And ``import llmtools`` must stay light: ``llmtools --help`` answers in a fraction of a second, while
+transformers with torch takes seconds.
 
-So we wait. A finder in ``sys.meta_path`` looks at one name only, ``transformers.quantizers.auto``, the module that
-holds the registry. When somebody imports it, the module is executed as always, and then our
-`llmtools.model.transformers_integration`, which registers itself by the public decorators.
-If the registry is there already, that happens at once. Every route
-to ``from_pretrained`` imports the registry, so nobody can be too early or too late. The finder stays in place: it
-costs one string comparison per import, and serves a program that reloads transformers, too.
+So registration is deferred. A finder in ``sys.meta_path`` matches one name, ``transformers.quantizers.auto``, the
+module of the registry. When it is imported, it is executed as always, and then
+`llmtools.model.transformers_integration`, which registers itself by the public decorators. If the registry is loaded
+already, that happens at once. Every route to ``from_pretrained`` imports the registry, so the order of the imports does
+not matter. The finder stays: it costs one string comparison per import, and also serves a program that reloads
+transformers.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ OURS = "llmtools.model.transformers_integration"
 
 
 def install() -> None:
-    """Registers with transformers now if its registry is loaded, and whenever it is loaded from here on. Idempotent."""
+    """Registers with transformers now if its registry is loaded, and whenever it is loaded later. Idempotent."""
     _Finder.installed()
     if REGISTRY in sys.modules and not _is_loading(sys.modules[REGISTRY]):
         importlib.import_module(OURS)
 
 
 class _Finder(MetaPathFinder):
-    """Finds the registry as the other finders do, and has our module run after it."""
+    """Finds the registry by the other finders, and runs our module after it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,7 +51,7 @@ class _Finder(MetaPathFinder):
 
     @classmethod
     def installed(cls) -> None:
-        """Puts one finder in front; one left by an earlier import of this module (a reload) gives way."""
+        """Inserts the finder in front, in place of one of an earlier import of this module (a reload)."""
         sys.meta_path[:] = [cls(), *(finder for finder in sys.meta_path if type(finder).__module__ != __name__)]
 
 
@@ -69,9 +69,9 @@ class _Loader(Loader):
         ours = sys.modules.get(OURS)
         if ours is None:
             importlib.import_module(OURS)
-        elif not _is_loading(ours):  # the registry was executed anew, and is empty of us
+        elif not _is_loading(ours):  # the registry was executed again, and has lost our entries
             importlib.reload(ours)
-        # else: ours is what imports transformers just now, and registers itself in a moment
+        # else: ours is importing transformers right now, and will register itself
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.original, name)

@@ -1,9 +1,8 @@
-"""What files hold, as short hashes: to tell whether an input is still the same, wherever it lies and whenever it was
-written.
+"""Content hashes of files, to detect whether an input is still the same, independent of paths and dates.
 
-A file of data is hashed as a whole. Files of weights are large: above `WHOLE` bytes their hash is over the header,
-which names every tensor with its type and shape, and over pieces of every tensor. A model that was trained further,
-quantized in another way, or replaced differs in each of its tensors; a change of a few numbers in one large tensor may
+A data file is hashed as a whole. Files of weights are large: above `WHOLE` bytes the hash is over the header, which
+names every tensor with its dtype and shape, and over samples of every tensor. A model that was trained further,
+quantized in another way, or replaced differs in each of its tensors; a change of a few values in one large tensor may
 be missed.
 """
 
@@ -19,17 +18,26 @@ from typing import Any, BinaryIO
 from .files import safetensors_header, sha256
 
 WHOLE = 1 << 28
-"""bytes up to which a file of weights is hashed as a whole"""
+"""Size, in bytes, up to which a file of weights is hashed as a whole."""
 PIECE, PIECES = 4096, 16
-"""bytes of a piece, and how many of a tensor are read"""
+"""Size of a sample, in bytes, and number of samples per tensor."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
-_WORDS = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
+_TOKENIZER = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
 _CONFIG = ("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json")
 
 
 def content(path: str | os.PathLike[str]) -> str | None:
-    """The hash of a file, or of a folder's files with their names; None where there is neither."""
+    """The hash of a file, or of a folder's files with their names; None where neither exists."""
     path = Path(os.path.expanduser(path))
     if os.path.isfile(path):
         return _file(path)
@@ -42,7 +50,7 @@ def content(path: str | os.PathLike[str]) -> str | None:
 def model_content(folder: str | os.PathLike[str]) -> dict[str, str]:
     """The hashes of a model's configuration, weights and tokenizer, by these names; {} where `folder` is none.
 
-    Cards, notes and what else lies beside them do not count.
+    Model cards, metadata and other files are ignored.
     """
     folder = Path(os.path.expanduser(folder))
     parts: dict[str, list[Path]] = {"model's configuration": [], "model's weights": [], "tokenizer": []}
@@ -83,8 +91,8 @@ def rows_content(rows: Iterable[Any]) -> str:
 
 
 def _part(name: str) -> str | None:
-    """Which part of a model a file is."""
-    if name.startswith(_WORDS) or name.endswith((".model", ".tiktoken")):
+    """The part of a model that a file belongs to."""
+    if name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken")):
         return "tokenizer"
     if name in _CONFIG or name.endswith(".py"):
         return "model's configuration"
@@ -129,16 +137,16 @@ def _spans(file: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
 
 
 _NO_HEADER = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""what reading something else as a .safetensors header raises"""
+"""Exceptions from parsing another file as a .safetensors header."""
 
 
 def _header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
-    """(the byte behind the header of a .safetensors file, tensor → what the header says of it)."""
+    """(the offset behind the header of a .safetensors file, tensor → its entry in the header)."""
     text = safetensors_header(file)
     return 8 + len(text), {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
 
 
 def _pieces(begin: int, end: int) -> Iterator[int]:
-    """Where to read between two places: the first piece, the last, and some between them."""
+    """Offsets of the samples between two offsets: the first, the last, and evenly spaced ones between them."""
     last = max(begin, end - PIECE)
     yield from dict.fromkeys(begin + (last - begin) * index // (PIECES - 1) for index in range(PIECES))

@@ -1,6 +1,6 @@
 """A report as a list of blocks, written as Markdown, as one HTML file, or for the terminal.
 
-Sweep, demo and benchmarks say what they found in this form, so that a table, a size or a figure looks the same in each.
+Sweep, demo and benchmarks use it for their reports, so that tables, sizes and numbers look the same in each.
 """
 
 from __future__ import annotations
@@ -11,19 +11,22 @@ from typing import NamedTuple
 
 
 class Block(NamedTuple):
-    """A piece of a report."""
+    """One element of a report."""
 
     kind: str
-    """title, section, paragraph, code, list (an item a line), table, or image (`text` describes it)"""
+    """Kind: title, section, paragraph, code, list (an item per line), table, or image (`text` describes it)."""
     text: str = ""
+    """Text of all kinds but tables."""
     header: tuple[str, ...] = ()
+    """Column titles of a table."""
     rows: tuple[tuple[str, ...], ...] = ()
+    """Cells of a table, row by row."""
     source: str = ""
     """Address of an image: a file beside the report, or a data: address."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Block:
-    """A table; all columns but the first hold figures."""
+    """A table; all columns but the first hold numbers."""
     return Block("table", "", tuple(header), tuple(map(tuple, rows)))
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong because of an input, and how we say it: the value, what was expected, the way out."""
+"""Errors caused by an input; the message names the value, what was expected, and the remedy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextvars import ContextVar
 
 
 class InputError(ValueError):
-    """The user gave something that cannot work; the message names it and the way out. Shown without a traceback."""
+    """Invalid input; the message names it and the remedy. Shown without a traceback."""
 
 
 class CheckpointError(InputError):
@@ -30,10 +30,10 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 
 @contextmanager
 def opening(what: str, remedy: str = "", error: type[InputError] = CheckpointError) -> Iterator[None]:
-    """Whatever another library raises over a damaged file becomes `error`, in one line that begins with `what`.
+    """Converts what another library raises over a damaged file to `error`, in one line that begins with `what`.
 
-    A library that parses a file may raise any type, a panic of compiled code too. Messages of ours, interrupts, and a
-    device that has no memory left pass through; the cause stays attached, for --debug.
+    A library that parses a file may raise any type, including a panic of compiled code. InputErrors, interrupts and
+    out-of-memory errors of a device pass through; the cause stays attached, for --debug.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def opening(what: str, remedy: str = "", error: type[InputError] = CheckpointErr
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the lines that follow the first; its type where it says nothing."""
+    """The first line of an error's message; its type where there is no message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -59,7 +59,7 @@ _where: ContextVar[str] = ContextVar("where", default="")
 
 @contextmanager
 def within(path: str) -> Iterator[None]:
-    """Messages raised or logged below speak of the module at `path`."""
+    """Errors and log messages within the context are prefixed with the module's `path`."""
     token = _where.set(path)
     try:
         yield
@@ -68,6 +68,6 @@ def within(path: str) -> Iterator[None]:
 
 
 def where() -> str:
-    """``"model.layers.0.mlp.up_proj: "`` inside `within`, else empty: the opening of a message."""
+    """``"model.layers.0.mlp.up_proj: "`` inside `within`, else empty: the prefix of a message."""
     path = _where.get()
     return f"{path}: " if path else ""

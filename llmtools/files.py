@@ -1,11 +1,11 @@
-"""Output folders that appear whole or not at all, are written by one run at a time, and replace nothing but our own.
+"""Atomic output folders: written by one run at a time, complete or absent, and replacing only outputs of llmtools.
 
-A run claims its output first: a lock beside it, ``.OUT.lock``, keeps a second run away and is gone with the process
-that holds it, however that ends. What is written grows in ``.OUT.….partial`` and gets its name in one step at the end.
-The next run of the same output clears away what a killed one left.
+A run locks its output first: ``.OUT.lock`` beside it excludes a second run and is released with the process, however
+that ends. Files are written to ``.OUT.….partial``, which is renamed at the end. The next run of the same output removes
+what a killed one left.
 
-Every output carries ``llmtools.json`` with the list of its files. That is how `--overwrite` knows what it may delete: a
-folder of ours in which nothing lies that we did not write, and nothing that is being read.
+Every output holds ``llmtools.json`` with the list of its files. `--overwrite` deletes only such folders, and only if no
+file in them is another program's or an input of the run.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ if sys.platform != "win32":  # which has other locks
 
 log = logging.getLogger(__name__)
 
-MARK = "llmtools.json"
+METADATA = "llmtools.json"
+"""Name of the metadata file of an output; it lists the output's ``files``."""
 RUN = "run.json"
-"""What a run at work writes into its folder; in outputs, of earlier versions."""
-"""what makes a folder one of ours, with the list of its ``files``"""
+"""Name of the file that a run writes while it is active; in outputs, of earlier versions."""
 
-_UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{8}")
-"""what a kill leaves of `write_whole`"""
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}")
+"""Pattern of the temporary files of `write_whole`, which a killed run leaves."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
-_OF_TORCH = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
-"""how torch.save says that a file cannot be written"""
+_TORCH_DISK_ERRORS = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
+"""Messages of torch.save where a file cannot be written."""
 _TAKEN = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR}
-_OF_EARLIER_VERSIONS = (
+_EARLIER_OUTPUTS = (
     *("llmtools.json", "run.json", "metrics.jsonl", "loss.png", "README.md", "checkpoints/*", "base_fingerprint.json"),
     *("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json", "*.py"),
     *("*.safetensors", "*.safetensors.index.json", "model.gguf"),
@@ -61,23 +61,23 @@ _OF_EARLIER_VERSIONS = (
         "spiece*",
     ),
 )
-"""files of outputs that have no list of them, as earlier versions wrote them; and of a run that goes on"""
+"""Patterns of files in outputs without a list of files: those of earlier versions, and of resumed runs."""
 
 
 class NameTaken(InputError):
-    """Finished work could not get its name, and lies under another one."""
+    """A finished output could not be renamed to its name, and is kept under another one."""
 
 
 @contextmanager
 def writing(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives an empty folder beside `folder` to write into, and renames it to `folder` at the end.
+    """Yields an empty folder beside `folder` to write into, and renames it to `folder` at the end.
 
-    Whatever ends the block early (no space left, Ctrl-C, an error) removes what was written and leaves a former
-    `folder` as it was. With `overwrite` a former folder is replaced as a whole, after the new one is on the disk.
-    ``llmtools.json`` gets the list of what was written.
+    If the block ends early (no space left, Ctrl-C, an error) the new files are removed and a former `folder` is
+    unchanged. With `overwrite` a former folder is replaced as a whole, after the new one is on the disk.
+    ``llmtools.json`` gets the list of files.
 
-    Raises InputError where `claim` does and where the disk refuses; NameTaken where `folder` came to be something in
-    the meantime that may not be replaced: then the work lies in `folder`.1.
+    Raises InputError where `claim` does and where the disk cannot be written; NameTaken where `folder` appeared
+    meanwhile and may not be replaced: then the output is in `folder`.1.
     """
     folder = Path(folder).expanduser()
     with claim(folder, overwrite=overwrite):
@@ -91,8 +91,8 @@ def writing(folder: str | os.PathLike[str], *, overwrite: bool = False) -> Itera
             _sync(partial)
             _put(partial, folder, target, overwrite=overwrite)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)  # of an exchange that was interrupted: the former folder
-            if (reason := disk_says_no(error)) is not None:
+            shutil.rmtree(partial, ignore_errors=True)  # after an interrupted exchange: the former folder
+            if (reason := disk_error(error)) is not None:
                 raise InputError(f"{folder}: cannot be written ({reason}); nothing was kept") from error
             raise
 
@@ -106,54 +106,54 @@ def claim(
     called: str | os.PathLike[str] | None = None,
     adding: bool = False,
 ) -> Iterator[None]:
-    """Keeps an output folder to this run for the length of the block, in which SIGTERM cleans up as Ctrl-C does.
+    """Locks an output folder for the length of the block, in which SIGTERM cleans up as Ctrl-C does.
 
-    To be entered before hours of work; `writing` within finds the claim there. What killed runs of the same output left
-    is cleared away. called: what the run writes to, if not `folder` itself, for the one who is refused.
-    adding: the run replaces nothing, and `folder` may be there.
+    To be entered before hours of work; `writing` within reuses the claim. Leftovers of killed runs of the same output
+    are removed. called: name of the output in the message to a second run, if not `folder` itself. adding: the run
+    replaces nothing, and `folder` may exist.
 
     Raises InputError where another run writes there, and where `check_free` does, unless `adding`.
     """
     folder = Path(folder).expanduser()
     target, reads = folder.resolve(), list(reads)
-    if target in _held.get():  # and what became of `folder` since then, `_put` will see
+    if target in _held.get():  # `_put` checks `folder` again
         yield
         return
     _check_name(folder, target)
     if not adding:
         check_free(folder, overwrite=overwrite, reads=reads)
-    parents = [parent for parent in target.parents if not parent.exists()]  # made here, so removed here
+    parents = [parent for parent in target.parents if not parent.exists()]  # created here, hence removed here
     try:
         with interruptible(), ExitStack() as stack:
             try:
                 if stack.enter_context(_lock(target, called or folder)):
                     _clear(target)
             except OSError as error:
-                if (reason := disk_says_no(error)) is not None:
+                if (reason := disk_error(error)) is not None:
                     raise InputError(f"{folder}: cannot be written ({reason})") from error
                 raise
             if not adding:
-                check_free(folder, overwrite=overwrite, reads=reads)  # what was restored counts, too
+                check_free(folder, overwrite=overwrite, reads=reads)  # `_clear` may have restored a folder
             yield
     finally:
         for parent in parents:
-            with suppress(OSError):  # not empty, and so it stays
+            with suppress(OSError):  # not empty: keep it
                 parent.rmdir()
 
 
 _LONGEST = 255
-"""bytes of a name, on nearly every file system"""
+"""Longest file name, in bytes, on nearly every file system."""
 _BESIDE = "..ffffff-9999999-ffff.partial.former"
-"""the longest that is put around an output's name while it is not finished, see `partial_of`"""
+"""Longest affix of a temporary name, see `partial_of`."""
 
 
 def _check_name(folder: Path, target: Path) -> None:
-    """Raises InputError for a name that leaves no room for the names of unfinished work beside it."""
+    """Raises InputError for a name that is too long for the temporary names beside it."""
     size, most = len(os.fsencode(target.name)), _LONGEST - len(_BESIDE)
     if size > most:
         raise InputError(
-            f"{str(folder)[:60]}…: name too long ({size} bytes); at most {most} are possible, since unfinished work "
-            f"has a longer name beside it"
+            f"{str(folder)[:60]}…: name too long ({size} bytes); at most {most} are possible, since the temporary "
+            f"folder has a longer name"
         )
 
 
@@ -163,9 +163,9 @@ def check_free(
     overwrite: bool = False,
     reads: Iterable[str | os.PathLike[str] | None] = (),
 ) -> None:
-    """Raises InputError unless `folder` may be written: it is not there, or may be replaced and is to be.
+    """Raises InputError unless `folder` may be written: it does not exist, or may be replaced, with `overwrite`.
 
-    reads: what the run reads (models, adapters, data); names that are no files or folders here do not matter.
+    reads: inputs of the run (models, adapters, data); names that are no local files or folders are ignored.
     """
     folder = Path(folder).expanduser()
     if not (folder.exists() or folder.is_symlink()):
@@ -176,16 +176,16 @@ def check_free(
         raise InputError(f"{folder} exists; choose another folder or pass --overwrite (overwrite=True) to replace it")
     if not target.is_dir():
         raise InputError(f"{folder} is a file; choose another name for the output folder")
-    for place in (Path.cwd(), Path.home()):
-        if place.resolve().is_relative_to(target):
-            raise InputError(f"{folder} holds {place}; it is not going to be overwritten, choose another output folder")
+    for each in (Path.cwd(), Path.home()):
+        if each.resolve().is_relative_to(target):
+            raise InputError(f"{folder} holds {each}; it will not be overwritten, choose another output folder")
     if (target / ".git").exists():
-        raise InputError(f"{folder} is a git repository; it is not going to be overwritten, choose another folder")
-    if json_or_empty(target / MARK).get("command") == "sweep":
-        raise InputError(f"{folder} holds a sweep, which is not going to be overwritten; choose another output folder")
-    if (others := strangers(target)) is None:
+        raise InputError(f"{folder} is a git repository; it will not be overwritten, choose another folder")
+    if json_or_empty(target / METADATA).get("command") == "sweep":
+        raise InputError(f"{folder} holds a sweep, which will not be overwritten; choose another output folder")
+    if (others := unknown_files(target)) is None:
         raise InputError(
-            f"{folder} is no output of llmtools (it has no llmtools.json or run.json of ours) and is not going to be "
+            f"{folder} is no output of llmtools (it has no llmtools.json or run.json of ours) and will not be "
             f"overwritten; choose another output folder"
         )
     if others:
@@ -197,54 +197,54 @@ def check_free(
 
 
 def check_no_input(folder: Path, reads: Iterable[str | os.PathLike[str] | None]) -> None:
-    """Raises InputError where an input is, or lies in, a folder that is going to be replaced."""
+    """Raises InputError where an input is, or is in, a folder that would be replaced."""
     target = folder.resolve()
     if (held := next(_within(target, reads), None)) is not None:
         what = "is" if held.resolve() == target else f"holds {held}, which is"
         raise InputError(f"{folder} {what} an input of this run; choose another output folder")
 
 
-def strangers(folder: Path) -> list[str] | None:
-    """What lies in an output of ours that we did not write, as relative paths; None where the folder is no output."""
+def unknown_files(folder: Path) -> list[str] | None:
+    """Relative paths of files in an output that llmtools did not write; None where the folder is no output."""
     found = (
         Path(place, name).relative_to(folder).as_posix()
         for place, folders, files in os.walk(folder)
         for name in [*files, *(each for each in folders if Path(place, each).is_symlink())]
     )
-    note, run = json_or_empty(folder / MARK), json_or_empty(folder / "run.json")
-    if not ("files" in note or "versions" in note or {"command", "recipe"} <= run.keys()):
+    info, run = json_or_empty(folder / METADATA), json_or_empty(folder / "run.json")
+    if not ("files" in info or "versions" in info or {"command", "recipe"} <= run.keys()):
         return [] if next(found, None) is None else None
-    known = note["files"] if isinstance(note.get("files"), list) else None
+    known = info["files"] if isinstance(info.get("files"), list) else None
     return sorted(name for name in found if not _is_ours(name, known))
 
 
 def read_info(folder: Path, error: type[InputError] = InputError) -> dict[str, Any]:
-    """What llmtools wrote of how a folder came to be, its ``llmtools.json``; {} where there is none.
+    """The metadata of an output, its ``llmtools.json``; {} where there is none.
 
     Earlier versions wrote a part of it into ``run.json``. Raises `error` for a damaged file.
     """
-    return {**read_json(folder / RUN, error), **read_json(folder / MARK, error)}
+    return {**read_json(folder / RUN, error), **read_json(folder / METADATA, error)}
 
 
 def files_of(folder: Path, *to_come: str) -> list[str]:
-    """The list of an output's files for its ``llmtools.json``, with those that are written later."""
+    """The list of an output's files for its ``llmtools.json``, including `to_come`, which are written later."""
     found = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
-    return sorted({*found, *to_come, MARK})
+    return sorted({*found, *to_come, METADATA})
 
 
 def partial_of(target: Path) -> Path:
-    """A name beside an output for what is not finished, or about to go: the output's next run clears it away."""
+    """A temporary name beside an output, for files being written or deleted; the output's next run removes it."""
     return target.with_name(f".{target.name}.{_host()}-{os.getpid()}-{secrets.token_hex(2)}.partial")
 
 
 LONGEST_HEADER = 100_000_000
-"""bytes of a .safetensors header, by the library's own limit"""
+"""Longest .safetensors header, in bytes, the library's own limit."""
 
 
 def safetensors_header(stream: BinaryIO) -> bytes:
-    """The JSON text that opens a .safetensors file: its length in 8 bytes, then which tensor lies where.
+    """The JSON header of a .safetensors file, which follows its length in 8 bytes.
 
-    The stream stands behind it afterwards. Raises ValueError where the file is shorter, or no file of this kind.
+    The stream is behind it afterwards. Raises ValueError for a truncated file or another format.
     """
     length = int.from_bytes(stream.read(8), "little")
     if not 2 <= length <= LONGEST_HEADER or len(text := stream.read(length)) < length:
@@ -257,60 +257,60 @@ _UNPICKLED_BY = {
     "quantized (HqqConfig)",
     "adapter_model.bin": "load it with peft and save_pretrained",
 }
-"""file → how its writer makes safetensors of it"""
+"""File → how its writer converts it to safetensors."""
 
 
 def unpickled(file: str | os.PathLike[str]) -> CheckpointError:
-    """The refusal of a file that only unpickling would open, with the way to a safetensors file."""
+    """The error for a file that only unpickling would open, with a way to convert it to safetensors."""
     path = Path(file)
     remedy = _UNPICKLED_BY.get(path.name, "AutoModelForCausalLM.from_pretrained, save_pretrained")
     return CheckpointError(
-        f"{path.parent} holds {path.name}, which is a pickle, and we unpickle nothing, since that can run code; where "
-        f"you trust it, convert it to safetensors once ({remedy})"
+        f"{path.parent} holds {path.name}, which is a pickle, and llmtools unpickles nothing, since that can run code; "
+        f"if you trust it, convert it to safetensors once ({remedy})"
     )
 
 
 def sort_metadata(folder: Path) -> None:
-    """Puts the metadata of a folder's .safetensors files in order: their library writes them in another one each time.
+    """Sorts the metadata in a folder's .safetensors files, which the library writes in random order.
 
-    A header keeps its length, so nothing else in the file moves.
+    A header keeps its length, so the rest of the file is unchanged.
     """
     for file in folder.rglob("*.safetensors"):
         _sort_metadata(file)
 
 
 def remove(folder: Path, *, of: Path) -> None:
-    """Deletes a folder of the run that writes `of`. It is gone under its name at once, however long the rest takes."""
+    """Deletes a folder of the run that writes `of`: renames it at once, then deletes the files."""
     if folder.exists():
         folder.rename(partial := folder.with_name(partial_of(of).name))
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Deletes what kills left of `write_whole` in a folder that no other run writes to."""
+    """Deletes temporary files of `write_whole` from killed runs, in a folder that no other run writes to."""
     for file in folder.iterdir() if folder.is_dir() else ():
-        if _UNFINISHED.fullmatch(file.name):
+        if _TEMPORARY.fullmatch(file.name):
             file.unlink(missing_ok=True)
 
 
-def disk_says_no(error: BaseException) -> str | None:
-    """What the disk said, if it is the disk that refused: out of space, read-only, no permission.
+def disk_error(error: BaseException) -> str | None:
+    """The reason if the disk cannot be written: out of space, read-only, no permission; else None.
 
-    The libraries that write files report the system's errors in words of their own, hence the look at the text.
+    The libraries that write files report the system's errors with messages of their own, hence the checks of the text.
     """
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return "no space left on the device"
     if isinstance(error, OSError) and error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
         return str(error.strerror).lower()
-    if type(error).__name__ in ("SafetensorError", "Error") and "No space left" in str(error):  # of shutil, too
+    if type(error).__name__ in ("SafetensorError", "Error") and "No space left" in str(error):  # also shutil's
         return "no space left on the device"
-    if isinstance(error, RuntimeError) and any(said in str(error) for said in _OF_TORCH):
-        return "the disk refuses a file; is there space left?"
+    if isinstance(error, RuntimeError) and any(said in str(error) for said in _TORCH_DISK_ERRORS):
+        return "a file cannot be written; is there space left?"
     return None
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Writes a file, or replaces it, whole or not at all: it is on the disk before it gets its name."""
+    """Writes or replaces a file atomically: it is on the disk before it is renamed."""
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         with partial.open("w", encoding="utf-8") as stream:
@@ -324,7 +324,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has the system write a file or a folder's entries to the disk."""
+    """Flushes a file or a folder's entries to the disk (fsync)."""
     if os.name == "nt" and path.is_dir():
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -341,7 +341,7 @@ def sha256(file: Path) -> str:
 
 
 def json_or_empty(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none, or anything else is in it."""
+    """The object in a JSON file; {} where there is none, or it is anything else."""
     try:
         return read_json(path)
     except (OSError, InputError):
@@ -349,7 +349,7 @@ def json_or_empty(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none. Raises `error` for anything else in it."""
+    """The object in a JSON file; {} where there is none. Raises `error` where it is anything else."""
     if not path.exists():
         return {}
     try:
@@ -363,11 +363,11 @@ def read_json(path: Path, error: type[InputError] = InputError) -> dict[str, Any
     return value
 
 
-# --------------------------------------------------------------------------------------------------- whose folder it is
+# ------------------------------------------------------------------------------------------------ ownership of a folder
 
 
 def _within(target: Path, reads: Iterable[str | os.PathLike[str] | None]) -> Iterator[Path]:
-    """Those of the inputs that lie in `target`, or whose files do, by whatever links."""
+    """The inputs that are in `target`, or whose files are, links resolved."""
     for each in reads:
         path = Path(os.path.expanduser(each or ""))
         if not each or not os.path.exists(path):
@@ -377,34 +377,34 @@ def _within(target: Path, reads: Iterable[str | os.PathLike[str] | None]) -> Ite
 
 
 def _is_ours(name: str, known: list[Any] | None) -> bool:
-    """Whether we wrote the file of this relative path; `known`: the list that the folder has of its files."""
+    """Whether llmtools wrote the file of this relative path; known: the list of files in the folder's metadata."""
     place, _, last = name.rpartition("/")
     if last == ".DS_Store":
         return True
-    if unfinished := _UNFINISHED.fullmatch(last):
-        name = f"{place}/{unfinished[1]}".lstrip("/")
+    if temporary := _TEMPORARY.fullmatch(last):
+        name = f"{place}/{temporary[1]}".lstrip("/")
     if known is not None:
         return name in known
-    return any(fnmatch(name, pattern) for pattern in _OF_EARLIER_VERSIONS if "/" in pattern or "/" not in name)
+    return any(fnmatch(name, pattern) for pattern in _EARLIER_OUTPUTS if "/" in pattern or "/" not in name)
 
 
 def _list_files(folder: Path) -> None:
-    """Has the folder's ``llmtools.json`` list its files, if it does not yet."""
-    note = read_json(folder / MARK)
-    if "files" not in note:
-        note["files"] = files_of(folder)
-        (folder / MARK).write_text(json.dumps(note, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Adds the list of files to the folder's ``llmtools.json``, if it has none."""
+    info = read_json(folder / METADATA)
+    if "files" not in info:
+        info["files"] = files_of(folder)
+        (folder / METADATA).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- one run at a time
 
 _held: ContextVar[frozenset[Path]] = ContextVar("held", default=frozenset())
-"""what this run has claimed: a claim within a claim is the same one"""
+"""Folders that this run has claimed: a claim within a claim is the same one."""
 
 
 @contextmanager
 def _lock(target: Path, called: str | os.PathLike[str]) -> Iterator[bool]:
-    """Holds the lock of an output. False: this file system has no locks, so nobody is kept away."""
+    """Holds the lock of an output. Yields False where the file system has no locks."""
     file = target.with_name(f".{target.name}.lock")
     descriptor = _locked(file, called)
     token = _held.set(_held.get() | {target})
@@ -418,7 +418,7 @@ def _lock(target: Path, called: str | os.PathLike[str]) -> Iterator[bool]:
 
 
 def _locked(file: Path, called: str | os.PathLike[str]) -> int | None:
-    """A descriptor of the file that holds its lock. The lock ends with the process; the file says who has it."""
+    """A descriptor of the locked file. The lock ends with the process; the file names its holder."""
     if sys.platform == "win32":
         return None
     while True:
@@ -446,37 +446,37 @@ def _locked(file: Path, called: str | os.PathLike[str]) -> int | None:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode())
                 return descriptor
-        os.close(descriptor)  # of a file that its former holder has just deleted
+        os.close(descriptor)  # its former holder has just deleted the file
 
 
 def _host() -> str:
-    """This machine in six characters, for names of files."""
+    """Six characters for this machine, for file names."""
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"[:6]
 
 
 def _clear(target: Path) -> None:
-    """Takes away what killed runs of this output left. A former folder that lost its name gets it back."""
+    """Removes what killed runs of this output left. A former folder under a temporary name is restored."""
     ours = re.compile(
         rf"\.{re.escape(target.name)}\.(([0-9a-f]{{6}})-\d+-[0-9a-f]{{4}}|[0-9a-f]{{8}})\.partial(\.former)?"
     )
     left = [(path, found) for path in sorted(target.parent.iterdir()) if (found := ours.fullmatch(path.name))]
     for path, found in sorted(left, key=lambda each: not each[1][3]):  # former folders first
         if found[2] not in (None, _host()):
-            log.warning("%s is left of a run on another machine; delete it if that run has ended", path)
+            log.warning("%s belongs to a run on another machine; delete it if that run has ended", path)
         elif found[3] and not target.exists():
             path.rename(target)
-            log.warning("%s: the former folder is back, after a run that was killed while it replaced it", target)
+            log.warning("%s: the former folder is restored, after a run that was killed while it replaced it", target)
         else:
             if found[3]:
-                path = path.rename(partial_of(target))  # which is never brought back, were this the second kill
+                path = path.rename(partial_of(target))  # not restored again after a second kill
             shutil.rmtree(path, ignore_errors=True)
 
 
-# -------------------------------------------------------------------------------------------------- whole or not at all
+# --------------------------------------------------------------------------------------------------- atomic replacement
 
 
 def _put(partial: Path, folder: Path, target: Path, *, overwrite: bool) -> None:
-    """Gives a finished folder its name, if that may still be had, else another one."""
+    """Renames a finished folder to its name, if that is still free, else to another one."""
     try:
         check_free(folder, overwrite=overwrite)
         if target.exists():
@@ -499,10 +499,10 @@ def _put(partial: Path, folder: Path, target: Path, *, overwrite: bool) -> None:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Gives `new` the name `target`, and what had that name the name `new`.
+    """Exchanges the names of `new` and `target`.
 
-    In one step where the system can. Elsewhere the former folder has a name of its own for a moment, by which `_clear`
-    finds it again.
+    Atomically where the system can. Elsewhere the former folder has a temporary name for a moment, by which `_clear`
+    finds it.
     """
     if _swapped(new, target):
         return
@@ -514,11 +514,11 @@ def _exchange(new: Path, target: Path) -> None:
         if former.exists() and not target.exists():
             former.rename(target)
         raise
-    former.rename(new)  # from here on it is not brought back any more
+    former.rename(new)  # from here on it is not restored
 
 
 def _swapped(one: Path, other: Path) -> bool:
-    """Exchanges two names by Linux' renameat2(RENAME_EXCHANGE); False where there is no such thing."""
+    """Exchanges two names by Linux' renameat2(RENAME_EXCHANGE); False where that is not available."""
     if sys.platform != "linux":
         return False
     import ctypes
@@ -527,19 +527,19 @@ def _swapped(one: Path, other: Path) -> bool:
         renameat2 = ctypes.CDLL(None).renameat2
     except (OSError, AttributeError):
         return False
-    sys.audit("os.rename", str(one), str(other), -1, -1)  # as Python's own renames tell it
+    sys.audit("os.rename", str(one), str(other), -1, -1)  # as Python's own renames do
     here, exchange = -100, 2
     return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _sync(folder: Path) -> None:
-    """Has the system write every file to the disk, so that the rename cannot come before the contents."""
+    """Flushes every file to the disk, so that the rename cannot come before the contents."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def _sort_metadata(file: Path) -> None:
-    with file.open("r+b") as stream, suppress(ValueError, TypeError, AttributeError):  # not one of that library's
+    with file.open("r+b") as stream, suppress(ValueError, TypeError, AttributeError):  # not a safetensors file
         text = safetensors_header(stream)
         header = json.loads(text)
         header["__metadata__"] = dict(sorted(header["__metadata__"].items())) if "__metadata__" in header else {}

@@ -1,4 +1,4 @@
-"""Bounds on work that a file's text asks for, such as its regular expressions and templates."""
+"""Time and memory limits for evaluating a file's text, such as its regular expressions and templates."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from types import FrameType
 from typing import Any
 
 SPARE_BYTES = 2 * 2**30
-"""What a bounded block may allocate on top of what the process has, in bytes."""
+"""Memory that a bounded block may allocate beyond the process's current use, in bytes."""
 
 TEMPLATE_SECONDS, PATTERN_SECONDS = 10.0, 5.0
-"""How long a chat template may take for one chat, and a regular expression of a file for all modules of a model."""
+"""Time limits, in seconds, of a chat template for one chat, and of a regular expression for all modules of a model."""
 
 
 @contextmanager
 def bounded(seconds: float) -> Iterator[None]:
     """Ends the block with TimeoutError after `seconds`, and with MemoryError where it takes `SPARE_BYTES` more.
 
-    For Python code and regular expressions, both of which look for signals while they run. Outside the main thread, and
-    where the system has neither signals nor limits, nothing is bounded. An alarm that was set already stays in force.
+    For Python code and regular expressions, both of which check for signals while they run. Outside the main thread,
+    and on systems without signals and limits, nothing is bounded. An alarm that is already set stays in force.
     """
     with _limited_memory(), _alarm(seconds):
         yield

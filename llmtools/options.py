@@ -1,4 +1,4 @@
-"""Options of a registered class, checked by its declaration: the names, and the types as JSON and YAML have values."""
+"""Validation of a registered class's options by its declaration: names, and types as in JSON and YAML."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def built(what: str, cls: type[T], options: Mapping[str, Any]) -> T:
-    """``cls(**options)`` of a dataclass. Raises InputError, led by `what`, for a name or a value that it does not take.
+    """``cls(**options)`` of a dataclass. Raises InputError, led by `what`, for an unknown name or an invalid value.
 
-    What the class itself says of a value comes first, since it knows more than the type.
+    The class's own error about a value comes first, since it knows more than the type.
     """
     known = [each.name for each in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
     for option in options:
@@ -28,7 +28,7 @@ def built(what: str, cls: type[T], options: Mapping[str, Any]) -> T:
         raise
     except (TypeError, ValueError, ArithmeticError) as error:
         _check_types(what, cls, options)
-        raise InputError(f"{what}: {dict(options)} is refused ({error})") from error
+        raise InputError(f"{what}: {dict(options)} is invalid ({error})") from error
     _check_types(what, cls, options)
     return made
 
@@ -44,7 +44,7 @@ def _check_types(what: str, cls: type, options: Mapping[str, Any]) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`; true for hints that are not understood.
+    """Whether `value` is of the type `hint`; true for unsupported hints.
 
     Stricter than Python: a bool is no number. As JSON has it: an int passes for a float, a list for a tuple.
 
@@ -76,7 +76,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def type_name(hint: Any) -> str:
-    """``"int or null"``: a declared type, as a message calls it."""
+    """``"int or null"``: a declared type, for messages."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(type_name(each) for each in get_args(hint))
     if get_origin(hint) is Literal:

@@ -1,6 +1,6 @@
-"""How a long step says where it is: a bar with an estimate on a terminal, a log line now and then elsewhere.
+"""Progress of a long step: a bar with an estimate on a terminal, occasional log lines elsewhere.
 
-Work is done by functions that know nothing of this; they take an `on_step(done, total)` callback:
+The functions that do the work are independent of this; they take an `on_step(done, total)` callback:
 
     with progress("perplexity", unit="windows") as step:
         perplexity(model, ids, context=512, on_step=step)
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 Step = Callable[..., None]
 
 QUIET_SECONDS = 10.0
-"""Between two log lines, where there is no terminal."""
+"""Least time between two log lines, in seconds, without a terminal."""
 
 
 @contextmanager
 def progress(title: str, unit: str = "steps", *, brief: bool = False) -> Iterator[Step]:
-    """Yields ``step(done, total, note="")``, to be called as work gets done; `note` is a word on what was just done.
+    """Yields ``step(done, total, note="")``, to be called as work gets done; `note` describes the last item.
 
-    brief: work within other work. Its bar stands under the other one and goes at its end, and where there is no
-    terminal, nothing is said of it unless it is long.
+    brief: a step within another one. Its bar is under the other one and removed at its end; without a terminal it is
+    only logged if it is long.
     """
     if not is_first():
         yield lambda *args: None
@@ -43,7 +43,7 @@ def progress(title: str, unit: str = "steps", *, brief: bool = False) -> Iterato
 
 
 _display: ContextVar[Any] = ContextVar("display", default=None)
-"""the display on the terminal that bars are added to: there can be one only"""
+"""The terminal's only display, to which bars are added."""
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Which of a run's processes this one is. torchrun and accelerate start several and tell each by its environment.
+"""The rank of this process. torchrun and accelerate start several, and set each one's environment.
 
-All of them do the same work on other rows; the first alone writes files and speaks.
+All of them do the same work on different rows; only rank 0 writes files and logs.
 """
 
 from __future__ import annotations
@@ -9,22 +9,22 @@ import os
 
 
 def rank() -> int:
-    """This process's number in the run, from 0."""
+    """This process's rank in the run, from 0."""
     return _number("RANK", 0)
 
 
 def is_first() -> bool:
-    """Whether this is the only process of the run, or the first."""
+    """Whether this is the only process of the run, or rank 0."""
     return rank() == 0
 
 
 def processes() -> int:
-    """How many there are."""
+    """Number of processes (world size)."""
     return _number("WORLD_SIZE", 1)
 
 
 def on_one_machine() -> bool:
-    """Whether all processes of the run see the same files."""
+    """Whether all processes of the run are on one machine, and so share its files."""
     return _number("LOCAL_WORLD_SIZE", processes()) == processes()
 
 

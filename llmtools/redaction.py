@@ -1,7 +1,7 @@
-"""Secrets stay out of what is written: a hub token among the training arguments is no part of a run's record.
+"""Redaction of secrets from written metadata, such as a hub token among the training arguments.
 
-Secrets are recognised by their names, since a recipe passes options on to libraries that have many: `hub_token`,
-`api_key`, `password`. The tokens of a vocabulary (`eos_token`) and numbers of tokens (`max_new_tokens`) are none.
+Secrets are recognised by their names, since a recipe passes many options on to libraries: `hub_token`, `api_key`,
+`password`. The tokens of a vocabulary (`eos_token`) and numbers of tokens (`max_new_tokens`) are not secrets.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 _SECRETS = {"secret", "password", "passwd", "passphrase", "credential", "authorization", "apikey"}
-"""words that say it wherever they stand in a name; "token" and "key" do at its end"""
+"""Parts of a name that mark a secret anywhere in it; "token" and "key" do at its end."""
 _VOCABULARY = {"eos", "bos", "pad", "unk", "sep", "cls", "mask", "image", "audio", "video", "boi", "eoi"}
 _VOCABULARY |= {"stop", "start", "end", "special", "prefix", "suffix", "middle", "virtual", "new", "model"}
 
@@ -33,22 +33,22 @@ def is_secret(name: str) -> bool:
 
 
 def redacted(value: Any) -> Any:
-    """The value as it may be written: without what a mapping in it, at any depth, holds under a secret's name."""
+    """The value without the entries under a secret's name in its mappings, at any depth."""
     if isinstance(value, dict):
         return {
             key: redacted(each)
             for key, each in value.items()
-            if not (isinstance(key, str) and is_secret(key) and _tells(each, count=not key.lower().endswith("s")))
+            if not (isinstance(key, str) and is_secret(key) and _holds_text(each, count=not key.lower().endswith("s")))
         }
     return [redacted(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _tells(value: Any, *, count: bool) -> bool:
-    """Whether there is a text in it; with `count`, or a number."""
+def _holds_text(value: Any, *, count: bool) -> bool:
+    """Whether it contains a text; with `count`, or a number."""
     if isinstance(value, dict):
-        return any(_tells(each, count=False) for each in value.values())
+        return any(_holds_text(each, count=False) for each in value.values())
     if isinstance(value, list | tuple):
-        return any(_tells(each, count=False) for each in value)
+        return any(_holds_text(each, count=False) for each in value)
     if isinstance(value, bool) or value is None:
         return False
     return count or not isinstance(value, int | float)

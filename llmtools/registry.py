@@ -1,4 +1,4 @@
-"""Names for things: a registry maps a name to a class, and finds plug-ins from other packages.
+"""Registries: name → class, with plug-ins from other packages.
 
 Built-in entries register on import. A distribution adds its own by an entry point in the registry's group, read on the
 first unknown name, so that nothing is scanned in the usual case. A user may also name a class of any importable module
@@ -27,7 +27,7 @@ class Registry(Generic[T]):
         self._plugins_loaded = False
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        """Class decorator: the class is found under `name` and carries it as its ``name``."""
+        """Class decorator: registers the class under `name`, and sets its ``name``."""
 
         def add(entry: type[T]) -> type[T]:
             self._add(name, entry)
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> type[T]:
-        """The class behind a name that the *user* gave: registered, a plug-in's, or ``module:Class`` (imported here).
+        """The class for a name from the *user*: registered, a plug-in's, or ``module:Class`` (imported here).
 
         Raises InputError, with the nearest name, when there is none.
         """
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
         return self.get(name)
 
     def known(self, name: str) -> type[T]:
-        """The class behind a name that a *file* gave: registered or an installed plug-in's. Imports nothing else."""
+        """The class for a name from a *file*: registered or an installed plug-in's. Imports nothing else."""
         if name not in self._entries:
             self._load_plugins()
         if name not in self._entries:
@@ -62,7 +62,7 @@ class Registry(Generic[T]):
         return sorted(self._entries)
 
     def classes(self, *, plugins: bool = True) -> list[type[T]]:
-        """All classes in the order of their registration, those of plug-ins last, or not at all."""
+        """All classes in the order of registration, those of plug-ins last, if at all."""
         if plugins:
             self._load_plugins()
         return list(self._entries.values())
@@ -91,13 +91,13 @@ class Registry(Generic[T]):
             raise InputError(
                 f"{self.kind} {name!r}: no {attribute!r} in {module_name!r}; {did_you_mean(attribute, public)}"
             ) from error
-        except Exception as error:  # whatever it is that the module does when it is imported
+        except Exception as error:  # the module may do anything when it is imported
             raise InputError(f"{self.kind} {name!r}: its module raises {type(error).__name__}: {error}") from error
         if not isinstance(found, type):
             raise InputError(f"{self.kind} {name!r} is not a class but {type(found).__name__}")
         self._entries[name] = found
         if "name" not in vars(found):
-            with contextlib.suppress(TypeError):  # a built-in type; whoever asked for it will say what it is not
+            with contextlib.suppress(TypeError):  # a built-in type; the caller raises the error
                 found.name = name  # type: ignore[attr-defined]
 
     def _load_plugins(self) -> None:

@@ -1,9 +1,8 @@
-"""Signals that end a run: SIGTERM and SIGHUP do what Ctrl-C does, and all of them can wait for the end of a step.
+"""Signals that end a run: SIGTERM and SIGHUP act like Ctrl-C, and all of them can be deferred to the end of a step.
 
-Schedulers, containers and closed terminals end a process by SIGTERM or SIGHUP, which kill it where it stands. Here they
-raise `Stopped`, a KeyboardInterrupt, so what is cleaned up after Ctrl-C is cleaned up after them. Handlers are put in
-place by the main thread only, only over the system's own (a program that uses this library may have its own plans), and
-only for the length of a block.
+Schedulers, containers and closed terminals end a process by SIGTERM or SIGHUP, which kill it immediately. Here they
+raise `Stopped`, a KeyboardInterrupt, with the same clean-up as after Ctrl-C. Handlers are installed by the main thread
+only, only over the default ones (a program that uses this library may have its own), and only within a block.
 """
 
 from __future__ import annotations
@@ -17,25 +16,26 @@ from types import FrameType
 from typing import Any
 
 ENDING = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-"""what ends a process that has no handler of its own"""
+"""Signals that end a process without a handler."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A run that a signal ended; its text, if there is one, says how to go on."""
+    """A run was ended by a signal; the message, if there is one, says how to resume it."""
 
     def __init__(self, text: str = "", exit_code: int = 128 + signal.SIGINT) -> None:
         super().__init__(text)
         self.exit_code = exit_code
-        """128 + the signal's number, as shells say it"""
+        """Exit code: 128 + the signal's number, as in shells."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 class Request:
-    """Whether a signal has asked for the end, and which."""
+    """A deferred signal, if there was one."""
 
     number: int | None = None
+    """Number of the signal; None if there was none."""
 
     @property
     def exit_code(self) -> int:
@@ -54,30 +54,31 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def put_off(request: Request, notify: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """In this block a first Ctrl-C, SIGTERM or SIGHUP is noted in `request`, `notify` called; a second one raises."""
+def deferred(request: Request, notify: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """In this block a first Ctrl-C, SIGTERM or SIGHUP is recorded in `request` and `notify` called; a second one
+    raises."""
 
-    def note(number: int) -> None:
+    def record(number: int) -> None:
         if request.number is not None:
             raise Stopped(exit_code=128 + number)
         request.number = number
         notify()
 
-    with _handled([signal.SIGINT, *ENDING], note):
+    with _handled([signal.SIGINT, *ENDING], record):
         yield
 
 
 _ours: set[Any] = set()
-"""handlers of ours, which another block of ours may replace"""
+"""Handlers of this module, which another block may replace."""
 
 
 @contextmanager
 def _handled(numbers: list[signal.Signals], act: Callable[[int], None]) -> Iterator[None]:
-    """Has `act` called with the number of a signal, where nobody else's handler is in place."""
+    """Calls `act` with the number of a signal, where no other handler is installed."""
     owner = os.getpid()
 
     def handler(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:  # a child that a library forked: it dies as it would without us
+        if os.getpid() != owner:  # a forked child of a library: the default action
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return

@@ -32,7 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 MODEL = Path(__file__).resolve().parent.parent / "demo" / "assets" / "stories260K"
 NAMES = {"os.mkdir", "os.rename", "os.rmdir", "os.remove"}
 TIMED = {"run.json", "llmtools.json", "README.md", "metrics.jsonl", "trainer_state.json", "files.json"}
-"""files that say when something happened, or how long it took, or hashes of such; and a card, which is words"""
+"""files that say when something happened, or how long it took, or hashes of such; and a model card, which is prose"""
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,11 @@ def forked(action: Callable[[], None], place: Path, kill_at: int | None = None) 
         _in_child(action, str(place), kill_at, writing)
     os.close(writing)
     with os.fdopen(reading, "rb") as stream:
-        told = stream.read().decode()
+        output = stream.read().decode()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return Ended(True, f"killed by signal {os.WTERMSIG(status)}", kill_at or 0)
-    said, events = json.loads(told)
+    said, events = json.loads(output)
     return Ended(False, said, events)
 
 
@@ -346,8 +346,8 @@ def main() -> int:
                 bad += bool(outcome.wrong)
                 for each in outcome.wrong:
                     print(f"  {scenario.name}, point {outcome.point}: {each[:400]}", file=sys.stderr)
-        told = ", ".join(f"{count} {what}" for what, count in counts.items())
-        print(f"{scenario.name}: {counts.total()} points: {told}; wrong: {sum(wrong.values())}", flush=True)
+        output = ", ".join(f"{count} {what}" for what, count in counts.items())
+        print(f"{scenario.name}: {counts.total()} points: {output}; wrong: {sum(wrong.values())}", flush=True)
     return int(bad > 0)
 
 

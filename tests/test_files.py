@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from llmtools import InputError, files
 from llmtools.files import (
-    MARK,
+    METADATA,
     NameTaken,
     check_free,
     claim,
     partial_of,
     remove,
     safetensors_header,
-    strangers,
+    unknown_files,
     unpickled,
     write_whole,
     writing,
@@ -61,15 +61,15 @@ def test_an_output_lists_its_files_and_may_be_replaced(tmp_path: Path) -> None:
     with writing(tmp_path / "out") as partial:
         (partial / "sub").mkdir()
         (partial / "sub" / "weights").touch()
-        (partial / MARK).write_text('{"versions": {}}')
-    assert json.loads((tmp_path / "out" / MARK).read_text()) == {"versions": {}, "files": [MARK, "sub/weights"]}
+        (partial / METADATA).write_text('{"versions": {}}')
+    assert json.loads((tmp_path / "out" / METADATA).read_text()) == {"versions": {}, "files": [METADATA, "sub/weights"]}
     write(tmp_path / "out", "again", overwrite=True)
-    assert names(tmp_path / "out") == ["config.json", MARK]
+    assert names(tmp_path / "out") == ["config.json", METADATA]
     assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("place", ["thesis.tex", "sub/thesis.tex", ".hidden"])
-def test_what_somebody_else_put_there_is_named_and_kept(place: str, tmp_path: Path) -> None:
+def test_files_of_other_programs_are_named_and_kept(place: str, tmp_path: Path) -> None:
     write(tmp_path / "out")
     (tmp_path / "out" / "sub").mkdir()  # an empty folder alone is no loss
     check_free(tmp_path / "out", overwrite=True)
@@ -83,14 +83,14 @@ def test_what_somebody_else_put_there_is_named_and_kept(place: str, tmp_path: Pa
         write(tmp_path / "out", overwrite=True)
 
 
-@pytest.mark.parametrize("files_there", [["config.json", "model.safetensors"], ["run.json"], [MARK], ["x/y"]], ids=str)
-def test_a_folder_that_is_not_ours_is_never_replaced(files_there: list[str], tmp_path: Path) -> None:
-    for name in files_there:
+@pytest.mark.parametrize("present", [["config.json", "model.safetensors"], ["run.json"], [METADATA], ["x/y"]], ids=str)
+def test_a_folder_that_is_not_ours_is_never_replaced(present: list[str], tmp_path: Path) -> None:
+    for name in present:
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_text('{"name": "somebody\'s"}')
     with pytest.raises(InputError, match="is no output of llmtools"):
         write(tmp_path / "out", overwrite=True)
-    assert all((tmp_path / "out" / name).exists() for name in files_there)
+    assert all((tmp_path / "out" / name).exists() for name in present)
 
 
 @pytest.mark.parametrize("mark", ['{"versions": {"torch": "2"}}', None], ids=["checkpoint", "adapter"])
@@ -98,16 +98,16 @@ def test_outputs_of_earlier_versions_are_known_by_the_names_of_their_files(mark:
     out = tmp_path / "out"
     (out / "checkpoints" / "checkpoint-2").mkdir(parents=True)
     if mark:
-        (out / MARK).write_text(mark)
+        (out / METADATA).write_text(mark)
     (out / "run.json").write_text('{"command": "finetune", "recipe": {}}')
     for name in ("config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "checkpoints/checkpoint-2/a.pt"):
         (out / name).touch()
-    assert strangers(out) == []
+    assert unknown_files(out) == []
     (out / "scores.csv").touch()
-    assert strangers(out) == ["scores.csv"]
+    assert unknown_files(out) == ["scores.csv"]
     (out / "scores.csv").unlink()
     write(out, overwrite=True)
-    assert names(out) == ["config.json", MARK]
+    assert names(out) == ["config.json", METADATA]
 
 
 def test_an_input_is_never_replaced_by_whatever_way_it_is_named(
@@ -128,7 +128,7 @@ def test_an_input_is_never_replaced_by_whatever_way_it_is_named(
 
 def test_a_sweep_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
-    (tmp_path / "s" / MARK).write_text('{"command": "sweep", "versions": {}}')
+    (tmp_path / "s" / METADATA).write_text('{"command": "sweep", "versions": {}}')
     with pytest.raises(InputError, match="holds a sweep"):
         write(tmp_path / "s", overwrite=True)
 
@@ -209,7 +209,7 @@ def test_what_a_killed_run_left_is_cleared_away_and_nothing_else(
     write(tmp_path / "out")
     kept = {elsewhere.name, other_output.name, ".out.mine.partial", "out"}
     assert {*names(tmp_path)} == kept
-    assert f"{elsewhere.name} is left of a run on another machine" in caplog.text
+    assert f"{elsewhere.name} belongs to a run on another machine" in caplog.text
 
 
 def test_a_folder_that_lost_its_name_gets_it_back(tmp_path: Path) -> None:

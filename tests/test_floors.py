@@ -1,4 +1,4 @@
-"""The package is a stack of floors, and imports go down (docs/architecture.md, section 2)."""
+"""The package is a stack of layers, and imports go down (docs/architecture.md, section 2)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "llmtools"
 
-FLOORS = {
+LAYERS = {
     "llms": 12,  # llms and engine are the published import paths: a compatibility layer over all that is below
     "engine": 12,
     "cli": 11,
@@ -54,13 +54,13 @@ NEEDS: dict[str, set[str]] = {
     "progress": {"rich"},
     "_hook": set(),
 }
-"""What else a floor may import, at any depth, beside the standard library."""
+"""Third-party packages that a layer may import, at any depth."""
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 
 
-def floor_of(path: Path) -> str:
-    """The floor that a file belongs to: its folder in the package, or its own name."""
+def layer_of(path: Path) -> str:
+    """The layer of a file: its folder in the package, or its own name."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -95,20 +95,20 @@ def _absolute(node: ast.ImportFrom, path: Path) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_down(path: Path) -> None:
-    floor = floor_of(path)
-    if floor in ("__init__", "__main__"):
-        return  # the front door: it names things of every floor, lazily (test_imports.py)
-    assert floor in FLOORS, f"{path.name}: a new floor; give it a place in FLOORS"
+    layer = layer_of(path)
+    if layer in ("__init__", "__main__"):
+        return  # it names things of every layer, lazily (test_imports.py)
+    assert layer in LAYERS, f"{path.name}: a new layer; add it to LAYERS"
     for name in imports(path):
-        if name[0] == "llmtools" and len(name) > 1 and name[1] in FLOORS:
-            same = name[1] == floor
-            lower = FLOORS[name[1]] < FLOORS[floor] or FLOORS[floor] == 1 == FLOORS[name[1]]
-            assert same or lower, f"{floor} (floor {FLOORS[floor]}) imports {'.'.join(name)} (floor {FLOORS[name[1]]})"
+        if name[0] == "llmtools" and len(name) > 1 and name[1] in LAYERS:
+            same = name[1] == layer
+            lower = LAYERS[name[1]] < LAYERS[layer] or LAYERS[layer] == 1 == LAYERS[name[1]]
+            assert same or lower, f"{layer} (layer {LAYERS[layer]}) imports {'.'.join(name)} (layer {LAYERS[name[1]]})"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_lower_floors_need_torch_alone(path: Path) -> None:
-    allowed = NEEDS.get(floor_of(path))
+def test_lower_layers_need_torch_alone(path: Path) -> None:
+    allowed = NEEDS.get(layer_of(path))
     if allowed is not None:
         outside = {name[0] for name in imports(path)} - sys.stdlib_module_names - {"llmtools"} - allowed
         assert not outside, f"{path.relative_to(PACKAGE)} imports {', '.join(sorted(outside))}"

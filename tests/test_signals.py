@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmtools.signals import Request, Stopped, interruptible, put_off
+from llmtools.signals import Request, Stopped, deferred, interruptible
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -36,11 +36,11 @@ def test_a_run_is_ended_as_by_ctrl_c(number: int) -> None:
 
 @pytest.mark.parametrize("number", ALL)
 def test_the_first_waits_and_the_second_does_not(number: int) -> None:
-    request, told = Request(), []
+    request, calls = Request(), []
     with interruptible():
-        with pytest.raises(Stopped), put_off(request, lambda: told.append(1)):
+        with pytest.raises(Stopped), deferred(request, lambda: calls.append(1)):
             send(number)
-            assert (request.number, request.exit_code, told) == (number, 128 + number, [1])
+            assert (request.number, request.exit_code, calls) == (number, 128 + number, [1])
             send(number)
         if number != signal.SIGINT:
             with pytest.raises(Stopped):  # the outer block's again
@@ -51,7 +51,7 @@ def test_handlers_of_others_stay_in_place() -> None:
     seen: list[int] = []
     former = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        with interruptible(), put_off(request := Request()):
+        with interruptible(), deferred(request := Request()):
             send(signal.SIGTERM)
         assert (seen, request.number) == ([signal.SIGTERM], None)
     finally:
@@ -61,7 +61,7 @@ def test_handlers_of_others_stay_in_place() -> None:
 def test_an_ignored_signal_is_still_ignored() -> None:
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with interruptible(), put_off(request := Request()):
+        with interruptible(), deferred(request := Request()):
             send(signal.SIGHUP)
         assert request.number is None
     finally:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
-from ..files import MARK, files_of, sort_metadata, writing
+from ..files import METADATA, files_of, sort_metadata, writing
 from ..formats.reading import detect, left_to_transformers, naming_method, open_model
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
@@ -33,15 +33,15 @@ from ..model.integrity import (
     check_surplus,
     check_values,
     config_of,
-    note_checksums,
     read_headers,
+    record_checksums,
     refuse_pickles,
     shards_of,
 )
 from ..model.quantize import INCOMPLETE, Report
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
-from ..nn.lora_init import Start
+from ..nn.lora_init import LoraInit
 from ..nn.swap import packed_bytes, quantized_linears
 from .model_card import write_card
 from .run_info import versions, write_json
@@ -113,11 +113,11 @@ def write(
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if isinstance(report, Report) and report.starts:
+    if isinstance(report, Report) and report.lora_init:
         save_file(
             {
                 f"{path}.lora_{side.upper()}": tensor.contiguous()
-                for path, start in report.starts.items()
+                for path, start in report.lora_init.items()
                 for side, tensor in start._asdict().items()
             },
             folder / LORA_INIT,
@@ -125,7 +125,7 @@ def write(
         )
     sort_metadata(folder)
     info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
-    write_json(folder / MARK, {**info, "checksums": note_checksums(folder, info)})
+    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
 
 
 def load(
@@ -305,7 +305,7 @@ def skeleton(folder: str | PathLike[str]) -> Any:
             return auto_class(config.to_dict()).from_config(config, trust_remote_code=False)
 
 
-def load_lora_init(folder: str | PathLike[str]) -> dict[str, Start]:
+def load_lora_init(folder: str | PathLike[str]) -> dict[str, LoraInit]:
     """Module path → LoRA initialisation, from a folder that `save` wrote, or a model on the hub.
 
     Raises CheckpointError where there is none, or the file is damaged.
@@ -322,7 +322,7 @@ def load_lora_init(folder: str | PathLike[str]) -> dict[str, Start]:
     try:
         tensors = load_file(file)
         paths = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
-        return {path: Start(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
+        return {path: LoraInit(tensors[f"{path}.lora_A"], tensors[f"{path}.lora_B"]) for path in paths}
     except (SafetensorError, KeyError, OSError) as error:
         raise CheckpointError(f"{file} is damaged ({first_line(error)}); quantize the model again") from error
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..content import rows_content
 from ..errors import InputError, first_line
-from ..files import MARK, RUN, read_info, read_json
+from ..files import METADATA, RUN, read_info, read_json
 from ..options import fits
 
 if TYPE_CHECKING:
@@ -270,7 +270,7 @@ def _info_of(adapter: str | None) -> dict[str, Any]:
 
 def _damaged_info(adapter: str | None, key: str, value: Any) -> InputError:
     folder = Path(str(adapter)).expanduser()
-    file = next((folder / name for name in (RUN, MARK) if (folder / name).exists()), folder / MARK)
+    file = next((folder / name for name in (RUN, METADATA) if (folder / name).exists()), folder / METADATA)
     return InputError(
         f"{file} is damaged: {key} is {str(value)[:60]!r}; copy it again, or delete it to continue without the "
         "prompt template and the options of the adapter's training"

@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import InputError
-from ..files import MARK, RUN, read_json
+from ..files import METADATA, RUN, read_json
 from ..redaction import redacted
 from .folder import save
 from .model_card import CARD, card, is_ours
@@ -163,7 +163,7 @@ def texts_of(
     elif results:
         raise InputError(f"{folder / CARD} was edited; write the results into it, or delete it for a new one")
     files, _ = files_of(folder)
-    for name in {MARK, RUN} & files.keys():
+    for name in {METADATA, RUN} & files.keys():
         run = read_json(files[name])
         rewritten = base_name is not None and "adapter_config.json" in files
         if (public := redacted(run)) != run or rewritten:  # files of earlier versions may hold secrets

@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import InputError
-from ..files import MARK, files_of, read_info, writing
+from ..files import METADATA, files_of, read_info, writing
 from ..model.adapter_files import CONFIG, WEIGHTS, check_adapter
 from ..model.fingerprint import FINGERPRINT
-from ..model.integrity import note_checksums
+from ..model.integrity import record_checksums
 
 _PLAIN = (None, True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga", "error")
 """Values of init_lora_weights that do not change the base weights."""
@@ -75,8 +75,8 @@ def export_adapter(
             shutil.copy(source / FINGERPRINT, partial / FINGERPRINT)
         if info := _inference_info(source):
             info["files"] = files_of(partial)
-            info["checksums"] = note_checksums(partial, info)
-            (partial / MARK).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+            info["checksums"] = record_checksums(partial, info)
+            (partial / METADATA).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return Path(folder)
 
 

@@ -8,8 +8,8 @@ A library in a cache is code that will run as the user, so the cache is a direct
 $LLMTOOLS_CACHE, $XDG_CACHE_HOME/llmtools or ~/.cache/llmtools. A file is named after everything that went into it
 (source, compiler, flags, processor) and after its contents, appears by renaming, and is never changed, so processes
 cannot disturb each other; of those that start together one builds. Loading what a power cut left of a library would
-end the process, so the contents are compared with the name first. Where a build failed, a note beside the libraries
-says so, and nobody tries again for some hours.
+end the process, so the contents are compared with the name first. A failed build is recorded beside the
+libraries, and not tried again for some hours.
 
 Environment: CC names the compiler (default: cc, gcc or clang, whichever is found first); LLMTOOLS_NATIVE=0 turns C off.
 """
@@ -39,7 +39,7 @@ from ..files import sync
 log = logging.getLogger(__name__)
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""How the C files call the types that they write: `enum type` of native.h."""
+"""Numbers of the output types in the C files: `enum type` of native.h."""
 
 _HERE = Path(__file__).parent
 # Contracting a·b + c to a fused operation would round once where the reference rounds twice.
@@ -52,7 +52,7 @@ _RETRY_SECONDS = 3 * 3600
 
 
 class _Unavailable(Exception):
-    """Why there is no library, and the way out; becomes the log line."""
+    """No library can be built or loaded; the message, for the log, names the reason and the remedy."""
 
 
 @functools.cache
@@ -106,9 +106,9 @@ def _kept(stem: Path) -> ctypes.CDLL | None:
             _check_private(path)
             if path.stem.rpartition("-")[2] == _sum(path):
                 return ctypes.CDLL(str(path))
-            log.debug("%s is damaged and is built anew", path)
+            log.debug("%s is damaged and is rebuilt", path)
         except OSError as error:  # made by this user on another system, say with a newer libc; or just replaced
-            log.debug("%s does not load and is built anew: %s", path, error)
+            log.debug("%s does not load and is rebuilt: %s", path, error)
     return None
 
 
@@ -174,35 +174,35 @@ def _put(made: Path, stem: Path) -> Path:
     sync(made)
     made.replace(path)
     sync(path.parent)
-    for each in (*former, _note(stem)):
+    for each in (*former, _failure_record(stem)):
         if each != path:
             with suppress(OSError):
                 each.unlink()
     return path
 
 
-def _note(stem: Path) -> Path:
+def _failure_record(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.failed")
 
 
 def _failed(stem: Path, reason: str) -> _Unavailable:
-    """The error of a failed build, after a note of it for those who come later."""
+    """The error of a failed build, recorded beside the libraries for later processes."""
     with suppress(OSError), tempfile.TemporaryDirectory(dir=stem.parent) as folder:
         written = Path(folder) / "note"
         written.write_text(reason, encoding="utf-8")
-        written.replace(_note(stem))
+        written.replace(_failure_record(stem))
     return _Unavailable(reason)
 
 
 def _check_not_failed(stem: Path) -> None:
     """Raises the reason of a build that failed lately, with the same compiler, flags and processor."""
     try:
-        age = time.time() - _note(stem).stat().st_mtime
-        reason = _note(stem).read_text(encoding="utf-8", errors="replace")
+        age = time.time() - _failure_record(stem).stat().st_mtime
+        reason = _failure_record(stem).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     if 0 <= age < _RETRY_SECONDS:
-        raise _Unavailable(f"{' '.join(reason.split())}; tried again in some hours, or without {_note(stem)}")
+        raise _Unavailable(f"{' '.join(reason.split())}; tried again in some hours, or without {_failure_record(stem)}")
 
 
 def _compiler() -> tuple[str, ...]:
@@ -216,7 +216,7 @@ def _compiler() -> tuple[str, ...]:
         found = shutil.which(program)
         if found:
             return found, *arguments
-    looked = f"CC={named} is not there" if named else "no C compiler (cc, gcc, clang) was found"
+    looked = f"CC={named} does not exist" if named else "no C compiler (cc, gcc, clang) was found"
     raise _Unavailable(f"{looked}; install one, or name one in CC")
 
 
@@ -232,13 +232,13 @@ def _version(compiler: tuple[str, ...]) -> str:
 
 @functools.cache
 def features() -> frozenset[str]:
-    """What the processor can do, in Linux's words ("avx512_bf16", "amx_bf16", "bf16"), and its vendor; else nothing."""
+    """The processor's flags as Linux names them ("avx512_bf16", "amx_bf16", "bf16"), and its vendor; else empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return frozenset()
-    told = ("flags", "Features", "vendor_id")
-    return frozenset(word for line in lines if line.startswith(told) for word in line.partition(":")[2].split())
+    keys = ("flags", "Features", "vendor_id")
+    return frozenset(word for line in lines if line.startswith(keys) for word in line.partition(":")[2].split())
 
 
 def _processor() -> bytes:
@@ -247,8 +247,8 @@ def _processor() -> bytes:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
         return "\0".join((platform.machine(), platform.processor(), platform.node())).encode()
-    told = (b"flags", b"Features", b"model name", b"CPU part", b"isa")
-    return platform.machine().encode() + b"\n".join(sorted({line for line in lines if line.startswith(told)}))
+    keys = (b"flags", b"Features", b"model name", b"CPU part", b"isa")
+    return platform.machine().encode() + b"\n".join(sorted({line for line in lines if line.startswith(keys)}))
 
 
 def cache() -> Path:
@@ -265,7 +265,7 @@ def cache() -> Path:
 
 
 def _check_private(path: Path) -> None:
-    """Raises unless `path` belongs to this user and nobody else may write it."""
+    """Raises unless `path` belongs to this user and is not writable by others."""
     found = path.lstat()
     kind = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
     if not (kind and found.st_uid == os.getuid() and not found.st_mode & 0o022):

@@ -4,8 +4,8 @@
                               reference=reference.multiply_grouped, native=native.multiply_grouped)
 
 makes ``torch.ops.llmtools.multiply_grouped`` and returns the function to call it by. The dispatcher of torch chooses
-the implementation by device; the reference serves devices that have none of their own, and is what the others are held
-against. An op is a folder: CONTRIBUTING.md has the steps.
+the implementation by device; the reference serves devices that have none of their own, and is the
+specification of the others. An op is a folder: CONTRIBUTING.md has the steps.
 
 Triton comes with PyTorch's CUDA builds and takes a second to import, so nothing here imports it before a tensor on a
 GPU asks. Where it is missing, or the GPU is older than Ampere and lacks bfloat16, ops run in plain torch on that GPU,
@@ -29,7 +29,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 Op = Callable[..., Tensor]
-"""A function of tensors and constants, in the order of the op's schema, that returns a new tensor."""
+"""Function of tensors and constants, in the order of the op's schema, that returns a new tensor."""
 _Arguments = ParamSpec("_Arguments")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -50,8 +50,8 @@ def define(
 
     Arguments are positional, and the first is a tensor. reference is plain torch for any device, native the
     implementation on the CPU (which falls back to the reference by itself), fake gives an empty result of the right
-    shape and type. The GPU's has the reference's name in the module `package`.triton. With backward and setup_context,
-    as in `torch.library.register_autograd`, the op is differentiable; without, it is not.
+    shape and type, [...] as the op's. The GPU's has the reference's name in the module `package`.triton. With backward
+    and setup_context, as in `torch.library.register_autograd`, the op is differentiable; without, it is not.
     """
     short, _, signature = schema.partition("(")
     name = f"llmtools::{short}"
@@ -74,9 +74,9 @@ def define(
 
 
 def direct(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` may skip the dispatcher: nobody traces or differentiates, it is plain and on the CPU.
+    """Whether an op on `tensor` [...] may skip the dispatcher: no tracing, no autograd, a plain tensor on the CPU.
 
-    The way through the dispatcher to Python and back takes 10 to 20 µs, as long as a small layer's product.
+    A call through the dispatcher to Python and back takes 10 to 20 µs, as long as a small layer's product.
     """
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False

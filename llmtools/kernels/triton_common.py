@@ -1,4 +1,4 @@
-"""What a GPU does with a packed weight, whatever its format: decode it, multiply by it, multiply by its transpose.
+"""GPU kernels for packed weights of any format: decode, multiply, and multiply by the transpose.
 
 A format brings one Triton function, its *tile*: it decodes a rectangle of the weight into registers. The three kernels
 below call it, so that a format costs one function and a weight is never written to memory unless asked for:
@@ -7,8 +7,8 @@ below call it, so that a format costs one function and a weight is never written
     multiply                x Wᵀ               x [t, in] -> [t, out]; GEMV
     multiply_transposed     g W                g [t, out] -> [t, in]; GEMV
 
-The products read each packed weight once. They are for decoding, where so few tokens come at a time that reading the
-weight is all that takes time (GEMV); for more tokens, decoding blocks of rows for the vendor's matrix product is
+The products read each packed weight once. They are for decoding (GEMV), where reading the weight dominates the time;
+for more tokens, decoding blocks of rows for the vendor's matrix product is
 faster. One token is multiplied and summed by ordinary instructions in float32; several are padded to a power of two for
 the tensor cores, which take the weight rounded to x's type and sum in float32. Where the output has too few tiles to
 occupy the GPU, the summed dimension is split and the float32 parts are added in a second step: in a fixed order, hence
@@ -33,26 +33,28 @@ from torch import Tensor
 from ..errors import InputError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""Types that the kernels read and write."""
+"""Dtypes that the kernels read and write."""
 MOST_TOKENS = 64
-"""Rows of x that one launch of a product takes."""
+"""Largest number of rows of x in one launch of a product."""
 
 
 class Weight(NamedTuple):
-    """A packed weight as the kernels take it."""
+    """Arguments of the kernels for a packed weight."""
 
     tile: Any
-    """(tensors, rows, live, first, CONFIG, COLUMNS) -> float32 [ROWS, COLUMNS]: the weights of these rows, where they
-    are `live`, from column `first` on; anything finite elsewhere."""
+    """Triton function (tensors, rows, live, first, CONFIG, COLUMNS) -> float32 [ROWS, COLUMNS]: the weights of these
+    rows, where they are `live`, from column `first` on; anything finite elsewhere."""
     config: tuple[int, ...]
-    """What is compiled into the tile."""
+    """Compile-time constants of the tile."""
     tensors: tuple[Any, ...]
-    """Its arguments: tensors, strides, sizes."""
+    """Runtime arguments of the tile: tensors, strides, sizes."""
     rows: int
+    """Number of rows of the weight, out."""
     columns: int
+    """Number of columns of the weight, in."""
     stages: int = 3
-    """Steps of a product whose loads are under way at once. They go through shared memory, and so would look-ups in
-    tables, needlessly: tiles that have any say 1."""
+    """Number of pipeline stages of a product. Their loads go through shared memory, and so would look-ups in tables,
+    needlessly: tiles with look-ups set 1."""
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:

@@ -1,1 +1,1 @@
-"""The porch: models, under the published import path. See ``docs/coming-from-llmtools.md``."""
+"""Compatibility layer: models under the published import path. See ``docs/coming-from-llmtools.md``."""

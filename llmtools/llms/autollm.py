@@ -2,10 +2,10 @@
 
     llm, config = AutoLLMForCausalLM.from_pretrained(name, load_in_quip=True, device_map="auto")
 
-`llm` is the transformers model that `llmtools.load` opens (ours, others' quantized checkpoints, or a dense one), so
-``llm.generate`` and ``llm.save_pretrained`` are transformers' own; ``llm.push_to_hub`` is `llmtools.push_to_hub`. What
-it is quantized with is written in the checkpoint; the flags of old say what the caller expects, and an expectation
-that is wrong is an error.
+`llm` is the transformers model that `llmtools.load` opens (an llmtools checkpoint, a third-party quantized one, or a
+dense one), so ``llm.generate`` and ``llm.save_pretrained`` are transformers' own; ``llm.push_to_hub`` is
+`llmtools.push_to_hub`. The quantizer is stored in the checkpoint; the published flags only state an expectation, and a
+wrong one is an error.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ FLAGS = {
     "load_in_quip": frozenset({"quip", "quip_sharp", "quip_sharp_rows"}),
     "load_in_gbtq": frozenset({"optq", "rtn", "affine"}),
 }
-"""flag → the quantizers that it stands for; ``gbtq`` is spelled as it was published, and covers GPTQ's files"""
+"""Flag → names of its quantizers; ``gbtq`` is spelled as published, and covers GPTQ's files."""
 
 
 class AutoLLMForCausalLM:
-    """Opens causal language models; there are no objects of this class."""
+    """Opens causal language models; not to be instantiated."""
 
     def __init__(self) -> None:
         raise InputError("use AutoLLMForCausalLM.from_pretrained(name), which returns (model, config)")
@@ -44,7 +44,7 @@ class AutoLLMForCausalLM:
     ) -> tuple[Any, Any]:
         """(model in eval mode, its quantization config; None for a dense model) of a folder or hub name.
 
-        load_in_quip, load_in_gbtq: what the checkpoint is expected to be. None, the default, expects nothing.
+        load_in_quip, load_in_gbtq: the expected quantization. None, the default, expects nothing.
         device_map and the options go to ``AutoModelForCausalLM.from_pretrained``.
 
         Raises InputError where a flag contradicts the checkpoint.
@@ -61,19 +61,19 @@ class AutoLLMForCausalLM:
         kinds = {layer.quantizer.name for layer in quantized_linears(model).values()}
         for flag, wanted in expected.items():
             if wanted is not None and wanted != bool(kinds & FLAGS[flag]):
-                said = f"quantized with {', '.join(sorted(kinds))}" if kinds else "not quantized"
-                raise InputError(f"{flag}={wanted}, and {name} is {said}; leave the flag out")
+                found = f"quantized with {', '.join(sorted(kinds))}" if kinds else "not quantized"
+                raise InputError(f"{flag}={wanted}, and {name} is {found}; leave the flag out")
         model.push_to_hub = MethodType(_push_with_card, model)
         return model, getattr(model.config, "quantization_config", None)
 
 
 def _push_with_card(model: Any, repo: str, **options: Any) -> str:
-    """``llm.push_to_hub``: `llmtools.push_to_hub`, so that the model goes up with its tokenizer and its card."""
+    """``llm.push_to_hub``: `llmtools.push_to_hub`, with the tokenizer and the model card."""
     from transformers import AutoTokenizer
 
     if "tokenizer" not in options:
         try:
             options["tokenizer"] = AutoTokenizer.from_pretrained(model.name_or_path)
-        except (OSError, ValueError, TypeError, KeyError):  # there is none beside the model
+        except (OSError, ValueError, TypeError, KeyError):  # the folder has none
             options["tokenizer"] = None
     return push_to_hub(model, repo, **options)

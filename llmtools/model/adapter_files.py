@@ -1,9 +1,9 @@
-"""Opening the folder of a PEFT adapter on its base model: all of it finds its place, or it is refused.
+"""Opening a PEFT adapter on its base model: every tensor has to match, or an error is raised.
 
-PEFT is lenient. What is missing in a file keeps its random start, what has another name is ignored, and both leave only
-a warning; a file named ``adapter_model.bin`` is unpickled; regular expressions of the config are matched against every
-module, however long that takes; one option imports a module by its name. A file is data here, so these are looked at
-before PEFT is asked, and its result afterwards.
+PEFT is lenient. A tensor that is missing in a file keeps its random initialisation, an unexpected one is ignored, and
+both only give a warning; a file named ``adapter_model.bin`` is unpickled; regular expressions of the config are matched
+against every module, however long that takes; one option imports a module by its name. Files are data here, so all this
+is checked before PEFT loads the adapter, and the result afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .integrity import Header, check_checksums, integers, read_headers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _RUNS_CODE = {"megatron_config": (None,), "megatron_core": (None, "megatron.core"), "tokenizer_kwargs": (None,)}
-"""Options that make PEFT import a module, or open a tokenizer with code of its own, and the values that do not."""
+"""Options with which PEFT imports a module, or opens a tokenizer with custom code → their harmless values."""
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
@@ -46,7 +46,7 @@ def check_adapter(folder: str | PathLike[str]) -> dict[str, Any]:
         if abs(value) >= 2**31:
             raise CheckpointError(f"{path}: {key}={value} is out of range")
     if not fits(config.get("alora_invocation_tokens"), list[int] | None):
-        raise CheckpointError(f"{path}: alora_invocation_tokens are no list of numbers of tokens")
+        raise CheckpointError(f"{path}: alora_invocation_tokens is not a list of token ids")
     base = config.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise CheckpointError(f"{path}: base_model_name_or_path={base!r}; a name is expected")
@@ -56,14 +56,14 @@ def check_adapter(folder: str | PathLike[str]) -> dict[str, Any]:
 def open_adapter(
     model: Any, folder: str | PathLike[str], *, verify: bool = False, allow_other_base: bool | None = False
 ) -> Any:
-    """The model with the adapter of `folder` on it, as `peft.PeftModel`, in eval mode.
+    """The model with the adapter of `folder`, as `peft.PeftModel`, in eval mode.
 
-    verify: compare all bytes with the checksums that were noted; without it, small files and headers alone.
+    verify: compare all bytes with the recorded checksums; without it, small files and headers alone.
     allow_other_base: open it on another base than the one that it was trained on, with a warning (`fingerprint.py`);
     None: the base was compared before.
 
-    Raises CheckpointError where a tensor of the file is missing, misshapen, no number, or finds no place, and for
-    another base.
+    Raises CheckpointError for a tensor that is missing, unexpected, of a wrong shape or not finite, and for another
+    base.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -77,10 +77,10 @@ def open_adapter(
         opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # about tensors that lack or have no place: an error below
+        warnings.simplefilter("ignore")  # about missing and unexpected tensors: an error below
         adapted = PeftModel.from_pretrained(model, str(folder))
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        known = set(adapted.state_dict())  # embeddings that were saved whole lie under their own names
+        known = set(adapted.state_dict())  # embeddings that were saved whole are under their own names
     _check_tensors(stored, expected, known, folder)
     for name, tensor in expected.items():
         if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
@@ -91,7 +91,7 @@ def open_adapter(
 def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
     """Raises CheckpointError unless the adapter's file has all tensors, and no other, for a model of this shape.
 
-    skeleton: the base model, which is used up; its weights may be on the meta device.
+    skeleton: the base model, which is modified; its weights may be on the meta device.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
@@ -105,7 +105,7 @@ def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
         warnings.filterwarnings("ignore", ".*base_model_name_or_path")  # the base may lie elsewhere now
         asked: Any = PeftConfig.from_pretrained(str(folder))
         if hasattr(asked, "init_lora_weights"):
-            asked.init_lora_weights = True  # where it began is of no interest, and may need the weights
+            asked.init_lora_weights = True  # the initialisation does not matter, and may need the weights
         asked.inference_mode = True
         adapted: Any = get_peft_model(skeleton, asked)
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
@@ -123,14 +123,14 @@ def _headers(folder: Path) -> dict[str, Header]:
 def _check_tensors(
     stored: Mapping[str, Header], expected: Mapping[str, torch.Tensor], known: set[str], folder: Path
 ) -> None:
-    lacking = sorted(expected.keys() - stored.keys())
+    missing = sorted(expected.keys() - stored.keys())
     surplus = sorted(stored.keys() - expected.keys() - known)
     misshapen = [
         f"{name} has shape {stored[name].shape}, expected {list(tensor.shape)}"
         for name, tensor in expected.items()
         if name in stored and stored[name].shape != list(tensor.shape)
     ]
-    problems = [*(f"{name} is missing" for name in lacking), *(f"{name} has no place" for name in surplus), *misshapen]
+    problems = [*(f"{name} is missing" for name in missing), *(f"{name} is unexpected" for name in surplus), *misshapen]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise CheckpointError(
@@ -140,7 +140,7 @@ def _check_tensors(
 
 
 def _check_patterns(config: Mapping[str, Any], names: Iterable[str], folder: Path) -> None:
-    """Raises CheckpointError for a regular expression of the config that is none, or takes too long on the modules."""
+    """Raises CheckpointError for an invalid regular expression in the config, or one that takes too long."""
     patterns = list(_patterns(config))
     if not patterns:
         return
@@ -157,7 +157,7 @@ def _check_patterns(config: Mapping[str, Any], names: Iterable[str], folder: Pat
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[str]:
-    """What PEFT matches as regular expressions: a string of target modules, the keys of patterns."""
+    """The strings that PEFT matches as regular expressions: target modules, the keys of patterns."""
     for key in _PATTERNS:
         value = config.get(key)
         if isinstance(value, str) and key in ("target_modules", "exclude_modules"):

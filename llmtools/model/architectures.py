@@ -1,7 +1,7 @@
-"""Which of transformers' auto classes opens a checkpoint: the one of the architecture that its config.json names.
+"""The transformers auto class of a checkpoint, from the architecture in its config.json.
 
-Most are decoders with their head, `AutoModelForCausalLM`; classifiers, encoder-decoders, embedding models and models
-that see are opened as what they are, so that they can be quantized, saved and used like any other.
+Most are `AutoModelForCausalLM`; classifiers, encoder-decoders, embedding models and vision-language models get their
+own class, so that they can be quantized, saved and used like any other.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _TABLES = {
     "MODEL_FOR_PRETRAINING_MAPPING_NAMES": "AutoModelForPreTraining",
     "MODEL_MAPPING_NAMES": "AutoModel",
 }
-"""transformers' tables of model type → architectures, and the auto class over each; the first that fits is taken."""
+"""Mapping tables of transformers (model type → architectures) → auto class; the first match is used."""
 
 
 def auto_class(config: Mapping[str, Any]) -> Any:
     """The auto class for a config.json: by its first architecture, else `AutoModelForCausalLM`.
 
-    A bare decoder whose head is its embeddings is opened with the head, for nothing is missing. Where no auto class
-    knows the model type it is transformers' own class of the architecture's name.
+    A bare decoder whose head is tied to its embeddings is opened with the head. Where no auto class has the model type,
+    it is the transformers class of the architecture's name.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -43,17 +43,17 @@ def auto_class(config: Mapping[str, Any]) -> Any:
     for table, auto in _TABLES.items():
         known = getattr(modeling_auto, table, {}).get(kind, ())
         if architecture in ((known,) if isinstance(known, str) else known) and hasattr(transformers, auto):
-            if auto == "AutoModel" and _is_whole_with_head(config, modeling_auto):
+            if auto == "AutoModel" and _has_tied_head(config, modeling_auto):
                 break
             return getattr(transformers, auto)
-    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # a part of a model, saved by itself
+    if kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # a component of a model, saved by itself
         named_class = getattr(transformers, str(architecture), None)
         if isinstance(named_class, type) and issubclass(named_class, transformers.PreTrainedModel):
             return named_class
     return transformers.AutoModelForCausalLM
 
 
-def _is_whole_with_head(config: Mapping[str, Any], tables: Any) -> bool:
+def _has_tied_head(config: Mapping[str, Any], tables: Any) -> bool:
     kind = config.get("model_type")
     decoder = kind in tables.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in tables.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return bool(decoder and config.get("tie_word_embeddings"))

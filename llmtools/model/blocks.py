@@ -1,15 +1,14 @@
-"""Where the linears of a network are, found by looking and by running, not by a list of model families.
+"""Find the linears of a network from its structure and one run, without a list of model families.
 
 Two observations are enough. The *blocks* are the members of a `ModuleList` with linears in them, whatever the family
 calls it (``model.layers``, ``transformer.h``, ``decoder.layers``); there may be several such *stacks*, as in an
-encoder-decoder. Of a model that also sees or hears, those of the part that reads and writes text are taken, which
-transformers names (`get_decoder`). Linears that *read the same tensor* are found by running a
-block once with a hook on each: the tensors that arrive are compared by storage, offset, shape and version. Such a
-group (query, key and value; gate and up) shares one Hessian, and the order of the calls is the order of the work
-(arXiv:2210.17323, "true sequential" in its code).
+encoder-decoder. Of a multimodal model only the text decoder's are used (transformers' `get_decoder`). Linears that
+*read the same tensor* are found by running a block once with a hook on each: the inputs are compared by storage,
+offset, shape and version. Such a group (query, key and value; gate and up) shares one Hessian, and groups are quantized
+in the order of the calls (arXiv:2210.17323, "true sequential" in its code).
 
-What cannot be found is said: a network with its weights outside `nn.Linear` (GPT-2's ``Conv1D``, the fused experts of a
-mixture) is refused, or its `leftovers` are listed.
+Unsupported weights are reported: a network with its weights outside `nn.Linear` (GPT-2's ``Conv1D``, fused experts) is
+refused, or its `unsupported_weights` are listed.
 """
 
 from __future__ import annotations
@@ -30,44 +29,49 @@ class Group:
     """Linears that read the same tensor, hence share a Hessian: ``["….q_proj", "….k_proj", "….v_proj"]``."""
 
     paths: list[str]
+    """Paths of the linears, in call order."""
 
 
 @dataclass
 class Block:
-    """One of the repeated parts of a network."""
+    """One of the repeated blocks (decoder layers) of a network."""
 
     path: str
-    """Where it is: ``"model.layers.7"``."""
+    """Path in the model: ``"model.layers.7"``."""
     module: nn.Module
+    """The block itself."""
     groups: list[Group] = field(default_factory=list)
-    """Its linears by the tensor that they read, in call order. Empty until `observe` saw the block run."""
+    """Linears grouped by their input tensor, in call order. Empty until `observe` ran the block."""
     idle: list[str] = field(default_factory=list)
-    """Linears that no batch reached, such as an expert to which nothing was routed."""
+    """Paths of linears without input, such as an expert to which no token was routed."""
 
 
-class Leftover(NamedTuple):
-    """A weight inside the blocks that is no linear's, so that no quantizer sees it."""
+class UnsupportedWeight(NamedTuple):
+    """A weight inside the blocks that belongs to no `nn.Linear`, and cannot be quantized."""
 
     path: str
+    """Path of the parameter."""
     owner: str
-    """The class of the module that holds it: ``Conv1D``, ``MixtralExperts``."""
+    """Class name of the module that holds it: ``Conv1D``, ``MixtralExperts``."""
     shape: tuple[int, ...]
+    """Shape of the parameter."""
 
 
 class Stack(NamedTuple):
-    """Blocks that follow one another."""
+    """Consecutive blocks: one `ModuleList`."""
 
     path: str
-    """Where their list is: ``"model.layers"``."""
+    """Path of the list: ``"model.layers"``."""
     blocks: list[Block]
+    """Blocks, in the order of the list."""
     weights: int
-    """How many weights their linears hold."""
+    """Number of weights in the linears."""
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
-    """The blocks of all stacks, in the order in which they are listed; one that is listed twice counts once.
+    """The blocks of all stacks, in the order of registration; one that is registered twice counts once.
 
-    Raises InputError when no list has a linear in it, saying which modules hold the weights instead.
+    Raises InputError when no list has a linear in it, naming the modules that hold the weights instead.
     """
     blocks = {id(block.module): block for stack in reversed(find_stacks(model)) for block in reversed(stack.blocks)}
     return list(reversed(blocks.values()))
@@ -79,9 +83,9 @@ def main_stack(model: nn.Module) -> Stack:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The outermost `ModuleList`s with linears in them, in the part of the model that reads and writes text.
+    """The outermost `ModuleList`s with linears in them, in the text part of the model.
 
-    A list of bare linears is no stack, unless there is nothing else. Raises InputError when there is no list.
+    A list of bare linears is a stack only if there is no other. Raises InputError when there is no list.
     """
     parts = text_parts(model)
     stacks: dict[int, Stack] = {}
@@ -97,8 +101,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 
 
 def text_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(path, module) of what reads and writes text: all of a plain language model, else its decoder, and the encoder
-    of an encoder-decoder that reads text."""
+    """(path, module) of the text parts: a language model itself, else its decoder, and the encoder of an
+    encoder-decoder with text inputs."""
     network: Any = model
     config = getattr(model, "config", None)
     if not hasattr(config, "get_text_config") or not hasattr(model, "get_decoder"):
@@ -115,15 +119,15 @@ def text_parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def text_config(config: Any) -> Any:
-    """The part of a transformers config that describes what reads and writes text; itself for a language model."""
+    """The text part of a transformers config; the config itself for a language model."""
     try:
         return config.get_text_config()
-    except ValueError:  # an encoder's and a decoder's
+    except ValueError:  # it has an encoder's and a decoder's
         return config.get_text_config(decoder=True)
 
 
 def _outermost_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists with linears in them that are in no other one; a list of lists is looked into."""
+    """Lists with linears in them that are in no other one; a list of lists is searched."""
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
         if not isinstance(child, nn.ModuleList) or any(isinstance(each, nn.ModuleList) for each in child):
@@ -133,31 +137,31 @@ def _outermost_lists(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.M
 
 
 def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linear]]:
-    """The linears below `module` that can be quantized, with their paths: still dense, and y = x Wᵀ + b all they do."""
+    """The linears below `module` that can be quantized, with their paths: dense ones that compute y = x Wᵀ + b."""
     for path, child in module.named_modules(prefix=prefix):
         if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear) and not computes_otherwise(child):
             yield path, child
 
 
 def observe(block: Block, runs: Iterator[Any]) -> None:
-    """Fills in the groups of a block by watching it run: `runs` runs it once, on one batch, at each step.
+    """Sets the groups of a block from hooks while it runs: each step of `runs` runs it on one batch.
 
-    One batch is enough for most; as long as some linear was not reached another is drawn.
+    One batch is enough for most; further ones are run while some linear has had no input.
     """
     watched = dict(linears(block.module, block.path))
     seen: dict[str, list[tuple[object, ...]]] = {}
     for batch in _indices():
         if len(seen) == len(watched):
             break
-        kept: list[Tensor] = []  # keeps the tensors alive: a freed one would hand its address to the next
+        kept: list[Tensor] = []  # keeps the tensors alive: the address of a freed one could be reused
         calls: dict[str, list[tuple[object, ...]]] = {}
         hooks = [
-            linear.register_forward_pre_hook(_note(path, batch, calls, kept), with_kwargs=True)
+            linear.register_forward_pre_hook(_recorder(path, batch, calls, kept), with_kwargs=True)
             for path, linear in watched.items()
             if path not in seen
         ]
         try:
-            done = next(runs, _NO_MORE) is _NO_MORE
+            done = next(runs, _EXHAUSTED) is _EXHAUSTED
         finally:
             for hook in hooks:
                 hook.remove()
@@ -171,7 +175,7 @@ def observe(block: Block, runs: Iterator[Any]) -> None:
     block.idle = [path for path in watched if path not in seen]
 
 
-_NO_MORE = object()
+_EXHAUSTED = object()
 
 
 def _indices() -> Iterator[int]:
@@ -181,21 +185,21 @@ def _indices() -> Iterator[int]:
         index += 1
 
 
-def _note(
+def _recorder(
     path: str, batch: int, calls: dict[str, list[tuple[object, ...]]], kept: list[Tensor]
 ) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x: Tensor = args[0] if args else kwargs["input"]
         kept.append(x)
-        version = 0 if x.is_inference() else x._version  # moves when the tensor is written in place
-        where = (batch, x.device, x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), version)
-        calls.setdefault(path, []).append(where)
+        version = 0 if x.is_inference() else x._version  # changes when the tensor is modified in place
+        identity = (batch, x.device, x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), version)
+        calls.setdefault(path, []).append(identity)
 
     return hook
 
 
-def leftovers(model: nn.Module, blocks: list[Block]) -> list[Leftover]:
-    """Weights inside the blocks, matrices or larger, that belong to no linear, or to none that can be packed."""
+def unsupported_weights(model: nn.Module, blocks: list[Block]) -> list[UnsupportedWeight]:
+    """Weights of two or more dimensions inside the blocks that belong to no linear that can be quantized."""
     found = []
     for block in blocks:
         for path, module in block.module.named_modules(prefix=block.path):
@@ -203,12 +207,12 @@ def leftovers(model: nn.Module, blocks: list[Block]) -> list[Leftover]:
                 continue
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2:
-                    found.append(Leftover(f"{path}.{name}", type(module).__name__, tuple(parameter.shape)))
+                    found.append(UnsupportedWeight(f"{path}.{name}", type(module).__name__, tuple(parameter.shape)))
     return found
 
 
 def _no_blocks(model: nn.Module) -> str:
-    """Why a network without blocks cannot be quantized, from what it holds instead."""
+    """The error message for a network without blocks, naming the modules that hold its weights."""
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         return f"{type(model).__name__} is quantized already; start from the original model"
     holders: dict[str, int] = {}

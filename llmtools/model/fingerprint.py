@@ -1,13 +1,13 @@
 """The fingerprint of a base model, kept beside an adapter: an adapter means something on the base it was trained on.
 
-On another base of the same shape (quantized in another way, dense, trained further) an adapter opens without a word
-and computes something else. So `llmtools finetune` writes ``base_fingerprint.json`` into the adapter's folder, and
-into each checkpoint: for each module with parameters its quantizer, its shape, and a sample of what it holds. Opening
-the adapter compares. PEFT ignores the file; an adapter without one opens on any base, as PEFT opens it.
+On another base of the same shape (quantized in another way, dense, trained further) an adapter opens without an error
+and the outputs are wrong. So `llmtools finetune` writes ``base_fingerprint.json`` into the adapter's folder, and
+into each checkpoint: for each module with parameters its quantizer, its shape, and a sample of its values. Opening the
+adapter compares. PEFT ignores the file; an adapter without one opens on any base, as PEFT opens it.
 
 The fingerprint is a function of the tensors in memory. Names of folders, shards, devices and the file format do not
-enter. A packed tensor is compared by a hash over elements at fixed places. Floating-point parameters may be loaded in
-another type than in training, so a few of their values are kept, and compared in the coarser type. The layers that
+enter. A packed tensor is compared by a hash over elements at fixed indices. Floating-point parameters may be loaded in
+another dtype than in training, so a few of their values are kept, and compared in the coarser dtype. The layers that
 bitsandbytes quantized while they were loaded are compared by their scales, since its CPU and GPU kernels may round a
 code differently. Tensors on the meta device (offloaded to the disk) have a shape only.
 """
@@ -38,15 +38,15 @@ log = logging.getLogger(__name__)
 FINGERPRINT = "base_fingerprint.json"
 VERSION = 1
 PACKED_SAMPLE, VALUES = 64, 8
-"""Elements that are looked at in a packed tensor, and values that are kept of a floating-point one."""
+"""Numbers of sampled elements of a packed tensor, and of kept values of a floating-point one."""
 DENSE = {"name": "dense"}
 _FINE = {"float64": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 _TOLERANCE = (0.0, 0.0, 2.0**-10, 2.0**-7)
-"""Relative error of a value rounded to each type of `_FINE`, none where both sides have the same type."""
+"""Relative tolerance for each dtype of `_FINE`, where the two sides differ in dtype."""
 _SUBNORMAL = 1e-7
-"""Absolute error of a small value in float16."""
+"""Absolute tolerance for subnormal values in float16."""
 _KERNELS = 1e-4
-"""Relative difference of bitsandbytes' scales between devices."""
+"""Relative tolerance for bitsandbytes' scales, which differ between devices."""
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -68,15 +68,15 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The text of a fingerprint's file."""
+    """A fingerprint as the text of its file."""
     return json.dumps(found, indent=0) + "\n"
 
 
 def check_base(model: nn.Module, folder: str | PathLike[str], *, allow_other_base: bool = False) -> None:
     """Raises CheckpointError unless `model` is the base that the adapter of `folder` was trained on.
 
-    Nothing is known about the base of an adapter that llmtools did not train; it passes. With `allow_other_base` the
-    difference is a warning.
+    An adapter without a fingerprint (llmtools did not train it) passes. With `allow_other_base` a difference is only
+    logged as a warning.
     """
     folder = Path(folder).expanduser()
     former = read_fingerprint(folder)
@@ -91,11 +91,11 @@ def check_base(model: nn.Module, folder: str | PathLike[str], *, allow_other_bas
             f"adapter {str(folder)!r} {difference}; open it on the base that it was trained on, or pass "
             "--allow_other_base (allow_other_base=True)"
         )
-    log.warning("adapter %s %s; it is opened all the same", folder, difference)
+    log.warning("adapter %s %s; opened anyway", folder, difference)
 
 
 def read_fingerprint(folder: Path) -> dict[str, Any] | None:
-    """What the folder of an adapter says about its base; None where it says nothing.
+    """The base fingerprint in an adapter's folder; None where there is none.
 
     Raises CheckpointError for a damaged file.
     """
@@ -145,12 +145,12 @@ def _difference(
     quantizers: list[dict[str, Any]],
     others: list[dict[str, Any]],
 ) -> str | None:
-    """What the base has and this model has not in one module; None where both have the same."""
+    """How one module differs from the former base's; None where it does not."""
     if before is None or after is None:
         return "other modules"
     spec, other = quantizers[before["quantizer"]], others[after["quantizer"]]
     if any(spec[key] != other[key] for key in spec.keys() & other.keys()):  # a later version may know more options
-        return _THIS.join(_called(spec, other))
+        return _THIS.join(_labels(spec, other))
     if before["shape"] != after["shape"]:
         return f"a weight of shape {before['shape']}{_THIS}{after['shape']}"
     same = before.get("packed") == after.get("packed") or None in (before.get("packed"), after.get("packed"))
@@ -158,17 +158,17 @@ def _difference(
     return None if same else "other weights"
 
 
-def _called(spec: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
+def _labels(spec: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[str, str]:
     """Two quantizers by name and bits, and by the options that differ where these are the same."""
 
-    def called(one: Mapping[str, Any]) -> str:
+    def label(one: Mapping[str, Any]) -> str:
         return f"{one['name']} {one['bits']} bits" if "bits" in one else str(one["name"])
 
-    if called(spec) != called(other):
-        return called(spec), called(other)
+    if label(spec) != label(other):
+        return label(spec), label(other)
     keys = sorted(key for key in spec.keys() & other.keys() if spec[key] != other[key])
     first, second = (", ".join(f"{key}={one[key]!r}" for key in keys) for one in (spec, other))
-    return f"{called(spec)} with {first}", f"{called(other)} with {second}"
+    return f"{label(spec)} with {first}", f"{label(other)} with {second}"
 
 
 def _close(before: Mapping[str, Any], after: Mapping[str, Any], tolerance: float) -> bool:
@@ -194,7 +194,7 @@ def _values(text: str | None) -> tuple[float, ...] | None:
 
 
 def _is_entry(entry: Mapping[str, Any], quantizers: int) -> bool:
-    """Whether what a file says about a module has the types that it should."""
+    """Whether a module's entry in a file has the right types."""
     hints = {"quantizer": int, "shape": list[int], "dtype": str | None, "packed": str | None, "values": str | None}
     if not all(fits(entry.get(key), hint) for key, hint in hints.items()):
         return False
@@ -208,7 +208,7 @@ def _is_entry(entry: Mapping[str, Any], quantizers: int) -> bool:
 
 
 def _spec(module: nn.Module) -> dict[str, Any]:
-    """What stores the module's weight: our quantizer's call, another library's, or none."""
+    """The spec of the module's quantizer: ours, another library's, or dense."""
     if isinstance(module, QuantizedLinear):
         return dict(json.loads(json.dumps(module.quantizer.spec(), default=str)))
     weight = module._parameters.get("weight")
@@ -218,7 +218,7 @@ def _spec(module: nn.Module) -> dict[str, Any]:
 
 
 def _entry(module: nn.Module) -> dict[str, Any] | None:
-    """Shape, type and sample of a module's own parameters; None where it has none."""
+    """Shape, dtype and sampled values of a module's own parameters; None where it has none."""
     if isinstance(module, QuantizedLinear):
         bias = [] if module.bias is None else [module.bias]
         shape = [module.out_features, module.in_features]
@@ -249,13 +249,13 @@ def _nf4_scales(state: Any) -> Iterator[Tensor]:
 
 def _int8_scales(module: nn.Module) -> Tensor | None:
     scales = getattr(module._parameters.get("weight"), "SCB", None)
-    if scales is None:  # it moves there with the first product
+    if scales is None:  # after the first forward it is in the state
         scales = getattr(getattr(module, "state", None), "SCB", None)
     return scales if isinstance(scales, Tensor) else None
 
 
 def _packed(packed: Mapping[str, Tensor]) -> dict[str, str]:
-    """A hash over types, shapes and sampled elements of packed tensors."""
+    """A hash over dtypes, shapes and sampled elements of packed tensors."""
     found = hashlib.sha256()
     for name, tensor in sorted(packed.items()):
         if tensor.is_meta:
@@ -266,7 +266,7 @@ def _packed(packed: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def _sampled(tensors: list[Any]) -> dict[str, str]:
-    """A few values of each tensor, as base64 of float32, little-endian; {} for tensors of a type of somebody's own."""
+    """A few values of each tensor, as base64 of float32, little-endian; {} for tensor subclasses."""
     if not tensors or any(tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):
         return {}
     values = [value for tensor in tensors for value in _picked(tensor, VALUES).float().tolist()]
@@ -275,8 +275,8 @@ def _sampled(tensors: list[Any]) -> dict[str, str]:
 
 @torch.no_grad()
 def _picked(tensor: Tensor, most: int) -> Tensor:
-    """Elements at even distances, the first and the last among them, on the CPU."""
+    """Evenly spaced elements, including the first and the last, on the CPU."""
     flat = tensor.detach().reshape(-1)
     count = min(most, flat.numel())
-    places = [index * (flat.numel() - 1) // max(count - 1, 1) for index in range(count)]
-    return flat[torch.tensor(places, dtype=torch.long, device=flat.device)].cpu()
+    indices = [index * (flat.numel() - 1) // max(count - 1, 1) for index in range(count)]
+    return flat[torch.tensor(indices, dtype=torch.long, device=flat.device)].cpu()

@@ -1,13 +1,12 @@
-"""What a step of finetuning holds in memory, told without weights: a few blocks of the network run on fake tensors.
+"""Estimate the memory of a finetuning step without weights: a few blocks of the network run on fake tensors.
 
 Fake tensors have shapes, types and lifetimes but no values, so a step of the real code (the model's own, PEFT's
-adapters, our layers, checkpointing, the loss) runs in a second for any size, and a ledger of what is allocated and
-freed shows its peak. Two depths are run; since blocks repeat, what one more of them keeps is the difference, and the
-full depth follows. What tensors a model is made of needs no run: it is read off the model on the meta device, to the
-byte.
+adapters, our layers, checkpointing, the loss) runs in a second for any size, and a ledger of allocations gives its
+peak. Two depths are run; since blocks repeat, the difference is what one more block keeps, and the full depth follows.
+The sizes of the model's tensors need no run: they are read from the model on the meta device, to the byte.
 
-Not counted, because no tensor tells of it: what a kernel allocates inside one operation, what the allocator rounds up
-or keeps, the CUDA context (some 0.5 GB), libraries and the program itself.
+Not counted, because they are not tensors: temporary buffers within one kernel, the allocator's rounding and cache, the
+CUDA context (some 0.5 GB), libraries and the program itself.
 """
 
 from __future__ import annotations
@@ -29,28 +28,28 @@ from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, GEMV_TOKENS, gemv_toke
 from .blocks import find_blocks, main_stack
 
 ATTENTION = "llmtools_plan"
-"""The attention that is run: the library's own with scaled_dot_product_attention, and without a mask in memory."""
+"""Name of the attention implementation: transformers' own SDPA, without a mask in memory."""
 _DEPTHS = (2, 3)
-"""Of the two runs: numbers of blocks, one apart."""
+"""Numbers of blocks of the two runs, one apart."""
 
 
 class Tensors(NamedTuple):
-    """Bytes of what stays in memory during a step."""
+    """Sizes, in bytes, of the tensors that stay in memory during a step."""
 
     packed: int
-    """quantized weights, all that the layouts say"""
+    """Size of the packed tensors of quantized weights, in bytes."""
     quantized_weights: int
-    """how many weights these stand for"""
+    """Number of quantized weights."""
     linears: int
-    """linears in the blocks that are dense"""
+    """Size of dense linears in the blocks, in bytes."""
     embeddings: int
-    """embeddings and output head, counted once where they are tied"""
+    """Size of embeddings and output head, in bytes; counted once where they are tied."""
     others: int
-    """norms, biases, buffers"""
+    """Size of norms, biases and buffers, in bytes."""
     adapters: int
-    """what is trained; its gradients take as much"""
+    """Size of the trainable parameters, in bytes; their gradients take as much."""
     trainable: int
-    """numbers that are trained"""
+    """Number of trainable parameters."""
 
     @property
     def frozen(self) -> int:
@@ -58,14 +57,14 @@ class Tensors(NamedTuple):
 
 
 class Peak(NamedTuple):
-    """Bytes of what comes and goes in a step, at the moment when it is most; gradients of adapters are not in it."""
+    """Sizes, in bytes, of temporary tensors at the peak of a step, without the gradients of adapters."""
 
     activations: int
-    """kept by the forward for the backward"""
+    """Size of activations saved for the backward, in bytes."""
     loss: int
-    """logits and what is made of them"""
+    """Size of logits and tensors computed from them, in bytes."""
     work: int
-    """of the block at hand: recomputed activations, their gradients, rows of weights"""
+    """Size of the current block's recomputed activations, their gradients and decoded rows of weights, in bytes."""
 
     @property
     def total(self) -> int:
@@ -73,7 +72,7 @@ class Peak(NamedTuple):
 
 
 def tensors(model: nn.Module) -> Tensors:
-    """What a model, on any device, is made of; adapters are whatever requires a gradient."""
+    """The sizes of a model's tensors, on any device; adapters are the parameters that require a gradient."""
     sizes = dict.fromkeys(Tensors._fields, 0)
     kinds: dict[int, str] = {}
     blocks = tuple(f"{_bare(block.path)}." for block in find_blocks(model))
@@ -103,12 +102,12 @@ def peak(
     chunked_loss: bool = True,
     training: bool = True,
 ) -> Peak:
-    """The peak of a forward and a backward, or in validation of a forward alone, of a model on the meta device, `batch`
-    sequences of `length` tokens.
+    """The peak of a training step (forward and backward), or of validation, on token ids [batch, length].
 
-    model: with adapters, and with checkpointing turned on if it is wanted. device: "cpu" or "cuda", which says how many
-    rows of a weight are decoded at a time. autocast: to bfloat16. chunked_loss: as `llmtools finetune` does it, where
-    the output head allows; else the model makes all logits. training: False for validation.
+    model: on the meta device, with adapters, and with gradient checkpointing if it is used. device: "cpu" or "cuda",
+    which determines how many rows of a weight are decoded at a time. autocast: to bfloat16. chunked_loss: as in
+    `llmtools finetune`, where the output head allows; else the model computes all logits. training: False for
+    validation, a forward alone.
     """
     depth = len(main_stack(model).blocks)
     fewer, more = _DEPTHS
@@ -119,16 +118,16 @@ def peak(
     if depth <= more:
         return at(depth)
     low, high = at(fewer), at(more)
-    if (low.loss, low.work) != (high.loss, high.work):  # two peaks at different moments say nothing of a third
+    if (low.loss, low.work) != (high.loss, high.work):  # peaks at different moments cannot be extrapolated
         return at(depth)
     return high._replace(activations=high.activations + (high.activations - low.activations) * (depth - more))
 
 
 @contextmanager
 def planning_attention() -> Iterator[str]:
-    """The name of an attention to build a model with (`attn_implementation`), known to transformers within.
+    """The name of an attention implementation (`attn_implementation`), registered with transformers.
 
-    On fake tensors transformers would write masks into memory that it leaves out on real ones.
+    On fake tensors transformers would materialise masks that it omits on real ones.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -176,7 +175,7 @@ def _loss(model: Any, ids: Tensor, ledger: Ledger, autocast: bool, chunked_loss:
         if chunked_loss and decoder is not None and head is not None:
             hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state
             ledger.phase = "loss"
-            # chunked_loss itself first picks the rows that have labels, and fake labels have no values
+            # chunked_loss itself first selects the labelled rows, and fake labels have no values
             loss, _ = _ChunkedLoss.apply(hidden.flatten(0, 1), head.weight, head.bias, ids.flatten())
             mean: Tensor = loss / ids.numel()
             return mean
@@ -193,16 +192,19 @@ def _base(model: Any) -> Any:
 
 
 class Ledger(TorchDispatchMode):
-    """Writes down what operations allocate, and when it is freed, under the phase that it was allocated in."""
+    """Records what operations allocate and when it is freed, by the phase of the allocation.
+
+    Storages are counted, of tensors of any shape [...].
+    """
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.phase = ""
         self._entries: list[tuple[int, int]] = []
-        """(number of a storage, its bytes when it appears, minus them when it goes)"""
+        """Pairs (index of a storage, its size in bytes when it is allocated, minus its size when it is freed)."""
         self._phases: list[str] = []
         self._numbers: dict[int, int] = {id(tensor.untyped_storage()): -1 for tensor in known}
-        self._known = known  # keeps them alive: a freed one would hand its id to the next
+        self._known = known  # keeps them alive: the id of a freed one could be reused
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -210,10 +212,10 @@ class Ledger(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, Tensor):
-                self._note(value.untyped_storage())
+                self._record(value.untyped_storage())
         return result
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _record(self, storage: torch.UntypedStorage) -> None:
         if id(storage) in self._numbers:
             return
         number, size = len(self._phases), storage.nbytes()
@@ -227,12 +229,12 @@ class Ledger(TorchDispatchMode):
         self._entries.append((number, -size))
 
     def peak(self, without: list[Tensor]) -> dict[str, int]:
-        """Bytes by phase when most is in use, some tensors that are still there left out."""
-        left_out = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
+        """Bytes by phase at the peak, some live tensors [...] excluded."""
+        excluded = {self._numbers.get(id(tensor.untyped_storage())) for tensor in without}
         live: dict[str, int] = {}
         total, best, most = 0, {}, 0
         for number, size in list(self._entries):
-            if number in left_out:
+            if number in excluded:
                 continue
             phase = self._phases[number]
             live[phase] = live.get(phase, 0) + size
@@ -253,7 +255,7 @@ def _first_blocks(model: Any, count: int) -> Any:
 
 
 def _fake(model: nn.Module) -> None:
-    """Puts fake tensors on the CPU in place of the model's, in place; tied ones stay tied. Within a FakeTensorMode."""
+    """Replaces the model's tensors by fake ones on the CPU, in place; tied ones stay tied. Within a FakeTensorMode."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -271,5 +273,5 @@ def _fake(model: nn.Module) -> None:
 
 
 def _bare(path: str) -> str:
-    """The path as it is in the model without adapters."""
+    """The path in the model without adapters."""
     return path.removeprefix("base_model.model.")

@@ -1,4 +1,4 @@
-"""Options that both `llmtools.quantize` and the command line take; light, so that help needs no torch."""
+"""Options of both `llmtools.quantize` and the command line; imports no torch, so that help is fast."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from ..errors import InputError
 
 @dataclass(frozen=True)
 class BlockTuning:
-    """Tune what is left of a block, and the scales of what is packed, against the original block's outputs.
+    """Block-wise reconstruction: tune a block's floating-point tensors against the original block's outputs.
 
-    The procedure is that of QuIP# (arXiv:2402.04396, section 5). Its rates were for many times the steps; these suit
-    the 70 steps that 128 sequences make: at 2 bits they brought OPTQ from a perplexity of 95 to 59, a rate of 2.5e-3
-    to 65.
+    The procedure is that of QuIP# (arXiv:2402.04396, section 5), whose learning rates were for many times the steps.
+    These defaults suit the 70 steps over 128 sequences: at 2 bits they reduced OPTQ's perplexity from 95 to 59, a
+    learning rate of 2.5e-3 to 65.
     """
 
     epochs: int = 5
-    """passes over the calibration text after each group of linears; 0 for no tuning"""
+    """Number of epochs over the calibration text after each group of linears; 0 for no tuning."""
     learning_rate: float = 1e-2
-    """Adam's, for weights that are not quantized yet, norms and biases, as a share of each tensor's size (its RMS)"""
+    """Learning rate for weights that are not quantized yet, norms and biases, relative to each tensor's RMS."""
     packed_learning_rate: float = 2e-3
-    """Adam's, for the floating tensors of packed layers (scales, sign vectors), as a share of each number's size"""
+    """Learning rate for the floating tensors of packed layers (scales, sign vectors), relative to each value."""
     batch: int = 8
-    """sequences in a step"""
+    """Number of sequences per step."""
     patience: int = 3
-    """stop after so many epochs without a gain on the held-out sequences"""
+    """Number of epochs without a lower held-out loss before tuning stops."""
     held_out: float = 0.125
-    """share of the calibration text that is held out, to choose the best epoch and to stop"""
+    """Share of the calibration text that is held out, to choose the best epoch and to stop."""
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch", 1), ("patience", 1), ("learning_rate", 0), ("held_out", 0)):

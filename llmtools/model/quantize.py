@@ -1,14 +1,14 @@
-"""Quantize a network in place: one visitor of the walk, and the report of what it did.
+"""Quantize a network in place: a visitor of the walk, and its report.
 
 For each block, and in it for each group of linears that read one tensor: run the block over the calibration text, add
-up the group's Hessian, quantize its linears, put the packed layers in their place, and go on with the next group, whose
-inputs now carry the error of this one. When the block is done its outputs are computed anew and feed the next block.
+up the group's Hessian, quantize its linears, put the packed layers in their place, and continue with the next group,
+whose inputs now carry the error of this one. When the block is done its outputs are recomputed and feed the next block.
 That is the order of arXiv:2210.17323, section 4 ("true sequential" in its code), for any quantizer.
 
-A quantizer that wants no data needs no walk: its linears are replaced one by one.
+A quantizer without calibration data needs no walk: its linears are replaced one by one.
 
-Blocks can also be *taught* the original's outputs on the way (`tune.py`): quantizers that learn on blocks are trained
-when all groups of the block have been seen, and block tuning follows each group.
+Blocks can also be trained to reconstruct the original block's outputs (`reconstruct.py`): quantizers with learned
+rounding are trained when the Hessians of all groups of the block are there, and block tuning follows each group.
 """
 
 from __future__ import annotations
@@ -25,16 +25,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, within
+from ..errors import CheckpointError, InputError, within
 from ..nn.linear import QuantizedLinear
-from ..nn.lora_init import Start, start_from_error
+from ..nn.lora_init import LoraInit, lora_init_from_error
 from ..nn.swap import aliases, set_everywhere
 from ..quant import HessianSum, Quantizer, proxy_loss
 from ..quant.base import BlockLearner, Learner
 from .blocks import Block, text_config
 from .options import BlockTuning
-from .reconstruct import HELD_OUT, Lesson, Taught, Teacher, learn, learning, stacked, tune
-from .targets import Left, Overrides, Plan, any_index, base_quantizer
+from .reconstruct import (
+    HELD_OUT,
+    BlockLoss,
+    OriginalStream,
+    Reconstruction,
+    learn_rounding,
+    learnable_linear,
+    stacked,
+    tune,
+)
+from .targets import NotQuantized, Overrides, Plan, any_index, base_quantizer
 from .transformers_integration import attach
 from .walk import Batch, Calls, OnStep, evaluating, run_network, walk
 
@@ -55,94 +64,100 @@ def quantize(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> Report:
-    """Quantizes the linears of `model` in place, and says how well it went.
+    """Quantizes the linears of `model` in place, and returns a report of the errors.
 
     ``quantize(model, "optq", text, bits=3, group_size=64, overrides={"down_proj": {"bits": 4}, "*.0.*": None})``
 
     quantizer: a name, with its `options`, or a quantizer.
     calibration: token ids [batch, t], as `llmtools.calibration` gives them, or what a tokenizer returns: a mapping of
-        keyword arguments of the model. Padding under its `attention_mask` is left out: each sequence is read by itself.
-        A quantizer that needs no data ignores the text, save that the report then has a proxy loss.
+        keyword arguments of the model. Padding under its `attention_mask` is removed: each sequence is run by itself.
+        A quantizer that needs no data ignores the text, except that the report then has a proxy loss.
     overrides: options by pattern (as in a shell) of a module's path or its end; the first that matches counts.
-    skip: patterns of linears to leave alone. None leaves out every linear outside the blocks (``lm_head``), and of a
-        model that also sees or hears the blocks that do not read or write text; a list replaces that default, so
+    skip: patterns of linears to keep dense. None skips every linear outside the blocks (``lm_head``), and in a
+        multimodal model the blocks of the other modalities than text; a list replaces that default, so
         ``()`` quantizes the head as well, and ``["lm_head", "*language_model*"]`` the vision tower alone.
-    sequential: each group of linears is measured with the earlier groups of its block quantized. Without, a block is
-        measured once: about twice as fast, a little worse, and all Hessians of the block are in memory together.
-    tuning: tunes each block against the outputs of the original one, as `BlockTuning` says. None, or 0 epochs: not at
-        all. Learned and tuned layers appear in the report with the weight that was quantized, which earlier tuning of
-        the block may have moved.
-    adapter_rank: also computes the adapters of this rank that best make up for the quantization error, as start values
-        for finetuning at that rank or a lower one (`Report.starts`).
-    device: where to work, a block at a time, if the model as a whole is elsewhere.
-    on_step: called with (modules done, of how many, path).
+    sequential: the Hessian of each group of linears is computed with the earlier groups of its block quantized.
+        Without, a block is run once: about twice as fast, a little worse, and all Hessians of the block are in memory
+        together.
+    tuning: block-wise reconstruction by `BlockTuning`. None, or 0 epochs: none. The errors of learned and tuned layers
+        in the report are relative to the weight that was quantized, which earlier tuning of the block may have changed.
+    adapter_rank: also computes the LoRA initialisation of this rank from the quantization error, for finetuning at
+        that rank or a lower one (`Report.lora_init`).
+    device: where blocks are quantized, one at a time, if the model as a whole is elsewhere.
+    on_step: called with (modules done, modules in all, path).
 
     Raises InputError for a model that cannot be quantized and for unusable calibration, before anything is changed. If
-    the work is interrupted later the model is half quantized; it then carries `INCOMPLETE`, and the error says so.
+    it is interrupted later the model is half quantized; it then carries `INCOMPLETE`, and the error says so.
     """
     plan = Plan.of(model, base_quantizer(quantizer, options), overrides or {}, skip)
     batches = None if calibration is None else _checked_calibration(model, calibration)
-    hungry = next((path for path, each in plan.quantizers.items() if each.needs_hessian), None)
-    if batches is None and hungry is not None:
+    uncalibrated = next((path for path, each in plan.quantizers.items() if each.needs_hessian), None)
+    if batches is None and uncalibrated is not None:
         raise InputError(
-            f"{plan.quantizers[hungry].name} needs calibration text and none was given; pass `calibration`, such as "
-            f"llmtools.calibration('train.txt', tokenizer), or use a quantizer without data such as 'rtn' or 'nf4'"
+            f"{plan.quantizers[uncalibrated].name} needs calibration text and none was given; pass `calibration`, such "
+            f"as llmtools.calibration('train.txt', tokenizer), or use a quantizer without data such as 'rtn' or 'nf4'"
         )
     if batches is None and tuning is not None and tuning.epochs:
-        raise InputError("block tuning learns from calibration text and none was given; pass `calibration`")
+        raise InputError("block tuning needs calibration text and none was given; pass `calibration`")
     if adapter_rank < 0:
-        raise InputError(f"adapter_rank={adapter_rank}; give the rank of the adapters to start, or 0 for none")
+        raise InputError(f"adapter_rank={adapter_rank}; give the rank of the LoRA initialisation, or 0 for none")
     _check_weights(model, plan.quantizers)
-    work = _Work(model, plan, sequential, tuning, adapter_rank, on_step)
-    with _marked_while_incomplete(model, work), torch.no_grad():
+    work = _Quantization(model, plan, sequential, tuning, adapter_rank, on_step)
+    with _marked_incomplete(model, work), torch.no_grad():
         if batches is None:
             work.without_data(device)
         else:
-            if work.teacher is not None:
+            if work.original is not None:
                 batches = stacked(batches, work.sequences)
             walk(model, batches, work.visit, device=device)
             work.outside_blocks(batches)
     attach(model)
-    return Report(work.rows, plan.left, work.lessons, work.starts)
+    return Report(work.rows, plan.not_quantized, work.losses, work.lora_init)
 
 
 @dataclass(frozen=True)
-class Row:
-    """What happened to one linear."""
+class ModuleReport:
+    """How one linear was quantized, and how well."""
 
     path: str
+    """Path of the linear."""
     quantizer: dict[str, Any]
     """The quantizer's name and options."""
     shape: tuple[int, int]
-    """[out, in]"""
+    """Shape of the weight, [out, in]."""
     packed_bytes: int
+    """Size of all packed tensors, in bytes."""
     bits_per_weight: float
-    """All that is stored, scales included, by the number of weights."""
+    """Bits stored per weight, scales included."""
     relative_error: float
-    """|E| / |W|, Frobenius."""
+    """Relative error of the weight, |E| / |W|, Frobenius norms."""
     proxy_loss: float | None
-    """tr(E H Eᵀ), E the error of W: the outputs' mean squared error, summed over them; None without calibration."""
+    """Proxy loss tr(E H Eᵀ), E the error of W: the sum of the outputs' mean squared errors; None without
+    calibration."""
     relative_proxy_loss: float | None
-    """tr(E H Eᵀ) / tr(W H Wᵀ)"""
+    """Proxy loss relative to the outputs' power, tr(E H Eᵀ) / tr(W H Wᵀ)."""
     tokens: int | None
-    """How many tokens H was measured on."""
+    """Number of tokens in H; None without calibration."""
     seconds: float
+    """Time for quantizing, in seconds."""
 
 
 @dataclass
 class Report:
     """What was quantized, how well, and what was not."""
 
-    rows: list[Row] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
-    taught: dict[str, list[Taught]] = field(default_factory=dict)
-    """block → relative errors of its outputs before and after each piece of teaching, if there was any"""
-    starts: dict[str, Start] = field(default_factory=dict)
-    """module → start values of an adapter, if they were asked for"""
+    rows: list[ModuleReport] = field(default_factory=list)
+    """Quantized linears, in the order of the work."""
+    not_quantized: list[NotQuantized] = field(default_factory=list)
+    """Weights that stay dense."""
+    reconstruction: dict[str, list[BlockLoss]] = field(default_factory=dict)
+    """Block → loss before and after each block-wise reconstruction, if there was any."""
+    lora_init: dict[str, LoraInit] = field(default_factory=dict)
+    """Module → LoRA initialisation, where `adapter_rank` asked for it."""
 
     @property
     def weights(self) -> int:
-        """The number of weights that were quantized."""
+        """Number of quantized weights."""
         return sum(math.prod(row.shape) for row in self.rows)
 
     @property
@@ -159,20 +174,22 @@ class Report:
 
     @property
     def relative_error(self) -> float:
-        """The mean over modules."""
+        """Mean over modules."""
         return sum(row.relative_error for row in self.rows) / max(1, len(self.rows))
 
     @property
     def relative_proxy_loss(self) -> float | None:
-        """The mean over modules; None without calibration."""
+        """Mean over modules; None without calibration."""
         return _mean([row.relative_proxy_loss for row in self.rows])
 
     def to_json(self) -> dict[str, Any]:
         """The whole report as plain data, ready for `json.dump`."""
         return {
             "modules": [dataclasses.asdict(row) | {"shape": list(row.shape)} for row in self.rows],
-            "left": [{"path": left.path, "shape": list(left.shape), "reason": left.reason} for left in self.left],
-            "taught": {path: [each._asdict() for each in lessons] for path, lessons in self.taught.items()},
+            "not_quantized": [each._asdict() | {"shape": list(each.shape)} for each in self.not_quantized],
+            "reconstruction": {
+                path: [each._asdict() for each in losses] for path, losses in self.reconstruction.items()
+            },
             "totals": {
                 "modules": len(self.rows),
                 "weights": self.weights,
@@ -184,9 +201,25 @@ class Report:
             },
         }
 
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Report:
+        """The report that `to_json` gave, as in the ``llmtools.json`` of a checkpoint, but for the LoRA initialisation.
+
+        Earlier versions wrote other names (`_FORMER_KEYS`). Raises CheckpointError where it is damaged.
+        """
+        plain = {_FORMER_KEYS.get(key, key): value for key, value in plain.items()}
+        try:
+            return cls(
+                [ModuleReport(**row | {"shape": tuple(row["shape"])}) for row in plain["modules"]],
+                [NotQuantized(**each | {"shape": tuple(each["shape"])}) for each in plain["not_quantized"]],
+                {path: [BlockLoss(**each) for each in losses] for path, losses in plain["reconstruction"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"the report of the quantization is damaged ({error!r})") from error
+
     def table(self) -> str:
         """The report as text: one line for the modules of the same name and quantizer in all blocks, then the total."""
-        kinds: dict[tuple[str, str], list[Row]] = {}
+        kinds: dict[tuple[str, str], list[ModuleReport]] = {}
         for row in self.rows:
             kinds.setdefault((any_index(row.path), _short(row.quantizer)), []).append(row)
         lines: list[tuple[str, ...]] = [
@@ -195,23 +228,27 @@ class Report:
         lines += [_line(name, quantizer, Report(rows)) for (name, quantizer), rows in kinds.items()]
         if len(kinds) != 1:
             lines.append(_line("all", "", self))
-        widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-        text = [
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = [
             "  ".join(
-                cell.ljust(width) if column in (0, 2) else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+                text.ljust(width) if column in (0, 2) else text.rjust(width)
+                for column, (text, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
         ]
         reasons: dict[tuple[str, str], int] = {}
-        for left in self.left:
-            key = (any_index(left.path), left.reason)
+        for each in self.not_quantized:
+            key = (any_index(each.path), each.reason)
             reasons[key] = reasons.get(key, 0) + 1
-        text += [f"not quantized: {path} ({count}): {reason}" for (path, reason), count in reasons.items()]
-        if lessons := [each for lessons in self.taught.values() for each in lessons]:
-            before, after = (sum(errors) / len(lessons) for errors in zip(*lessons, strict=True))
-            text.append(f"blocks taught in {len(lessons)} lessons: mean output error from {before:.4f} to {after:.4f}")
-        return "\n".join(text)
+        shown += [f"not quantized: {path} ({count}): {reason}" for (path, reason), count in reasons.items()]
+        if losses := [loss for losses in self.reconstruction.values() for loss in losses]:
+            before, after = (sum(errors) / len(losses) for errors in zip(*losses, strict=True))
+            shown.append(f"{len(losses)} block reconstructions: mean output error from {before:.4f} to {after:.4f}")
+        return "\n".join(shown)
+
+
+_FORMER_KEYS = {"left": "not_quantized", "taught": "reconstruction"}
+"""Keys of a report in files of earlier versions → today's."""
 
 
 def _line(name: str, quantizer: str, report: Report) -> tuple[str, ...]:
@@ -239,7 +276,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused before anything is touched
+# Checks before the model is changed
 
 
 def _check_weights(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
@@ -255,8 +292,10 @@ def _check_weights(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Non
 
 
 def _checked_calibration(model: nn.Module, calibration: Sequence[Batch] | Batch) -> list[Batch]:
-    """The sequences without padding, as ids [batch, t] or keyword arguments; raises InputError where the model could
-    not read one."""
+    """The sequences without padding, as ids [batch, t] or keyword arguments.
+
+    Raises InputError where the model cannot take one.
+    """
     if isinstance(calibration, Tensor | Mapping):
         calibration = [calibration]
     config: Any = getattr(model, "config", None)
@@ -269,7 +308,7 @@ def _checked_calibration(model: nn.Module, calibration: Sequence[Batch] | Batch)
         given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
         ids = given.get("input_ids")
         if ids is None and isinstance(batch, Mapping):
-            batches.append(given)  # a model that reads something else
+            batches.append(given)  # a model with other inputs
             continue
         if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2) or ids.numel() == 0:
             shape = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -296,9 +335,9 @@ def _checked_calibration(model: nn.Module, calibration: Sequence[Batch] | Batch)
 
 
 def unpadded(batch: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """A batch without what its `attention_mask` [batch, t] hides: as it is, or a sequence by itself each.
+    """A batch without the padding under its `attention_mask` [batch, t]: unchanged, or split into single sequences.
 
-    Padding may be at both ends. Raises InputError for a mask with gaps, and for arguments that cannot be told apart by
+    Padding may be at both ends. Raises InputError for a mask with gaps, and for arguments that cannot be split by
     sequence.
     """
     arguments = {key: value for key, value in batch.items() if key not in ("labels", "use_cache", "return_dict")}
@@ -326,13 +365,13 @@ def _span(mask: Tensor, name: str) -> slice:
     start, stop = int(seen[0]), int(seen[-1]) + 1
     if len(seen) != stop - start:
         raise InputError(
-            f"{name}: the attention_mask has gaps within the sequence; only padding at its ends is left out"
+            f"{name}: the attention_mask has gaps within the sequence; only padding at its ends can be removed"
         )
     return slice(start, stop)
 
 
 def _of_row(key: str, value: Any, row: int, spans: Mapping[str, slice], batch: Mapping[str, Any], name: str) -> Any:
-    """What one sequence of a batch has of an argument: [1, its tokens, …]."""
+    """One sequence's part of an argument of a batch: [1, its tokens, …]."""
     side = "decoder_" if key.startswith("decoder_") else ""
     ids = batch.get(f"{side}input_ids")
     if not isinstance(value, Tensor):
@@ -341,17 +380,17 @@ def _of_row(key: str, value: Any, row: int, spans: Mapping[str, slice], batch: M
         if len(batch["input_ids"]) == 1:
             return value
         raise InputError(
-            f"{name}: {key} {list(value.shape)} cannot be told apart by sequence, which padding asks for; "
+            f"{name}: {key} {list(value.shape)} cannot be split by sequence, which is needed with padding; "
             f"give one sequence a batch"
         )
     return value[row : row + 1, spans.get(side, slice(None))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The work
+# The visitor
 
 
-class _Work:
+class _Quantization:
     def __init__(
         self,
         model: nn.Module,
@@ -365,17 +404,17 @@ class _Work:
         self.tuning = tuning if tuning is not None and tuning.epochs else None
         self.adapter_rank = adapter_rank
         learners = [each for each in plan.quantizers.values() if isinstance(each, BlockLearner)]
-        taught = bool(learners) or self.tuning is not None
-        self.teacher = Teacher(self.tuning.held_out if self.tuning else HELD_OUT) if taught else None
+        reconstructs = bool(learners) or self.tuning is not None
+        self.original = OriginalStream(self.tuning.held_out if self.tuning else HELD_OUT) if reconstructs else None
         self.sequences = max(
             [each.block_batch for each in learners] + ([self.tuning.batch] if self.tuning else []) or [1]
         )
-        self.rows: list[Row] = []
-        self.lessons: dict[str, list[Taught]] = {}
-        self.starts: dict[str, Start] = {}
-        self.open: dict[str, _Open] = {}  # of the block at hand
-        self.changed = 0  # linears that are no longer what they were
-        self.reached: set[str] = set()  # blocks that ran
+        self.rows: list[ModuleReport] = []
+        self.losses: dict[str, list[BlockLoss]] = {}
+        self.lora_init: dict[str, LoraInit] = {}
+        self.pending: dict[str, _Pending] = {}  # linears of the current block that may still change
+        self.changed = 0  # number of replaced linears
+        self.reached: set[str] = set()  # paths of blocks that ran
         self.aliases = aliases(model)
         self.warned = False
 
@@ -391,27 +430,27 @@ class _Work:
     def visit(self, block: Block, calls: Calls) -> None:
         """Quantizes one block of the walk, group by group."""
         self.reached.add(block.path)
-        lesson = self.teacher.lesson(calls) if self.teacher is not None else None
+        target = self.original.reconstruction(calls) if self.original is not None else None
         groups = [[path for path in group.paths if path in self.plan.quantizers] for group in block.groups]
         groups = [paths for paths in groups if paths]
         for stage in [[paths] for paths in groups] if self.sequential else [groups] if groups else []:
-            with self._summing(stage) as sums:
+            with self._accumulating(stage) as sums:
                 calls.run()
-            self._replace_groups(stage, sums, lesson)
-            if lesson is not None and not any(each.learner for each in self.open.values()):
-                self._tune(block, lesson)
-        if lesson is not None:
-            self._learn(block, lesson)
-        self._close()
+            self._replace_groups(stage, sums, target)
+            if target is not None and not any(each.learner for each in self.pending.values()):
+                self._tune(block, target)
+        if target is not None:
+            self._learn_rounding(block, target)
+        self._finish()
         idle = [path for path in block.idle if path in self.plan.quantizers]
         if idle:
-            log.warning("%d linears of %s saw no token (%s …) and are quantized as if all inputs were alike; more "
-                        "calibration text may reach them", len(idle), block.path, idle[0])  # fmt: skip
+            log.warning("%d linears of %s got no token (%s …) and are quantized with H = 1; more calibration "
+                        "text may reach them", len(idle), block.path, idle[0])  # fmt: skip
         for path in idle:
             self._replace(path, None)
 
     def outside_blocks(self, batches: Sequence[Batch]) -> None:
-        """The head, and whatever else was asked for outside the blocks, from passes through the whole model."""
+        """Quantizes the head, and other linears outside the blocks, by forward passes through the whole model."""
         self._leave_idle_stacks()
         done = {row.path for row in self.rows}
         paths = [path for path in self.plan.quantizers if path not in done]
@@ -421,126 +460,133 @@ class _Work:
         unreached = [path for path in paths if path.startswith(within)]
         outside = [[path] for path in paths if path not in unreached]
         if outside:
-            with evaluating(self.model), self._summing(outside) as sums:
+            with evaluating(self.model), self._accumulating(outside) as sums:
                 for batch in batches:
                     run_network(self.model, batch)
             self._replace_groups(outside, sums)
         if unreached:
-            log.warning("%d linears are in blocks that never ran (%s …) and are quantized as if all inputs were alike",
+            log.warning("%d linears are in blocks that never ran (%s …) and are quantized with H = 1",
                         len(unreached), unreached[0])  # fmt: skip
         for path in unreached:
             self._replace(path, None)
 
     def _leave_idle_stacks(self) -> None:
-        """Stacks of which no block ran over the text, such as heads for further tokens, stay dense."""
+        """Keeps stacks dense of which no block ran over the text, such as heads for multi-token prediction."""
         for stack in self.plan.stacks:
             if any(block.startswith(f"{stack}.") for block in self.reached):
                 continue
             idle = [path for path in self.plan.quantizers if path.startswith(f"{stack}.")]
             if idle:
-                log.warning("%s: none of its blocks ran over the calibration text; its %d linears stay as they are",
+                log.warning("%s: none of its blocks ran over the calibration text; its %d linears are not quantized",
                             stack, len(idle))  # fmt: skip
             for path in idle:
                 del self.plan.quantizers[path]
                 linear = self._linear(path)
                 shape = (linear.out_features, linear.in_features)
-                self.plan.left.append(Left(path, shape, "in blocks that did not run over the calibration text"))
+                self.plan.not_quantized.append(
+                    NotQuantized(path, shape, "in blocks that did not run over the calibration text")
+                )
 
     @contextmanager
-    def _summing(self, groups: list[list[str]]) -> Iterator[list[HessianSum]]:
-        """One Hessian a group, added up while the context lasts from what its first linear reads."""
+    def _accumulating(self, groups: list[list[str]]) -> Iterator[list[HessianSum]]:
+        """One Hessian per group, accumulated within the context from the inputs of its first linear."""
         sums, hooks = [], []
         for paths in groups:
             linear = self._linear(paths[0])
             sums.append(HessianSum(linear.in_features, linear.weight.device))
-            hooks.append(linear.register_forward_pre_hook(_adder(sums[-1], paths[0]), with_kwargs=True))
+            hooks.append(linear.register_forward_pre_hook(_accumulate(sums[-1], paths[0]), with_kwargs=True))
         try:
             yield sums
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _replace_groups(self, groups: list[list[str]], sums: list[HessianSum], lesson: Lesson | None = None) -> None:
+    def _replace_groups(
+        self, groups: list[list[str]], sums: list[HessianSum], target: Reconstruction | None = None
+    ) -> None:
         for paths, total in zip(groups, sums, strict=True):
-            self._warn_if_few(total, paths[0])
+            self._warn_if_few_tokens(total, paths[0])
             with within(paths[0]):
                 hessian = total.value() if total.tokens else None
             for path in paths:
-                self._replace(path, hessian, total.tokens, lesson)
+                self._replace(path, hessian, total.tokens, target)
 
-    def _replace(self, path: str, hessian: Tensor | None, tokens: int = 0, lesson: Lesson | None = None) -> None:
-        """Puts the packed layer in place of the dense one; in a lesson, one that is still to learn or to be tuned."""
+    def _replace(
+        self, path: str, hessian: Tensor | None, tokens: int = 0, target: Reconstruction | None = None
+    ) -> None:
+        """Puts the packed layer in place of the dense one, or with a target, a layer that is still to be trained."""
         started = time.perf_counter()
         quantizer = self.plan.quantizers[path]
         linear = self._linear(path)
         weight = linear.weight.detach()
         given = hessian if quantizer.needs_hessian else None
-        if quantizer.needs_hessian and hessian is None:  # nothing known about the inputs: all alike
+        if quantizer.needs_hessian and hessian is None:  # no calibration data
             given = torch.eye(linear.in_features, device=weight.device)
         learner = None
         with within(path):
-            if lesson is not None and isinstance(quantizer, BlockLearner) and given is not None:
+            if target is not None and isinstance(quantizer, BlockLearner) and given is not None:
                 quantizer = self.plan.quantizers[path] = quantizer.suited(weight)
                 learner = quantizer.learner(weight, given)
-                self._put(path, learning(linear, learner))
+                self._put(path, learnable_linear(linear, learner))
             else:
                 self._put(path, QuantizedLinear.from_linear(linear, quantizer, given))
         self.changed += 1
-        self.open[path] = _Open(linear, learner, hessian, tokens, time.perf_counter() - started)
-        if lesson is None:
-            self._close()
+        self.pending[path] = _Pending(linear, learner, hessian, tokens, time.perf_counter() - started)
+        if target is None:
+            self._finish()
 
-    def _learn(self, block: Block, lesson: Lesson) -> None:
-        """Trains the linears of the block that learn together, packs them, and tunes what is in floating point."""
-        learners = {path: each.learner for path, each in self.open.items() if each.learner is not None}
+    def _learn_rounding(self, block: Block, target: Reconstruction) -> None:
+        """Trains the block's linears with learned rounding together, packs them, and tunes the floating-point
+        tensors."""
+        learners = {path: each.learner for path, each in self.pending.items() if each.learner is not None}
         if not learners:
             return
         started = time.perf_counter()
-        self._taught(block, learn(block.module, list(learners.values()), lesson))
+        self._record_loss(block, learn_rounding(block.module, list(learners.values()), target))
         seconds = (time.perf_counter() - started) / len(learners)
         for path, learner in learners.items():
-            each = self.open[path]
+            each = self.pending[path]
             each.seconds += seconds
             with within(path):
                 layer = QuantizedLinear.from_packed(each.linear, self.plan.quantizers[path], learner.packed())
             self._put(path, layer)
-        self._tune(block, lesson)
+        self._tune(block, target)
 
-    def _tune(self, block: Block, lesson: Lesson) -> None:
+    def _tune(self, block: Block, target: Reconstruction) -> None:
         if self.tuning is not None:
-            self._taught(block, tune(block.module, lesson, self.tuning))
+            self._record_loss(block, tune(block.module, target, self.tuning))
 
-    def _taught(self, block: Block, taught: Taught) -> None:
-        self.lessons.setdefault(block.path, []).append(taught)
-        log.debug("%s: relative error of the outputs from %.4g to %.4g", block.path, *taught)
+    def _record_loss(self, block: Block, loss: BlockLoss) -> None:
+        self.losses.setdefault(block.path, []).append(loss)
+        log.debug("%s: relative error of the outputs from %.4g to %.4g", block.path, *loss)
 
-    def _close(self) -> None:
-        """Rows in the report, and starts for adapters, for linears that are not going to change any more."""
-        for path, each in self.open.items():
+    def _finish(self) -> None:
+        """Adds the pending linears to the report, with their LoRA initialisation; they do not change any more."""
+        for path, each in self.pending.items():
             packed = self.model.get_submodule(path)
             assert isinstance(packed, QuantizedLinear)
             weight = each.linear.weight.detach().float()
-            self.rows.append(_row(path, packed, weight, each.hessian, each.tokens, each.seconds))
+            self.rows.append(_module_report(path, packed, weight, each.hessian, each.tokens, each.seconds))
             if self.adapter_rank:
                 error = weight - packed.dequantize(dtype=torch.float32)
-                self.starts[path] = start_from_error(error, each.hessian, self.adapter_rank).cpu()
+                self.lora_init[path] = lora_init_from_error(error, each.hessian, self.adapter_rank).cpu()
             if self.on_step is not None:
                 self.on_step(len(self.rows), len(self.plan.quantizers), path)
-        self.open.clear()
+        self.pending.clear()
 
-    def _warn_if_few(self, total: HessianSum, path: str) -> None:
+    def _warn_if_few_tokens(self, total: HessianSum, path: str) -> None:
         features = self._linear(path).in_features
         if 0 < total.tokens < features and not self.warned:
             self.warned = True
             log.warning(
-                "%s has %d inputs and was measured on %d tokens only; more calibration text gives better weights",
+                "%s has %d inputs and its Hessian only %d tokens; more calibration text gives better weights",
                 path,
                 features,
                 total.tokens,
             )
 
     def _put(self, path: str, module: nn.Module) -> None:
-        """In place of a linear, wherever it is listed."""
+        """Replaces a linear at all its paths."""
         set_everywhere(self.model, path, module, self.aliases)
 
     def _linear(self, path: str) -> nn.Linear:
@@ -550,18 +596,22 @@ class _Work:
 
 
 @dataclass
-class _Open:
-    """A linear that is replaced, and may still change until its block is done."""
+class _Pending:
+    """A replaced linear that may still change until its block is done."""
 
     linear: nn.Linear
-    """The dense one."""
+    """Dense original."""
     learner: Learner | None
+    """Learner of its codes, for quantizers with learned rounding."""
     hessian: Tensor | None
+    """Hessian [in, in]; None without calibration."""
     tokens: int
+    """Number of tokens in the Hessian."""
     seconds: float
+    """Time so far, in seconds."""
 
 
-def _adder(total: HessianSum, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _accumulate(total: HessianSum, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with within(path):
             total.add(args[0] if args else kwargs["input"])
@@ -569,14 +619,14 @@ def _adder(total: HessianSum, path: str) -> Callable[[nn.Module, tuple[Any, ...]
     return hook
 
 
-def _row(
+def _module_report(
     path: str, packed: QuantizedLinear, weight: Tensor, hessian: Tensor | None, tokens: int, seconds: float
-) -> Row:
+) -> ModuleReport:
     approx = packed.dequantize(dtype=torch.float32)
     size = sum(tensor.numel() * tensor.element_size() for tensor in packed.packed.values())
     loss = None if hessian is None else proxy_loss(weight, approx, hessian)
     signal = None if hessian is None else proxy_loss(weight, torch.zeros_like(weight), hessian)
-    return Row(
+    return ModuleReport(
         path=path,
         quantizer=packed.quantizer.spec(),
         shape=(packed.out_features, packed.in_features),
@@ -595,18 +645,18 @@ def _ratio(part: float, whole: float) -> float:
 
 
 INCOMPLETE = "_llmtools_incomplete"
-"""Attribute of a model whose quantization was interrupted; saving refuses a model that has it."""
+"""Name of the attribute that a model carries while it is half quantized; saving refuses such a model."""
 
 
 @contextmanager
-def _marked_while_incomplete(model: nn.Module, work: _Work) -> Iterator[None]:
+def _marked_incomplete(model: nn.Module, work: _Quantization) -> Iterator[None]:
     setattr(model, INCOMPLETE, True)
     try:
         yield
     except BaseException as error:
         if work.changed:
             error.add_note(
-                f"the model is half quantized ({work.changed} of {len(work.plan.quantizers)} linears); load it afresh"
+                f"the model is half quantized ({work.changed} of {len(work.plan.quantizers)} linears); load it again"
             )
         else:
             delattr(model, INCOMPLETE)

@@ -1,21 +1,22 @@
-"""Teach a block, while it is being quantized, to give the outputs of the original block.
+"""Block-wise reconstruction: train a block, while it is being quantized, to give the outputs of the original block.
 
 A quantizer sees one weight; what counts is what comes out of the network. Between the two lies the block: small enough
-to be trained with a few sequences of calibration text, large enough for its weights to make up for one another's
-errors. Two things are taught here, by the same means.
+to be trained with a few sequences of calibration text, large enough for its weights to compensate for one another's
+errors. Two things are trained here, by the same means.
 
-* *Learned rounding* (`learn`; SignRound, arXiv:2309.05516): the choices of a `BlockLearner`, all linears
-  of the block together, by each one's own `Learner`.
+* *Learned rounding* (`learn_rounding`; SignRound, arXiv:2309.05516): the codes of a `BlockLearner`, all linears of the
+  block together, each by its own `Learner`.
 * *Block tuning* (`tune`; QuIP#, arXiv:2402.04396, section 5): what is still in floating point — weights that are not
-  quantized yet, norms, biases, and the floating tensors of packed layers (scales, sign vectors) — by Adam. Codes stay.
+  quantized yet, norms, biases, and the floating tensors of packed layers (scales, sign vectors) — by Adam; the codes
+  are fixed.
 
 The *inputs* are those of the network as it is quantized so far. The *targets* are the outputs of the original block on
-what the original network would have fed to it, so each block also learns to make up for the errors of those before it
-(QuIP# takes original inputs as well, and so trains blocks independently). To have the targets a second set of hidden
-states is carried along: `Teacher`. On a 2-layer model at 2 bits, targets on the quantized inputs gave a perplexity of
+its inputs in the original network, so each block also learns to compensate for the errors of those before it (QuIP#
+takes original inputs as well, and so trains blocks independently). For the targets a second set of hidden states is
+carried along: `OriginalStream`. On a 2-layer model at 2 bits, targets on the quantized inputs gave a perplexity of
 63.7 where these gave 57.4.
 
-Some sequences are held out, and the iterate that does best on those is kept, the one at the start included.
+Some sequences are held out, and the iterate with the lowest loss on those is kept, the initial one included.
 
 Shapes: b — sequences in a batch; t — tokens.
 """
@@ -38,27 +39,38 @@ from ..quant.base import Learner, Packed
 from .options import BlockTuning
 from .walk import Batch, Calls, Stream, copied
 
-__all__ = ["BlockTuning", "Lesson", "Taught", "Teacher", "learn", "learning", "stacked", "tune"]
+__all__ = [
+    "BlockLoss",
+    "BlockTuning",
+    "OriginalStream",
+    "Reconstruction",
+    "learn_rounding",
+    "learnable_linear",
+    "stacked",
+    "tune",
+]
 
 log = logging.getLogger(__name__)
 
 HELD_OUT = 0.125
-"""The share of the calibration text that is held out where nothing else is said."""
+"""Default share of the calibration text that is held out."""
 CHECKS = 20
-"""How often learned rounding looks at the held-out sequences."""
+"""Number of evaluations on the held-out sequences during learned rounding."""
 
 
-class Taught(NamedTuple):
-    """What teaching did to a block's outputs on the held-out sequences: relative squared errors before and after."""
+class BlockLoss(NamedTuple):
+    """Relative squared error of a block's outputs on the held-out sequences, before and after training."""
 
     before: float
+    """|y − target|² / |target|² before training."""
     after: float
+    """The same after training."""
 
 
 def stacked(batches: Sequence[Batch], sequences: int) -> list[Batch]:
-    """Batches [b, t] cut and joined anew, to at most `sequences` of one length in each; the order stays.
+    """Batches [b, t] regrouped, with at most `sequences` of one length in each, in the same order.
 
-    A batch with other arguments than ids stays as it is.
+    A batch with arguments other than token ids is kept unchanged.
     """
     made: list[Batch] = []
     rows: list[Tensor] = []
@@ -73,8 +85,8 @@ def stacked(batches: Sequence[Batch], sequences: int) -> list[Batch]:
     return [*made, torch.stack(rows)] if rows else made
 
 
-class Lesson:
-    """A block's calls, and what its outputs should be."""
+class Reconstruction:
+    """A block's calls and the target of each output, [b, t, features]."""
 
     def __init__(self, calls: Calls, targets: Sequence[Tensor], held_out: float = HELD_OUT) -> None:
         self.calls, self.targets = calls, targets
@@ -91,72 +103,77 @@ class Lesson:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """The mean over the batches that are held out."""
+        """Mean loss over the held-out batches."""
         return sum(float(self.loss(index)) for index in self.held_out) / len(self.held_out)
 
     def shuffled(self, seed: int) -> Iterator[int]:
-        """The batches to train on, epoch after epoch, each in an order of its own."""
+        """Indices of the training batches, epoch after epoch, each epoch in a random order."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield from torch.randperm(len(self.train), generator=generator).tolist()
 
 
-class Teacher:
-    """Follows the original network from block to block. One call of `lesson` a block, before the block is changed."""
+class OriginalStream:
+    """The hidden states of the original network, carried from block to block.
+
+    `reconstruction` is called once for each block, before the block is changed.
+    """
 
     def __init__(self, held_out: float = HELD_OUT) -> None:
         self._share = held_out
         self._stream: Stream = []  # what the original network feeds to the next block
         self._segment: object = None
 
-    def lesson(self, calls: Calls) -> Lesson:
-        """What this block should learn: the calls of the quantized network, the outputs of the original.
+    def reconstruction(self, calls: Calls) -> Reconstruction:
+        """The calls of the quantized network, with the outputs of the original block as targets.
 
-        Where a network computes something between blocks, the blocks behind it are taught on what the quantized ones
-        before it give.
+        Where a network computes something between blocks, the targets of the blocks behind it are computed from the
+        outputs of the quantized blocks before it.
         """
         if self._segment is not calls.segment:
             self._segment, self._stream = calls.segment, copied(calls.stream)
-        return Lesson(calls, list(calls.advance(self._stream)), self._share)
+        return Reconstruction(calls, list(calls.advance(self._stream)), self._share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Learned rounding
 
 
-def learning(linear: nn.Linear, learner: Learner) -> nn.Module:
-    """Stands in for `linear` with the weight as `learner` has it at the moment."""
-    return _LearningLinear(linear.bias, learner)
+def learnable_linear(linear: nn.Linear, learner: Learner) -> nn.Module:
+    """A layer in place of `linear`, whose weight [out, in] is the learner's current one."""
+    return _LearnableLinear(linear.bias, learner)
 
 
-def learn(block: nn.Module, learners: Sequence[Learner], lesson: Lesson, *, seed: int = 0) -> Taught:
-    """Trains all learners together on the outputs of the block that their `learning` modules are in.
+def learn_rounding(
+    block: nn.Module, learners: Sequence[Learner], target: Reconstruction, *, seed: int = 0
+) -> BlockLoss:
+    """Trains all learners together on the outputs of the block that holds their `learnable_linear` modules.
 
-    Each step is on one batch. The best of the iterates that were looked at is what the learners have in the end.
+    Each step is on one batch. At the end the learners hold the best of the evaluated iterates.
     """
     steps = max(learner.steps for learner in learners)
     every = max(1, steps // CHECKS)
-    order = lesson.shuffled(seed)
+    order = target.shuffled(seed)
     before = best = math.inf
     with _training(block), torch.enable_grad():
         for step in range(steps + 1):
             if step % every == 0 or step == steps:
-                loss = lesson.held_out_loss()
+                loss = target.held_out_loss()
                 before = loss if step == 0 else before
                 if loss < best:
                     best = loss
                     for learner in learners:
                         learner.keep()
             if step < steps:
-                lesson.loss(next(order)).backward()
+                target.loss(next(order)).backward()
                 for learner in learners:
                     learner.step(step / steps)
     for learner in learners:
         learner.restore()
-    return Taught(before, best)
+    return BlockLoss(before, best)
 
 
-class _LearningLinear(nn.Module):
+class _LearnableLinear(nn.Module):
     def __init__(self, bias: nn.Parameter | None, learner: Learner) -> None:
         super().__init__()
         self.bias, self.learner = bias, learner
@@ -169,40 +186,46 @@ class _LearningLinear(nn.Module):
 # Block tuning
 
 
-def tune(block: nn.Module, lesson: Lesson, tuning: BlockTuning, *, seed: int = 0) -> Taught:
-    """Trains what is in floating point in the block, in place; codes, shapes and types stay.
+def tune(block: nn.Module, target: Reconstruction, tuning: BlockTuning, *, seed: int = 0) -> BlockLoss:
+    """Trains the floating-point tensors of the block in place; codes, shapes and dtypes do not change.
 
-    Training is in float32. What is kept is then rounded to the types that are stored, and measured again: where that
-    is no better than the beginning everything is put back as it was.
+    Training is in float32. The best iterate is then cast to the stored dtypes and evaluated again: where its loss is
+    not lower than the initial one, all tensors are restored.
     """
     layers = quantized_linears(block)
     packed = {id(tensor) for layer in layers.values() for tensor in layer.packed.values()}
     dense = [each for each in block.parameters() if each.is_floating_point() and id(each) not in packed]
-    at_first = [each.detach().clone() for each in dense]
+    initial = [each.detach().clone() for each in dense]
     tuned = {path: _TuningLinear(layer) for path, layer in layers.items()}
     with _training(block), torch.enable_grad():
-        before = lesson.held_out_loss()
-        with _in_place_of(block, tuned):
+        before = target.held_out_loss()
+        with _replaced(block, tuned):
             _descend(
-                dense, [delta for layer in tuned.values() for delta in layer.deltas.values()], lesson, tuning, seed
+                dense,
+                [delta for layer in tuned.values() for delta in layer.deltas.values()],
+                target,
+                tuning,
+                seed,
             )
     former = {path: dict(layer.packed) for path, layer in layers.items()}
     for path, layer in layers.items():
         layer.pack_(tuned[path].packed())
     with _training(block):
-        after = lesson.held_out_loss()
+        after = target.held_out_loss()
     if not after < before:
         for path, layer in layers.items():
             layer.pack_(former[path])
         with torch.no_grad():
-            for each, original in zip(dense, at_first, strict=True):
+            for each, original in zip(dense, initial, strict=True):
                 each.copy_(original)
         after = before
-    return Taught(before, after)
+    return BlockLoss(before, after)
 
 
-def _descend(dense: list[nn.Parameter], deltas: list[Tensor], lesson: Lesson, tuning: BlockTuning, seed: int) -> None:
-    """Adam over the epochs; leaves in place the values that did best on the held-out batches."""
+def _descend(
+    dense: list[nn.Parameter], deltas: list[Tensor], target: Reconstruction, tuning: BlockTuning, seed: int
+) -> None:
+    """Adam over the epochs; the values with the lowest held-out loss stay in place."""
     trained = [*dense, *deltas]
     for each in trained:
         each.requires_grad_(True)
@@ -211,14 +234,14 @@ def _descend(dense: list[nn.Parameter], deltas: list[Tensor], lesson: Lesson, tu
     if not groups:
         return
     optimizer = torch.optim.Adam(groups)
-    order = lesson.shuffled(seed)
-    best, kept, without_gain = lesson.held_out_loss(), [each.detach().clone() for each in trained], 0
+    order = target.shuffled(seed)
+    best, kept, without_gain = target.held_out_loss(), [each.detach().clone() for each in trained], 0
     for _ in range(tuning.epochs):
-        for _ in lesson.train:
+        for _ in target.train:
             optimizer.zero_grad()
-            lesson.loss(next(order)).backward()
+            target.loss(next(order)).backward()
             optimizer.step()
-        loss = lesson.held_out_loss()
+        loss = target.held_out_loss()
         if loss < best:
             best, kept, without_gain = loss, [each.detach().clone() for each in trained], 0
         else:
@@ -231,12 +254,13 @@ def _descend(dense: list[nn.Parameter], deltas: list[Tensor], lesson: Lesson, tu
 
 
 def _size(tensor: Tensor) -> float:
-    """Root mean square, so that one rate fits tensors of any size."""
+    """Root mean square, so that one learning rate suits tensors of any magnitude."""
     return max(1e-3, float(tensor.detach().square().mean().sqrt()))
 
 
 class _TuningLinear(nn.Module):
-    """A quantized layer whose floating tensors f are trained as f · (1 + δ), so that one rate fits scales of any size.
+    """A quantized layer whose floating tensors f are trained as f · (1 + δ): one learning rate suits
+    scales of any magnitude.
 
     Where f is zero, δ counts in units of the tensor's mean magnitude.
     """
@@ -245,16 +269,16 @@ class _TuningLinear(nn.Module):
         super().__init__()
         self.quantizer, self.bias, self._packed = layer.quantizer, layer.bias, layer.packed
         names = layer.quantizer.tunable(layer.packed)
-        self._start = {name: layer.packed[name].detach().float() for name in names}
-        self.deltas = {name: torch.zeros_like(start) for name, start in self._start.items()}
+        self._initial = {name: layer.packed[name].detach().float() for name in names}
+        self.deltas = {name: torch.zeros_like(initial) for name, initial in self._initial.items()}
 
     def floats(self) -> Packed:
-        """The floating tensors as they are now, in float32, differentiable in δ."""
-        return {name: start + _unit(start) * self.deltas[name] for name, start in self._start.items()}
+        """The current floating tensors, in float32, differentiable in δ."""
+        return {name: value + _unit(value) * self.deltas[name] for name, value in self._initial.items()}
 
     @torch.no_grad()
     def packed(self) -> Packed:
-        """All tensors, in the types of the layout."""
+        """All tensors, in the dtypes of the layout."""
         floats = self.floats()
         return {name: floats.get(name, tensor).to(tensor.dtype) for name, tensor in self._packed.items()}
 
@@ -263,18 +287,18 @@ class _TuningLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
-def _unit(start: Tensor) -> Tensor:
-    size = start.abs()
+def _unit(initial: Tensor) -> Tensor:
+    size = initial.abs()
     return torch.where(size > 0, size, size.mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What both need
+# Shared by both
 
 
 @contextmanager
 def _training(block: nn.Module) -> Iterator[None]:
-    """The block's own floating parameters in float32 and frozen; then in their types and as trainable as before."""
+    """The block's own floating parameters in float32 and frozen; dtypes and `requires_grad` are restored at the end."""
     packed = {id(tensor) for layer in quantized_linears(block).values() for tensor in layer.packed.values()}
     own = [each for each in block.parameters() if id(each) not in packed]
     before = [(each.dtype, each.requires_grad) for each in own]
@@ -291,8 +315,8 @@ def _training(block: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place_of(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """These modules at their paths in the block, as long as the context lasts."""
+def _replaced(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """These modules at their paths in the block for the length of the context."""
     former = {path: block.get_submodule(path) for path in modules}
     for path, module in modules.items():
         set_module(block, path, module)

@@ -1,6 +1,6 @@
-"""What is to be quantized in a model, and how: decided, and refused if need be, before anything is touched.
+"""The plan of a quantization: which linears, with which quantizer; checked before the model is changed.
 
-The rules are the same whether a model in memory is quantized or one that is just being loaded.
+The rules are the same for a model in memory and for one that is quantized while it is loaded.
 """
 
 from __future__ import annotations
@@ -22,37 +22,42 @@ from ..errors import InputError
 from ..nn.swap import altered, computes_otherwise, quantized_linears
 from ..quant import Quantizer
 from ..quant import quantizer as named_quantizer
-from .blocks import Block, Leftover, Stack, find_blocks, find_stacks, leftovers, linears
+from .blocks import Block, Stack, UnsupportedWeight, find_blocks, find_stacks, linears, unsupported_weights
 
 log = logging.getLogger(__name__)
 
 Overrides = Mapping[str, Mapping[str, Any] | None]
-"""Pattern of module paths → options that differ, ``{"name": …, …}`` for another quantizer, None to leave dense."""
+"""Pattern of module paths → options that differ, ``{"name": …, …}`` for another quantizer, None to keep dense."""
 
 
 MIN_FEATURES = 8
-"""Linears with fewer inputs stay dense unless an override names them: mixing coefficients, such as Gemma 3n's, which it
-clamps in place while it trains."""
+"""Number of inputs below which linears stay dense unless an override names them: mixing coefficients, such as Gemma
+3n's, which it clamps in place while it trains."""
 
 
-class Left(NamedTuple):
-    """A weight matrix that stays as it was, and why."""
+class NotQuantized(NamedTuple):
+    """A weight matrix that is not quantized, and why."""
 
     path: str
+    """Path of the module or parameter."""
     shape: tuple[int, ...]
+    """Shape of the weight."""
     reason: str
+    """Reason, for the report."""
 
 
 @dataclass
 class Plan:
-    """Each linear's quantizer, and what stays as it is."""
+    """Each linear's quantizer, and the weights that are not quantized."""
 
     quantizers: dict[str, Quantizer]
-    """path → quantizer, in the model's order; no modules, which would keep dense weights alive."""
+    """Path → quantizer, in the model's order; no modules, which would keep dense weights alive."""
     blocks: list[str]
+    """Paths of the blocks."""
     stacks: list[str]
-    """The lists that the blocks are in."""
-    left: list[Left]
+    """Paths of the lists that hold the blocks."""
+    not_quantized: list[NotQuantized]
+    """Weights that stay dense."""
 
     @staticmethod
     def of(model: nn.Module, base: Quantizer, overrides: Overrides, skip: Sequence[str] | None) -> Plan:
@@ -60,45 +65,47 @@ class Plan:
 
         Raises InputError for a pattern that matches nothing, and for a model that cannot be quantized.
         """
-        _refuse_strangers(model)
+        _refuse_quantized(model)
         stacks = find_stacks(model)
         blocks = find_blocks(model)
         inside = {path for block in blocks for path, _ in linears(block.module, block.path)}
         quantizers: dict[str, Quantizer] = {}
-        left: list[Left] = []
+        not_quantized: list[NotQuantized] = []
         unused = dict(overrides)
         variants = {pattern: _variant(base, pattern, options) for pattern, options in overrides.items()}
         for path, linear in linears(model):
             shape = (linear.out_features, linear.in_features)
             reason = _skipped(path, path in inside, skip)
             if reason is not None:
-                left.append(Left(path, shape, reason))
+                not_quantized.append(NotQuantized(path, shape, reason))
                 continue
             matching = [pattern for pattern in overrides if _matches(path, pattern)]
             for pattern in matching:
                 unused.pop(pattern, None)
             chosen = variants[matching[0]] if matching else base
             if not matching and linear.in_features < MIN_FEATURES:
-                left.append(Left(path, shape, f"{linear.in_features} inputs, too few for codes and scales to save"))
+                not_quantized.append(
+                    NotQuantized(path, shape, f"{linear.in_features} inputs, too few for codes and scales to save")
+                )
             elif chosen is None:
-                left.append(Left(path, shape, f"left dense by the override {matching[0]!r}"))
+                not_quantized.append(NotQuantized(path, shape, f"kept dense by the override {matching[0]!r}"))
             else:
                 quantizers[path] = chosen
         if unused:
-            raise InputError(_no_match(next(iter(unused)), list(quantizers), [each.path for each in left]))
+            raise InputError(_no_match(next(iter(unused)), list(quantizers), [each.path for each in not_quantized]))
         if not quantizers:
-            raise InputError("every linear is skipped or left dense by an override, so that nothing is quantized")
+            raise InputError("every linear is skipped or kept dense by an override, so that nothing is quantized")
         _refuse_altered(model, quantizers)
         _refuse_tied(model, quantizers)
-        _settle_rescaling(model)
-        left += _said_leftovers(model, blocks)
+        _disable_rescaling(model)
+        not_quantized += _unsupported(model, blocks)
         if skip is None:
-            _say_what_is_taken(model, stacks, inside)
-        return Plan(quantizers, [block.path for block in blocks], [stack.path for stack in stacks], left)
+            _log_coverage(model, stacks, inside)
+        return Plan(quantizers, [block.path for block in blocks], [stack.path for stack in stacks], not_quantized)
 
 
 def base_quantizer(quantizer: str | Quantizer, options: dict[str, Any]) -> Quantizer:
-    """The quantizer of that name with these options, or the one that was given."""
+    """The quantizer of that name with these options, or the given quantizer itself."""
     if isinstance(quantizer, str):
         return named_quantizer(quantizer, **options)
     if options:
@@ -149,21 +156,21 @@ def _no_match(pattern: str, quantized: list[str], skipped: list[str]) -> str:
     return f"override {pattern!r} matches no linear; paths look like {', '.join(near)}; * stands for any part"
 
 
-def _refuse_strangers(model: nn.Module) -> None:
-    """Models that are quantized already, or that carry adapters."""
+def _refuse_quantized(model: nn.Module) -> None:
+    """Raises InputError for a model that is quantized already, or that carries adapters."""
     if quantized_linears(model) or getattr(model, "hf_quantizer", None) is not None:
         raise InputError("the model is quantized already; start from the original, or see llmtools.dequantize")
     if hasattr(model, "peft_config"):
         raise InputError("the model carries adapters; merge or unload them (merge_and_unload) before quantizing it")
 
 
-def _settle_rescaling(model: nn.Module) -> None:
-    """Has RWKV leave its weights alone, in place.
+def _disable_rescaling(model: nn.Module) -> None:
+    """Turns off RWKV's ``rescale_every`` in the config, in place.
 
-    With ``rescale_every`` it divides some of them by powers of two when it first infers, and multiplies them back when
-    it first trains (for float16); what is packed can be neither, so the config then says that nothing is rescaled.
+    With it RWKV divides some weights by powers of two at the first inference, and multiplies them back at the first
+    training step (for float16); packed weights allow neither.
     """
-    told: Any = model
+    network: Any = model
     config: Any = getattr(model, "config", None)
     if not getattr(config, "rescale_every", 0):
         return
@@ -171,14 +178,14 @@ def _settle_rescaling(model: nn.Module) -> None:
         training = model.training
         model.train()
         with torch.no_grad():
-            told(input_ids=torch.zeros(1, 1, dtype=torch.long, device=told.device), use_cache=False)
+            network(input_ids=torch.zeros(1, 1, dtype=torch.long, device=network.device), use_cache=False)
         model.train(training)
     log.warning("rescale_every is set from %s to 0: packed weights cannot be rescaled in place", config.rescale_every)
     config.rescale_every = 0
 
 
 def _refuse_altered(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
-    """Linears whose weight is more than a parameter, which packing would silently undo."""
+    """Raises InputError for linears whose weight is not a plain parameter: packing would silently undo that."""
     for path in quantizers:
         linear = model.get_submodule(path)
         assert isinstance(linear, nn.Linear)
@@ -189,7 +196,7 @@ def _refuse_altered(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> No
 
 
 def _refuse_tied(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
-    """A weight with two owners cannot be packed in one and stay dense in the other."""
+    """Raises InputError for tied weights: they cannot be packed in one module and stay dense in the other."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():  # a module that is listed twice is one owner
         for parameter in module.parameters(recurse=False):
@@ -203,29 +210,29 @@ def _refuse_tied(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
             )
 
 
-def _said_leftovers(model: nn.Module, blocks: list[Block]) -> list[Left]:
-    """Weights in the blocks that no quantizer sees, with a line in the log when they are not negligible."""
-    found = leftovers(model, blocks)
+def _unsupported(model: nn.Module, blocks: list[Block]) -> list[NotQuantized]:
+    """Weights in the blocks that are not in an nn.Linear; logs a warning when they are not negligible."""
+    found = unsupported_weights(model, blocks)
     total = sum(p.numel() for block in blocks for p in block.module.parameters() if p.dim() >= 2)
     share = sum(math.prod(each.shape) for each in found) / max(1, total)
     if share >= 0.01:
         names = sorted({f"{any_index(each.path)} ({each.owner})" for each in found})
         log.warning(
-            "%.0f %% of the weights in the blocks are not in an nn.Linear and stay as they are: %s",
+            "%.0f %% of the weights in the blocks are not in an nn.Linear and are not quantized: %s",
             100 * share,
             ", ".join(names),
         )
-    return [Left(each.path, each.shape, _why_left(model, each)) for each in found]
+    return [NotQuantized(each.path, each.shape, _reason(model, each)) for each in found]
 
 
-def _why_left(model: nn.Module, each: Leftover) -> str:
+def _reason(model: nn.Module, each: UnsupportedWeight) -> str:
     owner = model.get_submodule(each.path.rpartition(".")[0])
     reason = computes_otherwise(owner) if isinstance(owner, nn.Linear) else None
     return reason or f"a parameter of {each.owner}, which is no nn.Linear"
 
 
-def _say_what_is_taken(model: nn.Module, stacks: list[Stack], inside: Collection[str]) -> None:
-    """A line in the log where a good part of the model is in other stacks than those that are quantized."""
+def _log_coverage(model: nn.Module, stacks: list[Stack], inside: Collection[str]) -> None:
+    """Logs a warning where a large part of the model lies outside the stacks that are quantized."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     paths = [f"{stack.path}." for stack in stacks]
     rest: dict[str, int] = {}
@@ -240,8 +247,8 @@ def _say_what_is_taken(model: nn.Module, stacks: list[Stack], inside: Collection
             rest[_holder(path)] = rest.get(_holder(path), 0) + size
     if taken < 0.95 * (taken + sum(rest.values())):
         log.warning(
-            "%.0f %% of the weights outside embeddings and head are quantized, the linears of %s; %s stay as they are "
-            "(`skip` with a list of what to leave alone quantizes all others)",
+            "%.0f %% of the weights outside embeddings and head are quantized, the linears of %s; %s are not "
+            "(`skip` with a list of linears to keep dense quantizes all others)",
             100 * taken / (taken + sum(rest.values())),
             ", ".join(stack.path for stack in stacks),
             ", ".join(sorted(rest, key=lambda name: -rest[name])[:3]),
@@ -249,10 +256,10 @@ def _say_what_is_taken(model: nn.Module, stacks: list[Stack], inside: Collection
 
 
 def _holder(path: str) -> str:
-    """The part of a model that a module belongs to: its path up to the first number, or its first two names."""
+    """The part of a model that a module belongs to: its path up to the first index, or its first two names."""
     return ".".join(path.split(".")[:2]) if not re.search(r"\.\d", path) else re.split(r"\.\d", path)[0]
 
 
 def any_index(path: str) -> str:
-    """``model.layers.*.mlp.up_proj``: the path with its numbers left open."""
+    """``model.layers.*.mlp.up_proj``: the path with its indices replaced by ``*``."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", path)

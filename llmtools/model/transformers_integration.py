@@ -1,22 +1,21 @@
 """Registration with transformers: ``from_pretrained`` opens our checkpoints, and quantizes on the fly.
 
-A checkpoint is a Hugging Face folder. Its ``config.json`` says, module by module, which quantizer made it, so that
-nothing has to be worked out again when it is opened:
+A checkpoint is a Hugging Face folder. Its ``config.json`` holds each module's quantizer, so that opening needs no
+rules:
 
     "quantization_config": {"quant_method": "llmtools", "version": 1,
       "quantizers": [{"name": "optq", "bits": 3, "group_size": 128}, …],
       "modules": {"model.layers.0.self_attn.q_proj": 0, …}}
 
-Opening swaps those modules for `QuantizedLinear` on the meta device, whose tensors have the names, shapes and types
-that lie on the disk; transformers then loads them like any others. Only hooks that are the same from transformers
-5.16 to 5.23 are used, hence no weight converters. What transformers takes lightly we check ourselves, because a model
-with random numbers in it looks like a bad quantizer: a missing, misshapen or mistyped tensor, a truncated file, a
-newer format, an unknown quantizer each raise `CheckpointError`. The names in the file are looked up among registered
-quantizers; they can never import code.
+Opening replaces those modules by `QuantizedLinear` on the meta device, whose tensors have the names, shapes and dtypes
+of the files; transformers then loads them like any others. Only hooks that are the same from transformers 5.16 to 5.23
+are used, hence no weight converters. Where transformers only warns we raise `CheckpointError`, because a model with
+random weights in it looks like a bad quantizer: for a missing tensor, a wrong shape or dtype, a truncated file, a newer
+format, an unknown quantizer. The names in the file are looked up among registered quantizers; they never import code.
 
-A process that has not imported llmtools knows nothing of all this, and would fill the layers with random numbers
-after a mere warning. So each quantized module also stores an empty tensor under the name of the missing weight; stock
-transformers stumbles over its shape and stops.
+A process that has not imported llmtools would fill the layers with random numbers after a mere warning. So each
+quantized module also stores an empty tensor under the name of the missing weight; transformers without llmtools stops
+at its shape.
 """
 
 from __future__ import annotations
@@ -49,23 +48,24 @@ from .targets import Plan, base_quantizer
 
 METHOD = "llmtools"
 VERSION = 1
-"""Of the format. It moves only with a reader for the versions before it."""
+"""Version of the format; each new version keeps a reader for the earlier ones."""
 
 SENTINEL = "weight"
-"""The name of the empty tensor beside the packed ones: the one that stock transformers looks for."""
+"""Name of the empty tensor beside the packed ones: the one that transformers without llmtools looks for."""
 
-# A reload of this module registers its classes anew; the decorators refuse a name that is taken.
+# A reload of this module registers its classes again; the decorators refuse a registered name.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
 
 
 @register_quantization_config(METHOD)
 class LLMToolsConfig(QuantizationConfigMixin):
-    """Which quantizer made which module; or, given a quantizer, the wish to quantize while a dense model is loaded.
+    """The quantizer of each quantized module; or, given a quantizer, a pending config: to quantize while a dense model
+    loads.
 
         AutoModelForCausalLM.from_pretrained(name, quantization_config=LLMToolsConfig("nf4", group_size=64))
 
-    Only quantizers that need no calibration data can work on the fly. `skip`, `overrides` and the options are those of
+    Only quantizers without calibration data can quantize on the fly. `skip`, `overrides` and the options are those of
     `llmtools.quantize`.
     """
 
@@ -100,26 +100,26 @@ class LLMToolsConfig(QuantizationConfigMixin):
         self.quantizers = [dict(spec) for spec in quantizers]
         self.modules = dict(modules or {})
         self.origin = dict(origin) if origin else None
-        """The quantization config of the checkpoint of others that this was opened from; nothing depends on it."""
-        self._wish = None if quantizer is None else _Wish.of(quantizer, skip, overrides, options)
-        if self._wish is None and options:
+        """Quantization config of the third-party checkpoint that this was converted from; nothing depends on it."""
+        self._pending = None if quantizer is None else _PendingQuantization.of(quantizer, skip, overrides, options)
+        if self._pending is None and options:
             raise CheckpointError(f"quantization_config: unknown keys {', '.join(map(repr, sorted(options)))}")
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` holds: JSON values only."""
-        told = {
+        """The contents of ``config.json``: JSON values only."""
+        config = {
             "quant_method": self.quant_method,
             "version": self.version,
             "quantizers": [dict(spec) for spec in self.quantizers],
             "modules": dict(self.modules),
         }
-        return told | {"origin": dict(self.origin)} if self.origin else told
+        return config | {"origin": dict(self.origin)} if self.origin else config
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
     def describe(self, model: nn.Module) -> None:
-        """Fills `quantizers` and `modules` with what the model holds, in place."""
+        """Sets `quantizers` and `modules` from the model, in place."""
         self.quantizers, self.modules = [], {}
         for path, layer in quantized_linears(model).items():
             spec = layer.quantizer.spec()
@@ -155,9 +155,9 @@ class LLMToolsHfQuantizer(HfQuantizer):
     # ---- loading -------------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized and self.quantization_config._wish is None:
+        if not self.pre_quantized and self.quantization_config._pending is None:
             raise InputError(
-                'LLMToolsConfig names no quantizer; say which one, e.g. LLMToolsConfig("rtn", bits=4, group_size=64)'
+                'LLMToolsConfig names no quantizer; name one, such as LLMToolsConfig("rtn", bits=4, group_size=64)'
             )
 
     def _process_model_before_weight_loading(
@@ -166,15 +166,15 @@ class LLMToolsHfQuantizer(HfQuantizer):
         _refuse_pickles(checkpoint_files)
         _refuse_tensor_parallel(model)
         if self.pre_quantized:
-            self._place_empty_layers(model, read_headers(checkpoint_files))
+            self._insert_empty_layers(model, read_headers(checkpoint_files))
         else:
-            wish = self.quantization_config._wish
-            assert wish is not None
-            self.assigned = wish.assignment(model)
+            pending = self.quantization_config._pending
+            assert pending is not None
+            self.assigned = pending.assignment(model)
             self.listed = aliases(model)
             _untie(model, self.assigned)
 
-    def _place_empty_layers(self, model: nn.Module, headers: Mapping[str, Header]) -> None:
+    def _insert_empty_layers(self, model: nn.Module, headers: Mapping[str, Header]) -> None:
         self.stored = frozenset(headers)
         problems: list[str] = []
         of_module: dict[str, dict[str, Header]] = {}
@@ -216,21 +216,21 @@ class LLMToolsHfQuantizer(HfQuantizer):
         for path in self.assigned.keys() & layers.keys():
             layer = layers[path]
             for name, spec in layer.quantizer.layout(layer.out_features, layer.in_features).items():
-                complaint = self._complaint(path, name, layer.packed[name], spec.shape, spec.dtype)
-                if complaint:
-                    problems.append(f"{path}.{name} {complaint}")
-            if layer.bias is not None and (complaint := self._complaint(path, "bias", layer.bias)):
-                problems.append(f"{path}.bias {complaint}")
+                mismatch = self._loaded_mismatch(path, name, layer.packed[name], spec.shape, spec.dtype)
+                if mismatch:
+                    problems.append(f"{path}.{name} {mismatch}")
+            if layer.bias is not None and (mismatch := self._loaded_mismatch(path, "bias", layer.bias)):
+                problems.append(f"{path}.bias {mismatch}")
             layer.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
         _raise_for(sorted(problems))
         check_values(model, "the checkpoint")
         self.quantization_config.describe(model)
         return model
 
-    def _complaint(
+    def _loaded_mismatch(
         self, path: str, name: str, tensor: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype | None = None
     ) -> str | None:
-        # A tensor that waits on the disk (device_map "disk") is on the meta device here, and was not marked as loaded.
+        # A tensor offloaded to the disk (device_map "disk") is on the meta device here, and not flagged as loaded.
         loaded = getattr(tensor, "_is_hf_initialized", False) or (tensor.is_meta and f"{path}.{name}" in self.stored)
         if not loaded:
             return "is missing"
@@ -247,7 +247,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
         return not self.pre_quantized and name == "weight" and path in self.assigned
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
-        """Bytes an element will take, from which ``device_map="auto"`` reckons."""
+        """Bytes per element after quantization, for ``device_map="auto"``."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
         layout = self.assigned[param_name.rpartition(".")[0]].layout(*param.shape)
@@ -261,7 +261,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # transformers saves the adapters alone, and knows how
+            return None, {}  # transformers saves the adapters alone
         wrapped = [path for path in quantized_linears(model) if path.endswith(".base_layer")]
         if wrapped:
             raise InputError(
@@ -297,9 +297,9 @@ class LLMToolsHfQuantizer(HfQuantizer):
 
 
 def attach(model: nn.Module) -> None:
-    """Tells a model that was quantized in place what it is, so that ``save_pretrained`` and the Trainer know.
+    """Sets the config and attributes of a model quantized in place, for ``save_pretrained`` and the Trainer.
 
-    A plain `nn.Module` without a Hugging Face config has nothing to be told.
+    Does nothing for a plain `nn.Module` without a Hugging Face config.
     """
     config = getattr(model, "config", None)
     if config is None or not quantized_linears(model):
@@ -309,29 +309,29 @@ def attach(model: nn.Module) -> None:
     description.describe(model)
     config.quantization_config = description
     config._is_quantized = True
-    marked: Any = model
-    marked.hf_quantizer = LLMToolsHfQuantizer(description)
-    marked.is_quantized = True
-    marked.quantization_method = METHOD
+    network: Any = model
+    network.hf_quantizer = LLMToolsHfQuantizer(description)
+    network.is_quantized = True
+    network.quantization_method = METHOD
 
 
 def _untie(model: Any, paths: Collection[str]) -> None:
-    """Takes quantized layers, such as a head of its own, out of what transformers ties to other weights, in place.
+    """Removes quantized layers, such as a head, from the weights that transformers ties, in place.
 
-    config.json may say that the head is tied where the files hold one of its own.
+    config.json may say that the head is tied where the files hold a separate one.
     """
     targets = {f"{path}.weight" for path in paths}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    wished = _wished_ties(model)
+    configured = _configured_ties(model)
     for target in targets & tied.keys():
         del tied[target]
-    if wished and wished <= targets:
+    if configured and configured <= targets:
         for config in {id(each): each for each in (model.config, text_config(model.config))}.values():
             config.tie_word_embeddings = False
 
 
-def _wished_ties(model: Any) -> set[str]:
-    """The weights that the config says are tied to others."""
+def _configured_ties(model: Any) -> set[str]:
+    """Names of the weights that are tied to others by the config."""
     expanded = getattr(model, "get_expanded_tied_weights_keys", None)
     return set(expanded(all_submodels=True)) if expanded is not None else set()
 
@@ -339,12 +339,15 @@ def _wished_ties(model: Any) -> set[str]:
 # ---- quantizing on the fly -------------------------------------------------------------------------------------------
 
 
-class _Wish(NamedTuple):
-    """What the user asked `LLMToolsConfig` for."""
+class _PendingQuantization(NamedTuple):
+    """The arguments of `LLMToolsConfig` for quantizing while a model is loaded."""
 
     quantizer: Quantizer
+    """Quantizer of all modules but those of `overrides`."""
     skip: Sequence[str] | None
+    """Patterns of linears to keep dense, as in `llmtools.quantize`."""
     overrides: Mapping[str, Mapping[str, Any] | None]
+    """Options by pattern, as in `llmtools.quantize`."""
 
     @classmethod
     def of(
@@ -353,7 +356,7 @@ class _Wish(NamedTuple):
         skip: Sequence[str] | None,
         overrides: Mapping[str, Mapping[str, Any] | None] | None,
         options: Mapping[str, Any],
-    ) -> _Wish:
+    ) -> _PendingQuantization:
         base = base_quantizer(chosen, dict(options))
         _refuse_calibrated([base])
         return cls(base, skip, overrides or {})
@@ -376,10 +379,10 @@ def _refuse_calibrated(chosen: Iterable[Quantizer]) -> None:
 
 
 def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
-    """The loader's operation for a weight that has just been read: the linear that it belongs to is replaced by ours.
+    """The loader's operation for a weight that has just been read: quantizes it and replaces its linear.
 
-    So at most one dense weight is alive at a time. The class is made here because the module with its base class is
-    still being imported when transformers' registry imports us.
+    So at most one dense weight is in memory at a time. The class is defined here because the module with its base class
+    is still being imported when transformers' registry imports us.
     """
     from transformers.core_model_loading import ConversionOps
 
@@ -401,7 +404,7 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
             try:
                 with within(path):
                     layer = QuantizedLinear.from_linear(linear, owner.assigned[path])
-            except InputError as error:  # the loader would bury it in a report; it is raised when loading has ended
+            except InputError as error:  # the loader would only report it; it is raised after loading
                 owner.failures.append(error)
             else:
                 for tensor in layer.parameters():
@@ -425,8 +428,8 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
 def _mismatches(
     path: str, expected: Mapping[str, TensorSpec], has_bias: bool, found: Mapping[str, Header]
 ) -> list[str]:
-    """How the tensors of one module in the files differ from its quantizer's layout; those that lack are seen later."""
-    if not found:  # without files, as where a state dict is given
+    """How the tensors of one module in the files differ from its quantizer's layout; missing ones are found later."""
+    if not found:  # no files: a state dict was given
         return []
     wrong = [
         f"{path}.{name} {mismatch}"
@@ -456,7 +459,10 @@ def _refuse_tensor_parallel(model: Any) -> None:
 
 
 def locate(model: Any, path: str) -> str | None:
-    """Where a module of the checkpoint is in this model, which may be the bare decoder or wear another head."""
+    """Path of a checkpoint's module in this model, which may be the bare decoder or have another head.
+
+    None where the model is of another class and lacks the module; raises CheckpointError where it should have it.
+    """
     prefix = f"{model.base_model_prefix}."
     for candidate in (path, path.removeprefix(prefix), prefix + path):
         try:
@@ -475,8 +481,8 @@ def _from_spec(spec: Mapping[str, Any]) -> Quantizer:
     except InputError as error:
         if ":" in str(spec.get("name")):
             raise CheckpointError(
-                f"the checkpoint was made with a quantizer of the user's own, {spec['name']}, and a file has no code "
-                f"imported; if you trust that module, pass --plugin {spec['name']} (in Python: import the module, then "
+                f"the checkpoint was made with the custom quantizer {spec['name']}, and files never import code; "
+                f"if you trust that module, pass --plugin {spec['name']} (in Python: import the module, then "
                 f"llmtools.quantizers.get({spec['name']!r}))"
             ) from error
         raise CheckpointError(

@@ -1,24 +1,23 @@
-"""Stream text through a network block by block, and let a visitor change each block on the way.
+"""Run calibration text through a network block by block, and let a visitor change each block.
 
-Quantizers that learn from data want the inputs of every linear, in a network whose earlier part is quantized already.
+Quantizers with calibration need the inputs of every linear, in a network whose earlier part is quantized already.
 Running the whole network for each of them is quadratic in its depth; so one block at a time is run over all batches,
 and its outputs are the inputs of the next (arXiv:2210.17323, section 4).
 
-How blocks are wired is observed. In a first run, on one batch, every tensor that a block is called with is one of
-three: a tensor that an earlier block returned (the hidden states, or a second value such as indices of attention or the
-state of a router), something that was computed from such tensors on the way, or neither (masks, rotary tables). From
-that the blocks are cut into *segments*. Within a segment everything that depends on earlier blocks is passed on as it
-was returned, so a dry run, in which each block notes what it is called with, gives all that the blocks need later: the
-tensors themselves, and for what blocks return to one another the place where it comes from. To catch the arguments of
-the first block alone and reuse them for all is shorter, and wrong for Gemma 3, whose layers differ in mask and rotary
-embedding. Most decoders are one segment, and the dry run costs little: a block that returns its hidden states and
-nothing else is not even run. Where a network computes something *between* blocks (the norm behind T5's encoder) a new
-segment begins, whose dry run goes through the changed network before it. A block that runs more than once in a pass
-(a looped network, the shared block of Zamba) is a segment of its own. So in every case blocks see what they see in
-``model(ids)``.
+The data flow between blocks is observed. In a first run, on one batch, every input tensor of a block is one of three: a
+tensor that an earlier block returned (the hidden states, or a second value such as attention indices or the state of a
+router), a tensor computed from such tensors between blocks, or neither (masks, rotary embeddings). By that the blocks
+are divided into *segments*. Within a segment everything that depends on earlier blocks is passed on as it was returned,
+so a dry run, which records each block's arguments, gives all that the blocks need later: the tensors themselves, and
+for what blocks return to one another the slot that it comes from. To record the arguments of the first block alone and
+reuse them for all is shorter, and wrong for Gemma 3, whose layers differ in mask and rotary embedding. Most decoders
+are one segment, and the dry run costs little: a block that returns its hidden states and nothing else is not even run.
+Where a network computes something *between* blocks (the norm behind T5's encoder) a new segment begins, whose dry run
+goes through the changed network before it. A block that runs more than once in a forward pass (a looped network, the
+shared block of Zamba) is a segment of its own. So in every case the inputs of blocks are those in ``model(ids)``.
 
-Memory: what blocks return to one another for all batches once (twice with ``propagate=False``), and whatever else
-blocks are called with; tensors that are equal from batch to batch, such as masks and rotary tables, are kept once.
+Memory: what blocks return to one another for all batches once (twice with ``propagate=False``), and their other
+arguments; tensors that are equal from batch to batch, such as masks and rotary tables, are kept once.
 """
 
 from __future__ import annotations
@@ -42,33 +41,38 @@ from .blocks import Block, find_blocks, observe
 log = logging.getLogger(__name__)
 
 OnStep = Callable[[int, int, str], None]
-"""``on_step(done, total, what)`` after each piece of a long job: 3, 22, ``"model.layers.2"``."""
+"""Callback ``on_step(done, total, what)`` after each step of a long job: 3, 22, ``"model.layers.2"``."""
 
 Batch = Tensor | Mapping[str, Any]
 """Token ids [batch, t], or keyword arguments of the model: ``{"input_ids": …, "attention_mask": …}``."""
 
 
 class Slot(NamedTuple):
-    """The place of something that flows from block to block: the n-th tensor that a block returned, or the n-th object
-    that blocks write into (such as a dict of keys and values that later layers share)."""
+    """Key of a value that flows from block to block: the n-th tensor that a block returned, or the n-th object that
+    blocks write into (such as a cache of keys and values that later layers share)."""
 
     owner: str
+    """Path of the block, or ``"state"``."""
     number: int
+    """Index n."""
 
 
 Stream = list[dict[Slot, Any]]
-"""What flows from block to block, one dict a batch."""
+"""Values that flow from block to block, one dict per batch."""
 
 
 class Calls:
-    """What one block is called with, one call a batch; more where the block runs several times in a pass."""
+    """The arguments of one block, one call per batch; more where the block runs several times in a forward pass.
+
+    Shapes: batch × t tokens × features, as the model has them.
+    """
 
     def __init__(
         self, path: str, block: nn.Module, recording: _Recording, stream: Stream, device: torch.device | None
     ) -> None:
         self.path, self.block, self.stream = path, block, stream
         self.segment: object = recording.segment
-        """What the blocks have in common between which tensors are passed on as they are."""
+        """Identity of the segment: within it, tensors are passed on unchanged."""
         self._calls, self._last_use, self._device = recording.calls[path], recording.last_use, device
 
     def __len__(self) -> int:
@@ -76,26 +80,27 @@ class Calls:
 
     @property
     def hidden(self) -> list[Tensor]:
-        """The hidden states [batch, t, features] of each call: the first tensor that the block is given."""
+        """Hidden states [batch, t, features] of each call: the first tensor among the arguments."""
         return [call.hidden(self.stream[call.batch]) for call in self._calls]
 
     def outputs(self) -> Iterator[Tensor]:
-        """Runs the block, as it is now, on one batch a step; gives its hidden states [batch, t, features]."""
+        """Runs the current block, one batch per step; yields its hidden states [batch, t, features]."""
         for index in range(len(self)):
             yield self.output(index)
 
     def run(self) -> None:
-        """Runs the block, as it is now, over all batches; for what hooks see."""
+        """Runs the current block over all batches, for hooks."""
         for _ in self.outputs():
             pass
 
     def output(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Runs the block on one batch, with all that it is given in `dtype`; its hidden states."""
+        """Runs the block on one batch, floating arguments in `dtype`; returns its hidden states [batch, t,
+        features]."""
         return _hidden_of(self._output(index, self.stream, dtype), self.path)
 
     def advance(self, stream: Stream) -> Iterator[Tensor]:
-        """Runs the block, as it is now, on what flows in `stream`, a batch a step, and moves `stream` on to the next
-        block, in place; gives the block's hidden states."""
+        """Runs the current block on `stream`, one batch per step, and advances `stream` to the next block, in place;
+        yields the block's hidden states [batch, t, features]."""
         for index, call in enumerate(self._calls):
             output = self._output(index, stream, None, keep=True)
             hidden = _hidden_of(output, self.path)
@@ -108,9 +113,9 @@ class Calls:
             yield hidden.to(call.home)
 
     def _output(self, index: int, stream: Stream, dtype: torch.dtype | None, *, keep: bool = False) -> Any:
-        """keep: what the block writes into stays written."""
+        """keep: the block's in-place writes to its arguments persist."""
         call = self._calls[index]
-        args, kwargs = call.filled(stream[call.batch], self._device, dtype, keep=keep)
+        args, kwargs = call.resolved(stream[call.batch], self._device, dtype, keep=keep)
         return self.block(*args, **kwargs)
 
 
@@ -129,11 +134,11 @@ def walk(
 ) -> None:
     """Calls ``visit(block, calls)`` for each block in the order of execution; `visit` may change the block.
 
-    batches: token ids [batch, t] or keyword arguments of the model, of any sizes; what is in a batch goes to the model
-    as it is, so padding under a mask is seen by the blocks, too. propagate: the next block reads the outputs of the
-    block as `visit` left it; otherwise those of the block as it was. device: blocks, one at a time, and what they read
-    are moved there. With a visitor that does nothing every block sees, bit for bit, what it sees in ``model(ids)``. The
-    model is put in evaluation mode and, when done or on an error, back.
+    batches: token ids [batch, t] or keyword arguments of the model, of any sizes; a batch goes to the model unchanged,
+    so blocks also run on padding under a mask. propagate: the inputs of the next block are the outputs of the changed
+    block; otherwise those of the original one. device: blocks, one at a time, and their inputs are moved there. With a
+    visitor that does nothing the inputs of every block are, bit for bit, those in ``model(ids)``. The model is put in
+    evaluation mode; the former mode is restored, also after an error.
 
     Raises InputError where no block runs, or where one runs for some batches only.
     """
@@ -147,13 +152,13 @@ def walk(
         segments = _segments(trunk, blocks, inputs[0])
         if len(segments) > 1 and not propagate:
             raise InputError(
-                f"{type(model).__name__} is walked in {len(segments)} parts, each after the part before it was "
-                f"changed; without propagation only a network that is a plain chain of blocks can be walked"
+                f"{type(model).__name__} is walked in {len(segments)} segments, each after the one before it was "
+                f"changed; propagate=False needs a network that is a plain chain of blocks"
             )
         if len(segments) > 4:
             log.warning(
-                "%s computes something between its blocks, or runs them more than once; the network is run anew for "
-                "each of %d parts, which takes longer",
+                "%s computes something between its blocks, or runs them more than once; the network is run again for "
+                "each of %d segments, which takes longer",
                 type(model).__name__,
                 len(segments),
             )
@@ -165,7 +170,7 @@ def walk(
             for path in segment.paths:
                 block = blocks[path]
                 last = path == segment.paths[-1]
-                with _resident(block.module, device):
+                with _moved_to(block.module, device):
                     calls = Calls(path, block.module, recording, stream, device)
                     observe(block, calls.outputs())
                     following = stream
@@ -187,13 +192,14 @@ def walk(
 def run_network(model: nn.Module, batch: Batch) -> Any:
     """``model(input_ids=…)`` on one batch, on the model's device, without a cache of keys and values.
 
-    An encoder-decoder that is given no `decoder_input_ids` reads the text itself there, shifted by one.
+    batch: token ids [batch, t] or keyword arguments. An encoder-decoder without `decoder_input_ids` gets the text
+    itself there, shifted by one.
     """
     return _run(model, _complete(model, batch))
 
 
 def _complete(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """The keyword arguments of a batch, with what the decoder of an encoder-decoder reads."""
+    """The keyword arguments of a batch, with the decoder's inputs for an encoder-decoder."""
     inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     given = inputs.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
     ids = inputs.get("input_ids")
@@ -213,7 +219,7 @@ def _run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
 
 
 def copied(stream: Stream) -> Stream:
-    """A stream that can be moved on while the other stays; tensors are shared, what blocks write into is not."""
+    """A copy of a stream that can be advanced by itself; tensors are shared, objects that blocks write into are not."""
     return [
         {slot: value if isinstance(value, Tensor) else copy.deepcopy(value) for slot, value in values.items()}
         for values in stream
@@ -221,40 +227,44 @@ def copied(stream: Stream) -> Stream:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How the blocks are wired
+# Data flow between blocks
 
 
 class _Segment(NamedTuple):
-    """Blocks in a row that pass on what they return, and nothing that was computed from it."""
+    """Consecutive blocks that pass on what they return, and nothing that was computed from it."""
 
     paths: list[str]
+    """Paths of the blocks, in the order of execution."""
     light: set[str]
-    """Those that return their hidden states and nothing else, in the shape and type that they came in."""
+    """Paths of blocks that return their hidden states alone, in the shape and dtype of the input."""
     written: set[int | str]
     """Positions and names of arguments that blocks write into."""
     repeated: bool = False
-    """One block that runs several times in a pass."""
+    """Whether this is one block that runs several times in a forward pass."""
 
 
 class _Event(NamedTuple):
     """One call of a block in the first run."""
 
     path: str
+    """Path of the block."""
     sources: list[tuple[int, int | None]]
-    """Of each tensor that it was given: the latest event that it depends on, or -1; the event that returned it."""
+    """Pair for each input tensor: the latest event that it depends on, or -1; the event that returned it."""
     light: bool
+    """Whether the block returned its hidden states alone."""
     written: set[int | str]
+    """Positions and names of arguments that the block wrote into."""
 
 
 def _segments(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str, Any]) -> list[_Segment]:
-    """The blocks in the order of execution, cut where something is computed between them, from a run on one batch."""
-    events = _observe_wiring(trunk, blocks, batch)
+    """The blocks in the order of execution, divided where something is computed between them; runs one batch."""
+    events = _observe_data_flow(trunk, blocks, batch)
     if not events:
         raise InputError(f"the network ran without {next(iter(blocks))} or any other of its blocks")
     order = [event.path for event in events]
     written = set().union(*(event.written for event in events))
     segments: list[_Segment] = []
-    members: set[int] | None = None  # events of the segment at hand
+    members: set[int] | None = None  # events of the current segment
     for time, event in enumerate(events):
         if order.count(event.path) > 1:
             if event.path not in order[:time]:
@@ -273,7 +283,7 @@ def _segments(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str,
     return segments
 
 
-def _observe_wiring(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str, Any]) -> list[_Event]:
+def _observe_data_flow(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str, Any]) -> list[_Event]:
     events: list[_Event] = []
     origins, returned = _Origins(), _Returned()
 
@@ -293,8 +303,8 @@ def _observe_wiring(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mappin
             and not written
         )
         for tensor in _tensors(output):
-            origins.mark(tensor, len(events))
-            returned.note(tensor, len(events))
+            origins.record(tensor, len(events))
+            returned.record(tensor, len(events))
         events.append(_Event(path, sources, light, written))
         return output
 
@@ -304,26 +314,25 @@ def _observe_wiring(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mappin
 
 
 class _Origins(TorchDispatchMode):
-    """Which tensors were computed from blocks' outputs, and from those of which event at the latest; by storage."""
+    """Tensors computed from blocks' outputs, with the latest event that each depends on; by storage."""
 
     def __init__(self) -> None:
         super().__init__()
         self._latest: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
     def of(self, tensor: Tensor) -> int:
-        """The latest event that the tensor depends on, -1 for none."""
+        """The latest event that a tensor of any shape [...] depends on, -1 for none."""
         storage = tensor.untyped_storage()
         reference, latest = self._latest.get(id(storage), (None, -1))
         return latest if reference is not None and reference() is storage else -1
 
-    def mark(self, tensor: Tensor, event: int) -> None:
+    def record(self, tensor: Tensor, event: int) -> None:
         storage = tensor.untyped_storage()
         self._latest[id(storage)] = weakref.ref(storage), event
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Out of the way while a block runs: what it computes is its own affair, and not all that it calls may know
-        of such a mode."""
+        """Disabled while a block runs: nothing in it needs tracking, and not all of its ops may support such a mode."""
         self.__exit__(None, None, None)
         try:
             yield
@@ -338,32 +347,32 @@ class _Origins(TorchDispatchMode):
         if not name.endswith("_like") and not name.startswith("new_"):  # these read no values
             latest = max((self.of(tensor) for tensor in _tensors((args, kwargs))), default=-1)
             for tensor in _tensors(result) if latest >= 0 else ():
-                self.mark(tensor, max(latest, self.of(tensor)))
+                self.record(tensor, max(latest, self.of(tensor)))
         return result
 
 
 class _Returned:
-    """Tensors that blocks returned, as the very objects, unless they were written to since."""
+    """Tensors that blocks returned, by identity, unless they were modified in place since."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Any]] = {}
 
-    def note(self, tensor: Tensor, what: Any) -> None:
+    def record(self, tensor: Tensor, what: Any) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), _version(tensor), what
 
     def find(self, tensor: Tensor) -> Any:
-        """What was noted of the tensor; None where it is no block's."""
+        """The value recorded for a tensor of any shape [...]; None where no block returned it."""
         reference, version, what = self._known.get(id(tensor), (None, 0, None))
         return what if reference is not None and reference() is tensor and version == _version(tensor) else None
 
 
 def _version(tensor: Tensor) -> int:
-    """Moves when the tensor is written in place."""
+    """Version counter: changes when the tensor is modified in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _fingerprint(value: Any, depth: int = 6) -> object:
-    """Changes when a container or another object, or a tensor in it, is written to."""
+    """A value that changes when a container or another object, or a tensor in it, is modified."""
     if isinstance(value, Tensor):
         return id(value), _version(value)
     if value is None or isinstance(value, bool | int | float | str):
@@ -378,33 +387,33 @@ def _fingerprint(value: Any, depth: int = 6) -> object:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the blocks are called with
+# Arguments of the blocks
 
 
-class _Reached(BaseException):
-    """Ends a dry run when the last block of the segment has noted its call."""
+class _SegmentDone(BaseException):
+    """Ends a dry run when the call of the segment's last block is recorded."""
 
 
 class _Recording:
-    """The calls of a segment's blocks, noted in a dry run a batch."""
+    """The calls of a segment's blocks, recorded in one dry run per batch."""
 
     def __init__(self, segment: _Segment) -> None:
         self.segment = segment
         self.calls: dict[str, list[_Call]] = {path: [] for path in segment.paths}
         self.stream: Stream = []
         self.last_use: dict[Slot, str] = {}
-        """The last block that reads what is in a slot."""
+        """Path of the last block that reads a slot."""
         self._returned = _Returned()
         self._states: list[Any] = []
         self._seen: dict[tuple[Any, ...], Tensor] = {}
 
     def record(self, trunk: nn.Module, blocks: Mapping[str, Block], batches: Sequence[Mapping[str, Any]]) -> None:
-        """A dry run on each batch."""
+        """Runs each batch dry."""
         with _stubs({path: blocks[path] for path in self.segment.paths}, self._stub):
             for batch in batches:
                 self.stream.append({})
                 self._returned, self._states = _Returned(), []
-                with suppress(_Reached):
+                with suppress(_SegmentDone):
                     _run(trunk, batch)
                 self._check_complete()
         self._seen.clear()
@@ -423,27 +432,27 @@ class _Recording:
         self.calls[path].append(
             _Call(
                 batch,
-                [self._noted(path, position, value) for position, value in enumerate(args)],
-                {name: self._noted(path, name, value) for name, value in kwargs.items()},
+                [self._recorded(path, position, value) for position, value in enumerate(args)],
+                {name: self._recorded(path, name, value) for name, value in kwargs.items()},
                 next((tensor.device for tensor in _tensors((args, kwargs))), torch.device("cpu")),
                 bool(self.segment.written & {0, "hidden_states"}),
             )
         )
         if path == self.segment.paths[-1] and not self.segment.repeated:
-            raise _Reached
+            raise _SegmentDone
         light = path in self.segment.light
         output = next(_tensors((args, kwargs))).clone() if light else forward(*args, **kwargs)
         for number, tensor in enumerate(_tensors(output)):
-            self._returned.note(tensor, Slot(path, number))
+            self._returned.record(tensor, Slot(path, number))
         return output
 
-    def _noted(self, path: str, name: int | str, value: Any) -> Any:
-        """An argument, with slots in place of what comes from other blocks; equal tensors of earlier batches are kept
+    def _recorded(self, path: str, name: int | str, value: Any) -> Any:
+        """An argument, with slots in place of values from other blocks; equal tensors of earlier batches are kept
         once."""
         if name in self.segment.written and not isinstance(value, Tensor):
             return self._state(value)
 
-        def noted(tensor: Any) -> Any:
+        def recorded(tensor: Any) -> Any:
             slot = None if self.segment.repeated else self._returned.find(tensor)
             if slot is not None:
                 self.last_use[slot] = path
@@ -453,10 +462,10 @@ class _Recording:
             earlier = self._seen.setdefault((name, tensor.shape, tensor.dtype, tensor.device), tensor)
             return earlier if earlier is tensor or torch.equal(earlier, tensor) else tensor
 
-        return _mapped(value, noted)
+        return _mapped(value, recorded)
 
     def _state(self, value: Any) -> Slot:
-        """The slot of an object that blocks write into, and a copy in it of what it was when the segment began."""
+        """The slot of an object that blocks write into, with a copy of its state at the beginning of the segment."""
         number = next((n for n, each in enumerate(self._states) if each is value), None)
         if number is None or self.segment.repeated:
             number = len(self._states)
@@ -466,21 +475,24 @@ class _Recording:
 
 
 class _Call(NamedTuple):
-    """The arguments of one call; `Slot` stands for what flows from block to block."""
+    """The arguments of one call, with a `Slot` for each value that flows from block to block."""
 
     batch: int
+    """Index of the batch."""
     args: list[Any]
+    """Positional arguments."""
     kwargs: dict[str, Any]
+    """Keyword arguments."""
     home: torch.device
-    """Where the tensors are."""
+    """Device of the tensors."""
     writes: bool
-    """Whether the block writes into its hidden states, and so is given a copy."""
+    """Whether the block writes into its hidden states, and so needs a copy."""
 
     def hidden(self, values: Mapping[Slot, Any]) -> Tensor:
-        """The first tensor."""
-        return next(_tensors(self.filled(values, None, None)))
+        """The first tensor, [batch, t, features]."""
+        return next(_tensors(self.resolved(values, None, None)))
 
-    def filled(
+    def resolved(
         self,
         values: Mapping[Slot, Any],
         device: torch.device | None,
@@ -488,9 +500,9 @@ class _Call(NamedTuple):
         *,
         keep: bool = False,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """(args, kwargs) with what flows now; on `device`, floating tensors in `dtype`.
+        """(args, kwargs) with the values of the slots; on `device`, floating tensors in `dtype`.
 
-        keep: what blocks write into is the very object, not a copy.
+        keep: objects that blocks write into are passed themselves, not copies.
         """
 
         hidden = self.writes
@@ -512,15 +524,15 @@ class _Call(NamedTuple):
 def _stubs(
     blocks: Mapping[str, Block], stub: Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 ) -> Iterator[None]:
-    """``stub(path, forward, args, kwargs)`` in place of each block's ``forward``, for as long as the context lasts."""
+    """``stub(path, forward, args, kwargs)`` in place of each block's ``forward`` within the context."""
 
-    def standing_for(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def stubbed(path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: stub(path, forward, args, kwargs)
 
     saved = {path: vars(block.module).get("forward") for path, block in blocks.items()}
     for path, block in blocks.items():
-        # On the instance, not in place of the module: the network may read other attributes of its blocks.
-        vars(block.module)["forward"] = standing_for(path, block.module.forward)
+        # Set on the instance; the module stays, since the network may read other attributes of its blocks.
+        vars(block.module)["forward"] = stubbed(path, block.module.forward)
     try:
         yield
     finally:
@@ -553,7 +565,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The same containers, new ones, with `change` of each tensor and `Slot` in them."""
+    """A copy of nested containers with `change` applied to each tensor and `Slot`."""
     if isinstance(value, Tensor | Slot):
         return change(value)
     if isinstance(value, tuple):
@@ -576,7 +588,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _hidden_of(output: Any, path: str) -> Tensor:
-    """The hidden states in what a block returned: its first tensor."""
+    """The hidden states [batch, t, features] in a block's output: its first tensor."""
     hidden = next(_tensors(output), None)
     if hidden is None:
         raise InputError(f"{path} returned {type(output).__name__} without a tensor; such a network cannot be walked "
@@ -585,24 +597,24 @@ def _hidden_of(output: Any, path: str) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where and in which mode
+# Devices and modes
 
 
 def _trunk(model: nn.Module, blocks: Mapping[str, Block]) -> nn.Module:
-    """The model without its head, whose logits nobody reads here."""
+    """The model without its head, whose logits are not needed."""
     trunk = getattr(model, "base_model", model)
     within = {id(module) for module in trunk.modules()}
     return trunk if all(id(block.module) in within for block in blocks.values()) else model
 
 
 def _first_device(module: nn.Module) -> torch.device:
-    """Where token ids go: to the first weights, which are the embeddings'."""
+    """Device of the first weights, which are the embeddings', for token ids."""
     return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 @contextmanager
-def _resident(module: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """The block on `device` while it is worked on, then where it was."""
+def _moved_to(module: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """The block on `device` within the context, then on its own device again."""
     home = _first_device(module)
     if device is not None:
         module.to(device)
@@ -615,7 +627,7 @@ def _resident(module: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, then each module's own mode again; by path, for modules may be replaced meanwhile."""
+    """Evaluation mode within the context, then each module's former mode; by path, since modules may be replaced."""
     modes = {path: module.training for path, module in model.named_modules()}
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""Around adapters: a quantized model made ready for training, and a dense model got back, with or without an adapter.
+"""Preparing a quantized model for adapter training, and converting it back to a dense one, with or without the adapter.
 
-The adapters themselves are PEFT's; here is what PEFT cannot know about our layers. PEFT is not imported: its layers
-are told by what they have, a `base_layer` and a `merge`.
+The adapters themselves are PEFT's; this is what PEFT cannot know about our layers. PEFT is not imported: its layers are
+recognised by their attributes `base_layer` and `merge`.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ def prepare_for_training(
 ) -> nn.Module:
     """Freezes the model and turns gradient checkpointing on, in place; to be called before `peft.get_peft_model`.
 
-    It stands in for PEFT's ``prepare_model_for_kbit_training``, which knows a fixed list of quantization methods. For
+    It replaces PEFT's ``prepare_model_for_kbit_training``, which knows a fixed list of quantization methods. For
     any other it casts each half-precision parameter to float32, embeddings and output head included (often the
     largest tensors of a 2-bit model, whose memory would double), and leaves checkpointing off. Nothing is cast here:
-    PEFT keeps the adapters in float32 by itself, and what is frozen gains nothing from a wider type.
+    PEFT keeps the adapters in float32 by itself, and frozen parameters gain nothing from a wider dtype.
 
     Reentrant checkpointing (`use_reentrant`) needs an input that requires a gradient, or it skips the block's backward
-    and the adapters in it stay untrained; the embedding's output is marked for that. The other kind has no such need.
+    and the adapters in it stay untrained; `enable_input_require_grads` sees to that.
 
-    Raises InputError for a model without gradient checkpointing that is asked for it, and under FSDP1.
+    Raises InputError for a model that does not support gradient checkpointing, unless it is off, and under FSDP1.
     """
     refuse_fsdp1()
     model.requires_grad_(False)
     if not gradient_checkpointing:
         return model
-    told: Any = model
+    network: Any = model
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise InputError(
             f"{type(model).__name__} does not support gradient checkpointing; pass gradient_checkpointing=False"
         )
     options = {"use_reentrant": use_reentrant}
     if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.23 or so
-        told.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        network.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
-        told.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     if use_reentrant:
-        told.enable_input_require_grads()
+        network.enable_input_require_grads()
     return model
 
 
 def refuse_fsdp1(version: str | None = None) -> None:
-    """Raises InputError for the FSDP that makes one tensor of all parameters.
+    """Raises InputError for FSDP1, which flattens all parameters into one tensor.
 
-    version: of FSDP, as the arguments of training say; None where they say nothing, and accelerate's launcher decides.
+    version: of FSDP in the training arguments; None where they do not set it, and accelerate's launcher decides.
     """
     if version is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         version = os.environ.get("FSDP_VERSION", "1")
@@ -67,11 +67,11 @@ def refuse_fsdp1(version: str | None = None) -> None:
 
 
 def not_adaptable(model: nn.Module) -> list[str]:
-    """Paths of linears that PEFT's ``target_modules="all-linear"`` would adapt and cannot: for ``exclude_modules``.
+    """Paths of linears that ``target_modules="all-linear"`` includes and PEFT cannot adapt: for ``exclude_modules``.
 
     These are subclasses of `nn.Linear` that compute something else, such as routers that return a tuple, and the
-    ``out_proj`` of Mamba blocks, which PEFT refuses. Layers that another library quantized (their weight is of a
-    type of its own, as bitsandbytes' `Params4bit`) are PEFT's to know.
+    ``out_proj`` of Mamba blocks, which PEFT refuses. Layers that another library quantized (with a weight class of its
+    own, such as bitsandbytes' `Params4bit`) are left to PEFT.
 
     Raises InputError where no linear is left that can carry an adapter.
     """
@@ -79,53 +79,54 @@ def not_adaptable(model: nn.Module) -> list[str]:
     head = network.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     refused = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA
     linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
-    others = [
+    excluded = [
         path
         for path, each in linears.items()
         if (_is_plain(each) and computes_otherwise(each)) or (refused and path.rpartition(".")[2] == "out_proj")
     ]
-    if len(others) == len(linears):
+    if len(excluded) == len(linears):
         raise InputError(f"{type(model).__name__} has no linear that can carry an adapter; name lora.target_modules")
-    return others
+    return excluded
 
 
 def _is_plain(linear: nn.Linear) -> bool:
-    """Whether a linear is ours or has an ordinary weight."""
+    """Whether a linear is a `QuantizedLinear` or has a plain `nn.Parameter` as weight."""
     return isinstance(linear, QuantizedLinear) or type(linear.weight) is nn.Parameter
 
 
 _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
-"""Model types of which PEFT says so (`_check_lora_target_modules_mamba`)."""
+"""Model types whose ``out_proj`` PEFT refuses (`_check_lora_target_modules_mamba`)."""
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replaces each quantized layer by the dense layer it stands for, in place; returns the model.
+    """Replaces each quantized layer by a dense `nn.Linear`, in place; returns the model.
 
-    dtype: of the dense weights; by default each layer's own (that of the model it was made from). The quantization
-    config goes too, so `save_pretrained` writes an ordinary model.
+    dtype: of the dense weights; by default each layer's own (that of the original model). The quantization config is
+    removed, so that `save_pretrained` writes an ordinary model.
     """
     listed = aliases(model)
     for path, layer in quantized_linears(model).items():
         set_everywhere(model, path, _dense(layer, dtype), listed)
-    _forget_quantization(model)
+    _remove_quantization_config(model)
     return model
 
 
 def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """The dense model with the active adapters added to its weights; `peft_model` is used up.
+    """The dense model with the active adapters merged into its weights; `peft_model` is modified and must not be
+    reused.
 
     Layer by layer the base is dequantized and the adapter added in float32, then rounded once to `dtype` (by default
-    the layer's own). Merging into the packed weights instead would quantize again, and lose much of the adapter.
+    the layer's own). Merging into the packed weights would re-quantize them, and lose much of the adapter.
 
-    Raises InputError for adapters that PEFT cannot merge; where no layer was merged before, the model is as it was.
+    Raises InputError for adapters that PEFT cannot merge; where no layer was merged before, the model is unchanged.
     """
-    told: Any = peft_model
+    network: Any = peft_model
     if not hasattr(peft_model, "merge_and_unload"):
         raise InputError(
             f"{type(peft_model).__name__} is no PEFT model with mergeable adapters; open the adapter with "
             "peft.PeftModel.from_pretrained(model, folder), or use llmtools.dequantize for a model without adapters"
         )
-    _separate_head(peft_model)
+    _untie_head(peft_model)
     for path, layer in _adapted(peft_model):
         base = layer.base_layer
         layer.base_layer = _dense(base, torch.float32)
@@ -137,12 +138,12 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
                 f"{path}: PEFT cannot merge this adapter ({first_line(error)}); keep it beside the quantized model"
             ) from error
         set_module(peft_model, path, layer.base_layer.to(dtype or base.dtype))
-    merged: nn.Module = told.merge_and_unload(safe_merge=True)  # what was adapted without being quantized
+    merged: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
     return dequantize(merged, dtype)
 
 
-def _separate_head(model: Any) -> None:
-    """Gives the head a weight of its own where an adapter on the embedding, or on the head, would change both."""
+def _untie_head(model: Any) -> None:
+    """Unties head and embedding where one of them has an adapter, which would change both."""
     embedding, head = (getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings"))
     adapted = [each for each in (embedding, head) if hasattr(each, "base_layer")]
     if not adapted or embedding is None or head is None:
@@ -175,8 +176,8 @@ def _dense(layer: QuantizedLinear, dtype: torch.dtype | None) -> nn.Linear:
     return dense.train(layer.training)
 
 
-def _forget_quantization(model: nn.Module) -> None:
-    """Takes away what tells transformers that the model is quantized."""
+def _remove_quantization_config(model: nn.Module) -> None:
+    """Removes the quantization config and the attributes by which transformers knows a quantized model."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

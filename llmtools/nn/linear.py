@@ -1,12 +1,15 @@
-"""The quantized linear layer: packed tensors, a quantizer that can read them, and nothing dense.
+"""The quantized linear layer: packed tensors, a quantizer that decodes them, and no dense weight.
 
 It subclasses `nn.Linear` and keeps its packed tensors as frozen Parameters. So stock PEFT adapts it through its usual
 dispatch, every loading route works, DDP does not broadcast packed weights at each step and FSDP2 shards them. Its
-`weight` is the guarded view of `weight.py`.
+`weight` is the read-only lazy view of `weight.py`.
 
-Packed tensors are Parameters under their names, and no attributes: ``layer.packed["qweight"]``. Names such as `qweight`
-and `W_q` are how PEFT and others recognise the layers of other quantizers, whose codes they then take for the weight.
-Only who keeps parameters by name (torch itself, accelerate, the loader of transformers) finds them as attributes.
+Packed tensors are registered Parameters but not attributes: ``layer.packed["qweight"]``. By attributes such as
+`qweight` and `W_q` PEFT and other libraries detect the layers of other quantizers, whose codes they then use as the
+weight. Only code that handles parameters by name (torch itself, accelerate, the loader of transformers) gets them as
+attributes.
+
+Shapes: in, out — features of the layer.
 """
 
 from __future__ import annotations
@@ -22,15 +25,15 @@ from ..errors import InputError, where
 from ..quant import ALL, Packed, Quantizer
 from .weight import _READ_ONLY, LazyWeight
 
-_KEEPERS = ("torch", "accelerate", "deepspeed", "transformers.core_model_loading", "transformers.modeling_utils")
-"""Modules that get and set parameters by the names that `named_parameters` gives."""
+_PARAMETER_CODE = ("torch", "accelerate", "deepspeed", "transformers.core_model_loading", "transformers.modeling_utils")
+"""Names of modules that get and set parameters by the names of `named_parameters`."""
 
 
 class QuantizedLinear(nn.Linear):
     """y = x Wᵀ + b, W given by `quantizer` from this module's packed tensors.
 
-    x may have any float type; the result has x's (or autocast's). `dtype` is the type in which `weight` presents
-    itself and in which bias is kept; the packed tensors keep their own types, whatever the module is cast to.
+    x [..., in] may have any float dtype; the result [..., out] has x's (or autocast's). `dtype` is that of `weight` and
+    of the bias; the packed tensors keep their own dtypes, whatever the module is cast to.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class QuantizedLinear(nn.Linear):
     def empty(
         cls, linear: nn.Linear, quantizer: Quantizer, device: torch.device | str | None = None
     ) -> QuantizedLinear:
-        """A layer of the shape and type of `linear`, with a bias if it has one; the values are to come."""
+        """A layer of the shape and dtype of `linear`, with a bias if it has one, and uninitialised tensors."""
         return cls(
             linear.in_features,
             linear.out_features,
@@ -75,16 +78,16 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None) -> QuantizedLinear:
-        """A quantized copy of `linear`; hessian [in, in] where the quantizer wants one. The bias is taken over.
+        """A quantized copy of `linear`; hessian [in, in] where the quantizer needs one. The bias is kept.
 
-        The layer's quantizer is `quantizer`, or what that finds `suited` to the weight.
+        The layer's quantizer is `quantizer.suited(weight)`, as a rule `quantizer` itself.
         """
         quantizer = quantizer.suited(linear.weight)
         return cls.from_packed(linear, quantizer, quantizer.quantize(linear.weight.detach(), hessian))
 
     @classmethod
     def from_packed(cls, linear: nn.Linear, quantizer: Quantizer, packed: Packed) -> QuantizedLinear:
-        """What stands for `linear`, with these tensors in place of its weight. The bias is taken over."""
+        """A layer in place of `linear`, with these packed tensors instead of its weight. The bias is kept."""
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, quantizer, dtype=linear.weight.dtype)
         layer.pack_(packed)
@@ -93,7 +96,7 @@ class QuantizedLinear(nn.Linear):
         return layer.train(linear.training)
 
     def pack_(self, packed: Packed) -> None:
-        """Takes these packed tensors as its own, in place. Raises InputError unless they are what the layout says."""
+        """Replaces the packed tensors, in place. Raises InputError unless names, shapes and dtypes are the layout's."""
         layout = self.quantizer.layout(self.out_features, self.in_features)
         if set(packed) != set(layout):
             raise InputError(f"{where()}packed tensors {sorted(packed)}; the layout has {sorted(layout)}")
@@ -107,7 +110,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def packed(self) -> Packed:
-        """The packed tensors by name."""
+        """Packed tensors by name."""
         return {name: self._parameters[name] for name in self._packed_names}  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ class QuantizedLinear(nn.Linear):
         return y if bias is None else y + bias.to(y.dtype)
 
     def dequantize(self, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of the weight, [rows, in], in the layer's type or the one given."""
+        """Rows of the weight, [rows, in], in the layer's dtype or the one given."""
         return self.quantizer.dequantize(self.packed, rows, dtype or self.dtype)
 
     @property
@@ -126,29 +129,31 @@ class QuantizedLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight":
             super().__setattr__(name, value)
-        elif not (isinstance(value, LazyWeight) and value.is_weight_of(self)):  # PEFT's `unload` gives it back its own
+        elif not (
+            isinstance(value, LazyWeight) and value.is_weight_of(self)
+        ):  # PEFT's `unload` assigns the layer's own view
             raise InputError(_READ_ONLY)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_packed_names", ()) and not _asked_by_a_keeper():
-            raise AttributeError(f"{name!r} is a packed tensor and no attribute; it is in layer.packed[{name!r}]")
+        if name in self.__dict__.get("_packed_names", ()) and not _asked_by_parameter_code():
+            raise AttributeError(f"{name!r} is a packed tensor, not an attribute; use layer.packed[{name!r}]")
         return super().__getattr__(name)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type of activations to expect; PEFT gives new adapters this type."""
+        """Dtype of the activations; PEFT creates new adapters in it."""
         return self.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the packed tensors are."""
+        """Device of the packed tensors."""
         parameter = self._parameters[self._packed_names[0]]
         assert parameter is not None
         return parameter.device
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As ever, but tensors without elements get an address each: of those that share one, as all at 0 do,
-        accelerate's `save_state` keeps a single tensor."""
+        """As `nn.Module`'s, but empty tensors get distinct addresses: of tensors at one address, as all empty ones are
+        at 0, accelerate's `save_state` keeps only one."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in () if keep_vars else self._packed_names:
             tensor = destination[prefix + name]
@@ -156,10 +161,10 @@ class QuantizedLinear(nn.Linear):
                 destination[prefix + name] = _addressed(tensor)
 
     def reset_parameters(self) -> None:
-        """Nothing: packed tensors come from a quantizer or a checkpoint."""
+        """Does nothing: packed tensors come from a quantizer or a checkpoint."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Casts and moves, as `nn.Module.to` asks, but packed tensors are only moved: a cast would damage them."""
+        """Casts and moves like `nn.Module.to`, but packed tensors are only moved: a cast would damage them."""
         packed = {id(parameter) for parameter in self.packed.values()}
 
         def keep_type(tensor: Tensor) -> Tensor:
@@ -177,14 +182,14 @@ class QuantizedLinear(nn.Linear):
 
 
 def _addressed(empty: Tensor) -> Tensor:
-    """The same tensor without elements, in host memory, in a storage that has an address: no bytes of one byte."""
+    """The same empty tensor in host memory, in a storage that has an address: the first 0 bytes of 1."""
     storage = torch.empty(1, dtype=torch.uint8).untyped_storage()[:0]
     return torch.empty(0, dtype=empty.dtype).set_(storage, 0, empty.shape, empty.stride())
 
 
-def _asked_by_a_keeper() -> bool:
-    """Whether an attribute is asked for by code of `_KEEPERS`, two calls above."""
+def _asked_by_parameter_code() -> bool:
+    """Whether the caller two frames above is code of `_PARAMETER_CODE`."""
     if torch.compiler.is_compiling():
         return False
     module = sys._getframe(2).f_globals.get("__name__", "")
-    return any(module == keeper or module.startswith(f"{keeper}.") for keeper in _KEEPERS)
+    return any(module == name or module.startswith(f"{name}.") for name in _PARAMETER_CODE)

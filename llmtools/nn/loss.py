@@ -1,14 +1,15 @@
-"""The loss of a language model without its logits: they are made, used and dropped a few hundred tokens at a time.
+"""Chunked cross entropy: the logits are computed, used and dropped a few hundred tokens at a time.
 
-For 2048 tokens and 32 000 words the logits are 262 MB in float32, and cross entropy keeps two or three tensors of that
-size until backward, more than anything else in a step with a small model. But the gradient in the hidden states,
-softmax minus target, times the head's weight, can be had while a chunk's logits are at hand. So it is, in forward, and
-backward only scales it: two products with the head, where recomputing the logits in backward would take three.
+For 2048 tokens and a vocabulary of 32 000 the logits are 262 MB in float32, and cross entropy keeps two or three
+tensors of that size until backward, more than anything else in a step with a small model. But the gradient in the
+hidden states, softmax minus target, times the head's weight, can be computed while a chunk's logits are in memory. So
+it is, in forward, and backward only scales it: two products with the head, where recomputing the logits in backward
+would take three.
 
-On a processor that multiplies float32 faster than half precision, the head's rows are widened a block at a time and
-the products are float32's, as in `quant/materialize.py`.
+On a processor that multiplies float32 faster than half precision, the head's rows are cast to float32 a block at a time
+and the products are in float32, as in `quant/materialize.py`.
 
-Shapes: t — tokens; c — tokens in a chunk; d — width of the hidden states; v — words.
+Shapes: b — batch; t — tokens; c — tokens in a chunk; d — hidden size; v — vocabulary.
 """
 
 from __future__ import annotations
@@ -24,86 +25,90 @@ from ..quant import ALL, Packed, Rows
 from ..quant.materialize import gradient, product, product_type
 
 LOGIT_BYTES = 32 * 2**20
-"""Float32 logits of one chunk. There are two such tensors at a time, the logits and their softmax."""
+"""Size of one chunk's float32 logits, in bytes. There are two such tensors at a time, the logits and their softmax."""
 IGNORED = -100
-"""The label of a token that is not learned, as everywhere in PyTorch."""
+"""Label of a token without loss, PyTorch's `ignore_index`."""
 
 
 class Loss(NamedTuple):
-    """What the labels cost, summed over the tokens that have one."""
+    """The cross entropy, summed over the labelled tokens."""
 
     sum: Tensor
-    """−Σ log p(label), float32, differentiable in the hidden states"""
+    """Loss −Σ log p(label), a float32 scalar, differentiable in the hidden states."""
     correct: Tensor
-    """how often the label was the likeliest word"""
+    """Number of labels that are the argmax token."""
     tokens: Tensor
-    """labels that are not ignored"""
+    """Number of labels that are not ignored."""
 
 
 def fits(head: nn.Module | None) -> bool:
-    """Whether `chunked_loss` can stand for this output head and a loss: a frozen linear layer, dense and whole."""
+    """Whether `chunked_loss` supports this output head: a frozen, dense, unsharded `nn.Linear`."""
     return type(head) is nn.Linear and all(type(p) is nn.Parameter and not p.requires_grad for p in head.parameters())
 
 
 class CausalLoss:
-    """The next-word loss of a language model, by `chunked_loss`; the model is called as it is, through its wrappers.
+    """The next-token loss of a language model by `chunked_loss`; the model is called through its wrappers.
 
-    A hook on the backbone (`base_model`, as transformers calls it) notes the hidden states, and the model is asked for
-    the logits of no token at all. That is right where logits are the head's product with these states and nothing more
-    (Gemma bounds them, Granite scales them). The first call finds out, on one token's logits; where it is not so, where
-    the head is trained, sharded or no plain linear, or the model cannot leave logits out, the answer is None.
+    A hook on the backbone (transformers' `base_model`) records the hidden states, and the model is called with
+    `logits_to_keep` for no token at all. That is correct where logits are the head's product with these states and
+    nothing more (Gemma caps them, Granite scales them). The first call checks this on one token's logits; where it does
+    not hold, where the head is trained, sharded or no plain linear, or where the model has no `logits_to_keep`, the
+    result is None.
     """
 
     _hidden: Tensor | None
 
     def __init__(self, model: nn.Module) -> None:
-        told: Any = model
+        network: Any = model
         if hasattr(model, "get_base_model"):
-            told = told.get_base_model()
+            network = network.get_base_model()
         self._head: Any = None
-        if hasattr(told, "get_output_embeddings"):
-            self._head = told.get_output_embeddings()
-        backbone: Any = getattr(told, "base_model", told)
-        asks = "logits_to_keep" in inspect.signature(told.forward).parameters
-        self._right = None if asks and fits(self._head) and backbone is not told else False
-        self._watching, self._hidden = False, None
-        if self._right is None:
-            backbone.register_forward_hook(self._note)
+        if hasattr(network, "get_output_embeddings"):
+            self._head = network.get_output_embeddings()
+        backbone: Any = getattr(network, "base_model", network)
+        selects = "logits_to_keep" in inspect.signature(network.forward).parameters
+        self._matches = None if selects and fits(self._head) and backbone is not network else False
+        self._recording, self._hidden = False, None
+        if self._matches is None:
+            backbone.register_forward_hook(self._record)
 
-    def _note(self, module: nn.Module, arguments: Any, output: Any) -> None:
-        if self._watching:
+    def _record(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        if self._recording:
             self._hidden = getattr(output, "last_hidden_state", None)
 
     def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> Loss | None:
-        """model: the one given before, or what wraps it; inputs: its arguments, with `labels` [b, t], not shifted."""
-        if self._right is False or "labels" not in inputs or "shift_labels" in inputs or not fits(self._head):
+        """The loss; model: the one given before, or its wrapper; inputs: its arguments, with `labels` [b, t], not
+        shifted."""
+        if self._matches is False or "labels" not in inputs or "shift_labels" in inputs or not fits(self._head):
             return None
         labels = inputs["labels"]
-        others = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
-        some = torch.arange(1 if self._right is None else 0, device=labels.device)
-        self._watching = True
+        arguments = {name: value for name, value in inputs.items() if name not in ("labels", "use_cache")}
+        positions = torch.arange(1 if self._matches is None else 0, device=labels.device)
+        self._recording = True
         try:
-            logits = model(**others, use_cache=False, logits_to_keep=some).logits
+            logits = model(**arguments, use_cache=False, logits_to_keep=positions).logits
         finally:
-            hidden, self._hidden, self._watching = self._hidden, None, False
-        if self._right is None:
-            self._right = hidden is not None and hidden.shape[:2] == labels.shape and self._same(logits, hidden)
-        if hidden is None or not self._right:
+            hidden, self._hidden, self._recording = self._hidden, None, False
+        if self._matches is None:
+            self._matches = (
+                hidden is not None and hidden.shape[:2] == labels.shape and self._same_logits(logits, hidden)
+            )
+        if hidden is None or not self._matches:
             return None
         return chunked_loss(hidden[:, :-1], self._head, labels[:, 1:].to(hidden.device))
 
-    def _same(self, logits: Tensor, hidden: Tensor) -> bool:
-        """Whether the model's logits of the first token are those of the head."""
+    def _same_logits(self, logits: Tensor, hidden: Tensor) -> bool:
+        """Whether the model's logits [b, 1, v] of the first token are the head's of hidden [b, t, d]."""
         with torch.no_grad():
             expected = self._head(hidden[:, :1].to(self._head.weight.dtype)).float()
-        near = (logits.to(expected) - expected).abs().amax() <= 2**-6 * expected.abs().amax()
-        return logits.shape == expected.shape and bool(near)
+        close = (logits.to(expected) - expected).abs().amax() <= 2**-6 * expected.abs().amax()
+        return logits.shape == expected.shape and bool(close)
 
 
 def chunked_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Loss:
-    """The loss of ``head(hidden)`` against `labels`, hidden [..., d], labels [...] of the same tokens, not shifted."""
+    """The cross entropy of ``head(hidden)`` against `labels`, hidden [..., d], labels [...] of the same positions."""
     kept = labels != IGNORED
-    if hidden.is_cpu:  # elsewhere the host would have to wait for how many they are
+    if hidden.is_cpu:  # on other devices the number of rows would need a synchronisation
         rows, targets = hidden[kept], labels[kept]
     else:
         rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -112,7 +117,7 @@ def chunked_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Loss:
 
 
 def loss_of_logits(logits: Tensor, labels: Tensor) -> Loss:
-    """The same from logits [..., v], for a head that is no plain linear."""
+    """The same from logits [..., v] and labels [...], for a head that is no plain linear."""
     logits, labels = logits.float().flatten(0, -2), labels.flatten().to(logits.device)
     kept = labels != IGNORED
     total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
@@ -133,14 +138,14 @@ class _ChunkedLoss(torch.autograd.Function):
                 kept, target = label != IGNORED, label.clamp_min(0)
                 logits = _logits(chunk, weight, bias)
                 at_label, most = logits.gather(1, target), logits.amax(1, keepdim=True)
-                chances = torch.softmax(logits, 1)
+                probabilities = torch.softmax(logits, 1)
                 del logits
-                # The likeliest word has the chance 1 / Σ exp(logit − most), so its logarithm is what log Σ exp lacks.
-                total += torch.where(kept, most - at_label - chances.amax(1, keepdim=True).log(), 0).sum()
+                # p(argmax token) = 1 / Σ exp(logit − most), so that log Σ exp(logit) = most − log p(argmax token).
+                total += torch.where(kept, most - at_label - probabilities.amax(1, keepdim=True).log(), 0).sum()
                 correct += ((at_label == most) & kept).sum()
                 if grad is not None:
-                    chances.scatter_add_(1, target, chances.new_full((), -1.0).expand_as(target))
-                    grad[start : start + step] = torch.where(kept, _gradient(chances, hidden.dtype, weight), 0)
+                    probabilities.scatter_add_(1, target, probabilities.new_full((), -1.0).expand_as(target))
+                    grad[start : start + step] = torch.where(kept, _gradient(probabilities, hidden.dtype, weight), 0)
         ctx.save_for_backward(*(() if grad is None else (grad,)))
         ctx.mark_non_differentiable(correct)
         return total, correct
@@ -154,7 +159,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Dense(Rows):
-    """A dense weight as something that gives rows in a wanted type."""
+    """A dense weight [out, in] as `Rows`: rows of it in the requested dtype."""
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         return packed["weight"][rows].to(dtype)
@@ -164,7 +169,7 @@ class _Dense(Rows):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden [c, d] -> [c, v] float32, as the head computes them, or with less rounding."""
+    """hidden [c, d] -> logits [c, v] float32, by the head's arithmetic, or with less rounding."""
     wide = product_type(hidden)
     if weight.dtype == wide:
         return F.linear(hidden.to(wide), weight, bias).float()
@@ -173,7 +178,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _gradient(grad: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor:
-    """grad [c, v] float32 -> [c, d], in the type that suits products of `dtype`."""
+    """grad [c, v] float32 -> [c, d], in the `product_type` of `dtype`."""
     wide = product_type(grad.new_empty(0, dtype=dtype))
     if weight.dtype == wide:
         return grad.to(wide) @ weight

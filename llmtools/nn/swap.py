@@ -15,23 +15,24 @@ from .linear import QuantizedLinear
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` where `path` ("model.layers.0.mlp.up_proj") points to, in place, with the hooks of the former."""
+    """Replaces the module at `path` ("model.layers.0.mlp.up_proj") by `module`, in place, with the hooks of the
+    former."""
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     former = holder._modules.get(name)
     if former is not None and former is not module:
-        _take_over(former, module)
+        _transfer(former, module)
     setattr(holder, name, module)
 
 
 def set_everywhere(model: nn.Module, path: str, module: nn.Module, listed: Mapping[str, Sequence[str]]) -> None:
-    """`set_module` at `path` and at the other paths of the module there; listed: those of the model, by `aliases`."""
-    for place in (path, *listed.get(path, ())):
-        set_module(model, place, module)
+    """`set_module` at `path` and at the other paths of the module there; listed: the `aliases` of the model."""
+    for each in (path, *listed.get(path, ())):
+        set_module(model, each, module)
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
-    """The first path of each module that is listed more than once → the others."""
+    """First path of each module that is registered more than once → its other paths."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(path)
@@ -49,8 +50,8 @@ _HOOKS = (
 )
 
 
-def _take_over(former: nn.Module, module: nn.Module) -> None:
-    """Hooks, as the same tables so that their handles still remove them, and what else was noted on a linear."""
+def _transfer(former: nn.Module, module: nn.Module) -> None:
+    """Transfers hooks, as the same tables so that their handles still remove them, and other attributes of a linear."""
     if any(getattr(former, table, None) for table in _HOOKS):
         for table in (*_HOOKS, "_is_full_backward_hook"):
             setattr(module, table, getattr(former, table))
@@ -61,7 +62,7 @@ def _take_over(former: nn.Module, module: nn.Module) -> None:
 
 
 def computes_otherwise(linear: nn.Linear) -> str | None:
-    """Why a subclass of `nn.Linear` is no linear, as the end of a sentence; None where y = x Wᵀ + b is all it does."""
+    """Why a subclass of `nn.Linear` cannot be replaced, as the end of a sentence; None where it is y = x Wᵀ + b."""
     kind: Any = type(linear)
     if isinstance(linear, QuantizedLinear) or is_parametrized(linear) or kind is nn.Linear:
         return None
@@ -75,14 +76,14 @@ def computes_otherwise(linear: nn.Linear) -> str | None:
 
 @torch.no_grad()
 def _acts_as_linear(linear: nn.Linear) -> bool:
-    """Whether a forward of its own (Falcon's rounds the bias separately) gives y = x Wᵀ + b, tried on a few numbers.
+    """Whether an overridden forward (Falcon's rounds the bias separately) is y = x Wᵀ + b, tested on random inputs.
 
-    A copy with a small random weight is run, on inputs small and large, one and many, in both modes.
+    A copy with a small random weight is run on inputs of several magnitudes and shapes, in both modes.
     """
-    drawn = torch.Generator("cpu").manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     probe = copy.copy(linear)
-    weight = torch.randn(6, 8, generator=drawn, device="cpu")
-    bias = None if linear.bias is None else torch.randn(6, generator=drawn, device="cpu")
+    weight = torch.randn(6, 8, generator=generator, device="cpu")
+    bias = None if linear.bias is None else torch.randn(6, generator=generator, device="cpu")
     probe.__dict__ |= {
         "_parameters": {"weight": nn.Parameter(weight), "bias": None if bias is None else nn.Parameter(bias)}
     }
@@ -95,26 +96,26 @@ def _acts_as_linear(linear: nn.Linear) -> bool:
             probe.__dict__["training"] = training
             for scale in (1e-3, 1.0, 1e3):
                 for shape in ((8,), (5, 8), (2, 3, 8)):
-                    x = scale * torch.randn(shape, generator=drawn, device="cpu")
+                    x = scale * torch.randn(shape, generator=generator, device="cpu")
                     y, expected = probe(x), nn.functional.linear(x, weight, bias)
                     if not isinstance(y, torch.Tensor) or y.shape != expected.shape:
                         return False
                     if not torch.allclose(y, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
                         return False
-    except Exception:  # whatever it wants, it is not a matrix of another size
+    except Exception:  # it needs more than a matrix of any size
         return False
     return True
 
 
 def altered(linear: nn.Linear) -> str | None:
-    """What would be lost if the weight of a linear were packed, as the end of a sentence; None where nothing would."""
+    """What packing the weight of a linear would lose, as the end of a sentence; None where nothing."""
     if is_parametrized(linear):
         names = ", ".join(linear.parametrizations)  # type: ignore[arg-type]
         return f"its {names} is parametrized (torch.nn.utils.parametrize.remove_parametrizations makes it plain)"
     if surplus := _surplus(linear):
         return (
-            f"its weight is made of {surplus} at each call (weight norm, spectral norm, pruning; torch.nn.utils has a "
-            "function that removes each)"
+            f"its weight is computed from {surplus} at each call (weight norm, spectral norm, pruning; torch.nn.utils "
+            "has a function that removes each)"
         )
     if "forward" in vars(linear):
         holder = "accelerate spreads the model over devices" if hasattr(linear, "_hf_hook") else "on this module"
@@ -123,7 +124,7 @@ def altered(linear: nn.Linear) -> str | None:
 
 
 def _surplus(linear: nn.Linear) -> str:
-    """Names of parameters and buffers that no plain linear has."""
+    """Names of parameters, buffers and modules beside weight and bias."""
     names = {*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}
     return ", ".join(sorted(names))
 
@@ -134,17 +135,18 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Bytes of all packed tensors."""
+    """Size of all packed tensors, in bytes."""
     layers = quantized_linears(model).values()
     return sum(t.numel() * t.element_size() for layer in layers for t in layer.packed.values())
 
 
 class Parameters(NamedTuple):
-    """How many parameters a model has."""
+    """Numbers of parameters of a model."""
 
     trainable: int
+    """Number of trainable parameters."""
     total: int
-    """those of a quantized layer's weight (bitsandbytes' too) counted as the out · in that they stand for"""
+    """Number of all parameters; a quantized weight (bitsandbytes' too) counts as out · in."""
 
 
 def count_parameters(model: nn.Module) -> Parameters:
@@ -162,6 +164,6 @@ def count_parameters(model: nn.Module) -> Parameters:
 
 
 def _weights(parameter: nn.Parameter) -> int:
-    """How many weights a parameter stands for; bitsandbytes keeps two of 4 bits in a byte, or more in wider words."""
+    """Number of weights in a parameter; bitsandbytes packs two of 4 bits in a byte, or more in wider words."""
     state: Any = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else torch.Size(state.shape).numel()

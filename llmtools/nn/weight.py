@@ -1,12 +1,12 @@
-"""The `weight` that other libraries read: a guarded, lazy view of a quantized layer's weight.
+"""The `weight` that other libraries read: a read-only, lazy view of a quantized layer's weight.
 
 PEFT, transformers and many model files ask a linear layer for ``weight.shape``, ``weight.dtype`` and ``weight.device``,
 and some multiply with it. The view answers the first three for free and materialises for anything else, so everything
-that reads works. What writes is refused: a plain property would hand out a copy, and `merge_and_unload` would add the
-adapter to that copy and lose it without a word.
+that reads works. Writing raises an error: a plain property would return a copy, and `merge_and_unload` would add the
+adapter to that copy and lose it silently.
 
 Views of the view (``weight[0]``, ``weight.data.reshape(-1)``) hold values that were materialised for them, and are
-read-only in the same way. What is no view, such as a clone or a sum, is an ordinary tensor.
+read-only in the same way. Results that are no views, such as a clone or a sum, are ordinary tensors.
 
 The hot path never comes here: it is `quant/materialize.py`.
 """
@@ -29,13 +29,13 @@ _READ_ONLY = (
     "this weight is quantized and read-only, so nothing can be merged or written into it. "
     "llmtools.merge(peft_model) returns a dense model with the adapter merged; "
     "llmtools.dequantize(model) returns the dense base; or keep the adapter beside the quantized model. "
-    "Adapters that begin by changing it (PiSSA, OLoRA, CorDA) can begin from the quantization error instead: "
+    "Adapters whose initialisation changes it (PiSSA, OLoRA, CorDA) can use the quantization error instead: "
     "llmtools quantize --adapter_rank R, then finetune --lora.init error."
 )
 
 
 class ReadOnly(Tensor):
-    """A tensor whose operations see `dense()`: all that write raise InputError, those that view give a `ReadOnly`."""
+    """A tensor whose operations use `dense()`: writing ones raise InputError, views are `ReadOnly` again."""
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -43,7 +43,7 @@ class ReadOnly(Tensor):
 
     @property
     def data(self) -> Tensor:
-        return self.detach()  # not dense(): writing into a copy would be silent
+        return self.detach()  # not dense(): a write into that copy would be lost silently
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -103,7 +103,7 @@ class LazyWeight(ReadOnly):
         make: Any = torch.Tensor._make_wrapper_subclass
         view: LazyWeight = make(cls, shape, strides=strides, dtype=dtype, device=layer.device, requires_grad=False)
         view._layer, view._transposed = layer, transposed
-        view._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' _init_weights passes it by
+        view._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' _init_weights skips it
         return view
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -114,7 +114,7 @@ class LazyWeight(ReadOnly):
         return weight.t() if self._transposed else weight
 
     def viewed(self, func: Any, rest: Any) -> LazyWeight | None:
-        """What this view operation gives without any values; None where values are needed."""
+        """The result of a view operation that needs no values; None where values are needed."""
         aten = torch.ops.aten
         if func in (aten.detach.default, aten.alias.default):
             return LazyWeight(self._layer, self.dtype, self._transposed)
@@ -123,7 +123,7 @@ class LazyWeight(ReadOnly):
         return None
 
     def is_weight_of(self, layer: object) -> bool:
-        """Whether it is what ``layer.weight`` gives."""
+        """Whether it is ``layer.weight``."""
         return self._layer is layer and not self._transposed
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

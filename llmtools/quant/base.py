@@ -1,7 +1,7 @@
-"""The narrow waist: what a quantizer is.
+"""The interface of a quantizer.
 
 A quantizer is a black box of three functions: which tensors it stores (`layout`), how it makes them from a weight and,
-if it wants one, a Hessian (`quantize`), and how it gives rows of the weight back (`dequantize`). Modules, checkpoints,
+if it needs one, a Hessian (`quantize`), and how it decodes rows of the weight (`dequantize`). Modules, checkpoints,
 training and the command line know nothing else about it. The idea is ModuLoRA's (arXiv:2309.16119, section 3).
 
 Shapes: out, in — features of the linear layer; t — tokens.
@@ -23,22 +23,24 @@ from ..registry import Registry
 from .materialize import materialized_linear
 
 Packed = dict[str, Tensor]
-"""What is stored for one weight. The names become parameters of the module and keys of the checkpoint."""
+"""Stored tensors of one weight. The names become parameters of the module and keys of the checkpoint."""
 
 ALL = slice(None)
 
 
 class TensorSpec(NamedTuple):
-    """Shape and type of one stored tensor."""
+    """Shape and dtype of one stored tensor."""
 
     shape: tuple[int, ...]
+    """Shape of the tensor."""
     dtype: torch.dtype
+    """Dtype of the tensor."""
 
 
 class Rows(ABC):
-    """Anything that gives rows of a weight and, perhaps, multiplies by it: a quantizer, or a grid in its coordinates.
+    """A weight [out, in] that decodes row by row and, perhaps, multiplies: a quantizer, or a grid in its basis.
 
-    It is what `materialized_linear` needs to know of a weight. One method has to be there; the others have defaults.
+    It is the interface that `materialized_linear` needs. One method is abstract; the others have defaults.
     """
 
     @abstractmethod
@@ -46,15 +48,15 @@ class Rows(ABC):
         """Rows of the weight, [rows, in] of `dtype`, bit-equal to the same rows of the whole; any slice of them."""
 
     def out_features(self, packed: Packed) -> int:
-        """Rows of the weight. By convention the first tensor of the layout has one row per output feature."""
+        """Rows of the weight. By convention the first tensor of the layout is [out, …], a row per output feature."""
         return next(iter(packed.values())).shape[0]
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
-        """Bytes that `dequantize` has in use per weight at its peak, its result included: bounds a block of rows."""
+        """Peak memory of `dequantize` in bytes per weight, its result included: bounds a block of rows."""
         return 16
 
     def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
-        """x [t, in] @ W.T -> [t, out], or x [t, out] @ W -> [t, in], in one pass over the packed tensors, of x's type.
+        """x [t, in] @ W.T -> [t, out], or x [t, out] @ W -> [t, in], in one pass over the packed tensors, of x's dtype.
 
         For decoding, where t is small and reading the weight takes the time (GEMV). None: there is no such kernel.
         """
@@ -62,24 +64,24 @@ class Rows(ABC):
 
 
 class Quantizer(Rows):
-    """A way of storing a weight matrix: [out, in] floats to a few named tensors, and rows of it back.
+    """A storage format of a weight matrix: [out, in] floats to a few named tensors, and rows of it back.
 
-    Three functions are to be written: `layout`, `quantize` and `dequantize`. Subclasses are frozen dataclasses: the
+    Three functions are abstract: `layout`, `quantize` and `dequantize`. Subclasses are frozen dataclasses: the
     configuration is the object, and a checkpoint stores the call (`spec`).
     """
 
     name: ClassVar[str]
-    """The registered name; the registry sets it."""
+    """Registered name; set by the registry."""
     needs_hessian: ClassVar[bool] = False
-    """Whether `quantize` wants the layer's inputs; then calibration data are asked for."""
+    """Whether `quantize` needs a Hessian, hence calibration data."""
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """The tensors that a weight [out, in] is stored in; an empty module can be made of it before they arrive."""
+        """The tensors that a weight [out, in] is stored in; enough to create an empty module."""
 
     @abstractmethod
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
-        """weight [out, in] float; hessian [in, in] float32 = E[x xᵀ], undamped: damping is the quantizer's affair.
+        """weight [out, in] float; hessian [in, in] float32 = E[x xᵀ], undamped: damping is up to the quantizer.
 
         Returns the tensors of `layout`, in its order. Raises InputError for a weight that cannot be stored, as one
         with NaN in it.
@@ -100,22 +102,23 @@ class Quantizer(Rows):
                 del options[each.name]
         return {"name": self.name, **options}
 
-    # ---- what others ask of a quantizer, with answers that suit most ----
+    # ---- hooks with defaults that suit most quantizers ----
 
     def check(self, packed: Packed) -> None:
-        """Raises InputError for values that no `quantize` gives, read off a file: by default NaN and infinities.
+        """Raises InputError for invalid values in tensors from a file: by default NaN and infinities.
 
-        Names, shapes and types are those of `layout` already. Only small tensors are worth a look: codes are many, and
-        should decode to something whatever they are.
+        Names, shapes and dtypes are those of `layout` already. Codes need no check: any of them should decode to a
+        finite value.
         """
         for name, tensor in packed.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise InputError(f"{name} holds NaN or infinite values")
 
     def suited(self, weight: Tensor) -> Self:
-        """The quantizer for this weight [out, in]: itself, or, said in the log, a variant that can hold its magnitude.
+        """The quantizer for this weight [out, in]: itself, or, with a log line, a variant that can represent its
+        magnitude.
 
-        A layer is made with the variant, and a checkpoint stores which it was.
+        A layer is created with the variant, and a checkpoint stores it.
         """
         return self
 
@@ -124,10 +127,10 @@ class Quantizer(Rows):
         return [name for name, tensor in packed.items() if tensor.is_floating_point()]
 
     def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:
-        """`linear`, x [..., in] -> [..., out], differentiable in the floating tensors of `packed`, too.
+        """`linear`, x [..., in] -> [..., out], also differentiable in the floating tensors of `packed`.
 
-        Those may be wider than in the layout. Autograd keeps the whole weight in memory; one block of a network at a
-        time is trained like this.
+        Those may have a wider dtype than in the layout. Autograd keeps the whole weight in memory; one block of a
+        network at a time is trained like this.
         """
         return F.linear(x, self.dequantize(packed, dtype=x.dtype))
 
@@ -135,24 +138,24 @@ class Quantizer(Rows):
 class BlockLearner(Quantizer):
     """A quantizer whose codes are learned on the outputs of a whole block of the network: `signround`.
 
-    `quantize` is still there, for a weight that comes without its block.
+    `quantize` is still there, for a single weight without its block.
     """
 
     @property
     @abstractmethod
     def block_batch(self) -> int:
-        """Sequences of calibration text in a step."""
+        """Number of calibration sequences per step."""
 
     @abstractmethod
     def learner(self, weight: Tensor, hessian: Tensor) -> Learner:
-        """`quantize` as a piece of training: weight [out, in] float, hessian [in, in] float32, as there."""
+        """The `Learner` of a weight [out, in] float, with hessian [in, in] float32, as for `quantize`."""
 
 
 _LATER = "llmtools.later"
 
 
 def later(default: Any) -> Any:
-    """The default of an option that checkpoints of earlier versions do not have.
+    """Default of an option that checkpoints of earlier versions lack.
 
     At its default `Quantizer.spec` leaves it out, so that earlier versions open new checkpoints.
     """
@@ -160,32 +163,32 @@ def later(default: Any) -> Any:
 
 
 class Learner(ABC):
-    """A weight whose stored form is still being learned: `weight` is differentiable, `step` descends, `packed` ends it.
+    """A weight whose codes are being learned: `weight` is differentiable, `step` updates, `packed` gives the result.
 
-    Whoever trains it (`model/reconstruct.py` with a block's outputs) calls `weight`, runs backward, and calls `step`,
+    The training loop (`model/reconstruct.py`, on a block's outputs) calls `weight`, runs backward, and calls `step`,
     `steps` times in all.
 
     Shapes: out, in — features of the linear layer.
     """
 
     steps: int
-    """How many steps the training wants."""
+    """Number of training steps."""
 
     @abstractmethod
     def weight(self) -> Tensor:
-        """The weight as it would be stored now, [out, in] float32, differentiable in what is learned."""
+        """The fake-quantized weight [out, in] float32, differentiable in the learned tensors."""
 
     @abstractmethod
     def step(self, progress: float) -> None:
-        """One step down the gradients, which are cleared; progress is 0 at the first step and nears 1 at the last."""
+        """One optimizer step, which clears the gradients; progress is 0 at the first step and nears 1 at the last."""
 
     @abstractmethod
     def keep(self, rows: Tensor | None = None) -> None:
-        """Remembers this iterate as the best so far; with rows, [out] bool, only those output features of it."""
+        """Stores this iterate as the best; with rows, [out] bool, only those output features of it."""
 
     @abstractmethod
     def restore(self) -> None:
-        """Goes back to what was kept."""
+        """Restores the kept iterate."""
 
     @abstractmethod
     def packed(self) -> Packed:
@@ -207,11 +210,11 @@ def quantizer(name: str, **options: Any) -> Quantizer:
 
 
 def from_spec(spec: dict[str, Any]) -> Quantizer:
-    """The quantizer that a checkpoint names. Only registered names: reading a file never imports code."""
+    """The quantizer of a checkpoint's spec. Only registered names: reading a file never imports code."""
     options = dict(spec)
     name = options.pop("name", None)
     if not isinstance(name, str):
-        raise InputError(f"a quantizer is written as {{'name': …, options}}, not {spec!r}")
+        raise InputError(f"a quantizer is specified as {{'name': …, options}}, not {spec!r}")
     return _make(quantizers.known(name), name, options)
 
 

@@ -41,14 +41,15 @@ class Basis(ABC):
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        """The tensors of the state, as `Quantizer.layout` has those of a weight."""
+        """The tensors of the state, like `Quantizer.layout`."""
 
     @abstractmethod
     def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
         """The state for this weight [out, in] and Hessian [in, in]."""
 
-    def check(self, state: Packed) -> None:  # noqa: B027 (most have nothing to look at)
-        """Raises InputError for a state, read off a file, that `init` never gives; numbers are finite already."""
+    def check(self, state: Packed) -> None:  # noqa: B027 (most need no check)
+        """Raises InputError for an invalid state from a file, such as a perm [in] with duplicates; values are
+        finite."""
 
     @abstractmethod
     def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +80,7 @@ class Permutation(Basis):
         return {"perm": TensorSpec((in_features,), torch.int32)}
 
     def init(self, weight: Tensor, hessian: Tensor | None) -> Packed:
-        if hessian is None:  # nothing tells the columns apart
+        if hessian is None:  # no calibration: natural order
             return {"perm": torch.arange(weight.shape[1], dtype=torch.int32, device=weight.device)}
         return {"perm": torch.argsort(hessian.diagonal(), descending=True, stable=True).to(torch.int32)}
 
@@ -178,16 +179,16 @@ class SignedHadamard(Basis):
         return rotated, None if hessian is None else self.second_moment(hessian, state)
 
     def second_moment(self, hessian: Tensor, state: Packed) -> Tensor:
-        """H [in, in] of x -> that of x R [in', in'], a new tensor; of a layer that never saw an input, the identity."""
+        """H [in, in] of x -> that of x R [in', in'], a new tensor; the identity for a layer without input."""
         su, size = state["su"].to(hessian), self.columns(len(hessian))
         if not hessian.any():
             return torch.eye(size, dtype=hessian.dtype, device=hessian.device)
-        turned = hessian.new_empty(size, size)
+        moment = hessian.new_empty(size, size)
         for rows in _chunks(len(hessian)):
-            turned[rows] = self._spread(hessian[rows] * su[rows, None] * su)
+            moment[rows] = self._spread(hessian[rows] * su[rows, None] * su)
         for columns in _chunks(size):
-            turned[:, columns] = self._spread(turned[: len(hessian), columns].mT).mT
-        return turned
+            moment[:, columns] = self._spread(moment[: len(hessian), columns].mT).mT
+        return moment
 
     def _spread(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., in'], Q_inᵀ of the padded vectors."""
@@ -216,17 +217,17 @@ class SignedHadamard(Basis):
 
 @constant_result
 def _rule(size: int) -> str:
-    """The Hadamard matrix of that size, a constant to torch.compile, which does not look into caches."""
+    """The Hadamard matrix of that size, a constant to torch.compile, which does not trace caches."""
     return rule_for(size)
 
 
 def _chunks(length: int) -> list[slice]:
-    """What is transformed at a time, so that a matrix takes up its place once and not three times."""
+    """Slices that are transformed at a time, so that a matrix is in memory once and not three times."""
     return [slice(start, min(start + 64, length)) for start in range(0, length, 64)]
 
 
 def _guard(x: Tensor) -> float:
-    """What keeps float16 from overflowing between the two transforms, where the weight has entries of about one."""
+    """Divisor against overflow of float16 between the two transforms, where the weight has entries of about one."""
     return 32.0 if x.dtype == torch.float16 else 1.0
 
 

@@ -1,4 +1,7 @@
-"""A quantizer put together from a grid, a rounding and, possibly, a basis."""
+"""Quantizers composed of a grid, a rounding and, possibly, a basis.
+
+Shapes: out, in — features.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +26,20 @@ from .rounding import Rounding, split
 log = logging.getLogger(__name__)
 
 LEAST, LARGEST = 2.0**-17, 2.0**15
-"""Scales that float16 holds with an error of at most 1/256, and with room for those of a search."""
+"""Range of scales that float16 represents with an error of at most 1/256, with a margin for the range search."""
 NEGLIGIBLE = 1e-3
-"""A part of a weight's norm that may be lost; 4 bits lose 0.08."""
+"""Share of a weight's norm that may be lost; 4 bits lose 0.08."""
 
 
 class Composed(Quantizer):
-    """grid × rounding × basis. A preset is a frozen dataclass that says which; see `presets.py`.
+    """grid × rounding × basis. A preset is a frozen dataclass that names them; see `presets.py`.
 
-    What is stored are the grid's tensors for the weight in the basis' coordinates and, beside them, the basis' state.
-    `quantize` raises InputError for a weight with NaN or infinities, for one that is no matrix, and for a Hessian that
-    is missing or too large.
+    Stored are the grid's tensors for the rotated weight, and the basis' state. `quantize` raises InputError for a
+    weight with NaN or infinities, for one that is no matrix, and for a Hessian that is missing or too large.
     """
 
     scale_type: str = "float32"
-    """Presets that store scales in another type, or let it be chosen, have a field of that name."""
+    """Dtype of the scales; presets with another one, or a choice, override it."""
 
     @property
     @abstractmethod
@@ -67,14 +69,14 @@ class Composed(Quantizer):
         return self.grid.pack(codes, params, weight.shape[1]) | state
 
     def _checked(self, weight: Tensor, hessian: Tensor | None) -> Tensor:
-        """The weight in float32 or wider, if it can be quantized."""
+        """The weight [out, in] in float32 or wider; raises InputError where it cannot be quantized."""
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         if weight.ndim != 2:
-            raise InputError(f"{where()}a weight has shape [out, in], this has {list(weight.shape)}")
+            raise InputError(f"{where()}a weight has shape [out, in], this one has {list(weight.shape)}")
         if not torch.isfinite(weight).all():
             raise InputError(f"{where()}NaN or inf in the weight; the model cannot be quantized as it is")
         if self.needs_hessian and hessian is None:
-            raise InputError(f"{where()}{self.name} needs calibration data; give some, or choose rtn or nf4")
+            raise InputError(f"{where()}{self.name} needs calibration data; pass a Hessian, or choose rtn or nf4")
         if hessian is not None:
             check_hessian(hessian)
         if (lost := self._lost(weight)) > NEGLIGIBLE:
@@ -82,7 +84,8 @@ class Composed(Quantizer):
         return weight
 
     def suited(self, weight: Tensor) -> Self:
-        """With float32 scales where float16 scales would lose a part of the weight that is not negligible."""
+        """The same with float32 scales, where float16 scales would lose more of the weight [out, in] than
+        `NEGLIGIBLE`."""
         lost = self._lost(weight.detach())
         if not lost > NEGLIGIBLE:
             return self
@@ -90,7 +93,7 @@ class Composed(Quantizer):
         return dataclasses.replace(self, scale_type="float32")  # type: ignore[type-var]
 
     def _lost(self, weight: Tensor) -> float:
-        """The share of the weight's norm in groups whose scales are beyond float16, if that is their type."""
+        """The share of the weight's norm in groups whose scales are out of float16's range, if that is their dtype."""
         if self.scale_type != "float16" or weight.is_meta or not weight.numel():
             return 0.0
         scales, norms = self._scales(weight.to(torch.promote_types(weight.dtype, torch.float32)))
@@ -99,7 +102,7 @@ class Composed(Quantizer):
         return float((norms * beyond).norm()) / whole if whole else 0.0
 
     def _scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale of each group of weights if nothing rounds it, and the group's norm in float64; shapes alike."""
+        """The unrounded scale of each group of weights, and the group's norm in float64; of equal shapes."""
         if self.basis is not None and not self.basis.by_rows:
             weight, _ = self.basis.transform(weight, None, self.basis.init(weight, None))
         assert isinstance(self.grid, Affine)
@@ -135,4 +138,4 @@ class Composed(Quantizer):
 
 
 def _lossy(lost: float) -> str:
-    return f"float16 scales cannot hold weights of this magnitude ({100 * lost:.3g} % of the weight's norm)"
+    return f"float16 scales cannot represent weights of this magnitude ({100 * lost:.3g} % of the weight's norm)"

@@ -1,4 +1,4 @@
-"""Grids that other programs store, as quantizers: what a checkpoint of others becomes when it is opened.
+"""Third-party grids as quantizers, for checkpoints that other programs wrote.
 
 | name             | what it stores                                   | written by                         |
 |------------------|--------------------------------------------------|------------------------------------|
@@ -8,8 +8,8 @@
 | `codebook`       | 16 values times a maximum                        | bitsandbytes                       |
 | `quip_sharp_rows`| rows of a matrix that was rotated with others    | QuIP#                              |
 
-They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export need to know nothing
-of where a layer came from. Asked to quantize, each rounds to nearest. The translations are in `llmtools.formats`.
+They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export do not depend on
+a layer's origin. To quantize, each rounds to nearest. The readers and writers are in `llmtools.formats`.
 
 Shapes: out, in — features; P = ceil(out / group_size) rows of scales of `affine_columns`.
 """
@@ -40,7 +40,7 @@ from .rounding import Nearest, Rounding
 
 _POSITIVE = (0, 1, 32, 48, 64, 96, 128, 192)
 FP4 = tuple(n / 192 for n in (*(-n for n in reversed(_POSITIVE)), *_POSITIVE))
-"""bitsandbytes' 4-bit float: 0 (twice), 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and their negatives, sorted."""
+"""Values of bitsandbytes' 4-bit float: 0 (twice), 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and their negatives, sorted."""
 
 TABLES = {"nf4": NF4, "fp4": FP4}
 
@@ -48,20 +48,20 @@ TABLES = {"nf4": NF4, "fp4": FP4}
 @quantizers.register("affine")
 @dataclass(frozen=True)
 class UniformGrid(Composed):
-    """A uniform grid as GPTQ, AWQ, HQQ and compressed-tensors store it; for weights that come from there."""
+    """A uniform grid as GPTQ, AWQ, HQQ and compressed-tensors store it; for weights of these formats."""
 
     bits: int = 4
-    """1 to 8."""
+    """Bits per weight, 1 to 8."""
     group_size: int = 64
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     symmetric: bool = False
-    """The zero point is the middle code, and none is stored."""
+    """Whether the zero point is the middle code, and none is stored."""
     scale_type: str = "float16"
-    """float16, bfloat16 or float32."""
+    """Type of the scales: float16, bfloat16 or float32."""
     float_zeros: bool = False
-    """Zero points are no integers but of the scales' type."""
+    """Whether zero points are of the scales' type instead of integers."""
     permuted: bool = False
-    """Groups are runs of permuted columns; the permutation is stored."""
+    """Whether groups are runs of permuted columns; the permutation is stored."""
 
     def __post_init__(self) -> None:
         _ = self.grid
@@ -82,14 +82,14 @@ class UniformGrid(Composed):
 @quantizers.register("codebook")
 @dataclass(frozen=True)
 class TableGrid(Composed):
-    """Sixteen values times a group's largest magnitude, as bitsandbytes has them; for weights that come from there."""
+    """Sixteen values times a group's largest magnitude, as in bitsandbytes; for weights of this format."""
 
     table: str | tuple[float, ...] = "fp4"
-    """nf4, fp4, or 16 numbers in rising order."""
+    """Table of the 16 values: nf4, fp4, or 16 numbers in rising order."""
     group_size: int = 64
     """Consecutive inputs of a row that share a maximum; -1 for the whole row."""
     double_quantization: bool = False
-    """The maxima are stored in 8 bits."""
+    """Whether the maxima are stored in 8 bits."""
 
     def __post_init__(self) -> None:
         if isinstance(self.table, str):
@@ -121,11 +121,11 @@ class ColumnGrid(Quantizer):
     """
 
     bits: int = 4
-    """1 to 8."""
+    """Bits per weight, 1 to 8."""
     group_size: int = 64
-    """How many weights of a column share a scale and a zero point."""
+    """Number of weights of a column that share a scale and a zero point."""
     scale_type: str = "float16"
-    """The type of scales and zero points: float16, bfloat16 or float32."""
+    """Type of the scales and zero points: float16, bfloat16 or float32."""
 
     def __post_init__(self) -> None:
         if self.group_size < 1:
@@ -134,7 +134,7 @@ class ColumnGrid(Quantizer):
 
     @property
     def _grid(self) -> Affine:
-        """The same grid with groups along the inputs: what a column of groups is fitted with."""
+        """The same grid with groups along the inputs, to fit the groups of a column."""
         return Affine(self.bits, -1, scale_type=self.scale_type, float_zeros=True)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
@@ -170,7 +170,7 @@ class ColumnGrid(Quantizer):
 class FusedLattice(Quantizer):
     """Rows of a matrix that QuIP# quantized as one: queries, keys and values, or up and gate.
 
-    Its files stack such matrices before they rotate the outputs, which mixes all rows. So each part needs the codes of
+    Its files fuse such matrices before the outputs are rotated, which mixes all rows. So each part needs the codes of
     the whole, and parts that are opened together share them in memory; each computes the whole product, and keeps its
     rows. sv holds the part's own rows, in float32 because two float16 scales are multiplied in it. Stored: the tensors
     of `grids.lattice` for all rows, su [in] float16, sv [out] float32.
@@ -179,13 +179,13 @@ class FusedLattice(Quantizer):
     needs_hessian: ClassVar[bool] = True
 
     bits: int = 2
-    """2, 3 or 4."""
+    """Bits per weight, 2, 3 or 4."""
     residual_scale: float | None = None
-    """How much larger the error of the first two bits is coded; by default 2.04 at 3 bits, 3.45 at 4."""
+    """Factor on the error of the first two bits in the residual code; by default 2.04 at 3 bits, 3.45 at 4."""
     first: int = 0
-    """The part's first row in the whole."""
+    """Index of the part's first row in the fused matrix."""
     total: int | None = None
-    """Rows of the whole; by default the part is the whole."""
+    """Number of rows of the fused matrix; by default the part is all of it."""
 
     def __post_init__(self) -> None:
         _ = self._grid
@@ -227,6 +227,6 @@ class FusedLattice(Quantizer):
         return slice(self.first, self.first + packed["sv"].shape[0])
 
     def _whole(self, packed: Packed) -> Packed:
-        """The state of the whole matrix, with nothing in the other parts' rows."""
+        """The state of the whole matrix, with zeros in the other parts' rows."""
         rest = packed["codes"].shape[0] - self._part(packed).stop
         return {"su": packed["su"], "sv": F.pad(packed["sv"], (self.first, rest))}

@@ -1,4 +1,4 @@
-"""The second moment of a layer's input, and what is made of it.
+"""The Hessian of a layer: the second moment of its input, the proxy loss, and the factors for feedback.
 
 The proxy loss of an approximation Ŵ = W − E is tr(E H Eᵀ): up to the scale of H = E[x xᵀ], the mean squared error of
 the layer's output on the calibration data (GPTQ, arXiv:2210.17323, section 3; QuIP, arXiv:2307.13304, section 3).
@@ -20,10 +20,10 @@ from ..errors import InputError, where
 logger = logging.getLogger(__name__)
 
 STRIP = 1024
-"""Columns of activations that are multiplied with themselves and those after them: half the work of all with all."""
+"""Columns of activations per product with themselves and the columns after them: half the work of the full product."""
 
 LARGEST = 2.0**100
-"""Of a Hessian's entries, some 1e30: sums over its products with a weight still fit float32."""
+"""Largest entry of a Hessian, some 1e30: sums over its products with a weight still fit float32."""
 
 
 class HessianSum:
@@ -34,14 +34,14 @@ class HessianSum:
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        """x [..., in], any float type."""
+        """Adds activations x [..., in] of any float dtype; raises InputError for NaN or infinities."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()  # [t, in]
         if not torch.isfinite(rows).all():
             raise InputError(
                 f"{where()}NaN or inf in the activations of a calibration batch; "
                 "look at the model's outputs, or load it in bfloat16 or float32 if it is in float16"
             )
-        for strip in _strips(len(self._sum)):  # what lies left of a strip's own block is its mirror image
+        for strip in _strips(len(self._sum)):  # the part left of a strip's own block is its transpose
             self._sum[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
         self.tokens += rows.shape[0]
 
@@ -87,14 +87,14 @@ def clear_dead(weight: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Factors(NamedTuple):
-    """What `factor` finds: H + λI = M D Mᵀ."""
+    """The result of `factor`: H + λI = M D Mᵀ."""
 
     update: Tensor
-    """M, unit upper (block) triangular [in, in]: column j takes Σ_{i<j} E_i M_ij."""
+    """Factor M, unit upper (block) triangular [in, in]: column j takes Σ_{i<j} E_i M_ij."""
     cost: Tensor
-    """The diagonal of D [in], for blocks of one: the proxy loss of a squared error in each column, fed forward."""
+    """Diagonal of D [in], for blocks of one: the proxy loss of a squared error in each column, fed forward."""
     damping: float
-    """λ as a fraction of the mean diagonal of H: what was asked for, or more where that was not enough."""
+    """Damping λ as a fraction of the mean diagonal of H: the requested one, or more where that was not enough."""
 
 
 def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:

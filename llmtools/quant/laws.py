@@ -1,6 +1,6 @@
-"""What "is a quantizer" means, executable. The tests and ``llmtools check NAME`` run every law.
+"""The conformance checks of a quantizer, called laws. The tests and ``llmtools check NAME`` run every one.
 
-A law is ``law(quantizer, weight, hessian) -> None`` that raises `LawBroken` with figures; weight is [out, in] float,
+A law is ``law(quantizer, weight, hessian) -> None`` that raises `LawBroken` with numbers; weight is [out, in] float,
 hessian [in, in] float32. `check` samples the problems: odd sizes, constant and zero rows, one huge outlier, dead
 columns, bfloat16 weights.
 """
@@ -24,15 +24,18 @@ Law = Callable[[Quantizer, Tensor, Tensor], None]
 
 
 class LawBroken(AssertionError):
-    """A quantizer does not do what quantizers do; the message has the figures."""
+    """A quantizer fails a conformance check; the message has the numbers."""
 
 
 class Outcome(NamedTuple):
-    """One law on one sampled problem; `error` is empty where it holds."""
+    """Result of one law on one sampled problem."""
 
     law: str
+    """Name of the law."""
     problem: str
+    """Description of the problem."""
     error: str
+    """Message of the failure; empty where the law holds."""
 
 
 def layout(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
@@ -147,7 +150,9 @@ def calibration_helps(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> 
     generator = torch.Generator().manual_seed(0)
     with_data = without = 0.0
     for _ in range(4):
-        weight, hessian = _sample((max(64, weight.shape[0]), weight.shape[1]), generator)  # few rows are all chance
+        weight, hessian = _sample(
+            (max(64, weight.shape[0]), weight.shape[1]), generator
+        )  # with few rows the result is noise
         scale = proxy_loss(weight, torch.zeros_like(weight), hessian)
         informed, blind = quantizer.quantize(weight, hessian), quantizer.quantize(weight, torch.eye(weight.shape[1]))
         with_data += proxy_loss(weight, quantizer.dequantize(informed), hessian) / scale
@@ -217,7 +222,7 @@ def check(quantizer: Quantizer, seed: int = 0, every: int = 1) -> Iterator[Outco
             try:
                 law(quantizer, weight, hessian)
                 yield Outcome(name, what, "")
-            except Exception as error:  # a stranger's code may raise anything; the outcome says what
+            except Exception as error:  # third-party code may raise anything; it becomes the outcome
                 text = str(error) if isinstance(error, LawBroken) else f"{type(error).__name__}: {error}"
                 yield Outcome(name, what, text)
 

@@ -1,8 +1,8 @@
 """Rounding that is learned: SignRound (arXiv:2309.05516) on the uniform grid.
 
-Round-to-nearest asks each weight alone, OPTQ a layer. Here a whole block of a network is asked what the rounding does
-to its *outputs*. Each weight has an offset V, each group two multipliers α and β of its range, and all are trained
-through
+Round-to-nearest minimises the error of each weight, OPTQ that of a layer's outputs. Here the error of the *outputs* of
+a whole block is minimised. Each weight has an offset V, each group two multipliers α and β of its range, and all are
+trained through
 
     ŵ = s · (clamp(round(w/s + V) + z, 0, 2^bits − 1) − z),  s = (β·high − α·low) / (2^bits − 1),  z = round(−α·low/s)
 
@@ -11,9 +11,10 @@ move by the same amount, a learning rate that falls to zero linearly. With 1 / i
 travel ½ in all, from one neighbour of w/s to the other. The best iterate is kept.
 
 Three things differ from the paper. Ranges start at those of a search for the best clipping, not at the extremes. The
-scale is rounded to the stored float16 *within* training, so what is packed is what was measured. And a weight that
-comes alone, outside of any block, is trained on its proxy loss tr(E H Eᵀ), from OPTQ's solution (arXiv:2210.17323),
-row by row: it ends no worse. On blocks that start gained nothing over round-to-nearest, which is where they start.
+scale is rounded to the stored float16 *within* training, so what is packed is what was measured. And a single weight,
+outside of any block, is trained on its proxy loss tr(E H Eᵀ), from OPTQ's solution (arXiv:2210.17323),
+row by row: it ends no worse. On blocks that initialisation gained nothing over round-to-nearest, so they begin from
+that.
 
 Shapes: out, in — features; g — group size; G — groups in a row, the last may be shorter and is padded.
 """
@@ -46,19 +47,19 @@ class SignRound(Composed, BlockLearner):
     needs_hessian: ClassVar[bool] = True
 
     bits: int = 4
-    """2, 3, 4 or 8."""
+    """Bits per weight, 2, 3, 4 or 8."""
     group_size: int = 64
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     symmetric: bool = False
-    """Centre the grid on zero and store no zero points."""
+    """Whether the grid is centred on zero and stores no zero points."""
     iterations: int = 200
-    """Steps of training a block; the paper's best is 1000, its light version 50."""
+    """Number of training steps per block; the paper's best is 1000, its light version 50."""
     learning_rate: float | None = None
     """Learning rate of the first step, in steps of the grid; by default 1 / iterations."""
     batch: int = 8
-    """Sequences of calibration text in a step."""
+    """Number of calibration sequences per step."""
     damping: float = 0.01
-    """Damping for weights outside of blocks, which start from OPTQ's solution: as there."""
+    """Damping of OPTQ's solution, the initial one for weights outside of blocks, as a fraction of the mean diagonal."""
     scale_type: str = later("float16")
     """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 

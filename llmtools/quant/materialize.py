@@ -5,8 +5,8 @@ needs its packed tensors and one block of scratch, whatever its size. Nothing de
 tensors are saved, neither x nor W, because the weight is frozen and only the gradient of x is wanted.
 
 On a CPU a block stays in the processor's cache, so memory is read packed, once a pass; and half-precision inputs are
-multiplied in float32 where the processor does that faster, so W is not rounded at all. While text is generated there
-may be a way without blocks: a matrix-vector kernel (GEMV) that decodes in registers (`Rows.multiply`).
+multiplied in float32 where the processor does that faster, so W is not rounded at all. For decoding there may be
+a matrix-vector kernel (GEMV) that needs no blocks and decodes in registers (`Rows.multiply`).
 
 Shapes: out, in — features; t — tokens; r — rows in a block.
 """
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from .base import Packed, Rows
 
 DEFAULT_MATERIALIZE_BYTES = 4 * 2**20
-"""Scratch for one block of rows on a CPU. Of 1, 2, 4 … 64 MB, 2 to 8 were best for three shapes and 64 to 512 tokens,
-within the noise; 1 MB cost up to 15 % more, 32 MB up to 100 % (`python -m benchmarks.materialize`)."""
+"""Scratch memory for one block of rows on a CPU, in bytes. Of 1, 2, 4 … 64 MB, 2 to 8 were best for three shapes and 64
+to 512 tokens, within the noise; 1 MB cost up to 15 % more, 32 MB up to 100 % (`python -m benchmarks.materialize`)."""
 DEVICE_MATERIALIZE_BYTES = 32 * 2**20
-"""The same on other devices, where a block should fill the device."""
+"""Scratch memory on other devices, in bytes, where a block should fill the device."""
 GEMV_TOKENS = {"cpu": 32, "cuda": 16}
-"""Up to so many tokens `Rows.multiply` is used, by type of device. On a CPU with products of bytes (AVX-512 VNNI) it
+"""Largest number of tokens for `Rows.multiply`, by type of device. On a CPU with products of bytes (AVX-512 VNNI) it
 was faster than blocks at 16 tokens, even at 32 and slower at 64, forward and backward. Other CPUs were not measured;
 beside matrix units for half precision (AMX) it is `_GEMV_BESIDE_MATRIX_UNITS`, a guess, as is the GPU's."""
 _GEMV_BESIDE_MATRIX_UNITS = 4
@@ -80,11 +80,11 @@ def materialized_linear(x: Tensor, source: Rows, packed: Packed) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         result: Tensor = Materialize.apply(x, source, _limits(x), tuple(packed), *packed.values())
         return result
-    return _forward(x, source, packed, _limits(x))  # generating text: the way through autograd takes some 10 µs
+    return _forward(x, source, packed, _limits(x))  # generating text: autograd would take some 10 µs
 
 
 def product(x: Tensor, source: Rows, packed: Packed) -> Tensor:
-    """x [t, in] @ W.T -> [t, out], for whoever knows the gradient: nothing is recorded, autocast has no say."""
+    """x [t, in] @ W.T -> [t, out], without autograd and autocast."""
     with torch.no_grad():
         return _forward(x, source, packed, _limits(x))
 
@@ -128,15 +128,15 @@ class Materialize(torch.autograd.Function):
 
 def _forward(x: Tensor, source: Rows, packed: Packed, limits: tuple[int, int]) -> Tensor:
     """x [..., in] @ W.T -> [..., out]."""
-    if torch.is_autocast_enabled(x.device.type):  # it has had its say before, and must not change the products within
+    if torch.is_autocast_enabled(x.device.type):  # x is cast already; autocast must not change the products within
         with torch.autocast(x.device.type, enabled=False):
             return _forward(x, source, packed, limits)
-    budget, few = limits
+    budget, gemv_limit = limits
     rows = x.reshape(-1, x.shape[-1])  # [t, in]
-    y = source.multiply(rows, packed) if rows.shape[0] <= few else None
+    y = source.multiply(rows, packed) if rows.shape[0] <= gemv_limit else None
     if y is None:
         y = _product(rows, source, packed, budget)
-    # Detached it is no view to autograd, which lets nobody modify the views that a function returns in place.
+    # Detached, since autograd forbids modifying views that a function returns in place.
     return y.reshape(*x.shape[:-1], y.shape[-1]).detach()
 
 
@@ -158,9 +158,9 @@ def _gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int, limi
     if torch.is_autocast_enabled(grad.device.type):
         with torch.autocast(grad.device.type, enabled=False):
             return _gradient(grad, source, packed, in_features, limits)
-    budget, few = limits
+    budget, gemv_limit = limits
     rows = grad.reshape(-1, grad.shape[-1])  # [t, out]
-    grad_x = source.multiply(rows, packed, transposed=True) if rows.shape[0] <= few else None
+    grad_x = source.multiply(rows, packed, transposed=True) if rows.shape[0] <= gemv_limit else None
     if grad_x is None:
         grad_x = _product_transposed(rows, source, packed, in_features, budget)
     return grad_x.reshape(*grad.shape[:-1], in_features)

@@ -38,13 +38,13 @@ class RTN(Composed):
     """Round to nearest on a uniform grid: no data, seconds for any model, good at 4 bits and above."""
 
     bits: int = 4
-    """2, 3, 4 or 8."""
+    """Bits per weight, 2, 3, 4 or 8."""
     group_size: int = 64
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     symmetric: bool = False
-    """Centre the grid on zero and store no zero points."""
+    """Whether the grid is centred on zero and stores no zero points."""
     clip: bool = True
-    """Search each group's range instead of taking its extremes; matters most at 2 and 3 bits."""
+    """Whether each group's range is searched instead of its extremes; matters most at 2 and 3 bits."""
     scale_type: str = later("float16")
     """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
@@ -68,7 +68,7 @@ class NF4(Composed):
     group_size: int = 64
     """Consecutive inputs of a row that share a maximum; -1 for the whole row."""
     double_quantization: bool = False
-    """Store the maxima in 8 bits: 4.13 bits per weight instead of 4.5 at group_size 64."""
+    """Whether the maxima are stored in 8 bits: 4.13 bits per weight instead of 4.5 at group_size 64."""
 
     def __post_init__(self) -> None:
         check_group_size(self.name, self.group_size)
@@ -90,21 +90,22 @@ class OPTQ(Composed):
     needs_hessian: ClassVar[bool] = True
 
     bits: int = 4
-    """2, 3, 4 or 8."""
+    """Bits per weight, 2, 3, 4 or 8."""
     group_size: int = 64
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     symmetric: bool = False
-    """Centre the grid on zero and store no zero points."""
+    """Whether the grid is centred on zero and stores no zero points."""
     clip: bool = True
-    """Search each group's range instead of taking its extremes; matters most at 2 and 3 bits."""
+    """Whether each group's range is searched instead of its extremes; matters most at 2 and 3 bits."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    """Damping added to the Hessian's diagonal, as a fraction of its mean."""
     act_order: bool = False
-    """Quantize the columns with the largest activations first."""
+    """Whether the columns with the largest activations are quantized first."""
     static_groups: bool = False
-    """Fit all groups before the sweep. With act_order, groups then stay in natural order and nothing is gathered."""
+    """Whether all groups are fitted before the sweep. With act_order, groups then stay in natural order, without a
+    gather."""
     passes: int = 0
-    """Iterations of coordinate descent after the sweep: each weight chosen anew with all others fixed."""
+    """Number of coordinate-descent iterations after the sweep: each weight is chosen again, all others fixed."""
     scale_type: str = later("float16")
     """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
@@ -136,11 +137,11 @@ class HQQ(Composed):
     """Half-quadratic quantization (Badri & Shaji 2023, mobiusml.github.io/hqq_blog): zero points refined; no data."""
 
     bits: int = 4
-    """2, 3, 4 or 8."""
+    """Bits per weight, 2, 3, 4 or 8."""
     group_size: int = 64
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     iterations: int = 20
-    """Iterations of the solver, at most."""
+    """Largest number of iterations of the solver."""
     scale_type: str = later("float16")
     """Type of the scales and zero points: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
@@ -168,13 +169,13 @@ class AWQ(Composed):
     needs_hessian: ClassVar[bool] = True
 
     bits: int = 4
-    """2, 3, 4 or 8."""
+    """Bits per weight, 2, 3, 4 or 8."""
     group_size: int = 64
     """Consecutive inputs of a row that share a scale and a zero point; -1 for the whole row."""
     symmetric: bool = False
-    """Centre the grid on zero and store no zero points."""
+    """Whether the grid is centred on zero and stores no zero points."""
     clip: bool = True
-    """Search each group's range for the least error of its output instead of taking its extremes."""
+    """Whether each group's range is searched for the least output error, instead of its extremes."""
     scale_type: str = later("float16")
     """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
@@ -202,17 +203,17 @@ class QuIP(Composed):
     needs_hessian: ClassVar[bool] = True
 
     bits: int = 4
-    """2, 3, 4 or 8."""
+    """Bits per weight, 2, 3, 4 or 8."""
     group_size: int = -1
     """Consecutive columns of a row that share a scale and a zero point; -1 for the whole row."""
     symmetric: bool = False
-    """Centre the grid on zero and store no zero points."""
+    """Whether the grid is centred on zero and stores no zero points."""
     clip: bool = True
-    """Search each group's range instead of taking its extremes; matters most at 2 and 3 bits."""
+    """Whether each group's range is searched instead of its extremes; matters most at 2 and 3 bits."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    """Damping added to the Hessian's diagonal, as a fraction of its mean."""
     passes: int = 10
-    """Iterations of coordinate descent after the sweep, at most."""
+    """Largest number of coordinate-descent iterations after the sweep."""
     seed: int = 0
     """Seed of the random signs, which are stored."""
     hadamard: int = 1

@@ -1,4 +1,4 @@
-"""QuIP# (arXiv:2402.04396): a rotated weight on a lattice, and two numbers that such a weight chooses for free.
+"""QuIP# (arXiv:2402.04396): a rotated weight on a lattice, with a scale search and a scale correction.
 
 A lattice codebook covers a ball. Gaussian weights fit it best at a known standard deviation (1.03 at 2 bits), and
 rotation makes most weights Gaussian, but not all: where one singular value outweighs the others, as in the query and
@@ -35,9 +35,9 @@ from .hessian import proxy_loss
 from .rounding import Nearest, Sequential
 
 SCALES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
-"""Sizes to try, as shares of the one for Gaussian weights."""
+"""Scales that are tried, relative to the one for Gaussian weights."""
 ROWS = 128
-"""Rows to try them on; rotated rows are much alike."""
+"""Number of rows that they are tried on; rotated rows are much alike."""
 
 
 @quantizers.register("quip_sharp")
@@ -51,16 +51,16 @@ class QuIPSharp(Composed):
     needs_hessian: ClassVar[bool] = True
 
     bits: int = 2
-    """2, 3 or 4."""
+    """Bits per weight, 2, 3 or 4."""
     scale: float | None = None
     """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
     weights best, 1.03, 0.98 or 1.03, downwards."""
     residual_scale: float | None = None
-    """How much larger the error of the first two bits is coded for the others; by default 2.04 at 3 bits, 3.45 at 4."""
+    """Factor on the error of the first two bits in the residual code; by default 2.04 at 3 bits, 3.45 at 4."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean."""
+    """Damping added to the Hessian's diagonal, as a fraction of its mean."""
     passes: int = 10
-    """Iterations of coordinate descent after the sweep, at most; each costs about as much time as the sweep."""
+    """Largest number of coordinate-descent iterations after the sweep; each takes about as long as the sweep."""
     seed: int = 0
     """Seed of the random signs, which are stored."""
     hadamard: int = 1

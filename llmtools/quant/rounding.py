@@ -106,13 +106,13 @@ class Sequential(Rounding):
     """
 
     damping: float = 0.01
-    """Added to the diagonal of H, as a fraction of its mean."""
+    """Damping added to the diagonal of H, as a fraction of its mean."""
     order: bool = False
-    """Sweep columns by falling diagonal of H ("act-order") while groups stay where they are and are fitted first."""
+    """Whether columns are swept by falling diagonal of H ("act-order"), with natural groups that are fitted first."""
     static_groups: bool = False
-    """Fit every group before the sweep, to the original weights."""
+    """Whether every group is fitted before the sweep, to the original weights."""
     passes: int = 0
-    """Iterations of coordinate descent after the sweep, at most."""
+    """Largest number of coordinate-descent iterations after the sweep."""
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -287,7 +287,8 @@ def _padded_hessian(hessian: Tensor, width: int) -> Tensor:
 
 
 def split(weight: Tensor, group_size: int) -> list[Tensor]:
-    """weight [out, in] by groups of columns: [out, G, group_size] and, where some are left over, [out, 1, rest]."""
+    """weight [out, in] by groups of columns: [out, G, group_size] and, where the last one is shorter, [out, 1,
+    rest]."""
     whole = weight.shape[1] // group_size * group_size
     parts = [weight[:, :whole].unflatten(1, (-1, group_size))] if whole else []
     if whole < weight.shape[1]:

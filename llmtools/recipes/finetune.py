@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..ranks import is_first
-from ..signals import Request, Stopped, interruptible, put_off
+from ..signals import Request, Stopped, deferred, interruptible
 from ..train.adapters import check_initialisation, exclude_unsupported, lora_config
 from ..train.arguments import arguments_of, check_fsdp, check_training, check_validation_use, unbooled
 from ..train.callbacks import checkpoint_interval, early_stopping, log_pending_stop, metrics_callback
@@ -62,10 +62,10 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..checkpoint.run_info import record, write_json
     from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
-    from ..files import MARK, NameTaken, files_of, remove, sort_metadata, write_whole, writing
+    from ..files import METADATA, NameTaken, files_of, remove, sort_metadata, write_whole, writing
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
-    from ..model.integrity import note_checksums
-    from ..nn.lora_init import start_adapters
+    from ..model.integrity import record_checksums
+    from ..nn.lora_init import initialize_lora
     from ..nn.swap import count_parameters
     from ..train import checkpoints
     from ..train.learning import learning_check
@@ -117,13 +117,13 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         listeners = [metrics, keeper, learning_check(), *early_stopping(recipe), *callbacks]
         trainer = make_trainer(model, tokenizer, arguments, config, train, validation, listeners)
         if initial is not None and checkpoint is None:
-            start_adapters(trainer.model, initial)
+            initialize_lora(trainer.model, initial)
         for adapter in trainer.model.peft_config.values():
             adapter.base_model_name_or_path = run["base_model"]
             for names in ("target_modules", "exclude_modules"):  # sets, whose order would change from run to run
                 if isinstance(found := getattr(adapter, names, None), set):
                     setattr(adapter, names, sorted(found))
-        with put_off(request, log_pending_stop) if arguments["save_strategy"] != "no" else nullcontext():
+        with deferred(request, log_pending_stop) if arguments["save_strategy"] != "no" else nullcontext():
             run_trainer(trainer, checkpoint)
         if keeper.stopped:
             raise Stopped(exit_code=request.exit_code)
@@ -153,7 +153,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
                     checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
                     info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
                     info["files"] = files_of(folder, CARD)
-                    write_json(folder / MARK, {**info, "checksums": note_checksums(folder, info)})
+                    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
                     write_card(folder, name=out.name, former=out)  # instead of PEFT's empty template
             except NameTaken:
                 remove(work, of=out)

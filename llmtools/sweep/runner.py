@@ -35,7 +35,7 @@ from ..checkpoint.inputs import content_of_model, contents
 from ..checkpoint.loading import without_data
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
-from ..files import MARK, claim, clear_unfinished, read_json, write_whole
+from ..files import METADATA, claim, clear_unfinished, read_json, write_whole
 from ..options import fits, type_name, with_current_names
 from ..recipes import plain_yaml as config
 from ..recipes.evaluate import Evaluate
@@ -178,12 +178,12 @@ def sweep(recipe: Sweep) -> SweepResult:
 
 def _prepare(recipe: Sweep, out: Path) -> None:
     """Creates the output folder with its metadata file and sweep.yaml."""
-    metadata = read_json(out / MARK)
+    metadata = read_json(out / METADATA)
     if metadata and metadata.get("command") != "sweep":
         raise InputError(f"{out} is a model or an adapter that llmtools wrote; choose another folder for the sweep")
     out.mkdir(parents=True, exist_ok=True)
     if not metadata:
-        write_whole(out / MARK, as_json({"command": "sweep", "versions": versions()}))
+        write_whole(out / METADATA, as_json({"command": "sweep", "versions": versions()}))
     own = out / "sweep.yaml"
     if own.exists() and not own.read_text(encoding="utf-8", errors="replace").startswith(HEADER):
         log.info("%s was not written by llmtools and stays as it is", own)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import MARK, RUN, json_or_empty
+from ..files import METADATA, RUN, json_or_empty
 from ..options import with_current_names
 from ..ranks import is_first, processes
 from ..signals import Stopped
@@ -61,9 +61,9 @@ def run_folder(
 
 def clear(work: Path, out: Path) -> None:
     """Removes the run folder, unless it holds files that llmtools did not write."""
-    from ..files import remove, strangers
+    from ..files import remove, unknown_files
 
-    if (others := strangers(work)) == []:
+    if (others := unknown_files(work)) == []:
         remove(work, of=out)
     else:
         log.warning("%s is kept, because it holds a file that is not of this run: %s", work, (others or ["?"])[0])
@@ -79,10 +79,10 @@ def wait_for_all() -> None:
 
 def _prepare(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path | None:
     from ..checkpoint.run_info import as_json
-    from ..files import remove, strangers, write_whole
+    from ..files import remove, unknown_files, write_whole
     from .checkpoints import all_in
 
-    others = strangers(work) if work.exists() else []
+    others = unknown_files(work) if work.exists() else []
     if others or others is None:
         why = "is no run folder" if others is None else f"holds {others[0]}, which llmtools did not write"
         raise InputError(f"this run would use the folder {work}, which {why}; move it away, or choose another --out")
@@ -166,7 +166,7 @@ def _create(work: Path, out: Path, files: dict[str, Path | str]) -> None:
 
 def _run(folder: Path) -> dict[str, Any]:
     """The metadata in a run folder, or in a finished output; {} where there are none, or they are damaged."""
-    return {**json_or_empty(folder / RUN), **json_or_empty(folder / MARK)}
+    return {**json_or_empty(folder / RUN), **json_or_empty(folder / METADATA)}
 
 
 def _check_base(recipe: Finetune, checkpoint: Path | None, base: dict[str, Any] | None) -> None:

@@ -18,7 +18,7 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
 
     Raises InputError where no adapter is used, the best checkpoint is damaged, or checkpoints cannot be written.
     """
-    from ..files import disk_says_no
+    from ..files import disk_error
     from .checkpoints import Finished, all_in, damage
 
     try:
@@ -37,7 +37,7 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
                 "no adapter is used by the model: the loss depends on none of them; name modules that the model uses "
                 "in --lora.target_modules"
             ) from error
-        if (reason := disk_says_no(error)) is None:
+        if (reason := disk_error(error)) is None:
             raise
         folder = Path(trainer.args.output_dir)
         remedy = "--resume continues from the last intact one" if all_in(folder) else "no checkpoint was kept"

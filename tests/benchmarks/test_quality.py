@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import peers, quality, quality_table
+from benchmarks import baselines, quality, quality_table
 
 torch.set_num_threads(1)
 
@@ -52,11 +52,11 @@ def test_perplexity_rows_become_a_page(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_row_that_fails_says_why() -> None:
-    def make(source: peers.Source) -> peers.Made:
+    def make(source: baselines.Source) -> baselines.Made:
         raise ValueError("sizes must be multiples of 32")
 
-    case = peers.Case("other", "method", 2, 64, {"order": False}, make)
-    row = quality._row(case, peers.Source(Path("model"), []), lambda made: {})
+    case = baselines.Case("other", "method", 2, 64, {"order": False}, make)
+    row = quality._row(case, baselines.Source(Path("model"), []), lambda made: {})
     assert row["failed"] == "ValueError: sizes must be multiples of 32"
     assert row["label"] == "other method 2-bit g64, no order"
 

@@ -52,7 +52,7 @@ def _adapter(folder: Path, base: Path) -> None:
     import peft
 
     from llmtools.checkpoint.model_card import write_card
-    from llmtools.model.integrity import note_checksums
+    from llmtools.model.integrity import record_checksums
 
     model = llmtools.prepare_for_training(llmtools.load(base)[0])
     config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -70,7 +70,7 @@ def _adapter(folder: Path, base: Path) -> None:
         "versions": {"llmtools": "0"},
         "result": {"train_loss": 1.0, "examples": 3, "steps": 1},
     }
-    run["checksums"] = note_checksums(folder, run)
+    run["checksums"] = record_checksums(folder, run)
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     write_card(folder)
 

@@ -17,9 +17,9 @@ from llmtools.kernels import bits, grouped, hadamard, lattice, triton_common
 from tests.kernels.cases import CASES, check
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    from tests.kernels.interpreter import mend
+    from tests.kernels.interpreter import patch
 
-    mend()
+    patch()
     DEVICE = torch.device("cpu")
 else:
     DEVICE = torch.device("cuda")

@@ -1,7 +1,7 @@
 """Triton's interpreter, with bfloat16 as a GPU has it: for tests of the kernels on the CPU.
 
 The interpreter keeps bfloat16 as 16-bit integers. It cuts the lower bits off where a GPU rounds, and `tl.dot`
-multiplies those integers; both are mended here. TRITON_INTERPRET=1 must be set before anything imports Triton.
+multiplies those integers; both are patched here. TRITON_INTERPRET=1 must be set before anything imports Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def mend() -> None:
+def patch() -> None:
     """Makes conversions to bfloat16 round to nearest, ties to even, and products of bfloat16 right."""
     builder, cast, dot = (
         interpreter.InterpreterBuilder,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtools.errors import InputError
-from llmtools.model.blocks import Block, find_blocks, find_stacks, leftovers, linears, observe
+from llmtools.model.blocks import Block, find_blocks, find_stacks, linears, observe, unsupported_weights
 from tests.models import FAMILIES, other_model, tiny_model
 
 GROUPS = {
@@ -131,6 +131,6 @@ def test_gpt2_has_nothing_to_quantize_and_says_why() -> None:
 def test_weights_outside_linears_are_listed() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 3), nn.LayerNorm(4))])
-    assert [(each.path, each.owner, each.shape) for each in leftovers(model, find_blocks(model))] == [
+    assert [(each.path, each.owner, each.shape) for each in unsupported_weights(model, find_blocks(model))] == [
         ("layers.0.1.weight", "Conv1d", (4, 4, 3))
     ]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from llmtools.errors import InputError
+from llmtools.errors import CheckpointError, InputError
 from llmtools.model.blocks import find_blocks, linears
 from llmtools.model.quantize import INCOMPLETE, Report, quantize
 from llmtools.nn import QuantizedLinear, quantized_linears
@@ -21,6 +21,7 @@ from llmtools.quant import HessianSum, quantizer
 from tests.models import FAMILIES, other_model, tiny_ids, tiny_model
 
 BATCHES = [tiny_ids(2, 64, seed=seed) for seed in range(2)]
+GOLDEN = Path(__file__).parents[1] / "assets" / "golden"
 
 
 def logits(model: nn.Module, ids: Tensor | None = None) -> Tensor:
@@ -35,7 +36,7 @@ def test_every_linear_of_every_family_is_quantized_and_the_head_is_not(family: s
     before = logits(model)
     report = quantize(model, "optq", BATCHES, bits=4, group_size=16)
     assert sorted(quantized_linears(model)) == sorted(expected) == sorted(row.path for row in report.rows)
-    assert [left.path for left in report.left] == ["lm_head"]
+    assert [left.path for left in report.not_quantized] == ["lm_head"]
     assert not isinstance(model.lm_head, QuantizedLinear)
     after = logits(model)
     assert torch.isfinite(after).all()
@@ -143,8 +144,8 @@ def test_overrides_change_options_or_the_quantizer_or_leave_dense() -> None:
     assert layers["model.layers.1.mlp.down_proj"].quantizer == quantizer("rtn", bits=8, group_size=16)
     assert layers["model.layers.1.self_attn.o_proj"].quantizer == quantizer("nf4")
     assert layers["model.layers.1.self_attn.q_proj"].quantizer == quantizer("rtn", bits=2, group_size=32)
-    assert len(report.left) == 8
-    assert report.left[0].reason == "left dense by the override 'model.layers.0.*'"
+    assert len(report.not_quantized) == 8
+    assert report.not_quantized[0].reason == "kept dense by the override 'model.layers.0.*'"
 
 
 def test_data_are_asked_for_only_if_some_module_needs_them() -> None:
@@ -179,7 +180,7 @@ def test_the_head_is_quantized_when_asked_for(name: str) -> None:
     assert isinstance(model.lm_head, QuantizedLinear)
     assert report.rows[-1].path == "lm_head"
     assert report.rows[-1].quantizer["bits"] == 8
-    assert report.left == []
+    assert report.not_quantized == []
 
 
 def test_a_tied_head_is_refused_and_can_be_untied() -> None:
@@ -214,9 +215,9 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_the_log_says_so(capl
     dense = model.model.layers[0].mlp.experts[1].up_proj
     nearest = QuantizedLinear.from_linear(dense, quantizer("rtn", bits=3, group_size=16))
     report = quantize(model, "optq", BATCHES, bits=3, group_size=16)
-    lines = [record.getMessage() for record in caplog.records if "saw no token" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "got no token" in record.getMessage()]
     assert len(lines) == 2  # one a block
-    assert lines[0].startswith("3 linears of model.layers.0 saw no token")
+    assert lines[0].startswith("3 linears of model.layers.0 got no token")
     idle = [row for row in report.rows if ".experts.1." in row.path]
     assert len(idle) == 6
     assert all(row.proxy_loss is None and row.tokens is None for row in idle)
@@ -233,10 +234,10 @@ def test_fused_experts_stay_and_are_named_with_their_share(caplog: pytest.LogCap
     with caplog.at_level(logging.WARNING):
         report = quantize(model, "optq", BATCHES, bits=4)
     assert sorted(row.path.rpartition(".")[2] for row in report.rows) == ["k_proj", "o_proj", "q_proj", "v_proj"]
-    (line,) = [record.getMessage() for record in caplog.records if "stay as they are" in record.getMessage()]
+    (line,) = [record.getMessage() for record in caplog.records if "are not" in record.getMessage()]
     assert "75 % of the weights in the blocks" in line
     assert "gate_up_proj (MixtralExperts)" in line
-    assert any("MixtralExperts" in left.reason for left in report.left)
+    assert any("MixtralExperts" in left.reason for left in report.not_quantized)
 
 
 def test_gpt2_is_refused() -> None:
@@ -350,7 +351,19 @@ def test_the_report_counts_what_is_stored() -> None:
     assert row.relative_proxy_loss is not None and 0 < row.relative_proxy_loss < row.relative_error
     plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert plain["totals"]["modules"] == len(plain["modules"]) == 14
-    assert plain["left"][0]["path"] == "lm_head"
+    assert plain["not_quantized"][0]["path"] == "lm_head"
+    assert Report.from_json(plain) == report
+
+
+def test_reports_of_earlier_versions_are_read() -> None:
+    stored = json.loads((GOLDEN / "optq" / "llmtools.json").read_text(encoding="utf-8"))["report"]
+    assert {"left", "taught"} <= stored.keys()
+    stored["taught"] = {"model.layers.0": [{"before": 0.5, "after": 0.25}]}
+    read = Report.from_json(stored).to_json()
+    assert read["modules"] == stored["modules"] and read["totals"] == pytest.approx(stored["totals"])
+    assert read["not_quantized"] == stored["left"] and read["reconstruction"] == stored["taught"]
+    with pytest.raises(CheckpointError, match="damaged"):
+        Report.from_json({**stored, "modules": [{"path": "lm_head"}]})
 
 
 def test_the_table_has_a_line_for_each_kind_of_module() -> None:
@@ -373,8 +386,8 @@ def test_optq_reads_better_than_rtn_on_a_real_model(stories: Path, tinystories: 
 
     tokenizer = AutoTokenizer.from_pretrained(stories)
     text = calibration(tinystories / "train.txt", tokenizer, samples=16, tokens=128)
-    words = (tinystories / "held_out.txt").read_text()[:6_000]
-    held_out = tokenizer(words, return_tensors="pt").input_ids
+    text = (tinystories / "held_out.txt").read_text()[:6_000]
+    held_out = tokenizer(text, return_tensors="pt").input_ids
 
     def quality(name: str | None, bits: int) -> float:
         model = AutoModelForCausalLM.from_pretrained(stories)
@@ -444,7 +457,7 @@ def test_a_subclass_that_computes_something_else_stays_and_is_named() -> None:
     before = logits(model)
     report = quantize(model, "rtn", bits=8, group_size=32)
     assert isinstance(model.model.layers[0].mlp.up_proj, Scaled)
-    assert any("Scaled, which computes something else" in left.reason for left in report.left)
+    assert any("Scaled, which computes something else" in left.reason for left in report.not_quantized)
     assert (logits(model) - before).norm() < 0.05 * before.norm()
 
 
@@ -574,7 +587,7 @@ class Spare(nn.Module):
 def test_a_stack_that_does_not_run_stays_dense_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     report = quantize(Spare(), "optq", BATCHES, bits=4, group_size=16)
     assert [row.path for row in report.rows] == ["layers.0.0", "layers.1.0"]
-    assert [left.path for left in report.left] == ["further.0.0", "further.1.0"]
+    assert [left.path for left in report.not_quantized] == ["further.0.0", "further.1.0"]
     assert "further: none of its blocks ran" in caplog.text
 
 

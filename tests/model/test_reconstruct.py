@@ -1,4 +1,4 @@
-"""Teaching blocks: learned rounding and block tuning come closer to the original, and leave alone what they must."""
+"""Block-wise reconstruction: learned rounding and block tuning come closer to the original, and change nothing else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import llmtools
 from llmtools.errors import InputError
 from llmtools.model.options import NO_TUNING, BlockTuning
 from llmtools.model.quantize import INCOMPLETE, Report, quantize
-from llmtools.model.reconstruct import Lesson, Teacher, stacked
+from llmtools.model.reconstruct import OriginalStream, Reconstruction, stacked
 from llmtools.model.walk import walk
 from llmtools.nn import QuantizedLinear, quantized_linears
 from llmtools.quant import ALL, Packed, Quantizer, TensorSpec
@@ -28,7 +28,7 @@ TUNING = BlockTuning(epochs=2, batch=4, held_out=0.25)
 LEARNED: dict[str, Any] = {"bits": 2, "group_size": 32, "iterations": 40, "batch": 4}
 
 
-def taught(name: str = "rtn", family: str = "llama", **options: Any) -> tuple[nn.Module, Report]:
+def reconstructed(name: str = "rtn", family: str = "llama", **options: Any) -> tuple[nn.Module, Report]:
     if name == "rtn":
         options = {"bits": 2, "group_size": 32, **options}
     model = tiny_model(family)
@@ -46,7 +46,7 @@ def distance(model: nn.Module, original: nn.Module, ids: Tensor) -> float:
 def real(stories: Path, tinystories: Path) -> Real:
     """Gives a copy of the first two layers of the real model, text to learn from and text to measure on.
 
-    Blocks of random numbers would teach little.
+    Blocks of random numbers would gain little.
     """
     model, tokenizer = llmtools.load(stories, num_hidden_layers=2)
     text = llmtools.calibration(tinystories / "train.txt", tokenizer, samples=24, tokens=48)
@@ -63,7 +63,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-# ---- what is taught ------------------------------------------------------------------------------------------------
+# ---- targets -------------------------------------------------------------------------------------------------------
 
 
 def test_batches_are_joined_to_sequences_of_one_length() -> None:
@@ -73,18 +73,18 @@ def test_batches_are_joined_to_sequences_of_one_length() -> None:
 
 
 def test_the_targets_are_the_original_network_whatever_happens_to_its_blocks() -> None:
-    model, teacher, lessons, inputs = tiny_model("gemma3"), Teacher(), [], []
+    model, original_stream, parts, inputs = tiny_model("gemma3"), OriginalStream(), [], []
     with torch.no_grad():
         hidden = [model(ids, output_hidden_states=True).hidden_states for ids in BATCHES]
 
     def damage(block: Any, calls: Any) -> None:
-        lessons.append(teacher.lesson(calls))
+        parts.append(original_stream.reconstruction(calls))
         inputs.append(calls.hidden)
         for parameter in block.module.parameters():
             parameter.mul_(0.5)
 
     walk(model, BATCHES, damage)
-    assert all(torch.equal(target, states[1]) for target, states in zip(lessons[0].targets, hidden, strict=True))
+    assert all(torch.equal(target, states[1]) for target, states in zip(parts[0].targets, hidden, strict=True))
     inputs_changed = any(not torch.equal(a, s[1]) for a, s in zip(inputs[1], hidden, strict=True))
     assert inputs_changed
 
@@ -92,9 +92,9 @@ def test_the_targets_are_the_original_network_whatever_happens_to_its_blocks() -
 def test_the_held_out_batches_are_not_trained_on() -> None:
     calls = type("Calls", (), {"hidden": []})()
     for batches, share, train in ((4, 0.25, 3), (8, 0.125, 7), (1, 0.5, 1), (5, 0.0, 5), (2, 0.9, 1)):
-        lesson = Lesson(calls, [torch.ones(1)] * batches, share)  # type: ignore[arg-type]
-        assert list(lesson.train) == list(range(train))
-        assert list(lesson.held_out) == (list(range(train, batches)) or list(range(train)))
+        reconstruction = Reconstruction(calls, [torch.ones(1)] * batches, share)  # type: ignore[arg-type]
+        assert list(reconstruction.train) == list(range(train))
+        assert list(reconstruction.held_out) == (list(range(train, batches)) or list(range(train)))
 
 
 # ---- learned rounding ----------------------------------------------------------------------------------------------
@@ -107,41 +107,44 @@ def test_rounding_learned_on_blocks_beats_optq_and_the_nearest(real: Real) -> No
         report = quantize(model, name, text, bits=2, group_size=64, **{"iterations": 50} if name == "signround" else {})
         errors[name] = distance(model, original, ids)
     assert errors["signround"] < 0.85 * errors["optq"] < 0.85 * errors["rtn"]
-    assert list(report.taught) == ["model.layers.0", "model.layers.1"]
-    assert all(after < before for lessons in report.taught.values() for before, after in lessons)
-    assert "blocks taught in 2 lessons" in report.table() and report.to_json()["taught"]["model.layers.0"][0]["before"]
+    assert list(report.reconstruction) == ["model.layers.0", "model.layers.1"]
+    assert all(after < before for losses in report.reconstruction.values() for before, after in losses)
+    assert (
+        "2 block reconstructions" in report.table()
+        and report.to_json()["reconstruction"]["model.layers.0"][0]["before"]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_taught(family: str) -> None:
-    model, report = taught("signround", family, tuning=BlockTuning(epochs=1), **LEARNED | {"iterations": 4})
+def test_every_family_can_be_reconstructed(family: str) -> None:
+    model, report = reconstructed("signround", family, tuning=BlockTuning(epochs=1), **LEARNED | {"iterations": 4})
     assert len(report.rows) == len(quantized_linears(model)) > 0
     assert all(isinstance(module, QuantizedLinear) for path, module in model.named_modules() if path in packed(model))
     assert 0 < distance(model, tiny_model(family), BATCHES[0]) < 1.1
-    assert all(after <= before for lessons in report.taught.values() for before, after in lessons)
+    assert all(after <= before for losses in report.reconstruction.values() for before, after in losses)
 
 
 def test_learned_and_other_quantizers_share_a_block() -> None:
     overrides = {"*.0.*": None, "down_proj": {"name": "rtn", "bits": 4}}
-    model, report = taught("signround", overrides=overrides, **LEARNED)
+    model, report = reconstructed("signround", overrides=overrides, **LEARNED)
     names = {row.path: row.quantizer["name"] for row in report.rows}
     assert set(names.values()) == {"signround", "rtn"} and not any(".0." in path for path in names)
     assert set(quantized_linears(model)) == set(names)
 
 
-def test_the_same_inputs_teach_the_same_bits() -> None:
-    runs = [taught("signround", tuning=TUNING, adapter_rank=2, **LEARNED | {"iterations": 8}) for _ in range(2)]
+def test_reconstruction_is_deterministic() -> None:
+    runs = [reconstructed("signround", tuning=TUNING, adapter_rank=2, **LEARNED | {"iterations": 8}) for _ in range(2)]
     assert same(runs[0][0], runs[1][0])
-    assert runs[0][1].taught == runs[1][1].taught
+    assert runs[0][1].reconstruction == runs[1][1].reconstruction
 
 
 def test_the_head_is_learned_by_itself() -> None:
-    model, report = taught("signround", skip=(), **LEARNED | {"iterations": 4})
+    model, report = reconstructed("signround", skip=(), **LEARNED | {"iterations": 4})
     assert isinstance(model.lm_head, QuantizedLinear) and report.rows[-1].path == "lm_head"
 
 
 def test_a_checkpoint_of_learned_rounding_opens_as_it_was(tmp_path: Path) -> None:
-    model, report = taught("signround", **LEARNED | {"iterations": 4})
+    model, report = reconstructed("signround", **LEARNED | {"iterations": 4})
     llmtools.save(model, None, tmp_path / "model", report=report)
     from transformers import AutoModelForCausalLM
 
@@ -153,7 +156,7 @@ def test_a_checkpoint_of_learned_rounding_opens_as_it_was(tmp_path: Path) -> Non
 
 @dataclass(frozen=True)
 class Half(Quantizer):
-    """A stranger's: the weight in float16, less accurate than it looks."""
+    """A third-party quantizer: the weight in float16, less accurate than it looks."""
 
     name = "half"
 
@@ -173,7 +176,7 @@ QUANTIZERS: dict[str, tuple[str | Quantizer, dict[str, Any]]] = {
     "nf4": ("nf4", {"double_quantization": True}),
     "hqq": ("hqq", {"bits": 2, "group_size": 32}),
     "quip_sharp": ("quip_sharp", {"bits": 2}),
-    "stranger": (Half(), {}),
+    "third-party": (Half(), {}),
 }
 
 
@@ -184,14 +187,14 @@ def test_tuning_brings_any_quantizer_closer_to_the_original(name: str, real: Rea
     quantize(plain, quantizer, text, **options)
     report = quantize(tuned, quantizer, text, tuning=TUNING, **options)
     assert distance(tuned, original, ids) < 0.95 * distance(plain, original, ids)
-    assert all(after <= before for lessons in report.taught.values() for before, after in lessons)
+    assert all(after <= before for losses in report.reconstruction.values() for before, after in losses)
 
 
 def test_tuning_moves_floats_and_no_codes() -> None:
     """Without the rates of what is dense the codes are those of an untuned block, in the block that comes first."""
     options: dict[str, Any] = {"bits": 2, "group_size": 32}
-    plain, _ = taught(**options)
-    tuned, _ = taught(tuning=BlockTuning(epochs=2, batch=4, learning_rate=0.0), **options)
+    plain, _ = reconstructed(**options)
+    tuned, _ = reconstructed(tuning=BlockTuning(epochs=2, batch=4, learning_rate=0.0), **options)
     scales_moved = 0
     for path, tensors in packed(tuned).items():
         before = packed(plain)[path]
@@ -205,15 +208,15 @@ def test_tuning_moves_floats_and_no_codes() -> None:
 
 def test_a_rate_that_ruins_the_block_changes_nothing() -> None:
     wild = BlockTuning(epochs=1, batch=4, learning_rate=50.0, packed_learning_rate=50.0)
-    plain, _ = taught("optq", bits=3, group_size=32)
-    tuned, report = taught("optq", bits=3, group_size=32, tuning=wild)
+    plain, _ = reconstructed("optq", bits=3, group_size=32)
+    tuned, report = reconstructed("optq", bits=3, group_size=32, tuning=wild)
     assert same(plain, tuned)
-    assert all(before == after for lessons in report.taught.values() for before, after in lessons)
+    assert all(before == after for losses in report.reconstruction.values() for before, after in losses)
 
 
 def test_zero_epochs_are_no_tuning() -> None:
-    assert same(taught(tuning=NO_TUNING)[0], taught()[0])
-    assert taught(tuning=NO_TUNING)[1].taught == {}
+    assert same(reconstructed(tuning=NO_TUNING)[0], reconstructed()[0])
+    assert reconstructed(tuning=NO_TUNING)[1].reconstruction == {}
 
 
 def test_types_flags_and_modes_stay() -> None:
@@ -228,7 +231,7 @@ def test_types_flags_and_modes_stay() -> None:
     assert not any(p.requires_grad for layer in quantized_linears(model).values() for p in layer.parameters())
 
 
-def test_an_interruption_in_a_lesson_is_said() -> None:
+def test_an_interruption_within_a_reconstruction_is_said() -> None:
     model = tiny_model("llama")
 
     def stop(done: int, total: int, path: str) -> None:
@@ -240,7 +243,7 @@ def test_an_interruption_in_a_lesson_is_said() -> None:
 
 
 def test_tuning_without_text_is_refused() -> None:
-    with pytest.raises(InputError, match="block tuning learns from calibration text"):
+    with pytest.raises(InputError, match="block tuning needs calibration text"):
         quantize(tiny_model("llama"), "rtn", tuning=TUNING)
     with pytest.raises(InputError, match="signround needs calibration text"):
         quantize(tiny_model("llama"), "signround")

@@ -160,7 +160,7 @@ def test_equal_masks_and_rotary_tables_are_kept_once() -> None:
     assert len({id(table) for table in tables}) == 1
 
 
-def test_steps_are_told() -> None:
+def test_steps_are_reported() -> None:
     steps: list[tuple[int, int, str]] = []
     walk(tiny_model("llama"), BATCHES, lambda block, calls: None, on_step=lambda *step: steps.append(step))
     assert steps == [(1, 2, "model.layers.0"), (2, 2, "model.layers.1")]
@@ -350,7 +350,7 @@ def test_chains_with_something_between_are_followed(between: str) -> None:
 
 
 def test_without_propagation_only_a_chain_can_be_walked() -> None:
-    with pytest.raises(InputError, match="walked in 3 parts"):
+    with pytest.raises(InputError, match="walked in 3 segments"):
         walk(Net(wiring="scaled"), BATCHES, lambda block, calls: None, propagate=False)
 
 

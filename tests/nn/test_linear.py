@@ -165,8 +165,8 @@ READS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-def _saved(told: Any) -> io.BytesIO:
-    torch.save(told, file := io.BytesIO())
+def _saved(value: Any) -> io.BytesIO:
+    torch.save(value, file := io.BytesIO())
     file.seek(0)
     return file
 

@@ -1,4 +1,4 @@
-"""Adapters that start from the quantization error: optimal in the Hessian's norm, and ordinary PEFT adapters."""
+"""Adapters that init from the quantization error: optimal in the Hessian's norm, and ordinary PEFT adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmtools.cli.app import main
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.quantize import Report, quantize
 from llmtools.nn import lora_init as start_module
-from llmtools.nn.lora_init import Start, start_adapters, start_from_error
+from llmtools.nn.lora_init import LoraInit, initialize_lora, lora_init_from_error
 from llmtools.quant import proxy_loss
 from tests.models import tiny_ids, tiny_model
 
@@ -42,22 +42,22 @@ def optimum(error: Tensor, hessian: Tensor, rank: int) -> float:
 @pytest.mark.parametrize("out", [24, 60])
 def test_the_start_is_the_truncated_svd_in_the_hessians_norm(out: int, tokens: int, rank: int) -> None:
     error, hessian = draw(out, tokens=tokens)
-    start = start_from_error(error, hessian, rank)
-    left = proxy_loss(error, start.b @ start.a, hessian)
+    init = lora_init_from_error(error, hessian, rank)
+    left = proxy_loss(error, init.b @ init.a, hessian)
     whole = proxy_loss(error, torch.zeros_like(error), hessian)
     assert left == pytest.approx(optimum(error, hessian, rank), rel=1e-4, abs=1e-5 * whole)
 
 
 def test_without_a_hessian_it_is_the_truncated_svd_of_the_error() -> None:
     error, _ = draw()
-    start = start_from_error(error, None, 5)
+    init = lora_init_from_error(error, None, 5)
     left, sizes, right = torch.linalg.svd(error)
-    torch.testing.assert_close(start.b @ start.a, (left[:, :5] * sizes[:5]) @ right[:5], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(init.b @ init.a, (left[:, :5] * sizes[:5]) @ right[:5], rtol=1e-4, atol=1e-5)
 
 
 def test_the_first_components_are_the_start_of_lower_rank() -> None:
     error, hessian = draw()
-    large, small = start_from_error(error, hessian, 8), start_from_error(error, hessian, 3)
+    large, small = lora_init_from_error(error, hessian, 8), lora_init_from_error(error, hessian, 3)
     torch.testing.assert_close(large.b[:, :3] @ large.a[:3], small.b @ small.a)
     torch.testing.assert_close(large.a.norm(dim=1), large.b.norm(dim=0))
 
@@ -65,15 +65,15 @@ def test_the_first_components_are_the_start_of_lower_rank() -> None:
 def test_many_rows_are_iterated_to_nearly_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(start_module, "_EXACT", 8)
     error, hessian = draw(200, 120, 400)
-    start = start_from_error(error, hessian, 8)
-    assert proxy_loss(error, start.b @ start.a, hessian) < 1.002 * optimum(error, hessian, 8)
-    again = start_from_error(error, hessian, 8)
-    assert torch.equal(start.a, again.a) and torch.equal(start.b, again.b)
+    init = lora_init_from_error(error, hessian, 8)
+    assert proxy_loss(error, init.b @ init.a, hessian) < 1.002 * optimum(error, hessian, 8)
+    again = lora_init_from_error(error, hessian, 8)
+    assert torch.equal(init.a, again.a) and torch.equal(init.b, again.b)
 
 
 def test_without_an_error_the_start_is_zero_and_can_still_be_trained() -> None:
-    start = start_from_error(torch.zeros(6, 10), torch.eye(10), 4)
-    assert not start.a.any() and start.b.any()
+    init = lora_init_from_error(torch.zeros(6, 10), torch.eye(10), 4)
+    assert not init.a.any() and init.b.any()
 
 
 # ---- in a model ----------------------------------------------------------------------------------------------------
@@ -88,15 +88,15 @@ def config(**options: object) -> LoraConfig:
     return LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, **options})
 
 
-def test_a_report_has_starts_only_where_they_are_asked_for() -> None:
+def test_a_report_has_a_lora_initialisation_only_on_request() -> None:
     model, report = quantized(adapter_rank=4)
     original = tiny_model("llama")
-    assert quantized()[1].starts == {} and list(report.starts) == [row.path for row in report.rows]
+    assert quantized()[1].lora_init == {} and list(report.lora_init) == [row.path for row in report.rows]
     path = report.rows[0].path
     error = original.get_submodule(path).weight - model.get_submodule(path).dequantize()
-    start = report.starts[path]
-    assert (start.b.shape, start.a.shape) == ((64, 4), (4, 64))
-    assert (error - start.b @ start.a).norm() < error.norm()
+    init = report.lora_init[path]
+    assert (init.b.shape, init.a.shape) == ((64, 4), (4, 64))
+    assert (error - init.b @ init.a).norm() < error.norm()
     with pytest.raises(InputError, match="adapter_rank=-1"):
         quantized(adapter_rank=-1)
 
@@ -104,14 +104,14 @@ def test_a_report_has_starts_only_where_they_are_asked_for() -> None:
 @pytest.mark.parametrize("options", [{}, {"r": 2}, {"r": 9}, {"use_rslora": True}], ids=str)
 def test_the_adapter_adds_the_start_whatever_its_rank_and_scale(options: dict[str, object]) -> None:
     model, report = quantized(adapter_rank=4)
-    before = {path: model.get_submodule(path).dequantize() for path in report.starts}
+    before = {path: model.get_submodule(path).dequantize() for path in report.lora_init}
     adapted = get_peft_model(model, config(**options))
-    assert start_adapters(adapted, report.starts) == 14
-    for path, start in report.starts.items():
+    assert initialize_lora(adapted, report.lora_init) == 14
+    for path, init in report.lora_init.items():
         layer = adapted.get_base_model().get_submodule(path)
         rank = min(4, layer.r["default"])
         delta = layer.get_delta_weight("default")
-        torch.testing.assert_close(before[path] + delta, before[path] + start.b[:, :rank] @ start.a[:rank])
+        torch.testing.assert_close(before[path] + delta, before[path] + init.b[:, :rank] @ init.a[:rank])
 
 
 def test_the_network_is_closer_to_the_original_before_any_training(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_the_network_is_closer_to_the_original_before_any_training(tmp_path: Pat
     with torch.no_grad():
         wanted, zero = tiny_model("llama")(ids).logits, model(ids).logits
         adapted = get_peft_model(model, config(r=8)).eval()
-        start_adapters(adapted, report.starts)
+        initialize_lora(adapted, report.lora_init)
         started = adapted(ids).logits
         assert (started - wanted).norm() < 0.9 * (zero - wanted).norm()
         adapted.save_pretrained(tmp_path)  # an ordinary adapter
@@ -128,13 +128,13 @@ def test_the_network_is_closer_to_the_original_before_any_training(tmp_path: Pat
         assert torch.equal(opened(ids).logits, started)
 
 
-def test_starts_lie_beside_the_checkpoint(tmp_path: Path) -> None:
+def test_the_initialisation_lies_beside_the_checkpoint(tmp_path: Path) -> None:
     model, report = quantized(adapter_rank=3)
     ids = BATCHES[0]
     llmtools.save(model, None, tmp_path / "with", report=report)
-    starts = load_lora_init(tmp_path / "with")
-    assert all(torch.equal(starts[path].a, start.a) and torch.equal(starts[path].b, start.b)
-               for path, start in report.starts.items())  # fmt: skip
+    inits = load_lora_init(tmp_path / "with")
+    assert all(torch.equal(inits[path].a, init.a) and torch.equal(inits[path].b, init.b)
+               for path, init in report.lora_init.items())  # fmt: skip
     from transformers import AutoModelForCausalLM
 
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
@@ -153,13 +153,13 @@ def test_what_does_not_fit_is_refused() -> None:
     model, report = quantized(adapter_rank=2)
     adapted = get_peft_model(model, config(use_dora=True))
     with pytest.raises(InputError, match="DoRA"):
-        start_adapters(adapted, report.starts)
+        initialize_lora(adapted, report.lora_init)
     adapted = get_peft_model(quantized()[0], config())
-    with pytest.raises(InputError, match=r"q_proj has an adapter but no start values"):
-        start_adapters(adapted, {})
-    wrong = {path: Start(start.a[:, 1:], start.b) for path, start in report.starts.items()}
-    with pytest.raises(InputError, match="they belong to another model"):
-        start_adapters(adapted, wrong)
+    with pytest.raises(InputError, match=r"q_proj has an adapter but no LoRA initialisation"):
+        initialize_lora(adapted, {})
+    wrong = {path: LoraInit(init.a[:, 1:], init.b) for path, init in report.lora_init.items()}
+    with pytest.raises(InputError, match="it belongs to another model"):
+        initialize_lora(adapted, wrong)
 
 
 def test_finetuning_can_start_from_the_error(
@@ -172,11 +172,11 @@ def test_finetuning_can_start_from_the_error(
     arguments = ["--model", tmp_path / "q", "--data", text, "--training.max_steps", 1, "--training.max_length", 32]
     assert run("finetune", *arguments, "--lora.init", "error", "--training.learning_rate", 1e-30, "--out",
                tmp_path / "a") == 0  # fmt: skip
-    starts = load_lora_init(tmp_path / "q")
+    inits = load_lora_init(tmp_path / "q")
     adapter = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    for path, start in starts.items():
+    for path, init in inits.items():
         a, b = (adapter[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
-        torch.testing.assert_close(b @ a * 4, start.b @ start.a, rtol=1e-4, atol=1e-5)  # r = 8, alpha = 32
+        torch.testing.assert_close(b @ a * 4, init.b @ init.a, rtol=1e-4, atol=1e-5)  # r = 8, alpha = 32
     capsys.readouterr()
     assert run("finetune", *arguments, "--lora.init", "eror", "--out", tmp_path / "b") == 2
     assert "lora.init='eror'; did you mean 'error'?" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_it_is_cross_entropy_in_any_chunks(
     assert found.tokens == (labels != -100).sum()
 
 
-def test_likeliest_words_are_counted() -> None:
+def test_argmax_tokens_are_counted() -> None:
     hidden, head, labels = problem(torch.float32)
     best = head(hidden).argmax(1)
     labels[1:4] = best[1:4]

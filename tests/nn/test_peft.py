@@ -302,7 +302,7 @@ def test_checkpointing_gives_the_same_gradients(reentrant: bool, dtype: str, bas
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_a_model_that_cannot_checkpoint_is_told_apart() -> None:
+def test_a_model_without_gradient_checkpointing_is_detected() -> None:
     with pytest.raises(InputError, match="gradient_checkpointing=False"):
         llmtools.prepare_for_training(nn.Linear(4, 4))
     assert not llmtools.prepare_for_training(nn.Linear(4, 4), gradient_checkpointing=False).weight.requires_grad

@@ -298,7 +298,7 @@ def test_the_sixteen_settings_and_what_follows_from_them(
         FinetuneConfig(**{**SETTINGS, "batch_size": 4})
     FinetuneConfig(**{**SETTINGS, "batch_size": 20})
     assert "batches have 16" in caplog.text
-    with pytest.raises(InputError, match="two names of the same"):
+    with pytest.raises(InputError, match="are synonyms"):
         FinetuneConfig(**SETTINGS, data_type="samsum")
     with pytest.raises(TypeError, match="epohcs"):
         FinetuneConfig(**SETTINGS, epohcs=3)

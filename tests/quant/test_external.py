@@ -29,7 +29,7 @@ def test_every_law_holds(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "complaint"),
+    ("name", "options", "message"),
     [
         ("affine", {"bits": 9}, "bits=9"),
         ("affine", {"scale_type": "float64"}, "did you mean 'float"),
@@ -41,6 +41,6 @@ def test_every_law_holds(name: str, options: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_options_that_make_no_grid_are_refused(name: str, options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(InputError, match=complaint):
+def test_options_that_make_no_grid_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         quantizer(name, **options)

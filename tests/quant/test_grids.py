@@ -63,7 +63,7 @@ def test_codebook_decoding_gives_exactly_the_values_that_rounding_saw(group_size
 @pytest.mark.parametrize("columns", [32, 33, 172])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_layout_is_the_stated_number_of_bits(bits: int, columns: int) -> None:
-    """bits a weight rounded up to 32-bit words, 16 bits of scale and `bits` of zero point a group."""
+    """bits per weight rounded up to 32-bit words, 16 bits of scale and `bits` of zero point a group."""
     layout = Affine(bits, 16).layout(3, columns)
     groups = -(-columns // 16)
     assert layout["qweight"].shape == (3, -(-columns * bits // 32))

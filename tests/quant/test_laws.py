@@ -108,7 +108,7 @@ class Halves(torch.autograd.Function):
         return grads[0] @ ctx.saved_tensors[0].T, None
 
 
-def test_a_sound_quantizer_of_a_stranger_keeps_them() -> None:
+def test_a_sound_third_party_quantizer_keeps_them() -> None:
     assert not [outcome for outcome in check(Plain(), every=3) if outcome.error]
 
 

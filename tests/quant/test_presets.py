@@ -130,7 +130,7 @@ def test_awq_is_between_nearest_and_optq() -> None:
 
 
 def test_awq_finds_no_worse_than_its_grid_without_scales() -> None:
-    """r = 0 is among the candidates, and judged by the loss itself."""
+    """r = 0 is among the candidates, and scored by the loss itself."""
     assert loss("awq", bits=3, clip=False) <= loss("rtn", bits=3, clip=False) * (1 + 1e-5)
 
 

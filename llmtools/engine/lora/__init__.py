@@ -1,1 +1,1 @@
-"""The porch: finetuning, under the published import paths. See ``docs/coming-from-llmtools.md``."""
+"""Compatibility layer: finetuning under the published import paths. See ``docs/coming-from-llmtools.md``."""

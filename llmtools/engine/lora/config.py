@@ -1,4 +1,4 @@
-"""The published settings of a finetuning run: sixteen words, and what follows from them."""
+"""The published settings of a finetuning run: sixteen keyword arguments, and values derived from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import InputError
 
 
 class FinetuneConfig:
-    """What to train on, how long, how large the adapter is.
+    """Dataset, schedule and adapter of a finetuning run.
 
     The sixteen keyword arguments are attributes of the same names. Derived are `gradient_accumulation_steps` (how many
     batches of `mbatch_size` on each process make one of `batch_size`), and from the environment that `accelerate
@@ -37,14 +37,14 @@ class FinetuneConfig:
         save_total_limit: int,
         logging_steps: int,
     ) -> None:
-        """dataset: a file, or None for the one on the hub. ds_type, data_type: two names of the same, such as alpaca.
+        """dataset: a file, or None for the one on the hub. ds_type, data_type: synonyms, such as alpaca.
 
-        val_set_size: the share of the rows that is held out, or above 1 their number.
+        val_set_size: share of the rows that is held out, or above 1 their number.
 
         Raises InputError where the two batch sizes do not fit each other.
         """
         if ds_type is not None and data_type is not None and ds_type != data_type:
-            raise InputError(f"ds_type={ds_type!r} and data_type={data_type!r} are two names of the same; pass one")
+            raise InputError(f"ds_type={ds_type!r} and data_type={data_type!r} are synonyms; pass one")
         self.dataset = dataset
         self.ds_type = self.data_type = ds_type or data_type or "alpaca"
         self.lora_out_dir = lora_out_dir

@@ -27,7 +27,7 @@ __all__ = ["Weight", "decodes", "dequantize_grouped", "multiplies", "multiply_gr
 
 
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, int]
-"""qweight, scales, qzeros, table, bits, group_size, in_features: what the two functions share."""
+"""Arguments of a packed weight: qweight, scales, qzeros, table, bits, group_size, in_features."""
 
 
 def dequantize_grouped(
@@ -61,11 +61,11 @@ multiply_grouped = define(
     native=native.multiply_grouped,
     fake=lambda x, qweight, *weight: x.new_empty((x.shape[0], weight[-2] if weight[-1] else qweight.shape[0])),
 )
-"""x [t, in] @ weight.T -> [t, out] of x's type, for decoding, where t is small (GEMV); each code is read once.
+"""Product x [t, in] @ weight.T -> [t, out] of x's type, for decoding, where t is small (GEMV); each code is read once.
 
 With `transposed`, its gradient: x [t, out] @ weight -> [t, in]. Neither is differentiable. Sums are float32; on a CPU
-that multiplies bytes, x of half precision is rounded to 16 bits beside the largest activation of its group and summed
-in integers (`integer.h`). Raises InputError for an x of another width."""
+with byte products, half-precision x is quantized to int16 with one scale per group, and summed in integers
+(`integer.h`). Raises InputError for an x of another width."""
 
 
 @constant_result

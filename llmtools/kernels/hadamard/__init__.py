@@ -1,9 +1,9 @@
-"""Rotation by a Hadamard matrix, of every size, in O(n log n): what spreads outliers evenly over a vector.
+"""Rotation by a Hadamard matrix, of every size, in O(n log n): it spreads outliers evenly over a vector.
 
 For n = K·2^t features the matrix is Q = (M ⊗ S) / √n: S is Sylvester's matrix of order 2^t, M a Hadamard matrix of
 order K, and feature i = k·2^t + j sits at index k of M and j of S (QuIP#, arXiv:2402.04396, §3 and appendix A). Q is
 orthogonal, and in general not symmetric: the inverse is the transpose. Which M a size takes is its *rule*, a string
-that `rule_for` chooses and that checkpoints store (`rules.py`); sizes for which no Hadamard matrix is at hand get a
+that `rule_for` chooses and that checkpoints store (`rules.py`); sizes without a known Hadamard matrix get a
 block-diagonal one, so every n works.
 
     rule_for:      n -> rule

@@ -1,10 +1,10 @@
 """Which orthogonal matrix of ±1 belongs to a size: the rule, a short string.
 
-A rule lists Kronecker factors; what they leave of n is a power of two and filled with Sylvester's matrix:
+A rule lists Kronecker factors; the rest of n is a power of two, for Sylvester's matrix:
 
     sylvester              n = 2^t
     paley1:11              n = 12·2^t:   paley1:11 ⊗ sylvester
-    paley1:11*paley2:25    n = 12·52·2^t: a product of two, for sizes where no single one is at hand
+    paley1:11*paley2:25    n = 12·52·2^t: a product of two, for sizes without a single one
     blocks:64              n = 64·b:     block diagonal, b times the Sylvester matrix of order 64
     blocks:12:paley1:11    n = 12·b:     block diagonal, b times the rule after the colon
 

@@ -25,7 +25,7 @@ from .scalar import SCALE_TYPES, Scalar, check_group_size, check_scale_type, col
 BITS = (2, 3, 4, 8)
 """The widths of our own presets; the grid itself takes 1 … 8."""
 _SHARES = tuple(1 - step / 100 for step in range(80))
-"""What is left of a range in a search."""
+"""Shares of the full range that a search tries."""
 _CHUNK = 2**18  # weights of a search at a time, which with what is computed from them stay in a cache
 
 
@@ -42,10 +42,10 @@ class Affine(Scalar):
     group_size: int = -1
     symmetric: bool = False
     clip: bool = False
-    """Search each group's range over 80 shrunken ones: for the least Σ|w − ŵ|^2.4, GPTQ's "mse" option, or, where it
-    is known what an error costs in each column, for the least cost."""
+    """Whether each group's range is searched among 80 shrunken ones: for the least Σ|w − ŵ|^2.4, GPTQ's "mse" option,
+    or, where it is known what an error costs in each column, for the least cost."""
     scale_type: str = "float16"
-    """The type in which scales are stored: float16, bfloat16 or float32."""
+    """Type of the stored scales: float16, bfloat16 or float32."""
     float_zeros: bool = False
     """Zero points of the scales' type instead of integers: `zeros` [out, G] is stored in place of `qzeros`."""
 

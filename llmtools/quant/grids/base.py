@@ -1,13 +1,13 @@
-"""A grid: the values that a weight may take, and how one is named by a code.
+"""A grid: the values that a weight may take, and how a code encodes one.
 
 A grid knows geometry (fit a scale to a group, find the nearest value) and storage (pack codes, decode rows). It does
 not know how codes are chosen over a whole matrix; that is the rounding's part.
 
 A code names one weight, or a tile of `height` rows and `width` columns: 1 × 8 on a lattice (QuIP#, arXiv:2402.04396,
-section 4), 16 × 16 on a trellis (QTIP, arXiv:2406.11235, section 3). Tiles lie in rows and columns from the first on;
-where a weight ends within one, roundings pad it with zeros, and `dequantize` leaves them out again.
+section 4), 16 × 16 on a trellis (QTIP, arXiv:2406.11235, section 3). Tiles begin at the first row and column;
+where a weight ends within one, roundings pad it with zeros, and `dequantize` removes them.
 
-Shapes: n — rows at hand, a multiple of the height h; c — columns at hand, a multiple of the width w; p — parameters of
+Shapes: n — given rows, a multiple of the height h; c — given columns, a multiple of the width w; p — parameters of
 a group; out, in — features; G — groups in a row.
 """
 
@@ -37,7 +37,7 @@ class Grid(Rows):
     def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
         """Parameters for groups of weights: [n, c] float -> [n, p], already rounded to what is stored.
 
-        importance [c], if there is any: what a squared error costs in each column.
+        importance [c], optional: the weight of a squared error in each column.
         """
 
     @abstractmethod
@@ -58,7 +58,7 @@ class Grid(Rows):
 
 
 def tile_rows(rows: slice, out_features: int, height: int) -> tuple[slice, slice]:
-    """The rows of tiles that `rows` of the weight touch, and where the wanted rows lie among theirs.
+    """The rows of tiles that `rows` of the weight touch, and the slice of the requested rows among theirs.
 
     >>> tile_rows(slice(5, 8), 100, 2)        # rows 4 … 7 of the weight are decoded, and the first is dropped
     (slice(2, 4, None), slice(1, 4, 1))

@@ -1,6 +1,6 @@
 """Eight weights at a time on a lattice: the grid of QuIP# (arXiv:2402.04396, section 4).
 
-E8P names 65 536 points of a shifted E8 lattice by 16 bits, two bits per weight. What is left may be named again, larger
+E8P names 65 536 points of a shifted E8 lattice by 16 bits, two bits per weight. The residual may be coded again, larger
 by `residual_scale`: by one of 256 points (E81B) for a third bit, by E8P once more for a third and fourth. The points
 suit weights that are Gaussian with a standard deviation of about one; the scale that makes them so belongs to the
 matrix as a whole and is kept by the basis (`bases.SignedHadamard`), so this grid has nothing to fit.
@@ -44,9 +44,9 @@ class Lattice(Grid):
     """E8P, alone or refined. Stored: codes [out, b] int16; residual [out, b] uint8 at 3 bits, int16 at 4."""
 
     bits: int = 2
-    """2: E8P; 3: with E81B; 4: with E8P again."""
+    """Bits per weight, 2: E8P; 3: with E81B; 4: with E8P again."""
     residual_scale: float | None = None
-    """How much larger the error is coded; by default the paper's choice. Of no meaning at 2 bits."""
+    """Factor on the error in the residual code; by default the paper's. Unused at 2 bits."""
 
     width: ClassVar[int] = 8
 

@@ -1,6 +1,6 @@
 """Grids of one code a weight, in groups along the inputs: what `kernels/grouped` decodes and multiplies.
 
-The last word of a packed row may be partly filled, and then its length does not tell the number of columns. Such
+The last word of a packed row may be padded, and then its length does not determine the number of columns. Such
 weights carry `columns`, a tensor of shape [0, in]: no bytes, only a shape.
 
 Shapes: as in `grids/base.py`; w = ceil(in·bits / 32) words in a row.
@@ -18,7 +18,7 @@ from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
 SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-"""The types in which scales are stored."""
+"""Dtypes of stored scales, by name."""
 
 
 def check_scale_type(scale_type: str) -> None:
@@ -68,7 +68,7 @@ class Scalar(Grid):
     bits: int
     group_size: int
     float_zeros: bool = False
-    """Zero points are stored as they are, in place of `qzeros`; then the kernels do not serve."""
+    """Whether zero points are stored in float, in place of `qzeros`; the kernels do not support that."""
 
     def resolve_group_size(self, in_features: int) -> int:
         return resolve_group_size(self.group_size, in_features)

@@ -1,9 +1,9 @@
 """Other libraries' quantizers, each run as its users run it, on the same model and the same calibration text as ours.
 
-A peer gives back the model with the weights that it stored, dequantized by its own code to float32, and the bits that
+A baseline returns the model with the weights that it stored, dequantized by its own code to float32, and the bits that
 it stores for a weight: codes, scales, zero points and, where there is one, the order of the columns. So all rows of a
-table are computed in one arithmetic, and only the weights differ. A peer that is not installed, or that cannot take a
-model's shapes, raises; whoever asked writes that down and goes on.
+table are computed in one arithmetic, and only the weights differ. A baseline that is not installed, or that cannot take
+a model's shapes, raises; whoever asked writes that down and goes on.
 
 Known to work together on a CPU: GPTQModel 7.7, auto-round 0.16, HQQ 0.2.8, bitsandbytes 0.50.
 """
@@ -37,7 +37,7 @@ class Made(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What every quantizer of one table starts from."""
+    """Inputs of every quantizer in one table."""
 
     folder: Path
     """the model, float32"""
@@ -77,12 +77,12 @@ class Case(NamedTuple):
 
 def shown(options: dict[str, Any]) -> str:
     """Options as the end of a label: ``, passes 10, act_order, no clip``."""
-    words = {True: "{}", False: "no {}"}
-    return "".join(", " + (words[v].format(k) if isinstance(v, bool) else f"{k} {v}") for k, v in options.items())
+    formats = {True: "{}", False: "no {}"}
+    return "".join(", " + (formats[v].format(k) if isinstance(v, bool) else f"{k} {v}") for k, v in options.items())
 
 
 def installed() -> dict[str, str]:
-    """Name and version of each peer that is here."""
+    """Name and version of each installed baseline."""
     found = {}
     for name, package in PACKAGES.items():
         try:
@@ -93,7 +93,7 @@ def installed() -> dict[str, str]:
 
 
 def cases(bits: int, group_size: int, iterations: int) -> Iterator[Case]:
-    """Every peer's rows at this width: its defaults where they are best, and each option that may be better."""
+    """Every baseline's rows at this width: its defaults where they are best, and each option that may be better."""
     for options in (
         {"mse": 2.4, "damp_percent": 0.01, "act_group_aware": False},  # the settings of our `optq`
         {"mse": 2.4, "act_group_aware": True},  # its default order of columns, with clip search
@@ -289,7 +289,7 @@ def ours(name: str, options: dict[str, Any], tuning: BlockTuning | None = None) 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what a peer prints, to either stream and from below Python, out of the way."""
+    """Silences what a baseline prints, to either stream, from native code too."""
     import sys
 
     sys.stdout.flush()

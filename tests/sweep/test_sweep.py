@@ -306,7 +306,7 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"tasks": {"late": {"task": "mnli", "data": "/no/such"}}}, "late.r2.s0: there is no file or folder /no/such"),
         (
             {"quantizers": [{"name": "rtn"}, {"name": "optq", "bits": 3}]},
-            "optq-3-bit.cats.r2.s0: optq learns from text",
+            "optq-3-bit.cats.r2.s0: optq needs calibration text",
         ),
         ({"quantizers": [{"name": "rtn", "bits": [4, "x"]}]}, "bits"),
         ({"tasks": {"cats": task, "late": {"task": "text"}}}, "tasks.late: 'data' is missing"),

@@ -438,7 +438,7 @@ def test_the_examples_of_the_help_are_read(words: list[str], tmp_path: Path, mon
         made.append(recipe)
         return recipe
 
-    monkeypatch.setattr(f"llmtools.recipes.{VERBS[verb].module}.{VERBS[verb].function}", note)
+    monkeypatch.setattr(f"llmtools.{VERBS[verb].module}.{VERBS[verb].function}", note)
     assert main(words) == 0
     (recipe,) = made
     for flag, value in pairwise([*words, "--"]):
@@ -463,7 +463,7 @@ def test_examples_in_the_help_of_options_are_read_as_they_are_typed(
     needed |= {"quantizer": "rtn"}
     seen = 0
     for name, verb in VERBS.items():
-        module = importlib.import_module(f"llmtools.recipes.{verb.module}")
+        module = importlib.import_module(f"llmtools.{verb.module}")
         options = getattr(module, verb.options)
         required = {
             field.name
@@ -471,7 +471,7 @@ def test_examples_in_the_help_of_options_are_read_as_they_are_typed(
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
         for key, doc in field_docs(options).items():
-            for flag, value in re.findall(rf'(--{key}\.[\w.]+) ("[^"]*"|[\w./]+)', doc):
+            for flag, value in re.findall(rf'(--{key}\.[\w.]+) ("[^"]*"|[\w./]*\w)', doc):
                 made: list[Any] = []
                 monkeypatch.setattr(module, verb.function, made.append)
                 words = [part for each in sorted(required) for part in (f"--{each}", needed[each])]
@@ -554,12 +554,12 @@ with _environment(_quiet(["sweep"])):
 
 
 def test_the_list_is_of_names_for_use(capsys: pytest.CaptureFixture[str]) -> None:
-    from llmtools.quant import imported, quantizers
+    from llmtools.quant import external, quantizers
 
     assert run("list") == 0
     lines = capsys.readouterr().out.splitlines()
     shown = {line.split()[0] for line in lines if line.startswith("  ")}
-    formats = {name for name in quantizers.names() if quantizers.get(name).__module__ == imported.__name__}
+    formats = {name for name in quantizers.names() if quantizers.get(name).__module__ == external.__name__}
     assert formats and not formats & shown
     assert set(quantizers.names()) - formats < shown
     assert all(len(line.split("  ", 2)) == 3 for line in lines if line.startswith("  "))  # a name and what it is

@@ -120,6 +120,13 @@ def test_a_finished_run_goes_on_with_more_steps(stories: Path, data: str, tmp_pa
     assert result.steps == 3
 
 
+def as_run_folder(output: Path) -> None:
+    """Makes the folder of a finished run what it was before the end."""
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        (output / name).unlink()
+    (output / "llmtools.json").rename(output / "run.json")
+
+
 @pytest.mark.parametrize("how", ["finished", "killed before the end", "fewer steps", "epochs"])
 def test_a_run_that_has_its_steps_is_written_and_not_trained(
     how: str, stories: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,8 +141,7 @@ def test_a_run_that_has_its_steps_is_written_and_not_trained(
     former, checkpoints = adapter(tmp_path / "a"), sorted((tmp_path / "a" / "checkpoints").iterdir())
     if how == "killed before the end":
         (tmp_path / "a").rename(tmp_path / "a.training")
-        for name in ("adapter_model.safetensors", "adapter_config.json", "llmtools.json", "README.md"):
-            (tmp_path / "a.training" / name).unlink()
+        as_run_folder(tmp_path / "a.training")
     elif how == "fewer steps":
         training["max_steps"] = 1
 
@@ -292,8 +298,7 @@ def test_a_finished_run_helps_its_damaged_continuation(
     go_on(killed, stories)
     more = {**SAVED, "max_steps": 5}
     copy(killed / "a", killed / "a.training")
-    for name in ("adapter_model.safetensors", "adapter_config.json", "llmtools.json", "README.md"):
-        (killed / "a.training" / name).unlink()
+    as_run_folder(killed / "a.training")
     for state in (killed / "a.training").rglob("trainer_state.json"):
         state.write_text("{")
     assert go_on(killed, stories, training=more).steps == 5

@@ -252,7 +252,7 @@ class _Run:
     """A sweep's recipes, and the files of what came of them."""
 
     def __init__(self, recipe: Sweep) -> None:
-        self.recipe = recipe = _with_current_names(recipe)
+        self.recipe = recipe
         self.out = Path(recipe.out).expanduser()
         self.kept = Kept(make=not recipe.report_only)
         _check(recipe)
@@ -455,7 +455,7 @@ class _Run:
         ours = {"model": self._original, "out": self._model(form), "quantizer": options.pop("name"), "overwrite": True}
         ours["plugin"] = self.recipe.plugin
         ours |= {key: options.pop(key, None) for key in ("bits", "group_size")} | {"options": options}
-        made: Quantize = _built(Quantize, ours, self.recipe.quantize, "quantize")
+        made: Quantize = _built(Quantize, ours, with_current_names("quantize", self.recipe.quantize), "quantize")
         return made if resolve_quantizer(made).needs_hessian else replace(made, calibration=None)
 
     def finetune(self, cell: Cell) -> Finetune:
@@ -491,7 +491,7 @@ class _Run:
         return made
 
     def _section(self, name: str, verb: str) -> dict[str, Any]:
-        task = dict(self.recipe.tasks[name])
+        task = with_current_names("sweep", {"tasks": {name: self.recipe.tasks[name]}})["tasks"][name]
         own = {"finetune": task.pop("finetune", {}), "evaluate": task.pop("evaluate", {})}[verb]
         data = {"data": self.recipe.data[name]} if name in self.recipe.data else {}
         named = {} if own.get("harness") else {"task": name}
@@ -555,12 +555,6 @@ def _check(recipe: Sweep) -> None:
             raise InputError(
                 f"quantizers: {options['name']} has {empty[0]}: [], of which no cell is made; give a value"
             )
-
-
-def _with_current_names(recipe: Sweep) -> Sweep:
-    """The sweep with the options' names of today, whichever it was given."""
-    named = with_current_names("sweep", {"tasks": recipe.tasks, "quantize": recipe.quantize})
-    return replace(recipe, tasks=named["tasks"], quantize=named["quantize"])
 
 
 def _check_mapping(where: str, value: Any) -> None:

@@ -770,7 +770,7 @@ def test_of_several_processes_only_the_first_makes_and_clears_folders(
 ) -> None:
     from llmtools.train import run_folder as module
 
-    monkeypatch.setattr(module, "together", lambda: None)
+    monkeypatch.setattr(module, "wait_for_all", lambda: None)
     out, work = tmp_path / "a", tmp_path / "a.training"
     made = recipe("model", "data", out)
     monkeypatch.setenv("RANK", "1")

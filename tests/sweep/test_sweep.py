@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, tinystories: Path) -> Path:
 @pytest.fixture(scope="module")
 def recipe(stories: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """One quantizer and the model itself."""
-    judged = {"task": "perplexity", "data": str(data / "text.txt"), "context": 64, "limit": 4}
+    judged = {"task": "perplexity", "data": str(data / "text.txt"), "max_length": 64, "num_samples": 4}
     return Sweep(
         model=str(stories),
         out=str(tmp_path_factory.mktemp("sweep") / "s"),
@@ -280,7 +280,7 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"data": {"cats": "x"}}, "--data.cats: under finetune and evaluate this task names data of its own"),
         ({"data": {"mnli": __file__}, "tasks": {"mnli": {"data": "x"}}}, "would be trained on and judged by"),
         ({"tasks": {"a/b": task}}, "'a/b'"),
-        ({"tasks": {"cats": {**task, "evaluate": {"limits": 3}}}}, "did you mean 'limit'"),
+        ({"tasks": {"cats": {**task, "evaluate": {"num_sample": 3}}}}, "did you mean 'num_samples'"),
         ({"tasks": {"cats": {**task, "finetune": {"seed": 3}}}}, "the sweep decides this"),
         ({"tasks": {"cats": task, "late": {**task, "finetune": 3}}}, "tasks.late.finetune: a mapping"),
         ({"tasks": {"cats": task, "late": 3}}, "tasks.late: a mapping"),
@@ -365,7 +365,7 @@ def test_a_sign_tells_names_apart() -> None:
 def test_a_model_is_judged_before_training_in_the_words_of_training(recipe: Sweep) -> None:
     """What was left to the options of finetune goes for evaluate, too, as it does where it has the adapter."""
     tasks = {"mnli": {"data": "x", "finetune": {"options": {"digits": True, "validation_data": "y"}}}}
-    run = module._Run(replace(recipe, tasks=tasks))
+    run = module._Run(replace(recipe, tasks=tasks, report_only=True))
     assert run.evaluate(run.cells()[0]).options == {"digits": True}
     tasks["mnli"]["evaluate"] = {"options": {"digits": False}}
     assert run.evaluate(run.cells()[0]).options == {"digits": False}

@@ -97,7 +97,7 @@ def test_a_task_that_only_judges_cannot_be_trained_on(stories: Path, tmp_path: P
     with pytest.raises(InputError, match="there are no training examples"):
         finetune(recipe(stories, tmp_path / "a", task="bbh"))
     with pytest.raises(InputError, match="'data' is given twice: as --data"):
-        finetune(recipe(stories, "mnli", tmp_path / "a", options={"data": "x"}))
+        finetune(recipe(stories, tmp_path / "a", options={"data": "x"}))
     with pytest.raises(InputError, match="did you mean 'source_tokens'"):
         finetune(recipe(stories, tmp_path / "a", options={"source_token": 3}))
 

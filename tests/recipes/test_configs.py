@@ -195,5 +195,5 @@ def test_a_recipe_on_the_demos_files_wants_a_checkout(
     (line,) = capsys.readouterr().err.splitlines()
     assert "sweep_demo works on demo/assets of a checkout" in line and f"cd {repository}" in line
     assert main(["list", "sweep_demo"]) == 0
-    assert with_packaged(["--config", "samsum_lora"]) == ["--config", str(packaged()["samsum_lora"])]
+    assert with_packaged(["--config", "samsum_lora"]) == packaged()["samsum_lora"].arguments()
     assert list(tmp_path.iterdir()) == []

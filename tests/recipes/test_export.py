@@ -115,11 +115,11 @@ def test_what_cannot_be_is_said(
     assert not Path(out).exists()
 
 
-def test_what_is_rounded_again_is_listed(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_requantized_modules_are_listed(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = llmtools.load(stories)
     llmtools.quantize(model, "nf4", group_size=32)
     llmtools.save(model, tokenizer, tmp_path / "nf4")
     run("--model", str(tmp_path / "nf4"), "--format", "gptq_v2", "--out", str(tmp_path / "out"), code=2)
     assert "no uniform grid" in capsys.readouterr().err
     run("--model", str(tmp_path / "nf4"), "--format", "gptq_v2", "--out", str(tmp_path / "out"), "--lossy")
-    assert "rounded again, relative error" in capsys.readouterr().out
+    assert "re-quantized, relative error" in capsys.readouterr().out

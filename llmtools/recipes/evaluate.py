@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.options import AdaptedModelOptions
@@ -139,8 +139,7 @@ def _task(recipe: Evaluate) -> Evaluator:
     given: dict[str, Any] = {"data": recipe.data, "context": recipe.max_length}
     if cls.validates_on_data and "validation_data" not in recipe.options:
         given["validation_data"] = recipe.data
-    known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
-    if recipe.max_length is not None and "context" not in known:
+    if recipe.max_length is not None and "context" not in getattr(cls, "__dataclass_fields__", {}):
         raise InputError(f"--max_length does not go with --task {recipe.task}, which has no sequences of one length")
     flags = {"data": "data", "context": "max_length"}
     for key in recipe.options:

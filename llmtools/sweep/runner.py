@@ -269,7 +269,7 @@ class _Runner:
     """The recipes of a sweep's runs, and their results on the disk."""
 
     def __init__(self, recipe: Sweep) -> None:
-        self.recipe = recipe = _with_current_names(recipe)
+        self.recipe = recipe
         self.out = Path(recipe.out).expanduser()
         self.cache = ResultCache(compute=not recipe.report_only)
         earlier = self.out / "cells"
@@ -484,7 +484,7 @@ class _Runner:
         }
         fixed["plugin"] = self.recipe.plugin
         fixed |= {key: options.pop(key, None) for key in ("bits", "group_size")} | {"options": options}
-        recipe: Quantize = _built(Quantize, fixed, self.recipe.quantize, "quantize")
+        recipe: Quantize = _built(Quantize, fixed, with_current_names("quantize", self.recipe.quantize), "quantize")
         return recipe if resolve_quantizer(recipe).needs_hessian else replace(recipe, calibration=None)
 
     def finetune(self, run: Run) -> Finetune:
@@ -520,7 +520,7 @@ class _Runner:
         return recipe
 
     def _section(self, name: str, verb: str) -> dict[str, Any]:
-        task = dict(self.recipe.tasks[name])
+        task = with_current_names("sweep", {"tasks": {name: self.recipe.tasks[name]}})["tasks"][name]
         own = {"finetune": task.pop("finetune", {}), "evaluate": task.pop("evaluate", {})}[verb]
         data = {"data": self.recipe.data[name]} if name in self.recipe.data else {}
         named = {} if own.get("harness") else {"task": name}
@@ -582,12 +582,6 @@ def _check(recipe: Sweep) -> None:
             raise InputError(f"quantizers: {{name: …, bits: …, options}} is expected, not {options!r}")
         if empty := [key for key, value in options.items() if value == []]:
             raise InputError(f"quantizers: {options['name']} has {empty[0]}: [], which makes no variant; give a value")
-
-
-def _with_current_names(recipe: Sweep) -> Sweep:
-    """The sweep with the options' names of today, whichever it was given."""
-    named = with_current_names("sweep", {"tasks": recipe.tasks, "quantize": recipe.quantize})
-    return replace(recipe, tasks=named["tasks"], quantize=named["quantize"])
 
 
 def _check_mapping(where: str, value: Any) -> None:

@@ -22,7 +22,10 @@ def training_task(recipe: Finetune) -> Any:
     cls = task_class(recipe.task)
     known = {each.name for each in fields(cls)}  # type: ignore[arg-type]
     given = {"data": recipe.data, "validation_data": recipe.validation, "seed": recipe.seed}
-    task = make_task(recipe.task, **({key: given[key] for key in given if key in known} | recipe.options))
+    for key, flag in (("data", "--data"), ("validation_data", "--validation")):
+        if given[key] and key in recipe.options:
+            raise InputError(f"{key!r} is given twice: as {flag} and among the options")
+    task = make_task(recipe.task, **{**{key: given[key] for key in given if key in known}, **recipe.options})
     check_data(cls, recipe.data, recipe.validation)
     return task
 

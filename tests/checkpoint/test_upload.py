@@ -156,7 +156,7 @@ def test_mistakes_are_one_line(quantized: Path, tmp_path: Path, capsys: pytest.C
         ((quantized, "--repo", "me/a--b", "--dry_run"), "owner/name"),
         ((tmp_path / "none", "--repo", "a/b"), "there is no folder"),
         ((tmp_path / "empty", "--repo", "a/b"), "neither a model"),
-        ((quantized, "--repo", "a/b", "--results", tmp_path / "other.json"), "measured on elsewhere"),
+        ((quantized, "--repo", "a/b", "--results", tmp_path / "other.json"), "is an evaluation of elsewhere"),
         ((quantized, "--repo", "a/b", "--results", tmp_path / "no.json"), "it has a"),
         ((quantized, "--repo", "a/b", "--results", tmp_path / "bad.json"), "is not what"),
         ((quantized, "--repo", "a/b"), "offline"),  # the tests' environment says so to the hub's client

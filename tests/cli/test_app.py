@@ -471,7 +471,7 @@ def test_examples_in_the_help_of_options_are_read_as_they_are_typed(
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
         for key, doc in field_docs(options).items():
-            for flag, value in re.findall(rf'(--{key}\.[\w.]+) ("[^"]*"|[\w./]+)', doc):
+            for flag, value in re.findall(rf'(--{key}\.[\w.]+) ("[^"]*"|[\w./]*\w)', doc):
                 made: list[Any] = []
                 monkeypatch.setattr(module, verb.function, made.append)
                 words = [part for each in sorted(required) for part in (f"--{each}", needed[each])]

@@ -83,7 +83,7 @@ def test_what_cannot_be_kept_says_what_to_do() -> None:
     for verb, words, says in (
         ("generate", "--tokenizer T", "in the model's folder"),
         ("generate", "--top_k 50", "--top_p"),
-        ("generate", "--min-length 10", "not offered"),
+        ("generate", "--min-length 10", "not supported"),
         ("generate", "--weights llama.pt", "pickled weights are not opened"),
         ("quantize", "--groupsize", "a value is expected"),
         ("quantize", "--groupsize --nearest", "a value is expected"),
@@ -92,7 +92,7 @@ def test_what_cannot_be_kept_says_what_to_do() -> None:
         ("finetune", "--batch_size two", "whole numbers"),
         ("finetune", "--batch_size ²", "whole numbers"),
         ("finetune", f"--batch_size {'9' * 5000}", "whole numbers"),
-        ("finetune", "--val_set_size 2000", "share of the rows"),
+        ("finetune", "--val_set_size 2000", "fraction of the rows"),
     ):
         with pytest.raises(InputError, match=says):
             today(verb, words)

@@ -115,7 +115,7 @@ def test_what_cannot_be_is_said(
     assert not Path(out).exists()
 
 
-def test_what_is_requantized_is_listed(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_requantized_modules_are_listed(stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = llmtools.load(stories)
     llmtools.quantize(model, "nf4", group_size=32)
     llmtools.save(model, tokenizer, tmp_path / "nf4")

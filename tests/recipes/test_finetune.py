@@ -120,6 +120,13 @@ def test_a_finished_run_goes_on_with_more_steps(stories: Path, data: str, tmp_pa
     assert result.steps == 3
 
 
+def as_run_folder(output: Path) -> None:
+    """Makes the folder of a finished run what it was before the end."""
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
+        (output / name).unlink()
+    (output / "llmtools.json").rename(output / "run.json")
+
+
 @pytest.mark.parametrize("how", ["finished", "killed before the end", "fewer steps", "epochs"])
 def test_a_run_that_has_its_steps_is_written_and_not_trained(
     how: str, stories: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,9 +141,7 @@ def test_a_run_that_has_its_steps_is_written_and_not_trained(
     former, checkpoints = adapter(tmp_path / "a"), sorted((tmp_path / "a" / "checkpoints").iterdir())
     if how == "killed before the end":
         (tmp_path / "a").rename(tmp_path / "a.training")
-        for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
-            (tmp_path / "a.training" / name).unlink()
-        (tmp_path / "a.training" / "llmtools.json").rename(tmp_path / "a.training" / "run.json")
+        as_run_folder(tmp_path / "a.training")
     elif how == "fewer steps":
         training["max_steps"] = 1
 
@@ -293,9 +298,7 @@ def test_a_finished_run_helps_its_damaged_continuation(
     go_on(killed, stories)
     more = {**SAVED, "max_steps": 5}
     copy(killed / "a", killed / "a.training")
-    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"):
-        (killed / "a.training" / name).unlink()
-    (killed / "a.training" / "llmtools.json").rename(killed / "a.training" / "run.json")
+    as_run_folder(killed / "a.training")
     for state in (killed / "a.training").rglob("trainer_state.json"):
         state.write_text("{")
     assert go_on(killed, stories, training=more).steps == 5
@@ -724,8 +727,8 @@ def test_a_start_that_cannot_be_made_names_the_one_that_can(start: str, packed: 
         ({"training": {"max_steps": "many"}}, "int is expected"),
         ({"training": {"output_dir": "x"}}, "the output folder is --out"),
         ({"training": {"max_length": 4096}}, "512 positions"),
-        ({"training": {"load_best_model_at_end": True}}, "no validation rows; pass --validation"),
-        ({"training": {"eval_strategy": "epoch"}}, "no validation rows; pass --validation"),
+        ({"training": {"load_best_model_at_end": True}}, "no validation examples; pass --validation"),
+        ({"training": {"eval_strategy": "epoch"}}, "no validation examples; pass --validation"),
         ({"training": {"fsdp": "full_shard", "fsdp_config": {"version": 1}}}, "use FSDP2"),
         ({"training": {"fsdp_config": {"fsdp_version": 1}}}, "use FSDP2"),
         ({"validation": 1.5}, "from 0 to below 1"),
@@ -767,7 +770,7 @@ def test_of_several_processes_only_the_first_makes_and_clears_folders(
 ) -> None:
     from llmtools.train import run_folder as module
 
-    monkeypatch.setattr(module, "together", lambda: None)
+    monkeypatch.setattr(module, "wait_for_all", lambda: None)
     out, work = tmp_path / "a", tmp_path / "a.training"
     made = recipe("model", "data", out)
     monkeypatch.setenv("RANK", "1")

@@ -93,9 +93,11 @@ def test_the_task_s_lengths_are_the_length_of_an_example(
     assert run["prompt_format"]["template"]["prompt"] == "### Summarize this: {dialogue}\n ### Output:"
 
 
-def test_a_task_that_only_judges_cannot_be_trained_on(stories: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there are no training examples"):
+def test_a_task_that_only_evaluates_cannot_be_trained_on(stories: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to train on"):
         finetune(recipe(stories, tmp_path / "a", task="bbh"))
+    with pytest.raises(InputError, match="'data' is given twice: as --data"):
+        finetune(recipe(stories, tmp_path / "a", options={"data": "x"}))
     with pytest.raises(InputError, match="did you mean 'source_tokens'"):
         finetune(recipe(stories, tmp_path / "a", options={"source_token": 3}))
 

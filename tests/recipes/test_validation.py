@@ -131,7 +131,7 @@ def test_the_losses_are_drawn_and_shown_in_the_card(
 
     for patch, says in (
         (("find_spec", lambda name: None), "pip install 'llmtools[plot]'"),
-        (("_draw_lines", broken), "loss.png could not be drawn: no fonts"),
+        (("_draw", broken), "loss.png could not be plotted: no fonts"),
     ):
         with monkeypatch.context() as patched, caplog.at_level("INFO", logger="llmtools"):
             patched.setattr(pictures, *patch)

@@ -74,7 +74,7 @@ class Module:
 
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str | int) -> None:
-    """Writes tensors, of any shapes and dtypes, as ``model*.safetensors``, with an index for more than one file."""
+    """Writes tensors […], of any dtypes, as ``model*.safetensors``, with an index for more than one file."""
     split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
     for file, names in split.filename_to_tensors.items():
         save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})

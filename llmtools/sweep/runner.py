@@ -8,7 +8,7 @@ in small JSON files, each written atomically, with the settings it was obtained 
     OUT/before/VARIANT.TASK.json           evaluation before finetuning
     OUT/adapters/VARIANT.TASK.rR.sS        adapter
     OUT/runs/VARIANT.TASK.rR.sS.json       run: before, after, bytes, memory, seconds, commands, versions
-    OUT/sweep.yaml                     the sweep itself, with all flags: `llmtools sweep OUT/sweep.yaml`
+    OUT/sweep.yaml                         the sweep itself, with all flags: `llmtools sweep OUT/sweep.yaml`
     OUT/report.md, .json, .html            see `report`
 
 A result whose settings are unchanged is reused: the same command resumes a stopped sweep, and a changed option repeats

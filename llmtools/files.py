@@ -265,7 +265,7 @@ def unpickled(file: str | os.PathLike[str]) -> CheckpointError:
     path = Path(file)
     remedy = _UNPICKLED_BY.get(path.name, "AutoModelForCausalLM.from_pretrained, save_pretrained")
     return CheckpointError(
-        f"{path.parent} holds {path.name}, which is a pickle, and llmtools unpickles nothing, since that can run code; "
+        f"{path.parent} holds {path.name}, which is a pickle, and we unpickle nothing, since that can run code; "
         f"if you trust it, convert it to safetensors once ({remedy})"
     )
 

@@ -86,7 +86,10 @@ def test_other_processors_get_the_same_bits(processor: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "compiler, says",
-    [("/nonexistent", "CC=/nonexistent is not there; install one, or name one in CC"), ("false", "could not compile")],
+    [
+        ("/nonexistent", "CC=/nonexistent does not exist; install one, or name one in CC"),
+        ("false", "could not compile"),
+    ],
 )
 def test_without_a_compiler_the_reference_runs_and_one_line_says_so(compiler: str, says: str, tmp_path: Path) -> None:
     if compiler == "false":

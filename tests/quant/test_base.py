@@ -44,7 +44,7 @@ def test_a_file_cannot_make_us_import_anything() -> None:
 
 @pytest.mark.parametrize("spec", [{}, {"bits": 3}, {"name": 3}], ids=str)
 def test_a_spec_without_a_name_is_refused(spec: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match="a quantizer is written as"):
+    with pytest.raises(InputError, match="a quantizer is specified as"):
         from_spec(spec)
 
 
@@ -76,7 +76,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(made: Quantizer, bad: f
 
 
 def test_a_weight_is_a_matrix() -> None:
-    with pytest.raises(InputError, match=r"a weight has shape \[out, in\], this has \[4\]"):
+    with pytest.raises(InputError, match=r"a weight has shape \[out, in\], this one has \[4\]"):
         RTN().quantize(torch.ones(4))
 
 

@@ -295,7 +295,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..nn import QuantizedLinear
     from ..nn.adapters import prepare_for_training
     from ..nn.swap import set_module
-    from ..train.adapters import leave_out, lora_config
+    from ..train.adapters import fit_to, lora_config
     from ..train.options import Finetune
 
     with torch.device("meta"), planning_attention() as attention:
@@ -307,7 +307,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
             config = lora_config(Finetune(recipe.model, data="", out="", lora=recipe.lora))
-            leave_out(config, model)
+            fit_to(config, model, recipe.lora)
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"lora: {error}") from error

@@ -20,9 +20,9 @@ from typing import Any
 from ..errors import InputError
 from ..ranks import is_first
 from ..signals import Request, Stopped, interruptible, put_off
-from ..train.adapters import check_start, leave_out, lora_config
+from ..train.adapters import check_start, fit_to, lora_config, say_without_adapter
 from ..train.arguments import arguments_of, check_choosing, check_fsdp, check_training, yes_or_no
-from ..train.callbacks import say_when_it_ends, seconds, stopper, watch
+from ..train.callbacks import say_when_it_ends, seconds, spaced, stopper, watch
 from ..train.options import Finetune, Finetuned, Lora, facts
 from ..train.rows import examples_of, rows_of, shortened
 from ..train.run_folder import TENSORS, done, lasting_name, together, working
@@ -86,7 +86,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= content_of_model(recipe.model)
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
-    leave_out(config, model)
+    fit_to(config, model, recipe.lora)
     if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)
         prompt_format["chat_template"] = content_of_template(tokenizer.chat_template)
@@ -108,8 +108,9 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         notes = {FINGERPRINT: as_text(base)}
         keeper = checkpoints.keeper(request, seconds(recipe.training), also=[work / "metrics.jsonl"], notes=notes)
         watcher = watch(work / "metrics.jsonl", checkpoint, keeper)
-        listeners = [watcher, keeper, learning_check(), *stopper(recipe), *callbacks]
+        listeners = [watcher, keeper, learning_check(), *spaced(recipe), *stopper(recipe), *callbacks]
         trainer = make_trainer(model, tokenizer, arguments, config, train, validation, listeners)
+        say_without_adapter(trainer.model, recipe.lora)
         if starts is not None and checkpoint is None:
             start_adapters(trainer.model, starts)
         for adapter in trainer.model.peft_config.values():

@@ -107,6 +107,28 @@ def _forget_after(metrics: Path, step: int) -> None:
     write_whole(metrics, "".join(f"{line}\n" for line in kept))
 
 
+VALIDATION_STEPS = 10
+"""The fewest steps between two validations, where the user gave no number and nothing is decided by them."""
+
+
+def spaced(recipe: Finetune) -> list[Any]:
+    """The callback that keeps a short run from validating at each step, or none where the recipe says how often.
+
+    A validation at each tenth of the run suits long ones; the steps of a run are known when it begins.
+    """
+    if recipe.early_stopping is not None or recipe.training.keys() & {"eval_steps", "save_steps"}:
+        return []
+    from transformers import TrainerCallback
+
+    class Spaced(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.eval_steps = max(state.eval_steps, min(VALIDATION_STEPS, state.max_steps))
+            if args.load_best_model_at_end:
+                state.save_steps = state.eval_steps
+
+    return [Spaced()]
+
+
 def stopper(recipe: Finetune) -> list[Any]:
     """transformers' callback that ends a run which no longer gets better, if the recipe asks for it."""
     if recipe.early_stopping is None:

@@ -19,8 +19,9 @@ class Lora:
     """rank of the update"""
     alpha: float = 32
     """its scale: the update is multiplied by alpha / r"""
-    dropout: float = 0.05
-    """share of the update's inputs that is dropped in training"""
+    dropout: float | None = None
+    """share of the update's inputs that is dropped in training; by default 0.05, and 0 for a model with fused experts,
+    which PEFT adapts without dropout only"""
     target_modules: str | list[str] = "all-linear"
     """which linears: all-linear (but the output head), or names such as [q_proj, v_proj]"""
     init: str = "zero"

@@ -121,6 +121,27 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **changes: Any) -> PreTr
     return model.eval()
 
 
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    "deepseek_v3": {
+        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 32,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4,
+    },
+}  # fmt: skip
+
+
+def tiny_mixture(family: str, *, seed: int = 0) -> PreTrainedModel:
+    """A mixture of four experts, two of them a token: without a shared expert, with one, with a dense layer too."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(family, **_LLAMA_LIKE | {"num_experts_per_tok": 2} | _MIXTURES[family])
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
 def tiny_ids(sequences: int = 2, tokens: int = 24, *, seed: int = 0) -> torch.Tensor:
     """Token ids [sequences, tokens], without the special ones."""
     return torch.randint(3, VOCABULARY, (sequences, tokens), generator=torch.Generator().manual_seed(seed))

@@ -88,8 +88,8 @@ def check_base(model: nn.Module, folder: str | PathLike[str], *, allow_other_bas
         return
     if not allow_other_base:
         raise CheckpointError(
-            f"adapter {str(folder)!r} {difference}; open it on the base that it was trained on, or pass "
-            "--allow_other_base (allow_other_base=True)"
+            f"adapter {str(folder)!r} {difference}; open it on the base that it was trained on, or, if this "
+            "one holds the same weights in another format, pass --allow_other_base (allow_other_base=True)"
         )
     log.warning("adapter %s %s; opened anyway", folder, difference)
 

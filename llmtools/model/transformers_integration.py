@@ -41,7 +41,7 @@ from ..nn.adapters import dequantize
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import aliases, computes_otherwise, quantized_linears, set_everywhere
 from ..options import fits, type_name
-from ..quant import Quantizer, TensorSpec, from_spec
+from ..quant import Quantizer, TensorSpec, from_spec, quantizers
 from .blocks import text_config
 from .integrity import Header, check_values, read_headers
 from .targets import Plan, base_quantizer
@@ -479,7 +479,13 @@ def _from_spec(spec: Mapping[str, Any]) -> Quantizer:
     try:
         return from_spec(dict(spec))
     except InputError as error:
-        if ":" in str(spec.get("name")):
+        name = spec.get("name")
+        if name in quantizers.names():
+            raise CheckpointError(
+                f"the checkpoint's quantizer cannot be made here: {error}; config.json is damaged, or of a newer "
+                "version: copy the checkpoint again, or update llmtools"
+            ) from error
+        if ":" in str(name):
             raise CheckpointError(
                 f"the checkpoint was made with the custom quantizer {spec['name']}, and files never import code; "
                 f"if you trust that module, pass --plugin {spec['name']} (in Python: import the module, then "

@@ -89,6 +89,27 @@ def not_adaptable(model: nn.Module) -> list[str]:
     return excluded
 
 
+def has_fused_experts(model: nn.Module) -> bool:
+    """Whether the experts of a mixture are stacked in one parameter [experts, …] instead of being linears."""
+    return any(
+        path.rpartition(".")[2] == "experts" and any(each.dim() == 3 for each in module.parameters(recurse=False))
+        for path, module in model.named_modules()
+    )
+
+
+def without_adapter(peft_model: Any) -> list[str]:
+    """Paths, in the base model, of the linears that carry no adapter; the head and excluded ones are not counted."""
+    base: nn.Module = peft_model.get_base_model()
+    wrapped = {id(each) for module in base.modules() if hasattr(module, "base_layer") for each in module.modules()}
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    excluded = {path for config in peft_model.peft_config.values() for path in config.exclude_modules or ()}
+    return [
+        path
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in wrapped and module is not head and path not in excluded
+    ]
+
+
 def _is_plain(linear: nn.Linear) -> bool:
     """Whether a linear is a `QuantizedLinear` or has a plain `nn.Parameter` as weight."""
     return isinstance(linear, QuantizedLinear) or type(linear.weight) is nn.Parameter

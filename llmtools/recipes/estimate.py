@@ -304,7 +304,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..nn import QuantizedLinear
     from ..nn.adapters import prepare_for_training
     from ..nn.swap import set_module
-    from ..train.adapters import exclude_unsupported, lora_config
+    from ..train.adapters import fit_config, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
         model = _empty(config, recipe, attention)
@@ -315,7 +315,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
             config = lora_config(recipe.lora)
-            exclude_unsupported(config, model)
+            fit_config(config, model, recipe.lora)
             adapted = get_peft_model(model, config)
         except ValueError as error:
             raise InputError(f"lora: {error}") from error

@@ -20,9 +20,9 @@ from typing import Any
 from ..errors import InputError
 from ..ranks import is_first
 from ..signals import Request, Stopped, deferred, interruptible
-from ..train.adapters import check_initialisation, exclude_unsupported, lora_config
+from ..train.adapters import check_initialisation, fit_config, lora_config, warn_without_adapter
 from ..train.arguments import arguments_of, check_fsdp, check_training, check_validation_use, unbooled
-from ..train.callbacks import checkpoint_interval, early_stopping, log_pending_stop, metrics_callback
+from ..train.callbacks import checkpoint_interval, early_stopping, log_pending_stop, metrics_callback, spaced_validation
 from ..train.options import Finetune, FinetuneResult, Lora, facts
 from ..train.rows import examples_of, rows_of, shortened
 from ..train.run_folder import TENSORS, base_model_name, clear, run_folder, wait_for_all
@@ -90,7 +90,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= content_of_model(recipe.model)
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
-    exclude_unsupported(config, model)
+    fit_config(config, model, recipe.lora)
     if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)
         prompt_format["chat_template"] = content_of_template(tokenizer.chat_template)
@@ -114,8 +114,9 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             request, checkpoint_interval(recipe.training), also=[work / "metrics.jsonl"], notes=notes
         )
         metrics = metrics_callback(work / "metrics.jsonl", checkpoint, keeper)
-        listeners = [metrics, keeper, learning_check(), *early_stopping(recipe), *callbacks]
+        listeners = [metrics, keeper, learning_check(), *spaced_validation(recipe), *early_stopping(recipe), *callbacks]
         trainer = make_trainer(model, tokenizer, arguments, config, train, validation, listeners)
+        warn_without_adapter(trainer.model, recipe.lora)
         if initial is not None and checkpoint is None:
             initialize_lora(trainer.model, initial)
         for adapter in trainer.model.peft_config.values():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import fields
 from typing import Any
 
 from ..errors import InputError, did_you_mean
 from .options import Lora
+
+log = logging.getLogger(__name__)
+
+DROPOUT = 0.05
+"""Probability of dropping an input of the update, by default."""
 
 
 def lora_config(lora: Lora) -> Any:
@@ -20,9 +26,10 @@ def lora_config(lora: Lora) -> Any:
             raise InputError(f"lora.options.{key}: this is --lora.{own[key]}")
         if key not in known:
             raise InputError(f"lora.options: no argument {key!r} in peft.LoraConfig; {did_you_mean(key, known)}")
-    if lora.r < 1 or not 0 <= lora.dropout < 1 or lora.alpha <= 0:
+    dropout = DROPOUT if lora.dropout is None else lora.dropout
+    if lora.r < 1 or not 0 <= dropout < 1 or lora.alpha <= 0:
         raise InputError(
-            f"lora: r={lora.r}, alpha={lora.alpha}, dropout={lora.dropout}; r at least 1, alpha above 0, dropout from "
+            f"lora: r={lora.r}, alpha={lora.alpha}, dropout={dropout}; r at least 1, alpha above 0, dropout from "
             f"0 to below 1 are expected"
         )
     if lora.init not in ("zero", "error"):
@@ -31,7 +38,7 @@ def lora_config(lora: Lora) -> Any:
         return LoraConfig(
             r=lora.r,
             lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
-            lora_dropout=lora.dropout,
+            lora_dropout=dropout,
             target_modules=lora.target_modules,
             **{"task_type": "CAUSAL_LM", **lora.options},
         )
@@ -68,9 +75,37 @@ def check_initialisation(lora: Lora, model: str, load: str | None) -> None:
         )
 
 
-def exclude_unsupported(config: Any, model: Any) -> None:
-    """Excludes from PEFT's "all-linear" the layers that it cannot adapt, in place."""
-    from ..nn.adapters import not_adaptable
+def fit_config(config: Any, model: Any, lora: Lora) -> None:
+    """Excludes from PEFT's "all-linear" what it cannot adapt, and dropout where experts are fused, in place."""
+    from ..nn.adapters import has_fused_experts, not_adaptable
 
     if config.target_modules == "all-linear" and not config.exclude_modules:
         config.exclude_modules = not_adaptable(model) or None
+    if lora.dropout is None and has_fused_experts(model):
+        config.lora_dropout = 0.0
+
+
+def warn_without_adapter(adapted: Any, lora: Lora) -> None:
+    """Names in a warning the linears of "all-linear" that PEFT passed over.
+
+    For families whose experts are fused since transformers 5, PEFT takes names such as ``gate_proj`` for those of the
+    experts, so that linears of that name (shared experts, dense layers) get no adapter.
+    """
+    from ..model.targets import any_index
+    from ..nn.adapters import without_adapter
+
+    fused = any(getattr(config, "target_parameters", None) for config in adapted.peft_config.values())
+    if (
+        not fused
+        or lora.target_modules != "all-linear"
+        or lora.options.keys() & {"exclude_modules", "layers_to_transform"}
+    ):
+        return
+    if not (found := without_adapter(adapted)):
+        return
+    names = dict.fromkeys(any_index(path) for path in found)
+    log.warning(
+        "%d linears get no adapter, because PEFT takes their names for those of fused experts: %s",
+        len(found),
+        ", ".join(names),
+    )

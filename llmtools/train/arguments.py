@@ -108,6 +108,16 @@ def check_validation_use(recipe: Finetune, validation: list[Row]) -> None:
             )
 
 
+def _aligned(training: dict[str, Any]) -> dict[str, Any]:
+    """When to save, or to validate, where only the other is given: the best of several needs both at the same steps."""
+    found: dict[str, Any] = {}
+    for kind in ("strategy", "steps"):
+        for given, other in ((f"eval_{kind}", f"save_{kind}"), (f"save_{kind}", f"eval_{kind}")):
+            if given in training and other not in training and training[given] != "best":
+                found[other] = training[given]
+    return found
+
+
 def _near(key: str, known: dict[str, str]) -> str:
     """The nearest names of the about 150."""
     import difflib
@@ -158,6 +168,8 @@ def arguments_of(
         defaults["per_device_eval_batch_size"] = recipe.training["per_device_train_batch_size"]
     if recipe.early_stopping is not None:
         defaults |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    if (defaults | recipe.training).get("load_best_model_at_end"):
+        defaults |= _aligned(recipe.training)
     if 0 < recipe.training.get("max_steps", 0) < 100:
         defaults["logging_steps"] = max(1, recipe.training["max_steps"] // 10)
     arguments = defaults | recipe.training

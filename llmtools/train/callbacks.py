@@ -111,6 +111,28 @@ def _drop_records_after(metrics: Path, step: int) -> None:
     write_whole(metrics, "".join(f"{line}\n" for line in kept))
 
 
+VALIDATION_STEPS = 10
+"""Minimum number of steps between two validations, where the recipe does not set it."""
+
+
+def spaced_validation(recipe: Finetune) -> list[Any]:
+    """The callback that keeps a short run from validating at each step, or none where the recipe says how often.
+
+    A validation at each tenth of the run suits long ones; the steps of a run are known when it begins.
+    """
+    if recipe.early_stopping is not None or recipe.training.keys() & {"eval_steps", "save_steps"}:
+        return []
+    from transformers import TrainerCallback
+
+    class Spaced(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            state.eval_steps = max(state.eval_steps, min(VALIDATION_STEPS, state.max_steps))
+            if args.load_best_model_at_end:
+                state.save_steps = state.eval_steps
+
+    return [Spaced()]
+
+
 def early_stopping(recipe: Finetune) -> list[Any]:
     """transformers' callback for early stopping, if the recipe sets it."""
     if recipe.early_stopping is None:

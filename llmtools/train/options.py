@@ -21,8 +21,9 @@ class Lora:
     """Rank of the update."""
     alpha: float = 32
     """Scale of the update, which is multiplied by alpha / r."""
-    dropout: float = 0.05
-    """Probability of dropping an input of the update in training."""
+    dropout: float | None = None
+    """Probability of dropping an input of the update in training; 0.05 by default, and 0 for a model with fused
+    experts, which PEFT adapts without dropout only."""
     target_modules: str | list[str] = "all-linear"
     """Linear layers to adapt: all-linear (all but the output head), or names such as [q_proj, v_proj]."""
     init: str = "zero"

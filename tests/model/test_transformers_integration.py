@@ -379,6 +379,23 @@ def test_an_unknown_quantizer_is_named_and_nothing_is_imported(damaged: Path, na
     assert "antigravity" not in sys.modules
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"symmetric": "x"}, "symmetric='x'; bool is expected"),
+        ({"bits": 99}, "bits=99"),
+        ({"bitz": 3}, "option 'bitz'"),
+    ],
+)
+def test_a_bad_option_of_a_known_quantizer_is_not_blamed_on_a_plug_in(
+    damaged: Path, options: dict[str, Any], says: str
+) -> None:
+    edit_config(damaged, lambda config: config["quantizers"][0].update(options))
+    with pytest.raises(CheckpointError, match=says) as refused:
+        opened(damaged)
+    assert "plug-in" not in str(refused.value) and "copy the checkpoint again" in str(refused.value)
+
+
 def test_an_inconsistent_table_is_refused(damaged: Path) -> None:
     edit_config(damaged, lambda config: config["modules"].update({DOWN: 7}))
     with pytest.raises(CheckpointError, match=f"{DOWN} refers to quantizer 7"):

@@ -77,6 +77,37 @@ def test_a_run_that_gets_worse_is_stopped_early(stories: Path, data: tuple[str, 
         finetune(Finetune(model=str(stories), data=data[0], out=str(tmp_path / "b"), early_stopping=2))
 
 
+def validated(out: Path) -> list[int]:
+    """The steps after which a run validated."""
+    records = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [record["step"] for record in records if "eval_loss" in record]
+
+
+@pytest.mark.parametrize(
+    ("training", "more", "steps"),
+    [
+        ({"max_steps": 4}, {}, [4]),
+        ({"max_steps": 12}, {}, [10, 12]),
+        ({"max_steps": 12, "load_best_model_at_end": True}, {}, [10, 12]),
+        ({"max_steps": 4, "eval_steps": 2}, {}, [2, 4]),
+        ({"max_steps": 4, "eval_steps": 2}, {"early_stopping": 5}, [2, 4]),
+        ({"max_steps": 4, "save_steps": 2}, {"early_stopping": 5}, [2, 4]),
+        ({"max_steps": 4, "eval_strategy": "epoch"}, {"early_stopping": 5}, [4]),
+        ({"max_steps": 3}, {"early_stopping": 5}, [1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_validations_are_some_steps_apart_and_saving_goes_with_them_where_the_best_is_kept(
+    stories: Path, data: tuple[str, str], tmp_path: Path, training: dict[str, Any], more: dict[str, Any],
+    steps: list[int],
+) -> None:  # fmt: skip
+    result = run(stories, data, tmp_path / "a", {"learning_rate": 1e-3, **training}, **more)
+    assert validated(tmp_path / "a") == steps
+    if more or "load_best_model_at_end" in training:
+        kept = {int(path.name.rpartition("-")[2]) for path in (tmp_path / "a" / "checkpoints").iterdir()}
+        assert kept <= set(steps) and result.validation_loss is not None
+
+
 def test_arguments_of_sft_config_may_stand_without_their_prefix(
     stories: Path, data: tuple[str, str], tmp_path: Path
 ) -> None:

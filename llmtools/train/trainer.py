@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,15 +74,17 @@ def make_trainer(
     map_large_blocks()
     prepare_for_training(model, gradient_checkpointing=args.gradient_checkpointing)
     try:
-        trainer = _with_chunked_loss(SFTTrainer)(
-            model=model,
-            args=args,
-            train_dataset=datasets.Dataset.from_list(train),
-            eval_dataset=datasets.Dataset.from_list(validation) if validation else None,
-            processing_class=tokenizer,
-            peft_config=config,
-            callbacks=list(callbacks),
-        )
+        with warnings.catch_warnings():  # PEFT's own ranks for fused experts, said of modules and meant for parameters
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys did not match")
+            trainer = _with_chunked_loss(SFTTrainer)(
+                model=model,
+                args=args,
+                train_dataset=datasets.Dataset.from_list(train),
+                eval_dataset=datasets.Dataset.from_list(validation) if validation else None,
+                processing_class=tokenizer,
+                peft_config=config,
+                callbacks=list(callbacks),
+            )
     except (ValueError, TemplateError) as error:  # no such target module, a chat template that refuses a role, …
         hint = ""
         if "ParamWrapper" in str(error):  # PEFT treats fused experts as linears

@@ -117,4 +117,4 @@ def test_options_that_would_be_ignored_are_refused_or_told(
     (tmp_path / "x.txt").write_text("Once upon a time there was a little dog. " * 20)
     judged = Evaluate(model=str(stories), data=str(tmp_path / "x.txt"), max_length=32, num_samples=2, batch_size=2)
     assert evaluate(judged).data == str(tmp_path / "x.txt")
-    assert "batch_size=2 changes nothing" in caplog.text
+    assert "batch_size=2 has no effect" in caplog.text

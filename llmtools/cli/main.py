@@ -77,8 +77,8 @@ def _main(args: list[str]) -> int:
 
 
 _THREADS = {"GOMP_SPINCOUNT": "1000"}
-"""Turns of a thread that waits for work, some hundredths of a millisecond, before it sleeps. GNU OpenMP's own default is
-some milliseconds after each parallel region, which on a busy machine take most of the processor's time."""
+"""Turns of a thread that waits for work, some hundredths of a millisecond, before it sleeps. GNU OpenMP's own default
+is some milliseconds after each parallel region, which on a busy machine take most of the processor's time."""
 
 _DEBUG = {"LLMTOOLS_DEBUG": "1"}
 

@@ -54,7 +54,7 @@ def _main(args: list[str]) -> int:
     args = [arg for arg in args if arg != "--debug"]
     handler = _log_to_stderr(debug)
     try:
-        with _environment(_THREADS | (_DEBUG if debug else _quiet(args))), warnings.catch_warnings():
+        with _environment(_threads(args) | (_DEBUG if debug else _quiet(args))), warnings.catch_warnings():
             if not debug:  # of libraries, about each other's future versions
                 warnings.simplefilter("ignore", FutureWarning)
             return _run(args)
@@ -77,9 +77,14 @@ def _main(args: list[str]) -> int:
         logging.getLogger("llmtools").removeHandler(handler)
 
 
-_THREADS = {"GOMP_SPINCOUNT": "10000"}
-"""Turns of a thread that waits for work, about a tenth of a millisecond, before it sleeps. GNU OpenMP's own default is
-some milliseconds after each parallel region, which on a busy machine take most of the processor's time."""
+def _threads(args: list[str]) -> dict[str, str]:
+    """What has idle threads sleep after a thousand turns of waiting, some hundredths of a millisecond, in `quantize`.
+
+    GNU OpenMP's own default is some milliseconds after each parallel region, which on a busy machine take most of the
+    processor's time. Commands that generate keep it: the products of a token are short, and waking threads costs more.
+    """
+    return {"GOMP_SPINCOUNT": "1000"} if args[:1] == ["quantize"] else {}
+
 
 _DEBUG = {"LLMTOOLS_DEBUG": "1"}
 

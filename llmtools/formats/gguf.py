@@ -221,12 +221,12 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "llama3":
-        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim).numpy())
+        writer.add_tensor("rope_freqs.weight", llama3_factors(rope, head_dim).numpy())
     elif kind != "default":
         raise InputError(f"rotary embeddings of type {kind!r} are not written to GGUF; export it with --format dense")
 
 
-def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     """What each frequency is divided by: 1 for short waves, `factor` for long ones, and between the two in between."""
     waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, head_dim, 2) / head_dim)
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])

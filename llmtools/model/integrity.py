@@ -23,7 +23,7 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError
 from ..files import read_json, sha256
-from ..nn.linear import QuantizedLinear
+from ..nn.packed import PackedWeight
 from ..options import fits, type_name
 
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def check_values(model: nn.Module, name: str) -> None:
     problems: list[str] = []
     packed: set[int] = set()
     for path, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLinear):
+        if not isinstance(layer, PackedWeight):
             continue
         packed |= {id(tensor) for tensor in layer.packed.values()}
         if any(tensor.is_meta for tensor in layer.packed.values()):

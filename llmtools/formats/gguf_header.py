@@ -11,7 +11,7 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ MAX_ARRAY = 2**21
 """Elements of an array, and of all arrays of texts together; the largest vocabularies have some 300,000 tokens."""
 MAX_HEADER = 2**28
 """Bytes before the tensors."""
+MAX_ALIGNMENT = 2**16
+_LONG = 2**13  # bytes of an array that says nothing about the model but its vocabulary
 
 FLOATS = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16), 28: ("F64", torch.float64)}
 """number of a type in files → its name, and torch's type"""
@@ -57,11 +59,40 @@ class GGUFFile(NamedTuple):
     metadata: dict[str, Any]
     """key → value; of an array of texts its length alone"""
     tensors: dict[str, StoredTensor]
+    spans: dict[str, tuple[int, int]]
+    """key → where its pair begins and ends in the file"""
 
     @property
     def architecture(self) -> str:
         """``general.architecture``, such as "llama"."""
         return str(self.metadata["general.architecture"])
+
+    def outline(self) -> bytes:
+        """A GGUF file of the same names and metadata, without values of tensors, and without long arrays.
+
+        Readers that make an object of each element of an array (as the package gguf does) take seconds and hundreds of
+        megabytes for a vocabulary; this is for those that are asked about anything else.
+        """
+        with self.path.open("rb") as file:
+            pairs = [self._bytes(file, key) for key, value in self.metadata.items() if not self._is_long(value, key)]
+        vocabulary = f"{self.architecture}.vocab_size"
+        tokens = self.metadata.get("tokenizer.ggml.tokens")
+        if vocabulary not in self.metadata and isinstance(tokens, int):
+            pairs.append(_text(vocabulary) + struct.pack("<II", 4, tokens))
+        table = [
+            _text(name) + struct.pack("<IQIQ", 1, 1, 0, 32 * index) for index, name in enumerate(self.tensors)
+        ]  # one F32 each
+        head = b"GGUF" + struct.pack("<IQQ", 3, len(table), len(pairs)) + b"".join(pairs) + b"".join(table)
+        return head + bytes(-len(head) % 32) + bytes(32 * len(table))
+
+    def _bytes(self, file: BinaryIO, key: str) -> bytes:
+        start, end = self.spans[key]
+        file.seek(start)
+        return file.read(end - start)
+
+    def _is_long(self, value: Any, key: str) -> bool:
+        start, end = self.spans[key]
+        return key == "general.alignment" or (not isinstance(value, str) and end - start > _LONG)
 
     def read(self, name: str) -> Tensor:
         """A tensor as it is stored: floats of its shape, or bytes [..., row_bytes] uint8 of a block type."""
@@ -105,15 +136,18 @@ class _Reader:
             if count > most:
                 self.damaged(f"it says that it has {count} {what}, and {most} are the most that is read")
         metadata: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for _ in range(keys):
+            start = self.position
             key = self.text(MAX_NAME, "a key")
             if key in metadata:
                 self.damaged(f"the key {key!r} is there twice")
             metadata[key] = self.value(self.number("I"), key)
+            spans[key] = start, self.position
         if not isinstance(metadata.get("general.architecture"), str):
             self.damaged("it has no general.architecture")
         table = [self.entry() for _ in range(tensors)]
-        return GGUFFile(self.path, metadata, self.placed(table, metadata.get("general.alignment", 32)))
+        return GGUFFile(self.path, metadata, self.placed(table, metadata.get("general.alignment", 32)), spans)
 
     def damaged(self, reason: str) -> NoReturn:
         raise CheckpointError(f"{self.path} is damaged: {reason}; copy or download it again")
@@ -176,7 +210,7 @@ class _Reader:
 
     def placed(self, table: list[tuple[str, tuple[int, ...], int, int]], alignment: Any) -> dict[str, StoredTensor]:
         """Where the tensors lie, by name. Raises unless all lie in the file, aligned, and none over another."""
-        if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= 2**16:
+        if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT:
             self.damaged(f"general.alignment={alignment!r}; a number of bytes is expected")
         first = -(-self.position // alignment) * alignment
         found: dict[str, StoredTensor] = {}
@@ -207,3 +241,7 @@ class _Reader:
         if shape[-1] % block.weights:
             self.damaged(f"{name} has rows of {shape[-1]}, and {kind} has blocks of {block.weights} weights")
         return math.prod(shape) // block.weights * block.bytes
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("<Q", len(text.encode())) + text.encode()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,8 +83,9 @@ def gguf_config(file: GGUFFile) -> Any:
             "llama-gguf-split --merge"
         )
     _require_package()
-    with opening(f"{file.path}: transformers makes no model of it"):
-        config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    with opening(f"{file.path}: transformers makes no model of it"), tempfile.TemporaryDirectory() as place:
+        (Path(place) / "outline.gguf").write_bytes(file.outline())
+        config = AutoConfig.from_pretrained(place, gguf_file="outline.gguf")
     headers = {tensor.name: Header(list(tensor.shape), tensor.kind) for tensor in file.tensors.values()}
     check_config(config.to_dict(), headers, str(file.path))
     _scale_rotations(file, config)
@@ -161,16 +163,12 @@ class Naming:
     """Which tensor of a GGUF file is which parameter, by transformers' tables."""
 
     def __init__(self, file: GGUFFile, config: Any, empty: nn.Module) -> None:
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.file, self.empty = file, empty
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
-        with opening(f"{file.path}: transformers does not know the tensors of {file.architecture}"):
-            self.names: dict[str, str] = get_gguf_hf_weights_map(empty, self.processor)
+        with opening(f"{file.path}: the tensors of {file.architecture} are not known"):
+            self.names = gguf_names(file.architecture, empty, self.processor)
 
     def place(self, tensor: StoredTensor) -> Place | None:
         """None for a tensor that the model has no place for, which is said."""
@@ -222,6 +220,31 @@ class Naming:
         )
         if done.name is not None and done.name in self.names:
             state[self.names[done.name]] = torch.from_numpy(np.ascontiguousarray(done.weights)).to(dtype)
+
+
+def gguf_names(architecture: str, empty: Any, processor: Any) -> dict[str, str]:
+    """Tensor of the file → parameter of the model, by the table of the package gguf (once; transformers' function asks
+    for it anew for each module, which takes ten seconds)."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    (number,) = [each for each, name in MODEL_ARCH_NAMES.items() if name == architecture]
+    table = get_tensor_name_map(number, empty.config.num_hidden_layers)
+    names: dict[str, str] = {}
+    for true_name in empty.state_dict():
+        name = processor.preprocess_name(true_name)
+        path, dot, last = name.rpartition(".")
+        stem, suffix = (path, dot + last) if last in ("weight", "bias") else (name, "")
+        found = next((each for each in (table.get_name(part) for part in _tails(stem)) if each is not None), None)
+        if found is not None:
+            names.setdefault(found + suffix, name)
+        else:
+            processor.perform_fallback_tensor_mapping(names, suffix, "", name)
+    return names
+
+
+def _tails(path: str) -> list[str]:
+    """A path, and what is left of it without the model's own part: some models were converted as bare decoders."""
+    return [path, path.partition(".")[2]] if "." in path else [path]
 
 
 def _natural(order: Tensor) -> bool:

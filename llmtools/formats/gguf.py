@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ class GGUF(Format):
     ) -> Written:
         """Writes ``model.gguf``. Raises InputError for what GGUF cannot hold exactly, unless `lossy`."""
         readers = readers_of(cls.name, [], [], reader)
-        gguf = _package()
+        gguf = require_package()
         told: Any = model
         config = told.config
         if config.model_type not in ARCHITECTURES:
@@ -119,6 +119,30 @@ class GGUF(Format):
         writer.write_tensors_to_file()
         writer.close()
         return Written(len(layers), changed, readers)
+
+
+def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | None] | None]]:
+    """(llama.cpp's architecture, path of a linear → (tensor, rows of the file by number of the model's row)).
+
+    Of a model that `GGUF.write_model` writes; None for a path without a place, and for rows all in order.
+    """
+    gguf = require_package()
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(f"GGUF of {config.model_type} is not written (but of {', '.join(ARCHITECTURES)})")
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+    def target(path: str) -> tuple[str, Tensor | None] | None:
+        name = names.get_name(f"{path}.weight", (".weight",))
+        if name is None:
+            return None
+        heads, head = config.num_attention_heads, getattr(config, "head_dim", None)
+        size = head or config.hidden_size // heads
+        rows = size * (heads if path.endswith("q_proj") else config.num_key_value_heads)
+        order = _rotary_order(path, rows, config)
+        return name, None if order is None else torch.argsort(order)
+
+    return str(gguf.MODEL_ARCH_NAMES[arch]), target
 
 
 def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:
@@ -289,7 +313,7 @@ def _scores(words: list[str], merges: list[str]) -> list[float]:
     return [-float(rank.get(word, len(merges))) for word in words]
 
 
-def _package() -> Any:
+def require_package() -> Any:
     try:
         import gguf
     except ImportError as error:

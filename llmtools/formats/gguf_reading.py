@@ -57,18 +57,27 @@ def find(name: str, options: Mapping[str, Any]) -> GGUFModel | None:
     path = Path(name).expanduser()
     if not name.endswith(SUFFIX) or path.is_dir():
         return None
+    check_name(name)
     if path.exists():
         return GGUFModel(str(path), path)
     on_hub = _HUB_FILE.match(name)
-    if on_hub is None or path.parent.exists():
-        held = sorted(each.name for each in path.parent.glob(f"*{SUFFIX}"))[:5] if path.parent.is_dir() else []
-        there = f"; {path.parent} has {', '.join(held)}" if held else ""
-        raise CheckpointError(f"{name} does not exist{there}")
+    assert on_hub is not None, name
     from transformers.utils.hub import cached_file
 
     where = {key: options[key] for key in _HUB_OPTIONS if key in options}
     with opening(f"{name} is no file here, and from the hub"):
         return GGUFModel(name, Path(str(cached_file(on_hub[1], on_hub[2], **where))))
+
+
+def check_name(name: str) -> None:
+    """Raises CheckpointError unless a name that ends in .gguf is a file with a sound header, or may be on the hub."""
+    path = Path(name).expanduser()
+    if path.exists():
+        read_header(path)
+    elif _HUB_FILE.match(name) is None or path.parent.exists():
+        held = sorted(each.name for each in path.parent.glob(f"*{SUFFIX}"))[:5] if path.parent.is_dir() else []
+        there = f"; {path.parent} has {', '.join(held)}" if held else ""
+        raise CheckpointError(f"there is no file {name}{there}")
 
 
 def gguf_config(file: GGUFFile) -> Any:
@@ -89,6 +98,14 @@ def gguf_config(file: GGUFFile) -> Any:
     headers = {tensor.name: Header(list(tensor.shape), tensor.kind) for tensor in file.tensors.values()}
     check_config(config.to_dict(), headers, str(file.path))
     _scale_rotations(file, config)
+    return config
+
+
+def described(found: GGUFModel) -> Any:
+    """The config of a GGUF model as it is once opened, its quantizers included; no weight is read."""
+    file = read_header(found.path)
+    config = gguf_config(file)
+    _quantized(config, _assigned(file, Naming(file, config, skeleton(file, config))), found)
     return config
 
 
@@ -115,15 +132,26 @@ def open_gguf(found: GGUFModel, options: Mapping[str, Any]) -> tuple[Any, dict[s
     options = {key: value for key, value in options.items() if key not in dropped}
     dtype = _dtype(options.pop("torch_dtype", options.pop("dtype", None)), file)
     state, assigned = translate(file, config, empty, dtype)
-    if assigned:
-        origin = {"quant_method": "gguf", "file": found.path.name}
-        config.quantization_config = LLMToolsConfig.of(assigned, origin=origin).to_dict()
+    _quantized(config, assigned, found)
     with opening(f"{found.name} does not fit its metadata"):
         model, info = type(empty).from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, dtype=dtype, **options
         )
     model.name_or_path = model.config.name_or_path = found.name
     return model, dict(info)
+
+
+def _quantized(config: Any, assigned: Mapping[str, Quantizer], found: GGUFModel) -> None:
+    if assigned:
+        origin = {"quant_method": "gguf", "file": found.path.name}
+        config.quantization_config = LLMToolsConfig.of(assigned, origin=origin).to_dict()
+
+
+def _assigned(file: GGUFFile, naming: Naming) -> dict[str, Quantizer]:
+    places = {tensor: naming.place(tensor) for tensor in file.tensors.values()}
+    return {
+        place.name.removesuffix(".weight"): GGMLBlocks(tensor.kind) for tensor, place in places.items() if place and place.packed
+    }
 
 
 def translate(
@@ -181,7 +209,7 @@ class Naming:
             return None
         if tensor.kind not in TYPES or not self._may_be_packed(name, tensor):
             return Place(name, False, None)
-        order = self._order(tensor)
+        order = self.order(tensor)
         return Place(name, order is not None, None if order is None or _natural(order) else order)
 
     def _may_be_packed(self, name: str, tensor: StoredTensor) -> bool:
@@ -191,7 +219,7 @@ class Naming:
             return False
         return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not computes_otherwise(module))
 
-    def _order(self, tensor: StoredTensor) -> Tensor | None:
+    def order(self, tensor: StoredTensor) -> Tensor | None:
         """What transformers' reader does to the rows of a weight, [out]; None where it does more than to order them.
 
         It is tried on a weight of two columns that holds the numbers of its cells.

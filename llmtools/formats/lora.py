@@ -50,7 +50,7 @@ def export_adapter(
         tensors = load_file(source / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
-    _refuse_more_than_lora(source, config, tensors)
+    refuse_more_than_lora(source, config, tensors)
     start = config.get("init_lora_weights")
     if str(start).split("_niter")[0] in _FROM_BASE:
         if base is None:
@@ -78,7 +78,17 @@ def _how_it_is_asked(source: Path) -> dict[str, Any]:
     return {"command": "export", "words": run["words"], "recipe": kept} if run.get("words") else {}
 
 
-def _refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def check_plain(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises InputError unless an adapter is plain LoRA that left its base as it was."""
+    refuse_more_than_lora(source, config, tensors)
+    if (start := config.get("init_lora_weights")) not in _PLAIN:
+        raise InputError(
+            f"{source} started from the base's weights ({start}); make it a plain one first: --format lora --model BASE"
+        )
+
+
+def refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises InputError for whatever an adapter has beside A and B."""
     merge = "servers do not read that; merge the adapter with --format dense --adapter"
     if config.get("peft_type") != "LORA":
         raise InputError(f"{source} is a {config.get('peft_type')} adapter, not LoRA; {merge}")

@@ -10,7 +10,7 @@
 | `transformers` | compressed-tensors | symmetric grids (with the package compressed-tensors) |
 |                | gguf, dense, lora  | everything |
 |                | gptq, gptq_v2      | what GPTQModel takes, through it |
-| `llama.cpp`    | gguf               | everything |
+| `llama.cpp`    | gguf, gguf-lora    | everything |
 
 From the sources of vLLM 0.33 and transformers 5.23. `make test-interop` opens exports in GPTQModel and in transformers
 with compressed-tensors; vLLM is not run. What is not in the table is not known to work.
@@ -75,7 +75,7 @@ _TAKES: Mapping[str, Mapping[str, tuple[_Limit, ...]]] = {
         "dense": (),
         "lora": (),
     },
-    "llama.cpp": {"gguf": ()},
+    "llama.cpp": {"gguf": (), "gguf-lora": ()},
 }
 """reader → format → what it does not take of it"""
 
@@ -87,7 +87,7 @@ def refusal(reader: str, form: str, layers: Sequence[Uniform], dense: Sequence[s
     """
     takes = _TAKES[reader]
     if form not in takes:
-        return f"it does not read {form}, but {', '.join(known for known in takes if known != 'lora')}"
+        return f"it does not read {form}, but {', '.join(known for known in takes if not known.endswith('lora'))}"
     return next((reason for limit in takes[form] if (reason := limit(layers, dense)) is not None), None)
 
 

@@ -194,7 +194,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
             path = locate(model, stored_path)
             if path is None:
                 continue
-            layer = _empty(model.get_submodule(path), chosen, stored_path)
+            layer = empty_layer(model.get_submodule(path), chosen, stored_path)
             biased = getattr(layer, "bias", None) is not None
             wrong = _mismatches(stored_path, chosen.layout(*layer.shape), biased, of_module.get(stored_path, {}))
             problems += wrong
@@ -204,7 +204,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
             set_everywhere(model, path, layer, listed)
             self.assigned[path] = chosen
         _raise_for(problems)
-        _tie_heads(model)
+        tie_heads(model)
         _untie(model, self.assigned)
         ignored = {re.escape(path) + rf"\.{SENTINEL}$" for path in self.assigned}
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
@@ -342,7 +342,7 @@ def _wished_ties(model: Any) -> dict[str, str]:
     return dict(expanded(all_submodels=True)) if expanded is not None else {}
 
 
-def _tie_heads(model: nn.Module) -> None:
+def tie_heads(model: nn.Module) -> None:
     """Puts a `TiedLinear` where the config ties a dense linear to an embedding that is quantized, in place."""
     for target, source in _wished_ties(model).items():
         head, embedding = (_module_of(model, name) for name in (target, source))
@@ -360,7 +360,7 @@ def _module_of(model: nn.Module, weight: str) -> nn.Module | None:
         return None
 
 
-def _empty(module: nn.Module, quantizer: Quantizer, stored_path: str) -> PackedWeight:
+def empty_layer(module: nn.Module, quantizer: Quantizer, stored_path: str) -> PackedWeight:
     """A layer in place of a linear or an embedding, whose values are to come. Raises CheckpointError for others."""
     with within(stored_path):
         if isinstance(module, nn.Embedding) and not isinstance(module, PackedWeight):

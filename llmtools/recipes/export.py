@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ class Export:
     format: str
     """compressed-tensors, gptq, gptq_v2, gguf, dense (decoded, with the adapter merged), or lora (the adapter alone)"""
     out: str
-    """folder to write to"""
+    """folder to write to; an adapter as gguf may also be a file, whose name ends in .gguf"""
     model: str | None = None
     """folder or hub name of the quantized model; by default what the adapter was trained on"""
     adapter: str | None = None
-    """folder of an adapter: merged into a dense model, or written as a plain LoRA with --format lora"""
+    """folder of an adapter: merged into a dense model; or written alone, as a plain LoRA with --format lora, as one for
+    llama.cpp with --format gguf"""
     base_name: str | None = None
     """the base model's name to write into a plain LoRA, instead of its path on this machine"""
     reader: str | None = None
@@ -59,8 +61,9 @@ class ExportedModel:
             f"{one['path']}: {one['reason']}; re-quantized, relative error {one['relative_error']:.2g}"
             for one in self.requantized
         ]
-        what = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
-        exact = "" if self.format in ("dense", "lora") or self.requantized else ", exact"
+        adapters = {"lora": "the adapter as a plain LoRA", "gguf-lora": "the adapter as a LoRA for llama.cpp"}
+        what = adapters.get(self.format, f"{self.modules} modules as {self.format}")
+        exact = "" if self.format in ("dense", *adapters) or self.requantized else ", exact"
         read = f"; known to be read by {', '.join(self.readers)}" if self.readers else ""
         return "\n".join([*lines, f"{self.out}: {what}{exact}{read}"])
 
@@ -72,10 +75,12 @@ def export(recipe: Export) -> ExportedModel:
     from .loading import import_plugins, model_and_adapter, quiet_libraries
 
     _check_format(recipe)
+    if recipe.format == "gguf" and recipe.adapter is not None:
+        return _export_gguf_adapter(recipe)
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
         raise InputError(
             f"an adapter cannot be merged into packed weights (format {recipe.format}); use --format dense for a "
-            "merged model, or serve the adapter beside the quantized model: --format lora"
+            "merged model, or serve the adapter beside the quantized model: --format lora (or gguf, for llama.cpp)"
         )
     name: str | None
     adapter: str | None
@@ -188,6 +193,29 @@ def _export_lora(recipe: Export) -> ExportedModel:
         base, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
     export_adapter(recipe.adapter, recipe.out, base=base, base_name=recipe.base_name, overwrite=recipe.overwrite)
     return ExportedModel(recipe.out, "lora", 0)
+
+
+def _export_gguf_adapter(recipe: Export) -> ExportedModel:
+    from ..checkpoint.folder import skeleton
+    from ..files import claim
+    from ..formats.gguf_adapter import check_file_free, export_gguf_adapter
+    from ..formats.readers import readers_of
+    from .loading import check_model, model_and_adapter, quiet_libraries
+
+    assert recipe.adapter is not None
+    _dtype(recipe)
+    readers = readers_of("gguf-lora", [], [], recipe.reader)
+    name, _ = model_and_adapter(recipe.model, recipe.adapter)
+    check_model(name)
+    quiet_libraries()
+    is_file = recipe.out.endswith(".gguf")
+    if is_file:
+        check_file_free(recipe.out, overwrite=recipe.overwrite)
+    with nullcontext() if is_file else claim(recipe.out, overwrite=recipe.overwrite, reads=[name, recipe.adapter]):
+        path = export_gguf_adapter(
+            recipe.adapter, recipe.out, name, skeleton=skeleton, overwrite=recipe.overwrite
+        )
+    return ExportedModel(str(path), "gguf-lora", 0, readers=list(readers))
 
 
 def _check_against_base(adapter: str, model: str | None) -> None:

@@ -175,6 +175,8 @@ def _is_quantized(name: str) -> bool:
     from transformers import PreTrainedConfig
 
     folder = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        return True
     if folder.is_dir():
         return bool(read_json(folder / "config.json").get("quantization_config"))
     with suppress(OSError):  # what cannot be had is said when it is opened
@@ -185,8 +187,12 @@ def _is_quantized(name: str) -> bool:
 def check_model(name: str) -> None:
     """Raises InputError unless `name` is a folder with a checkpoint, or may be a name on the hub."""
     folder = Path(name).expanduser()
+    if name.endswith(".gguf") and not folder.is_dir():
+        from ..formats.gguf_reading import check_name
+
+        return check_name(name)
     if folder.is_file():
-        raise InputError(f"model {name!r} is a file; the folder of a Hugging Face checkpoint is expected")
+        raise InputError(f"model {name!r} is a file; the folder of a Hugging Face checkpoint, or a .gguf, is expected")
     if folder.is_dir():
         if not (folder / "config.json").exists():
             hint = "; it is an adapter, pass it with --adapter" if (folder / "adapter_config.json").exists() else ""

@@ -239,7 +239,7 @@ class Naming:
         """Adds what transformers' reader makes of a tensor to `state`."""
         stored = self.file.read(tensor.name)
         if tensor.kind in TYPES:
-            stored = dequantize_ggml(stored.flatten(0, -2), tensor.kind).reshape(tensor.shape)
+            stored = dequantize_ggml(stored.flatten(0, -2), tensor.kind, torch.float32).reshape(tensor.shape)
         done = self.processor.process(
             weights=stored.float().numpy(),
             name=tensor.name,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, did_you_mean, where
-from ..kernels.ggml import TYPES, dequantize_ggml, iq1_m_scale
+from ..kernels.ggml import TYPES, decodes, dequantize_ggml, iq1_m_scale, multiply_ggml
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
 
 _SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -63,7 +63,12 @@ class GGMLBlocks(Quantizer):
         return dequantize_ggml(packed["blocks"][rows], self.type, dtype)
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
-        return 24
+        return dtype.itemsize if decodes(device, self.type) else 24
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        if not decodes(x.device, self.type):
+            return None
+        return multiply_ggml(x, packed["blocks"], self.type, transposed)
 
     def check(self, packed: Packed) -> None:
         kind = TYPES[self.type]

@@ -3,53 +3,49 @@
 A row is blocks of 32 or 256 weights, each with its scales in it, one after the other; rows are independent. So a weight
 [out, in] is one tensor of bytes [out, in / weights · bytes], and any rows of it decode by themselves.
 
-`reference.py` is the specification.
+    blocks [out, row_bytes] uint8, kind: a name of `TYPES`
+
+`reference.py` is the specification; `native.py` with `native.c` the CPU's C. Other devices have the reference.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import torch
 
-from .reference import dequantize_ggml, iq1_m_scale
+from ..ops import constant_result, define
+from . import native, reference
+from .reference import iq1_m_scale
+from .types import NUMBERS, TYPES, BlockType
 
-__all__ = ["NUMBERS", "TYPES", "BlockType", "dequantize_ggml", "iq1_m_scale"]
-
-
-class BlockType(NamedTuple):
-    """One of ggml's block types."""
-
-    number: int
-    """In files."""
-    weights: int
-    """In a block."""
-    bytes: int
-    """Of a block."""
-    halves: tuple[int, ...]
-    """Where in a block its float16 numbers begin; none for IQ1_M, which scatters the bits."""
+__all__ = ["NUMBERS", "TYPES", "BlockType", "decodes", "dequantize_ggml", "iq1_m_scale", "multiply_ggml"]
 
 
-TYPES = {
-    "Q4_0": BlockType(2, 32, 18, (0,)),
-    "Q4_1": BlockType(3, 32, 20, (0, 2)),
-    "Q5_0": BlockType(6, 32, 22, (0,)),
-    "Q5_1": BlockType(7, 32, 24, (0, 2)),
-    "Q8_0": BlockType(8, 32, 34, (0,)),
-    "Q2_K": BlockType(10, 256, 84, (80, 82)),
-    "Q3_K": BlockType(11, 256, 110, (108,)),
-    "Q4_K": BlockType(12, 256, 144, (0, 2)),
-    "Q5_K": BlockType(13, 256, 176, (0, 2)),
-    "Q6_K": BlockType(14, 256, 210, (208,)),
-    "IQ2_XXS": BlockType(16, 256, 66, (0,)),
-    "IQ2_XS": BlockType(17, 256, 74, (0,)),
-    "IQ3_XXS": BlockType(18, 256, 98, (0,)),
-    "IQ1_S": BlockType(19, 256, 50, (0,)),
-    "IQ4_NL": BlockType(20, 32, 18, (0,)),
-    "IQ3_S": BlockType(21, 256, 110, (0,)),
-    "IQ2_S": BlockType(22, 256, 82, (0,)),
-    "IQ4_XS": BlockType(23, 256, 136, (0,)),
-    "IQ1_M": BlockType(29, 256, 56, ()),
-}
-"""name → what it is"""
+def _columns(blocks: torch.Tensor, kind: str) -> int:
+    return blocks.shape[1] // TYPES[kind].bytes * TYPES[kind].weights
 
-NUMBERS = {kind.number: name for name, kind in TYPES.items()}
-"""number in files → name"""
+
+dequantize_ggml = define(
+    "dequantize_ggml(Tensor blocks, str kind, ScalarType dtype) -> Tensor",
+    package=__name__,
+    reference=reference.dequantize_ggml,
+    native=native.dequantize_ggml,
+    fake=lambda blocks, kind, dtype: blocks.new_empty((blocks.shape[0], _columns(blocks, kind)), dtype=dtype),
+)
+"""The weight [out, in] of a type."""
+multiply_ggml = define(
+    "multiply_ggml(Tensor x, Tensor blocks, str kind, bool transposed) -> Tensor",
+    package=__name__,
+    reference=reference.multiply_ggml,
+    native=native.multiply_ggml,
+    fake=lambda x, blocks, kind, transposed: x.new_empty(
+        (x.shape[0], _columns(blocks, kind) if transposed else blocks.shape[0])
+    ),
+)
+"""x [t, in] @ weight.T -> [t, out] of x's type, for decoding, where t is small (GEMV); with `transposed`, its gradient:
+x [t, out] @ weight -> [t, in]. Neither is differentiable; sums are float32."""
+
+
+@constant_result
+def decodes(device: torch.device, kind: str) -> bool:
+    """Whether C decodes rows of that type on that device, and multiplies by them."""
+    return device.type == "cpu" and kind in native.KINDS and native.library() is not None

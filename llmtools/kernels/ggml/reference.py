@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .types import TYPES
 from .tables import grid, iq4_levels, sign_bytes
 
 Decoder = Callable[[Tensor], Tensor]
@@ -22,10 +23,23 @@ ROWS = 256  # decoded at a time by the product
 
 def dequantize_ggml(blocks: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] of `dtype`; blocks [out, row_bytes] uint8, kind: a name of `TYPES`."""
-    from . import TYPES
-
     flat = blocks.reshape(-1, TYPES[kind].bytes)
     return DECODERS[kind](flat).to(dtype).reshape(blocks.shape[0], -1)
+
+
+def multiply_ggml(x: Tensor, blocks: Tensor, kind: str, transposed: bool) -> Tensor:
+    """x [t, in] -> [t, out], or [t, out] -> [t, in], a block of rows at a time, added in float32 or wider."""
+    columns = blocks.shape[1] // TYPES[kind].bytes * TYPES[kind].weights
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.new_zeros((len(x), columns), dtype=wide) if transposed else x.new_empty((len(x), len(blocks)))
+    for start in range(0, len(blocks), ROWS):
+        rows = slice(start, start + ROWS)
+        weight = dequantize_ggml(blocks[rows], kind, x.dtype)
+        if transposed:
+            y += x[:, rows] @ weight  # [t, ROWS] @ [ROWS, in]
+        else:
+            y[:, rows] = x @ weight.T  # [t, in] @ [in, ROWS]
+    return y.to(x.dtype)
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:

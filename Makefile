@@ -44,7 +44,7 @@ unit: $(STAMP)
 test-interop:
 	$(MAKE) VENV=.venv-interop .venv-interop/.installed
 	.venv-interop/bin/python -m pip install --quiet bitsandbytes compressed-tensors gguf hqq lm-eval optimum pillow -c constraints.txt
-	.venv-interop/bin/python -m pip install --quiet --no-deps gptqmodel Defuser Device-SMI LogBar PyPcre TokeNicer kernels \
+	.venv-interop/bin/python -m pip install --quiet --no-deps gptqmodel Defuser Device-SMI LogBar PyPcre TokeNicer kernels xllamacpp \
 	    threadpoolctl torchao
 	LLMTOOLS_INTEROP=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-interop/bin/python -m pytest -q tests/interop \
 	    tests/recipes/test_tasks.py tests/recipes/test_harness.py $(ARGS)

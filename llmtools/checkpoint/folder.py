@@ -26,9 +26,9 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
 from ..files import MARK, files_of, sort_metadata, writing
+from ..formats.gguf_header import read_header
 from ..formats.gguf_reading import GGUFModel, find, gguf_config, joined, open_gguf, open_tokenizer
 from ..formats.gguf_reading import skeleton as gguf_skeleton
-from ..formats.gguf_header import read_header
 from ..formats.reading import detect, open_model
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter

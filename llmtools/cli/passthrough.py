@@ -1,14 +1,17 @@
 """``llmtools serve`` and ``llmtools chat``: transformers' own commands, in a process that has imported llmtools.
 
 That import is all there is to it: it teaches transformers to open our checkpoints. Options, endpoints and messages are
-transformers'; see ``llmtools serve --help``.
+transformers'; see ``llmtools serve --help``. A GGUF file is served from a checkpoint of the same bits, which is written
+to a temporary folder for as long as the server runs.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib.util import find_spec
 from typing import Any
 
@@ -40,7 +43,8 @@ def run(command: str, args: Sequence[str]) -> int:
     app = _app(command)
     hook = sys.excepthook
     try:
-        app(args=[command, *args], prog_name="llmtools")
+        with ExitStack() as stack:
+            app(args=[command, *_as_folders(args, stack)], prog_name="llmtools")
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except ValueError as error:  # transformers' word for what the user can mend, such as a server that is not there
@@ -48,6 +52,27 @@ def run(command: str, args: Sequence[str]) -> int:
     finally:
         sys.excepthook = hook  # typer replaces it
     return 0
+
+
+def _as_folders(args: Sequence[str], stack: ExitStack) -> list[str]:
+    """The arguments with a folder of ours for each GGUF file, until the stack is closed."""
+    words = list(args)
+    if "--gguf_file" in words[:-1]:  # a file in the folder or repository that the first argument names
+        at = words.index("--gguf_file")
+        file = words.pop(at + 1)
+        words.pop(at)
+        words = [f"{word.rstrip('/')}/{file}" if number == 0 else word for number, word in enumerate(words)]
+    return [_folder_of(word, stack) if word.endswith(".gguf") else word for word in words]
+
+
+def _folder_of(name: str, stack: ExitStack) -> str:
+    from ..checkpoint.folder import load, save
+
+    model, tokenizer = load(name)
+    place = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtools-"))
+    folder = save(model, tokenizer, os.path.join(place, os.path.basename(name).removesuffix(".gguf")))
+    print(f"{name} is served as {folder}", file=sys.stderr, flush=True)
+    return str(folder)
 
 
 def _holds(folder: str, name: str) -> bool:

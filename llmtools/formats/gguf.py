@@ -42,7 +42,7 @@ _LOSSY = Limits(bits=(4,))
 
 @formats.register("gguf")
 class GGUF(Format):
-    """llama.cpp's files; written, not read."""
+    """llama.cpp's files as exports; how they are read, see `gguf_reading.py`: a file is no folder with a config."""
 
     marker = "gguf"
 

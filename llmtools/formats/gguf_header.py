@@ -30,7 +30,12 @@ MAX_HEADER = 2**28
 MAX_ALIGNMENT = 2**16
 _LONG = 2**13  # bytes of an array that says nothing about the model but its vocabulary
 
-FLOATS = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16), 28: ("F64", torch.float64)}
+FLOATS = {
+    0: ("F32", torch.float32),
+    1: ("F16", torch.float16),
+    30: ("BF16", torch.bfloat16),
+    28: ("F64", torch.float64),
+}
 """number of a type in files → its name, and torch's type"""
 _DTYPES = dict(FLOATS.values())
 _KNOWN = {number: name for number, (name, _) in FLOATS.items()} | NUMBERS
@@ -224,7 +229,9 @@ class _Reader:
                 )
             size = self.size_of(name, shape, _KNOWN[number])
             if offset % alignment or first + offset + size > len(self.data):
-                self.damaged(f"{name} lies at {offset} and has {size} bytes, and {max(len(self.data) - first, 0)} are there")
+                self.damaged(
+                    f"{name} lies at {offset} and has {size} bytes, and {max(len(self.data) - first, 0)} are there"
+                )
             found[name] = StoredTensor(name, shape, _KNOWN[number], first + offset, size)
         end = 0
         for tensor in sorted(found.values(), key=lambda each: each.start):

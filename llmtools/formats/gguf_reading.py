@@ -150,7 +150,9 @@ def _quantized(config: Any, assigned: Mapping[str, Quantizer], found: GGUFModel)
 def _assigned(file: GGUFFile, naming: Naming) -> dict[str, Quantizer]:
     places = {tensor: naming.place(tensor) for tensor in file.tensors.values()}
     return {
-        place.name.removesuffix(".weight"): GGMLBlocks(tensor.kind) for tensor, place in places.items() if place and place.packed
+        place.name.removesuffix(".weight"): GGMLBlocks(tensor.kind)
+        for tensor, place in places.items()
+        if place and place.packed
     }
 
 
@@ -305,7 +307,7 @@ def _require_package() -> None:
 
     try:
         import gguf  # noqa: F401
-        import transformers.modeling_gguf_pytorch_utils  # noqa: F401
+        import transformers.modeling_gguf_pytorch_utils
     except ImportError as error:
         lacking = getattr(error, "name", None) or str(error)
         way = "pip install 'llmtools[export]'" if lacking == "gguf" else "transformers 5.16 to 5.23 have it"

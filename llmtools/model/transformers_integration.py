@@ -346,11 +346,10 @@ def tie_heads(model: nn.Module) -> None:
     """Puts a `TiedLinear` where the config ties a dense linear to an embedding that is quantized, in place."""
     for target, source in _wished_ties(model).items():
         head, embedding = (_module_of(model, name) for name in (target, source))
-        if isinstance(head, nn.Linear) and isinstance(embedding, QuantizedEmbedding):
-            if not isinstance(head, QuantizedLinear):
-                layer = TiedLinear(embedding)
-                layer._is_hf_initialized = True  # type: ignore[assignment]
-                set_module(model, target.removesuffix(".weight"), layer)
+        if isinstance(embedding, QuantizedEmbedding) and isinstance(head, nn.Linear):
+            layer = head if isinstance(head, QuantizedLinear) else TiedLinear(embedding)
+            layer._is_hf_initialized = True  # type: ignore[assignment]
+            set_module(model, target.removesuffix(".weight"), layer)
 
 
 def _module_of(model: nn.Module, weight: str) -> nn.Module | None:

@@ -1,6 +1,6 @@
 """ggml's block types as a quantizer: what a weight of a GGUF file is when it is opened.
 
-The one tensor is the rows as they lie in the file, [out, row_bytes] uint8, so opening changes no bit and any rows decode
+The one tensor is the rows as they lie in the file, [out, row_bytes] uint8: opening changes no bit, and any rows decode
 by themselves. The simple types are rounded to nearest, with scales that are rounded before any code is chosen. The
 other types are made by llama.cpp (`llama-quantize`), whose searches are not repeated here: they are read only.
 
@@ -86,7 +86,9 @@ def _half(values: Tensor) -> Tensor:
 def _stored(values: Tensor) -> Tensor:
     """Rounded to float16. Raises InputError for what is beyond it."""
     if bool((values.abs() > _LARGEST).any()):
-        raise InputError(f"{where()}the weight reaches {values.abs().max():.3g}, and a block's scales end at {_LARGEST}")
+        raise InputError(
+            f"{where()}the weight reaches {values.abs().max():.3g}, and a block's scales end at {_LARGEST}"
+        )
     return values.to(torch.float16).float()
 
 

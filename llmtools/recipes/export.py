@@ -212,9 +212,7 @@ def _export_gguf_adapter(recipe: Export) -> ExportedModel:
     if is_file:
         check_file_free(recipe.out, overwrite=recipe.overwrite)
     with nullcontext() if is_file else claim(recipe.out, overwrite=recipe.overwrite, reads=[name, recipe.adapter]):
-        path = export_gguf_adapter(
-            recipe.adapter, recipe.out, name, skeleton=skeleton, overwrite=recipe.overwrite
-        )
+        path = export_gguf_adapter(recipe.adapter, recipe.out, name, skeleton=skeleton, overwrite=recipe.overwrite)
     return ExportedModel(str(path), "gguf-lora", 0, readers=list(readers))
 
 

@@ -1,4 +1,4 @@
-"""The header of a GGUF file is read with suspicion: whatever is wrong with it is one line, at once, in little memory."""
+"""The header of a GGUF file is read with suspicion: what is wrong with it is one line, at once, in little memory."""
 
 from __future__ import annotations
 

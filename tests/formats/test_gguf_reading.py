@@ -160,9 +160,7 @@ def test_adapters_train_and_merge(folder: Path) -> None:
     loss = adapted(input_ids=tiny_ids(), labels=tiny_ids()).loss
     loss.backward()
     assert all(
-        each.grad is not None and bool(each.grad.any())
-        for name, each in adapted.named_parameters()
-        if "lora_B" in name
+        each.grad is not None and bool(each.grad.any()) for name, each in adapted.named_parameters() if "lora_B" in name
     )
     torch.optim.SGD(adapted.parameters(), 1e-4).step()
     with torch.no_grad():

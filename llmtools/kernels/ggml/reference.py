@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .types import TYPES
 from .tables import grid, iq4_levels, sign_bytes
+from .types import TYPES
 
 Decoder = Callable[[Tensor], Tensor]
 

@@ -1,0 +1,90 @@
+"""llama.cpp itself (by xllamacpp) runs a GGUF file, and our adapter on it, with the probabilities that we compute."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmtools
+from llmtools.formats.gguf_adapter import export_gguf_adapter
+from llmtools.formats.writing import export
+from llmtools.model.adapter_files import open_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+pytest.importorskip("gguf")
+llama: Any = pytest.importorskip("xllamacpp")
+
+PROMPTS = (
+    "Once upon a time", "The little dog", "One day, a girl named", "Tim and his mom went", "There was a big",
+    "Lily saw a", "The cat was very", "He wanted to play", "It was a sunny", "She said,",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pretrained model as a GGUF file."""
+    folder = tmp_path_factory.mktemp("llama_cpp")
+    model, tokenizer = llmtools.load(stories)
+    llmtools.quantize(model, "rtn", bits=8, group_size=32, symmetric=True, skip=["*down_proj", "lm_head"])
+    export(model, tokenizer, folder / "base", "gguf", lossy=True)
+    return folder / "base" / "model.gguf"
+
+
+def server(path: Path, adapter: Path | None = None) -> Any:
+    """llama.cpp with a model, on one thread."""
+    options = llama.CommonParams()
+    options.model.path, options.n_ctx, options.n_parallel, options.warmup = str(path), 256, 1, False
+    options.cpuparams.n_threads = 1
+    if adapter is not None:
+        options.lora_adapters = [llama.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    return llama.Server(options)
+
+
+def assert_alike(model: Any, tokenizer: Any, running: Any, most: float) -> None:
+    """The KL of next tokens to llama.cpp's is below `most` after each prompt, and greedy texts are equal."""
+    size = model.config.vocab_size
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt).input_ids
+        asked = {"prompt": ids, "temperature": 0, "cache_prompt": False}
+        told = running.handle_completions({**asked, "n_predict": 1, "n_probs": size})
+        theirs = torch.full((size,), -40.0)
+        for token in told["completion_probabilities"][0]["top_logprobs"]:
+            theirs[token["id"]] = max(token["logprob"], -40.0)
+        with torch.no_grad():
+            ours = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+            done = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+        assert float((ours.exp() * (ours - theirs)).sum()) < most
+        text = running.handle_completions({**asked, "n_predict": 12})["content"]
+        assert tokenizer.decode(done, skip_special_tokens=True).strip() == text.strip()
+
+
+def test_next_tokens_are_those_of_llama_cpp(base: Path) -> None:
+    model, tokenizer = llmtools.load(base)
+    assert_alike(model, tokenizer, server(base), 1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 8}}], ids=str)
+def test_an_adapter_does_the_same_there(base: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = llmtools.load(base)
+    with torch.no_grad():
+        before = model(input_ids=torch.tensor([tokenizer(PROMPTS[0]).input_ids])).logits
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", **options))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    for name, each in adapted.named_parameters():
+        if "lora_" in name:
+            each.data = 0.1 * torch.randn_like(each)
+    adapted.save_pretrained(tmp_path / "a")
+    out = export_gguf_adapter(
+        tmp_path / "a", tmp_path / "a.gguf", str(base), skeleton=llmtools.checkpoint.folder.skeleton
+    )
+    fresh, _ = llmtools.load(base)
+    opened = open_adapter(fresh, tmp_path / "a").eval()
+    with torch.no_grad():
+        after = opened(input_ids=torch.tensor([tokenizer(PROMPTS[0]).input_ids])).logits
+    assert (after - before).abs().max() > 0.5  # it changes something
+    assert_alike(opened, tokenizer, server(base, out), 1e-3)

@@ -1,7 +1,7 @@
 """ggml's blocks decoded in plain torch: the specification of the faster routes.
 
-A decoder takes blocks [n, bytes] uint8 and gives their weights [n, weights] float32; each operation is one of ggml's own
-decoder, in its order and in float32, so the results are equal to the bit. What "planes" are: most types store the
+A decoder takes blocks [n, bytes] uint8 and gives their weights [n, weights] float32; each operation is one of ggml's
+own decoder, in its order and in float32, so the results are equal to the bit. What "planes" are: most types store the
 low (or high) bits of many codes in runs of bytes; the first run of codes is in the lowest bits of the bytes, the next
 in the bits above.
 """

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.swap import quantized_linears
-from ..quant import Packed, Quantizer
+from ..nn.linear import QuantizedLinear
+from ..nn.swap import packed_layers
+from ..quant import GGMLBlocks, Packed, Quantizer
 from .base import Format, Written, formats
 from .pretokenizer import rule_of
 from .readers import readers_of
@@ -80,10 +81,15 @@ class GGUF(Format):
             )
         arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        layers = quantized_linears(model)
+        layers = packed_layers(model)
         changed: list[Requantized] = []
         blocks: dict[str, tuple[str, Tensor]] = {}
         for path, layer in layers.items():
+            if isinstance(layer.quantizer, GGMLBlocks):
+                stored = _rotary_rows_of(layer.packed["blocks"], f"{path}.weight", config)
+                blocks[f"{path}.weight"] = layer.quantizer.type, stored.contiguous()
+                continue
+            assert isinstance(layer, QuantizedLinear)
             found = uniform_of(layer)
             packed = found if isinstance(found, str) else as_blocks(_rotary_rows(found, path, config))
             if isinstance(packed, str):

@@ -219,3 +219,28 @@ def test_what_cannot_be_opened_is_one_line(folder: Path, tmp_path: Path) -> None
         assert "\n" not in str(raised.value)
     with pytest.raises(llmtools.CheckpointError, match="no checksums"):
         llmtools.load(folder / "m.gguf", verify=True)
+
+
+def test_a_model_goes_back_into_a_gguf_file_with_the_same_blocks(folder: Path, tmp_path: Path) -> None:
+    from llmtools.formats.gguf_header import read_header
+    from llmtools.formats.writing import export
+
+    model, tokenizer = llmtools.load(folder / "m.gguf")
+    export(model, tokenizer, tmp_path / "out", "gguf")
+    before, after = read_header(folder / "m.gguf"), read_header(tmp_path / "out" / "model.gguf")
+    assert set(after.tensors) == set(before.tensors)
+    for name, tensor in before.tensors.items():
+        assert after.tensors[name].kind == tensor.kind
+        assert torch.equal(after.read(name), before.read(name))
+
+
+def test_other_formats_have_the_embedding_dense(folder: Path, tmp_path: Path) -> None:
+    from llmtools.formats.writing import export
+
+    model, tokenizer = llmtools.load(folder / "m.gguf")
+    with pytest.raises(llmtools.InputError, match="gguf is no uniform grid"):
+        export(model, tokenizer, tmp_path / "out", "gptq")
+    export(model, tokenizer, tmp_path / "out", "gptq", lossy=True)
+    again, _ = llmtools.load(tmp_path / "out")
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().dequantize())
+    assert again.lm_head.weight is again.get_input_embeddings().weight

@@ -93,8 +93,11 @@ def gguf_config(file: GGUFFile) -> Any:
         )
     _require_package()
     with opening(f"{file.path}: transformers makes no model of it"), tempfile.TemporaryDirectory() as place:
-        (Path(place) / "outline.gguf").write_bytes(file.outline())
-        config = AutoConfig.from_pretrained(place, gguf_file="outline.gguf")
+        if file.architecture in _newer_architectures():  # read by a reader that passes long arrays by
+            config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+        else:
+            (Path(place) / "outline.gguf").write_bytes(file.outline())
+            config = AutoConfig.from_pretrained(place, gguf_file="outline.gguf")
     headers = {tensor.name: Header(list(tensor.shape), tensor.kind) for tensor in file.tensors.values()}
     check_config(config.to_dict(), headers, str(file.path))
     _scale_rotations(file, config)
@@ -173,7 +176,10 @@ def translate(
             rows = file.read(tensor.name)
             state[f"{path}.blocks"] = rows if place.order is None else rows[place.order]
         else:
-            naming.decode(tensor, state, dtype)
+            naming.decode(tensor, state)
+    for name, tensor in state.items():
+        if tensor.is_floating_point():
+            state[name] = tensor.to(dtype)
     _check_shapes(file, empty, state)
     return state, assigned
 
@@ -193,8 +199,17 @@ class Naming:
     """Which tensor of a GGUF file is which parameter, by transformers' tables."""
 
     def __init__(self, file: GGUFFile, config: Any, empty: nn.Module) -> None:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+        from transformers.modeling_gguf_pytorch_utils import (
+            GGUF_SUPPORTED_ARCHITECTURES,
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+        )
 
+        if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES and file.architecture in _newer_architectures():
+            raise CheckpointError(
+                f"{file.path}: weights of {file.architecture} are in an order that is not read here yet; transformers "
+                "decodes them (from_pretrained(folder, gguf_file=…)), and `llmtools quantize` takes what it saves"
+            )
         self.file, self.empty = file, empty
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
         with opening(f"{file.path}: the tensors of {file.architecture} are not known"):
@@ -237,7 +252,7 @@ class Naming:
         order = torch.from_numpy(moved[:, 0] // 2)
         return order if torch.equal(order.sort().values, torch.arange(len(order))) else None
 
-    def decode(self, tensor: StoredTensor, state: dict[str, Tensor], dtype: torch.dtype) -> None:
+    def decode(self, tensor: StoredTensor, state: dict[str, Tensor]) -> None:
         """Adds what transformers' reader makes of a tensor to `state`."""
         stored = self.file.read(tensor.name)
         if tensor.kind in TYPES:
@@ -249,7 +264,7 @@ class Naming:
             parsed_parameters={"tensors": state},
         )
         if done.name is not None and done.name in self.names:
-            state[self.names[done.name]] = torch.from_numpy(np.ascontiguousarray(done.weights)).to(dtype)
+            state[self.names[done.name]] = torch.from_numpy(np.ascontiguousarray(done.weights))
 
 
 def gguf_names(architecture: str, empty: Any, processor: Any) -> dict[str, str]:
@@ -275,6 +290,15 @@ def gguf_names(architecture: str, empty: Any, processor: Any) -> dict[str, str]:
 def _tails(path: str) -> list[str]:
     """A path, and what is left of it without the model's own part: some models were converted as bare decoders."""
     return [path, path.partition(".")[2]] if "." in path else [path]
+
+
+def _newer_architectures() -> Mapping[str, Any]:
+    """Those of which transformers (5.22 and later) has the config in its newer tables."""
+    try:
+        from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    except ImportError:
+        return {}
+    return dict(GGUF_CONFIG_ARCHS)
 
 
 def _natural(order: Tensor) -> bool:

@@ -160,4 +160,4 @@ def _tied_head(empty: Any) -> str | None:
     head = empty.get_output_embeddings()
     if head is None or not empty.config.tie_word_embeddings:
         return None
-    return next(path for path, module in empty.named_modules() if module is head)
+    return next(str(path) for path, module in empty.named_modules() if module is head)

@@ -177,9 +177,7 @@ def translate(
             state[f"{path}.blocks"] = rows if place.order is None else rows[place.order]
         else:
             naming.decode(tensor, state)
-    for name, tensor in state.items():
-        if tensor.is_floating_point():
-            state[name] = tensor.to(dtype)
+    state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     _check_shapes(file, empty, state)
     return state, assigned
 
@@ -231,8 +229,8 @@ class Naming:
 
     def _may_be_packed(self, name: str, tensor: StoredTensor) -> bool:
         path, _, last = name.rpartition(".")
-        module = self.empty.get_submodule(path)
-        if last != "weight" or len(tensor.shape) != 2 or tuple(module.weight.shape) != tensor.shape:  # type: ignore[union-attr]
+        module: Any = self.empty.get_submodule(path)
+        if last != "weight" or len(tensor.shape) != 2 or tuple(module.weight.shape) != tensor.shape:
             return False
         return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not computes_otherwise(module))
 

@@ -348,7 +348,7 @@ def tie_heads(model: nn.Module) -> None:
         head, embedding = (_module_of(model, name) for name in (target, source))
         if isinstance(embedding, QuantizedEmbedding) and isinstance(head, nn.Linear):
             layer = head if isinstance(head, QuantizedLinear) else TiedLinear(embedding)
-            layer._is_hf_initialized = True  # type: ignore[assignment]
+            layer._is_hf_initialized = True
             set_module(model, target.removesuffix(".weight"), layer)
 
 

@@ -19,7 +19,7 @@ from .linear import QuantizedLinear
 from .packed import PackedWeight
 
 
-class QuantizedEmbedding(PackedWeight, nn.Embedding):
+class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
     """An embedding [tokens, features] whose rows are decoded when they are looked up; it is frozen.
 
     Its quantizer keeps each row by itself: every packed tensor has one row per token.
@@ -55,7 +55,8 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):
         layout = quantizer.layout(embedding.num_embeddings, embedding.embedding_dim)
         if any(spec.shape[0] != embedding.num_embeddings for spec in layout.values()):
             raise InputError(f"{where()}{quantizer} does not keep each row by itself, so it holds no embedding")
-        layer = _class_for(type(embedding), cls).__new__(_class_for(type(embedding), cls))
+        kind: Any = _class_for(type(embedding), cls)
+        layer: QuantizedEmbedding = kind.__new__(kind)
         QuantizedEmbedding.__init__(
             layer,
             embedding.num_embeddings,
@@ -97,7 +98,7 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):
 
 
 @functools.cache
-def _class_for(kind: type[nn.Embedding], base: type[QuantizedEmbedding]) -> type[QuantizedEmbedding]:
+def _class_for(kind: Any, base: Any) -> Any:
     """The class of a quantized embedding of that kind: a subclass's own forward runs over ours."""
     return base if kind is nn.Embedding else type(f"Quantized{kind.__name__}", (kind, base), {"kind": kind})
 

@@ -12,7 +12,7 @@ from ..quant import Packed, Quantizer
 from .packed import PackedWeight
 
 
-class QuantizedLinear(PackedWeight, nn.Linear):
+class QuantizedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     """y = x Wᵀ + b, W given by `quantizer` from this module's packed tensors.
 
     x may have any float type; the result has x's (or autocast's). `dtype` is the type in which `weight` presents

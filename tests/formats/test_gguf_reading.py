@@ -43,7 +43,7 @@ def write_gguf(folder: Path, family: str = "llama", *, embedding: str = "Q8_0", 
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(10000.0)
     words = ["<unk>", "<s>", "</s>", *(chr(letter) for letter in range(33, 127))]
-    words += [f"w{index}" for index in range(config.vocab_size - len(words))]
+    words += ["th", "he", *(f"w{index}" for index in range(config.vocab_size - len(words) - 2))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)

@@ -44,18 +44,26 @@ def multiply_ggml(x: Tensor, blocks: Tensor, kind: str, transposed: bool) -> Ten
 
 def _half(blocks: Tensor, at: int) -> Tensor:
     """The float16 at byte `at` of each block, [n, 1] float32."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+    half: Tensor = blocks[:, at : at + 2].contiguous().view(torch.float16)
+    return half.float()
 
 
 def _words(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, bytes] -> unsigned numbers [n, bytes / size] int64, little-endian, of the size of the integer type."""
-    return blocks.contiguous().view(dtype).long() & (2 ** (8 * dtype.itemsize) - 1)
+    words: Tensor = blocks.contiguous().view(dtype).long()
+    return words & (2 ** (8 * dtype.itemsize) - 1)
+
+
+def _split(values: Tensor, *sizes: int) -> Tensor:
+    """[n, m] -> [n, *sizes]."""
+    parts: Tensor = values.unflatten(1, sizes)
+    return parts
 
 
 def _planes(blocks: Tensor, bits: int, run: int) -> Tensor:
     """[n, bytes] -> codes [n, bytes · 8 / bits] uint8, planes of `bits` bits of each `run` bytes."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
-    codes = blocks.unflatten(1, (-1, 1, run)) >> shifts[:, None]
+    codes = _split(blocks, -1, 1, run) >> shifts[:, None]
     return (codes & (2**bits - 1)).flatten(1)
 
 
@@ -67,7 +75,7 @@ def _fields(words: Tensor, bits: int, count: int) -> Tensor:
 
 def _scaled(scale: Tensor, values: Tensor) -> Tensor:
     """scale [n, g] times values [n, g · k], each for k consecutive ones."""
-    return (scale[..., None] * values.unflatten(1, (scale.shape[1], -1))).flatten(1)
+    return (scale[..., None] * _split(values, scale.shape[1], -1)).flatten(1)
 
 
 # ---- blocks of 32: one scale, perhaps one minimum --------------------------------------------------------------------
@@ -108,7 +116,7 @@ def _iq4_nl(b: Tensor) -> Tensor:
 def _q2_k(b: Tensor) -> Tensor:
     scale = _half(b, 80) * (b[:, :16] & 15).float()  # [n, 16], of 16 weights each
     least = _half(b, 82) * (b[:, :16] >> 4).float()
-    return (_scaled(scale, _planes(b[:, 16:80], 2, 32).float()).unflatten(1, (16, 16)) - least[..., None]).flatten(1)
+    return (_split(_scaled(scale, _planes(b[:, 16:80], 2, 32).float()), 16, 16) - least[..., None]).flatten(1)
 
 
 def _q3_k(b: Tensor) -> Tensor:
@@ -133,7 +141,7 @@ def _shifted(b: Tensor, codes: Tensor) -> Tensor:
     """The end of Q4_K and Q5_K: codes [n, 256], eight scales and minima."""
     scale, least = _sixes(b[:, 4:16])
     scale, least = _half(b, 0) * scale, _half(b, 2) * least
-    return (_scaled(scale, codes.float()).unflatten(1, (8, 32)) - least[..., None]).flatten(1)
+    return (_split(_scaled(scale, codes.float()), 8, 32) - least[..., None]).flatten(1)
 
 
 def _q4_k(b: Tensor) -> Tensor:
@@ -169,7 +177,7 @@ def _points(table: str, index: Tensor) -> Tensor:
 
 
 def _iq2_xxs(b: Tensor) -> Tensor:
-    words = _words(b[:, 2:], torch.int32).unflatten(1, (8, 2))  # four indices of 8 bits; four of signs, and a scale
+    words = _split(_words(b[:, 2:], torch.int32), 8, 2)  # four indices of 8 bits; four of signs, and a scale
     scale = _half(b, 0) * (0.5 + (words[..., 1] >> 28).float()) * 0.25
     values = _scaled(scale, _points("IQ2_XXS", _fields(words[..., 0], 8, 4)))
     return values * _signs(sign_bytes(b.device)[_fields(words[..., 1], 7, 4)])
@@ -204,7 +212,7 @@ def _iq1_s(b: Tensor) -> Tensor:
     scale = _half(b, 0) * (2 * (words >> 12 & 7) + 1).float()
     points = _points("IQ1", b[:, 2:34].long() | _fields(words, 3, 4) << 8)
     shift = 0.125 - 0.25 * (words >> 15).float()
-    return _scaled(scale, (points.unflatten(1, (8, 32)) + shift[..., None]).flatten(1))
+    return _scaled(scale, (_split(points, 8, 32) + shift[..., None]).flatten(1))
 
 
 def iq1_m_scale(b: Tensor) -> Tensor:
@@ -219,7 +227,7 @@ def _iq1_m(b: Tensor) -> Tensor:
     tops = _fields(b[:, 32:48], 4, 2).long()  # [n, 32]: the top of an index, the sign of the shift
     points = _points("IQ1", b[:, :32].long() | (tops & 7) << 8)
     shift = 0.125 - 0.25 * (tops >> 3).float()
-    return _scaled(scale, (points.unflatten(1, (32, 8)) + shift[..., None]).flatten(1))
+    return _scaled(scale, (_split(points, 32, 8) + shift[..., None]).flatten(1))
 
 
 DECODERS: dict[str, Decoder] = {

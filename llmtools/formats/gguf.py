@@ -286,6 +286,8 @@ def _write_words(gguf: Any, writer: Any, tokenizer: Any, folder: Path, config: A
         is_byte = not byte_level and len(word) == 6 and word.startswith("<0x")
         kinds[index] = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
     for added in told.get("added_tokens") or ():
+        if added["id"] >= config.vocab_size:  # the model has no row for it
+            continue
         words[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if tokenizer.unk_token_id is not None:

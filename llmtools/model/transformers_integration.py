@@ -200,7 +200,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
             problems += wrong
             if wrong:
                 continue
-            layer._is_hf_initialized = True
+            layer._is_hf_initialized = isinstance(layer, nn.Linear)  # an embedding may have buffers to be filled
             set_everywhere(model, path, layer, listed)
             self.assigned[path] = chosen
         _raise_for(problems)

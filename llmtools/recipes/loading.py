@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -285,6 +286,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each product of int8 layers
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf")  # by PEFT, at each save
 
 
 def _unreadable(name: str, error: ValueError) -> InputError:

@@ -92,7 +92,11 @@ def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> dict[str, fl
     folder = Path(folder).expanduser()
     config, stored = check_adapter(folder), _headers(folder)
     _check_patterns(config, (name for name, _ in skeleton.named_modules()), folder)
-    with opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"):
+    with (
+        opening(f"adapter {str(folder)!r} does not fit the model", "was it trained on another one?"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # about the name of a model without weights
         asked: Any = PeftConfig.from_pretrained(str(folder))
         if hasattr(asked, "init_lora_weights"):
             asked.init_lora_weights = True  # where it began is of no interest, and may need the weights

@@ -55,7 +55,9 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
         layout = quantizer.layout(embedding.num_embeddings, embedding.embedding_dim)
         if any(spec.shape[0] != embedding.num_embeddings for spec in layout.values()):
             raise InputError(f"{where()}{quantizer} does not keep each row by itself, so it holds no embedding")
-        kind: Any = _class_for(type(embedding), cls)
+        given: Any = type(embedding)
+        ours: Any = cls
+        kind: Any = _class_for(given, ours)
         layer: QuantizedEmbedding = kind.__new__(kind)
         QuantizedEmbedding.__init__(
             layer,

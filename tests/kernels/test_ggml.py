@@ -24,7 +24,7 @@ def blocks(kind: str, rows: int, columns: int, *, finite: bool = True) -> Tensor
         if not each.halves:
             found[:, 55] = found[:, 55] & 0x8F | 0x20
             found[:, 53] = found[:, 53] & 0x0F | 0xC0
-    return found.reshape(rows, -1)
+    return found.reshape(rows, columns // each.weights * each.bytes)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -23,8 +23,9 @@ ROWS = 256  # decoded at a time by the product
 
 def dequantize_ggml(blocks: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in] of `dtype`; blocks [out, row_bytes] uint8, kind: a name of `TYPES`."""
-    flat = blocks.reshape(-1, TYPES[kind].bytes)
-    return DECODERS[kind](flat).to(dtype).reshape(blocks.shape[0], -1)
+    count = blocks.shape[1] // TYPES[kind].bytes
+    flat = blocks.reshape(blocks.shape[0] * count, TYPES[kind].bytes)
+    return DECODERS[kind](flat).to(dtype).reshape(blocks.shape[0], count * TYPES[kind].weights)
 
 
 def multiply_ggml(x: Tensor, blocks: Tensor, kind: str, transposed: bool) -> Tensor:
@@ -44,14 +45,18 @@ def multiply_ggml(x: Tensor, blocks: Tensor, kind: str, transposed: bool) -> Ten
 
 def _half(blocks: Tensor, at: int) -> Tensor:
     """The float16 at byte `at` of each block, [n, 1] float32."""
-    half: Tensor = blocks[:, at : at + 2].contiguous().view(torch.float16)
+    half: Tensor = blocks[:, at : at + 2].clone(memory_format=torch.contiguous_format).view(torch.float16)
     return half.float()
 
 
 def _words(blocks: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, bytes] -> unsigned numbers [n, bytes / size] int64, little-endian, of the size of the integer type."""
-    words: Tensor = blocks.contiguous().view(dtype).long()
-    return words & (2 ** (8 * dtype.itemsize) - 1)
+    words: Tensor = blocks.clone(memory_format=torch.contiguous_format).view(dtype).long()  # a copy: it is aligned
+    return words & _ones(8 * dtype.itemsize)
+
+
+def _ones(bits: int) -> int:
+    return (1 << bits) - 1
 
 
 def _split(values: Tensor, *sizes: int) -> Tensor:
@@ -64,13 +69,13 @@ def _planes(blocks: Tensor, bits: int, run: int) -> Tensor:
     """[n, bytes] -> codes [n, bytes · 8 / bits] uint8, planes of `bits` bits of each `run` bytes."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=blocks.device)
     codes = _split(blocks, -1, 1, run) >> shifts[:, None]
-    return (codes & (2**bits - 1)).flatten(1)
+    return (codes & _ones(bits)).flatten(1)
 
 
 def _fields(words: Tensor, bits: int, count: int) -> Tensor:
     """[n, m] integers -> [n, m · count]: `count` numbers of `bits` bits of each, the lowest first."""
     shifts = bits * torch.arange(count, dtype=words.dtype, device=words.device)
-    return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(1)
+    return ((words[..., None] >> shifts) & _ones(bits)).flatten(1)
 
 
 def _scaled(scale: Tensor, values: Tensor) -> Tensor:

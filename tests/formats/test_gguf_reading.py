@@ -243,3 +243,18 @@ def test_other_formats_have_the_embedding_dense(folder: Path, tmp_path: Path) ->
     again, _ = llmtools.load(tmp_path / "out")
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().dequantize())
     assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
+def test_commands_take_the_file_by_either_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from llmtools.cli.main import main
+
+    told = []
+    for model in (["--model", str(folder), "--gguf_file", "m.gguf"], ["--model", str(folder / "m.gguf")]):
+        assert main(["plan", *model, "--length", "16", "--device", "cpu", "--json"]) == 0
+        told.append(json.loads(capsys.readouterr().out))
+    assert told[0] == told[1]
+    assert told[0]["quantized"]["packed"] == packed_bytes(llmtools.load(folder / "m.gguf")[0])
+    assert main(["generate", "--model", str(folder / "none.gguf"), "--prompt", "x"]) == 2
+    assert "there is no file" in capsys.readouterr().err

@@ -49,15 +49,15 @@ def assert_alike(model: Any, tokenizer: Any, running: Any, most: float) -> None:
     for prompt in PROMPTS:
         ids = tokenizer(prompt).input_ids
         asked = {"prompt": ids, "temperature": 0, "cache_prompt": False}
-        told = running.handle_completions({**asked, "n_predict": 1, "n_probs": size})
+        told = running.handle_completions({**asked, "max_tokens": 1, "logprobs": size})["choices"][0]
         theirs = torch.full((size,), -40.0)
-        for token in told["completion_probabilities"][0]["top_logprobs"]:
+        for token in told["logprobs"]["content"][0]["top_logprobs"]:
             theirs[token["id"]] = max(token["logprob"], -40.0)
         with torch.no_grad():
             ours = model(input_ids=torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
             done = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
         assert float((ours.exp() * (ours - theirs)).sum()) < most
-        text = running.handle_completions({**asked, "n_predict": 12})["content"]
+        text = running.handle_completions({**asked, "max_tokens": 12})["choices"][0]["text"]
         assert tokenizer.decode(done, skip_special_tokens=True).strip() == text.strip()
 
 

@@ -1,15 +1,17 @@
 """``llmtools serve`` and ``llmtools chat``: transformers' own commands, in a process that has imported llmtools.
 
 The import registers our checkpoints with transformers. Options, endpoints and messages are transformers'; see
-``llmtools serve --help``.
+``llmtools serve --help``. A GGUF file is served from a checkpoint with the same weights, in a temporary folder that
+exists while the server runs.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,7 +46,8 @@ def run(command: str, args: Sequence[str]) -> int:
     app = _app(command)
     hook = sys.excepthook
     try:
-        app(args=[command, *args], prog_name="llmtools")
+        with ExitStack() as stack:
+            app(args=[command, *_as_folders(args, stack)], prog_name="llmtools")
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except ValueError as error:  # transformers' error for what the user can fix, such as a server that does not run
@@ -77,6 +80,27 @@ def _make_cache() -> None:
 
 def _missing(command: str, error: ImportError) -> InputError:
     return InputError(f"{command}: {error}; pip install 'llmtools[serve]'")
+
+
+def _as_folders(args: Sequence[str], stack: ExitStack) -> list[str]:
+    """The arguments with a folder of ours for each GGUF file, until the stack is closed."""
+    words = list(args)
+    if "--gguf_file" in words[:-1]:  # a file in the folder or repository that the first argument names
+        at = words.index("--gguf_file")
+        file = words.pop(at + 1)
+        words.pop(at)
+        words = [f"{word.rstrip('/')}/{file}" if number == 0 else word for number, word in enumerate(words)]
+    return [_folder_of(word, stack) if word.endswith(".gguf") else word for word in words]
+
+
+def _folder_of(name: str, stack: ExitStack) -> str:
+    from ..checkpoint.folder import load, save
+
+    model, tokenizer = load(name)
+    place = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtools-"))
+    folder = save(model, tokenizer, os.path.join(place, os.path.basename(name).removesuffix(".gguf")))
+    print(f"{name} is served as {folder}", file=sys.stderr, flush=True)
+    return str(folder)
 
 
 def _holds(folder: str, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ class Export(AdaptedModelOptions):
     """Format to write: compressed-tensors, gptq, gptq_v2, gguf, dense (dequantized, with the adapter merged), or lora
     (the adapter alone)."""
     out: str
-    """Folder to write to."""
+    """Folder to write to; with --format gguf and --adapter also a file, whose name ends in .gguf."""
     base_name: str | None = None
     """Name of the base model to write into a plain LoRA, instead of its path on this machine."""
     reader: str | None = None
@@ -56,8 +57,9 @@ class ExportResult:
             f"{one['path']}: {one['reason']}; re-quantized, relative error {one['relative_error']:.2g}"
             for one in self.requantized
         ]
-        content = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
-        exact = "" if self.format in ("dense", "lora") or self.requantized else ", exact"
+        adapters = {"lora": "the adapter as a plain LoRA", "gguf-lora": "the adapter as a LoRA for llama.cpp"}
+        content = adapters.get(self.format, f"{self.modules} modules as {self.format}")
+        exact = "" if self.format in ("dense", *adapters) or self.requantized else ", exact"
         read = f"; known to be read by {', '.join(self.readers)}" if self.readers else ""
         return "\n".join([*lines, f"{self.out}: {content}{exact}{read}"])
 
@@ -69,10 +71,12 @@ def export(recipe: Export) -> ExportResult:
     from ..model.adapter_files import check_adapter
 
     _check_format(recipe)
+    if recipe.format == "gguf" and recipe.adapter is not None:
+        return _export_gguf_adapter(recipe)
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
         raise InputError(
             f"an adapter cannot be merged into packed weights (format {recipe.format}); use --format dense for a "
-            "merged model, or serve the adapter beside the quantized model: --format lora"
+            "merged model, or serve the adapter beside the quantized model: --format lora (or gguf, for llama.cpp)"
         )
     name: str | None
     adapter: str | None
@@ -190,6 +194,27 @@ def _export_lora(recipe: Export) -> ExportResult:
     base = _checked_base(recipe, recipe.adapter)
     export_adapter(recipe.adapter, recipe.out, base=base, base_name=recipe.base_name, overwrite=recipe.overwrite)
     return ExportResult(recipe.out, "lora", 0)
+
+
+def _export_gguf_adapter(recipe: Export) -> ExportResult:
+    from ..checkpoint.folder import skeleton
+    from ..checkpoint.loading import check_model, model_and_adapter, quiet_libraries
+    from ..files import claim
+    from ..formats.gguf_adapter import check_file_free, export_gguf_adapter
+    from ..formats.readers import readers_of
+
+    assert recipe.adapter is not None
+    _dtype(recipe)
+    readers = readers_of("gguf-lora", [], [], recipe.reader)
+    name, _ = model_and_adapter(recipe.model, recipe.adapter)
+    check_model(name)
+    quiet_libraries()
+    is_file = recipe.out.endswith(".gguf")
+    if is_file:
+        check_file_free(recipe.out, overwrite=recipe.overwrite)
+    with nullcontext() if is_file else claim(recipe.out, overwrite=recipe.overwrite, reads=[name, recipe.adapter]):
+        path = export_gguf_adapter(recipe.adapter, recipe.out, name, skeleton=skeleton, overwrite=recipe.overwrite)
+    return ExportResult(str(path), "gguf-lora", 0, readers=list(readers))
 
 
 def _checked_base(recipe: Export, adapter: str) -> Any:

@@ -181,7 +181,7 @@ def is_quantized(name: str) -> bool:
     from transformers import PreTrainedConfig
 
     folder = Path(name).expanduser()
-    if name.endswith(".gguf"):
+    if name.endswith(".gguf") and not folder.is_dir():
         return True
     if folder.is_dir():
         return bool(read_json(folder / "config.json").get("quantization_config"))

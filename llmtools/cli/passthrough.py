@@ -40,6 +40,7 @@ def run(command: str, args: Sequence[str]) -> int:
                 f"{arg} is an adapter, and {command} takes whole models; merge it first: llmtools export "
                 f"--adapter {arg} --format dense --out MERGED"
             )
+    args = _joined(args)
     if command == "serve":
         _check_served(args)
         _make_cache()
@@ -82,18 +83,24 @@ def _missing(command: str, error: ImportError) -> InputError:
     return InputError(f"{command}: {error}; pip install 'llmtools[serve]'")
 
 
+def _joined(args: Sequence[str]) -> list[str]:
+    """The arguments with ``--gguf_file`` joined to the folder or repository that the first argument names."""
+    args = list(args)
+    if "--gguf_file" in args[1:-1]:
+        at = args.index("--gguf_file")
+        file = args.pop(at + 1)
+        args.pop(at)
+        args[0] = f"{args[0].rstrip('/')}/{file}"
+    return args
+
+
 def _as_folders(args: Sequence[str], stack: ExitStack) -> list[str]:
-    """The arguments with a folder of ours for each GGUF file, until the stack is closed."""
-    words = list(args)
-    if "--gguf_file" in words[:-1]:  # a file in the folder or repository that the first argument names
-        at = words.index("--gguf_file")
-        file = words.pop(at + 1)
-        words.pop(at)
-        words = [f"{word.rstrip('/')}/{file}" if number == 0 else word for number, word in enumerate(words)]
-    return [_folder_of(word, stack) if word.endswith(".gguf") else word for word in words]
+    """The arguments with a checkpoint folder in place of each GGUF file; the folders exist until the stack closes."""
+    return [_folder_of(arg, stack) if arg.endswith(".gguf") else arg for arg in args]
 
 
 def _folder_of(name: str, stack: ExitStack) -> str:
+    """The name of a temporary checkpoint folder with the weights of a GGUF file."""
     from ..checkpoint.folder import load, save
 
     model, tokenizer = load(name)

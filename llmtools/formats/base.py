@@ -176,7 +176,7 @@ def own_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def _others(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors except those of quantized linears, each once, with dense embeddings; tied ones under their first name."""
+    """All tensors except those of quantized linears, each once: tied ones by their first name, embeddings as dense."""
     layers = packed_layers(model)
     packed = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
     kept = {

@@ -130,13 +130,14 @@ class GGUF(Format):
 
 
 def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | None] | None]]:
-    """(llama.cpp's architecture, path of a linear → (tensor, rows of the file by number of the model's row)).
+    """(llama.cpp's architecture, function of a linear's path: (tensor, file's row for each row of the model)).
 
-    Of a model that `GGUF.write_model` writes; None for a path without a place, and for rows all in order.
+    For models that `GGUF.write_model` supports. The function returns None for a path without a tensor; the rows are
+    None for the identity. Raises InputError for other architectures.
     """
     gguf = require_package()
     if config.model_type not in ARCHITECTURES:
-        raise InputError(f"GGUF of {config.model_type} is not written (but of {', '.join(ARCHITECTURES)})")
+        raise InputError(f"GGUF adapters for {config.model_type} are not supported ({', '.join(ARCHITECTURES)} are)")
     arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
@@ -327,6 +328,7 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
 
 
 def require_package() -> Any:
+    """The package gguf. Raises InputError where it is not installed."""
     try:
         import gguf
     except ImportError as error:

@@ -1,11 +1,11 @@
-"""Adapters for llama.cpp: a LoRA as a GGUF file, for the base that it was trained on.
+"""Export of adapters for llama.cpp: plain LoRA as a GGUF file.
 
-The tensors are named after the base's (``blk.0.attn_q.weight.lora_a``), and where llama.cpp has the rows of a weight in
-another order (queries and keys of LLaMA), the rows of B are put in that order, too. llama.cpp scales all modules by one
-alpha over the rank of each; what PEFT scales otherwise (rsLoRA, alphas by pattern) is multiplied into B.
+The tensors are named after the base's (``blk.0.attn_q.weight.lora_a``). Where llama.cpp permutes the rows of a weight
+(queries and keys of LLaMA), the rows of B are permuted, too. llama.cpp scales each module by one alpha over its rank;
+other scalings of PEFT (rsLoRA, alpha_pattern) are multiplied into B.
 
-What llama.cpp does not apply is refused by name: more than LoRA, and an adapter on the head of a model whose head is
-its embedding.
+What llama.cpp cannot apply is refused by name: more than LoRA, and an adapter on an output head that is tied to the
+embedding.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ FILE = f"adapter{SUFFIX}"
 
 
 class _Base(NamedTuple):
-    """The model under an adapter, as llama.cpp has it."""
+    """The base model of an adapter in llama.cpp's terms."""
 
     architecture: str
+    """Architecture by llama.cpp's name."""
     empty: Any
-    """on the meta device"""
+    """Model on the meta device."""
     target: Callable[[str], tuple[str, Tensor | None] | None]
-    """path of a linear → (tensor of the file, its rows [out] by number of the model's row; None: all in order)"""
+    """Function of a linear's path: (tensor of the file, file's row for each row of the model [out], or None for the
+    identity); None where llama.cpp has no such tensor."""
 
 
 def export_gguf_adapter(
@@ -53,8 +55,8 @@ def export_gguf_adapter(
 ) -> Path:
     """Writes a PEFT adapter as a GGUF file: `out` if that ends in .gguf, else ``adapter.gguf`` in the folder `out`.
 
-    base: the model that it was trained on, a GGUF file, a folder or a hub name. skeleton: makes such a model without
-    weights. Returns the file's path. Raises InputError for what llama.cpp does not apply.
+    base: the model that it was trained on, a GGUF file, a folder or a hub name. skeleton: builds that model on the meta
+    device. Returns the file's path. Raises InputError for what llama.cpp cannot apply.
     """
     gguf, source = require_package(), Path(adapter).expanduser()
     config = check_adapter(source)
@@ -63,13 +65,13 @@ def export_gguf_adapter(
     except (OSError, SafetensorError) as error:
         raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
     check_plain(source, config, tensors)
-    under = _base(gguf, base, skeleton)
-    scales = check_fits(under.empty, source)
+    target = _base(gguf, base, skeleton)
+    scales = check_fits(target.empty, source)
     alpha = float(config.get("lora_alpha") or 1)
-    placed = dict(_placed(source, tensors, scales, alpha, under))
+    placed = dict(_placed(source, tensors, scales, alpha, target))
 
     def write(path: Path) -> None:
-        writer = gguf.GGUFWriter(path, under.architecture)
+        writer = gguf.GGUFWriter(path, target.architecture)
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
@@ -84,22 +86,22 @@ def export_gguf_adapter(
         with writing(out, overwrite=overwrite) as folder:
             write(folder / FILE)
         return Path(out) / FILE
-    return _whole(Path(out).expanduser(), write, overwrite)
+    return _write_file(Path(out).expanduser(), write, overwrite)
 
 
 def check_file_free(out: str | PathLike[str], *, overwrite: bool) -> None:
-    """Raises InputError where a file may not be written: a folder is there, or a file that is not to be replaced."""
+    """Raises InputError where a folder or a file that may not be replaced has this name."""
     path = Path(out).expanduser()
     if path.is_dir():
-        raise InputError(f"{path} is a folder; give the name of a file, or of a folder that does not end in {SUFFIX}")
+        raise InputError(f"{path} is a folder; use the name of a file, or of a folder that does not end in {SUFFIX}")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; pass --overwrite (overwrite=True) to replace it, or another name")
     if path.exists() and path.open("rb").read(4) != b"GGUF":
-        raise InputError(f"{path} is no GGUF file, so it is not replaced; give another name")
+        raise InputError(f"{path} is no GGUF file, so it is not replaced; use another name")
 
 
-def _whole(path: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
-    """Writes a file beside its place, and renames it once it is whole."""
+def _write_file(path: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
+    """Writes a file atomically: under a temporary name, which is renamed at the end."""
     check_file_free(path, overwrite=overwrite)
     partial = partial_of(path.resolve())
     try:
@@ -122,7 +124,7 @@ def _placed(source: Path, tensors: dict[str, Tensor], scales: dict[str, float], 
         found = base.target(path)
         if found is None:
             raise InputError(
-                f"{source} adapts {path}, which llama.cpp has no place for; merge the adapter with --format dense, or "
+                f"{source} adapts {path}, which llama.cpp cannot apply; merge the adapter with --format dense, or "
                 "train one on other modules (lora.target_modules)"
             )
         name, order = found
@@ -156,7 +158,7 @@ def _base(gguf: Any, name: str, skeleton: Callable[[str], Any]) -> _Base:
 
 
 def _tied_head(empty: Any) -> str | None:
-    """The path of a head that is the embedding, to which llama.cpp applies no adapter."""
+    """The path of an output head that is tied to the embedding, to which llama.cpp applies no adapter."""
     head = empty.get_output_embeddings()
     if head is None or not empty.config.tie_word_embeddings:
         return None

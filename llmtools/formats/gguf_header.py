@@ -1,8 +1,8 @@
-"""The header of a GGUF file, read with suspicion: before any other program looks at a file, its header has to be sound.
+"""Validation of the header of a GGUF file, before any other reader opens the file.
 
 A file is: magic, version, counts; key-value pairs; a table of tensors; data, aligned. Counts and lengths are 64 bits
-that a damaged or malicious file may set to anything, and readers that believe them allocate until the machine stops. So
-all of them are compared with what is left of the file, and with the limits below, which no real model comes near.
+that a damaged or malicious file may set to any value, and readers that trust them exhaust the memory. So they are all
+compared with the rest of the file, and with the limits below, which are far above those of any real model.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from ..kernels.ggml import NUMBERS, TYPES
 
 MAX_TENSORS, MAX_KEYS = 2**16, 2**16
 MAX_NAME, MAX_STRING = 2**10, 2**24
-"""Bytes of a key or a tensor's name, and of any other text; a chat template has some thousand."""
+"""Largest sizes of a key or a tensor's name, and of any other string, in bytes; a chat template has some thousand."""
 MAX_ARRAY = 2**21
-"""Elements of an array, and of all arrays of texts together; the largest vocabularies have some 300,000 tokens."""
+"""Largest number of elements of an array, and of all string arrays together; the largest vocabularies have some
+300,000 tokens."""
 MAX_HEADER = 2**28
-"""Bytes before the tensors."""
+"""Largest size of everything before the tensors, in bytes."""
 MAX_ALIGNMENT = 2**16
-_LONG = 2**13  # bytes of an array that says nothing about the model but its vocabulary
+_LONG = 2**13
+"""Size, in bytes, above which an array concerns only the vocabulary."""
 
 FLOATS = {
     0: ("F32", torch.float32),
@@ -36,7 +38,7 @@ FLOATS = {
     30: ("BF16", torch.bfloat16),
     28: ("F64", torch.float64),
 }
-"""number of a type in files → its name, and torch's type"""
+"""Name and torch dtype of each unquantized type, by number in files."""
 _DTYPES = dict(FLOATS.values())
 _KNOWN = {number: name for number, (name, _) in FLOATS.items()} | NUMBERS
 
@@ -45,27 +47,28 @@ _TEXT, _ARRAY = 8, 9
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in the file."""
+    """Location of a tensor in the file."""
 
     name: str
     shape: tuple[int, ...]
-    """as torch has it: the last runs fastest"""
+    """Shape in torch's order: the last dimension is contiguous."""
     kind: str
-    """F32, F16, BF16, F64, or a name of `kernels.ggml.TYPES`"""
+    """Type: F32, F16, BF16, F64, or a name of `kernels.ggml.TYPES`."""
     start: int
+    """Offset from the beginning of the file, in bytes."""
     size: int
-    """in bytes, from the beginning of the file"""
+    """Size, in bytes."""
 
 
 class GGUFFile(NamedTuple):
-    """A GGUF file whose header is sound: every tensor lies within the file, and none over another."""
+    """A GGUF file with a valid header: all tensors are within the file and do not overlap."""
 
     path: Path
     metadata: dict[str, Any]
-    """key → value; of an array of texts its length alone"""
+    """Values by key; of string arrays only their length."""
     tensors: dict[str, StoredTensor]
     spans: dict[str, tuple[int, int]]
-    """key → where its pair begins and ends in the file"""
+    """Offsets of the beginning and end of each key-value pair, by key."""
 
     @property
     def architecture(self) -> str:
@@ -73,10 +76,10 @@ class GGUFFile(NamedTuple):
         return str(self.metadata["general.architecture"])
 
     def outline(self) -> bytes:
-        """A GGUF file of the same names and metadata, without values of tensors, and without long arrays.
+        """The bytes of a GGUF file with the same tensor names and metadata, without tensor values and long arrays.
 
-        Readers that make an object of each element of an array (as the package gguf does) take seconds and hundreds of
-        megabytes for a vocabulary; this is for those that are asked about anything else.
+        Readers that create an object per element of an array (such as the package gguf) take seconds and hundreds of
+        megabytes for a vocabulary; this is for reading anything else with them.
         """
         with self.path.open("rb") as file:
             pairs = [self._bytes(file, key) for key, value in self.metadata.items() if not self._is_long(value, key)]
@@ -112,7 +115,7 @@ class GGUFFile(NamedTuple):
 
 
 def read_header(path: str | Path) -> GGUFFile:
-    """The header of a GGUF file. Raises CheckpointError, in one line, for whatever is wrong with it."""
+    """The header of a GGUF file. Raises CheckpointError for an invalid or unsupported one."""
     path = Path(path)
     try:
         with path.open("rb") as file:
@@ -125,7 +128,7 @@ def read_header(path: str | Path) -> GGUFFile:
 
 
 class _Reader:
-    """A position in a file that never leaves it."""
+    """Reader of a header with bounds checks."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self.path, self.data, self.position = path, data, 4
@@ -135,18 +138,18 @@ class _Reader:
         version = self.number("I")
         if version not in (2, 3):
             other = " (of the other byte order)" if version & 0xFFFF == 0 and version else ""
-            raise CheckpointError(f"{self.path} is GGUF version {version}{other}; versions 2 and 3 are read")
+            raise CheckpointError(f"{self.path} is GGUF version {version}{other}; versions 2 and 3 are supported")
         tensors, keys = self.number("Q"), self.number("Q")
         for count, most, what in ((tensors, MAX_TENSORS, "tensors"), (keys, MAX_KEYS, "keys")):
             if count > most:
-                self.damaged(f"it says that it has {count} {what}, and {most} are the most that is read")
+                self.damaged(f"it claims {count} {what}; at most {most} are supported")
         metadata: dict[str, Any] = {}
         spans: dict[str, tuple[int, int]] = {}
         for _ in range(keys):
             start = self.position
             key = self.text(MAX_NAME, "a key")
             if key in metadata:
-                self.damaged(f"the key {key!r} is there twice")
+                self.damaged(f"the key {key!r} is duplicated")
             metadata[key] = self.value(self.number("I"), key)
             spans[key] = start, self.position
         if not isinstance(metadata.get("general.architecture"), str):
@@ -158,7 +161,7 @@ class _Reader:
         raise CheckpointError(f"{self.path} is damaged: {reason}; copy or download it again")
 
     def take(self, size: int, what: str) -> int:
-        """Moves on by `size` bytes, and returns where it was."""
+        """Advances by `size` bytes; returns the former position."""
         start = self.position
         if size > len(self.data) - start:
             self.damaged(f"it ends within {what}" if size < 2**32 else f"{what} of {size} bytes is beyond its end")
@@ -174,12 +177,12 @@ class _Reader:
     def text(self, most: int, what: str) -> str:
         size = self.number("Q")
         if size > most:
-            self.damaged(f"{what} has {size} bytes, and {most} are the most that is read")
+            self.damaged(f"{what} has {size} bytes; at most {most} are supported")
         start = self.take(size, what)
         try:
             return self.data[start : start + size].decode("utf-8")
         except UnicodeDecodeError:
-            self.damaged(f"{what} is no UTF-8 text")
+            self.damaged(f"{what} is not UTF-8")
 
     def value(self, kind: int, key: str) -> Any:
         if kind in _SCALARS:
@@ -190,22 +193,22 @@ class _Reader:
             self.damaged(f"the value of {key} is of type {kind}, which does not exist")
         inner, count = self.number("I"), self.number("Q")
         if count > MAX_ARRAY:
-            self.damaged(f"{key} has {count} elements, and {MAX_ARRAY} are the most that is read")
+            self.damaged(f"{key} has {count} elements; at most {MAX_ARRAY} are supported")
         if inner in _SCALARS:
             size = struct.calcsize(f"<{_SCALARS[inner]}")
             start = self.take(count * size, f"the values of {key}")
             return list(struct.unpack_from(f"<{count}{_SCALARS[inner]}", self.data, start))
         if inner != _TEXT:
-            self.damaged(f"{key} is an array of type {inner}, which is not read")
+            self.damaged(f"{key} is an array of type {inner}, which is not supported")
         self.texts += count
         if self.texts > MAX_ARRAY:
-            self.damaged(f"its arrays have more than {MAX_ARRAY} texts")
+            self.damaged(f"its arrays have more than {MAX_ARRAY} strings")
         for _ in range(count):
-            self.take(self.number("Q"), f"a text of {key}")
+            self.take(self.number("Q"), f"a string of {key}")
         return count
 
     def entry(self) -> tuple[str, tuple[int, ...], int, int]:
-        """(name, shape as torch has it, number of the type, offset in the data) of the next tensor of the table."""
+        """(name, shape in torch's order, number of the type, offset in the data) of the next tensor of the table."""
         name = self.text(MAX_NAME, "a tensor's name")
         dimensions = self.number("I")
         if not 1 <= dimensions <= 4:
@@ -214,39 +217,41 @@ class _Reader:
         return name, shape, self.number("I"), self.number("Q")
 
     def placed(self, table: list[tuple[str, tuple[int, ...], int, int]], alignment: Any) -> dict[str, StoredTensor]:
-        """Where the tensors lie, by name. Raises unless all lie in the file, aligned, and none over another."""
+        """The tensors by name. Raises CheckpointError unless all are in the file, aligned, and do not overlap."""
         if isinstance(alignment, bool) or not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT:
             self.damaged(f"general.alignment={alignment!r}; a number of bytes is expected")
         first = -(-self.position // alignment) * alignment
         found: dict[str, StoredTensor] = {}
         for name, shape, number, offset in table:
             if name in found:
-                self.damaged(f"the tensor {name} is there twice")
+                self.damaged(f"the tensor {name} is duplicated")
             if number not in _KNOWN:
                 raise CheckpointError(
-                    f"{self.path}: {name} is of ggml's type {number}, which is not read (but "
-                    f"{', '.join(_KNOWN.values())}); convert the file with llama.cpp's llama-quantize"
+                    f"{self.path}: {name} is of ggml's type {number}, which is not supported "
+                    f"({', '.join(_KNOWN.values())} are); convert the file with llama.cpp's llama-quantize"
                 )
             size = self.size_of(name, shape, _KNOWN[number])
             if offset % alignment or first + offset + size > len(self.data):
                 self.damaged(
-                    f"{name} lies at {offset} and has {size} bytes, and {max(len(self.data) - first, 0)} are there"
+                    f"{name} has {size} bytes at offset {offset}, but the data has {max(len(self.data) - first, 0)}"
                 )
             found[name] = StoredTensor(name, shape, _KNOWN[number], first + offset, size)
         end = 0
         for tensor in sorted(found.values(), key=lambda each: each.start):
             if tensor.start < end:
-                self.damaged(f"{tensor.name} lies over another tensor")
+                self.damaged(f"{tensor.name} overlaps another tensor")
             end = tensor.start + tensor.size
         return found
 
     def size_of(self, name: str, shape: tuple[int, ...], kind: str) -> int:
-        """Bytes of a tensor."""
+        """Size of a tensor, in bytes."""
         if kind not in TYPES:
             return math.prod(shape) * _DTYPES[kind].itemsize
         block = TYPES[kind]
         if shape[-1] % block.weights:
-            self.damaged(f"{name} has rows of {shape[-1]}, and {kind} has blocks of {block.weights} weights")
+            self.damaged(
+                f"{name} has rows of {shape[-1]} weights, not a multiple of the {block.weights} of {kind}'s blocks"
+            )
         return math.prod(shape) // block.weights * block.bytes
 
 

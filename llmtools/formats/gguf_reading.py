@@ -1,10 +1,9 @@
 """GGUF files opened as models whose weights stay in their blocks.
 
 Names, the order of rows, config and tokenizer are those of transformers' own reader of GGUF, through its public
-functions; but that reader decodes every weight, and here a linear or an embedding that the file quantizes keeps its
-bytes, as `quant/gguf.py`. llama.cpp permutes the rows of some weights (queries and keys of LLaMA); rows decode one by
-one, so the bytes are put back in order as they are. What has no place in packed layers, such as norms, is decoded
-as transformers would.
+functions. That reader decodes every weight; here linears and embeddings that are quantized in the file keep their
+bytes (`quant/gguf.py`). llama.cpp permutes the rows of some weights (queries and keys of LLaMA); rows decode
+independently, so their bytes are permuted back. Other tensors, such as norms, are decoded as transformers decodes them.
 """
 
 from __future__ import annotations
@@ -37,20 +36,21 @@ _HUB_OPTIONS = ("revision", "token", "cache_dir")
 
 
 class GGUFModel(NamedTuple):
-    """A GGUF file as a model's name stands for it."""
+    """A GGUF file and the model name that it was found by."""
 
     name: str
-    """``folder/file.gguf``, or ``owner/name/file.gguf`` on the hub"""
+    """Path ``folder/file.gguf``, or ``owner/name/file.gguf`` on the hub."""
     path: Path
+    """Local file."""
 
 
 def joined(name: str, gguf_file: str | None) -> str:
-    """The one name of a model that is a file in a folder or a repository of the hub: ``name/gguf_file``."""
+    """The name of a model that is a file of a folder or hub repository: ``name/gguf_file``."""
     return name if gguf_file is None else f"{name.rstrip('/')}/{gguf_file}"
 
 
 def find(name: str, options: Mapping[str, Any]) -> GGUFModel | None:
-    """The GGUF file that a model's name stands for, fetched from the hub if it is not here; None for other names.
+    """The GGUF file that a model's name refers to, downloaded from the hub if needed; None for other names.
 
     Raises CheckpointError where there is no such file.
     """
@@ -70,7 +70,7 @@ def find(name: str, options: Mapping[str, Any]) -> GGUFModel | None:
 
 
 def check_name(name: str) -> None:
-    """Raises CheckpointError unless a name that ends in .gguf is a file with a sound header, or may be on the hub."""
+    """Raises CheckpointError unless a name that ends in .gguf is a file with a valid header, or may be on the hub."""
     path = Path(name).expanduser()
     if path.exists():
         read_header(path)
@@ -81,11 +81,11 @@ def check_name(name: str) -> None:
 
 
 def gguf_config(file: GGUFFile) -> Any:
-    """The transformers config of a GGUF file, without weights. Raises CheckpointError for what is not read."""
+    """The transformers config of a GGUF file. Raises CheckpointError for an unsupported or damaged file."""
     from transformers import AutoConfig
 
     if file.metadata.get("general.type", "model") != "model":
-        raise CheckpointError(f"{file.path} is no model but a GGUF {file.metadata['general.type']}")
+        raise CheckpointError(f"{file.path} is not a model but a GGUF {file.metadata['general.type']}")
     if file.metadata.get("split.count", 0) > 1:
         raise CheckpointError(
             f"{file.path} is one of {file.metadata['split.count']} parts; join them with llama.cpp's "
@@ -93,7 +93,7 @@ def gguf_config(file: GGUFFile) -> Any:
         )
     _require_package()
     with opening(f"{file.path}: transformers makes no model of it"), tempfile.TemporaryDirectory() as place:
-        if file.architecture in _newer_architectures():  # read by a reader that passes long arrays by
+        if file.architecture in _newer_architectures():  # read by a reader that skips long arrays
             config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
         else:
             (Path(place) / "outline.gguf").write_bytes(file.outline())
@@ -105,7 +105,7 @@ def gguf_config(file: GGUFFile) -> Any:
 
 
 def described(found: GGUFModel) -> Any:
-    """The config of a GGUF model as it is once opened, its quantizers included; no weight is read."""
+    """The config of a GGUF model, including its quantization config, without reading weights."""
     file = read_header(found.path)
     config = gguf_config(file)
     _quantized(config, _assigned(file, Naming(file, config, skeleton(file, config))), found)
@@ -113,13 +113,13 @@ def described(found: GGUFModel) -> Any:
 
 
 def skeleton(file: GGUFFile, config: Any) -> Any:
-    """The model without weights, on the meta device, its layers dense."""
+    """The model with dense layers on the meta device."""
     with opening(f"{file.path}: transformers makes no model of it"), torch.device("meta"):
         return auto_class(config.to_dict()).from_config(config)
 
 
 def open_tokenizer(found: GGUFModel) -> Any:
-    """The tokenizer that a GGUF file describes, with its chat template."""
+    """The tokenizer of a GGUF file, with its chat template."""
     from transformers import AutoTokenizer
 
     with opening(f"{found.name} has no tokenizer that transformers can open"):
@@ -162,7 +162,7 @@ def _assigned(file: GGUFFile, naming: Naming) -> dict[str, Quantizer]:
 def translate(
     file: GGUFFile, config: Any, empty: nn.Module, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
-    """(tensors of our own checkpoint by name, path → quantizer) for a model of this skeleton, on the meta device."""
+    """(tensors by name as in a checkpoint of llmtools, quantizers by path); empty: the model on the meta device."""
     naming = Naming(file, config, empty)
     state: dict[str, Tensor] = {}
     assigned: dict[str, Quantizer] = {}
@@ -183,18 +183,18 @@ def translate(
 
 
 class Place(NamedTuple):
-    """Where a tensor of the file goes."""
+    """The parameter that a tensor of the file is for."""
 
     name: str
-    """of the model's parameter"""
+    """Name of the model's parameter."""
     packed: bool
-    """whether its bytes stay as they are"""
+    """Whether it stays packed."""
     order: Tensor | None
-    """[out] which of its rows is each row of the parameter, None for all in order; of packed ones"""
+    """Permutation [out] of a packed tensor: the file's row for each row of the parameter; None for the identity."""
 
 
 class Naming:
-    """Which tensor of a GGUF file is which parameter, by transformers' tables."""
+    """The parameter for each tensor of a GGUF file, by transformers' tables."""
 
     def __init__(self, file: GGUFFile, config: Any, empty: nn.Module) -> None:
         from transformers.modeling_gguf_pytorch_utils import (
@@ -205,8 +205,8 @@ class Naming:
 
         if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES and file.architecture in _newer_architectures():
             raise CheckpointError(
-                f"{file.path}: weights of {file.architecture} are in an order that is not read here yet; transformers "
-                "decodes them (from_pretrained(folder, gguf_file=…)), and `llmtools quantize` takes what it saves"
+                f"{file.path}: weights of {file.architecture} are in an order that is not supported yet; decode them with "
+                "transformers (from_pretrained(folder, gguf_file=…), save_pretrained) and use `llmtools quantize`"
             )
         self.file, self.empty = file, empty
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
@@ -214,13 +214,13 @@ class Naming:
             self.names = gguf_names(file.architecture, empty, self.processor)
 
     def place(self, tensor: StoredTensor) -> Place | None:
-        """None for a tensor that the model has no place for, which is said."""
+        """The parameter for a tensor; None, with a warning, where the model has none."""
         name = self.names.get(tensor.name)
         if name is None and tensor.name.endswith("_exps.weight"):  # experts, which their processor stacks
             return Place(tensor.name, False, None)
         if name is None:
             if tensor.name != ROTATIONS:
-                log.warning("%s: %s has no place in %s", self.file.path, tensor.name, type(self.empty).__name__)
+                log.warning("%s: tensor %s is not used by %s", self.file.path, tensor.name, type(self.empty).__name__)
             return None
         if tensor.kind not in TYPES or not self._may_be_packed(name, tensor):
             return Place(name, False, None)
@@ -235,14 +235,14 @@ class Naming:
         return isinstance(module, nn.Embedding) or (isinstance(module, nn.Linear) and not computes_otherwise(module))
 
     def order(self, tensor: StoredTensor) -> Tensor | None:
-        """What transformers' reader does to the rows of a weight, [out]; None where it does more than to order them.
+        """The permutation [out] that transformers' reader applies to the rows of a weight; None where it does more.
 
-        It is tried on a weight of two columns that holds the numbers of its cells.
+        It is determined on a weight of two columns whose entries are their own indices.
         """
         cells = np.arange(2 * tensor.shape[0], dtype=np.int64).reshape(-1, 2)
         try:
             done = self.processor.process(weights=cells, name=tensor.name, tensor_key_mapping=self.names)
-        except Exception:  # it needs the true number of columns
+        except Exception:  # it depends on the number of columns
             return None
         moved = np.asarray(done.weights)
         if done.name != tensor.name or moved.shape != cells.shape or not (moved[:, 0] + 1 == moved[:, 1]).all():
@@ -251,7 +251,7 @@ class Naming:
         return order if torch.equal(order.sort().values, torch.arange(len(order))) else None
 
     def decode(self, tensor: StoredTensor, state: dict[str, Tensor]) -> None:
-        """Adds what transformers' reader makes of a tensor to `state`."""
+        """Adds a tensor to `state`, decoded as transformers' reader decodes it."""
         stored = self.file.read(tensor.name)
         if tensor.kind in TYPES:
             stored = dequantize_ggml(stored.flatten(0, -2), tensor.kind, torch.float32).reshape(tensor.shape)
@@ -266,8 +266,10 @@ class Naming:
 
 
 def gguf_names(architecture: str, empty: Any, processor: Any) -> dict[str, str]:
-    """Tensor of the file → parameter of the model, by the table of the package gguf (once; transformers' function asks
-    for it anew for each module, which takes ten seconds)."""
+    """Parameter of the model by tensor of the file, from the table of the package gguf.
+
+    transformers' function builds that table again for each module, which takes ten seconds.
+    """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     (number,) = [each for each, name in MODEL_ARCH_NAMES.items() if name == architecture]
@@ -286,12 +288,12 @@ def gguf_names(architecture: str, empty: Any, processor: Any) -> dict[str, str]:
 
 
 def _tails(path: str) -> list[str]:
-    """A path, and what is left of it without the model's own part: some models were converted as bare decoders."""
+    """A path, and that path without its first part: some models were converted as bare decoders."""
     return [path, path.partition(".")[2]] if "." in path else [path]
 
 
 def _newer_architectures() -> Mapping[str, Any]:
-    """Those of which transformers (5.22 and later) has the config in its newer tables."""
+    """The architectures whose configs transformers (5.22 and later) has in its newer tables."""
     try:
         from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
     except ImportError:
@@ -304,7 +306,7 @@ def _natural(order: Tensor) -> bool:
 
 
 def _check_shapes(file: GGUFFile, empty: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError where a tensor is not of the shape that the model has a place for."""
+    """Raises CheckpointError where a tensor has another shape than its parameter."""
     for name, parameter in empty.named_parameters():
         if name in state and state[name].shape != parameter.shape:
             raise CheckpointError(
@@ -313,7 +315,7 @@ def _check_shapes(file: GGUFFile, empty: nn.Module, state: Mapping[str, Tensor])
 
 
 def _dtype(asked: Any, file: GGUFFile) -> torch.dtype:
-    """The type of what is not packed: the one asked for; else float32, or that of a file without blocks."""
+    """The dtype of unpacked tensors: the one asked for; by default float32, or that of a file without blocks."""
     if isinstance(asked, str) and asked != "auto":
         asked = getattr(torch, asked, None)
     if isinstance(asked, torch.dtype):
@@ -334,19 +336,19 @@ def _require_package() -> None:
         lacking = getattr(error, "name", None) or str(error)
         way = "pip install 'llmtools[export]'" if lacking == "gguf" else "transformers 5.16 to 5.23 have it"
         raise CheckpointError(
-            f"GGUF files are read by transformers ({transformers.__version__} is here) with {lacking}, which is not "
-            f"there: {way}"
+            f"GGUF files are read by transformers (installed: {transformers.__version__}) with {lacking}, which is not "
+            f"installed: {way}"
         ) from error
 
 
-# ---- LLaMA 3's rotations ---------------------------------------------------------------------------------------------
+# ---- rotary scaling of LLaMA 3 ---------------------------------------------------------------------------------------------
 
 ROTATIONS = "rope_freqs.weight"
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def _scale_rotations(file: GGUFFile, config: Any) -> None:
-    """Sets what transformers' reader leaves out: LLaMA 3's rotations, which the file has as a factor a frequency."""
+    """Sets LLaMA 3's rotary scaling, stored as a factor per frequency, which transformers' reader ignores."""
     from .gguf import llama3_factors
 
     if ROTATIONS not in file.tensors:
@@ -359,4 +361,4 @@ def _scale_rotations(file: GGUFFile, config: Any) -> None:
         if torch.allclose(expected, factors, rtol=1e-4):
             config.rope_parameters = tried
             return
-    log.warning("%s: the factors of its rotations are not LLaMA 3's, and are left out", file.path)
+    log.warning("%s: its rotary factors are not LLaMA 3's and are ignored", file.path)

@@ -109,7 +109,7 @@ class LLMToolsConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, assigned: Mapping[str, Quantizer], origin: Mapping[str, Any] | None = None) -> LLMToolsConfig:
-        """The config of a checkpoint with these quantizers, by path."""
+        """The config of a checkpoint with these quantizers by path."""
         specs: list[dict[str, Any]] = []
         modules = {}
         for path, quantizer in assigned.items():
@@ -344,7 +344,7 @@ def _configured_ties(model: Any) -> dict[str, str]:
 
 
 def tie_heads(model: nn.Module) -> None:
-    """Puts a `TiedLinear` where the config ties a dense linear to an embedding that is quantized, in place."""
+    """Replaces dense linears that the config ties to a quantized embedding with a `TiedLinear`, in place."""
     for target, source in _configured_ties(model).items():
         head, embedding = (_module_of(model, name) for name in (target, source))
         if isinstance(embedding, QuantizedEmbedding) and isinstance(head, nn.Linear):
@@ -361,7 +361,7 @@ def _module_of(model: nn.Module, weight: str) -> nn.Module | None:
 
 
 def empty_layer(module: nn.Module, quantizer: Quantizer, stored_path: str) -> PackedWeight:
-    """A layer in place of a linear or an embedding, whose values are to come. Raises CheckpointError for others."""
+    """A layer with uninitialised tensors for a linear or an embedding. Raises CheckpointError for any other module."""
     with within(stored_path):
         if isinstance(module, nn.Embedding) and not isinstance(module, PackedWeight):
             return QuantizedEmbedding.empty(module, quantizer, device="meta")

@@ -129,12 +129,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     listed = aliases(model)
     heads = {path: layer for path, layer in quantized_linears(model).items() if isinstance(layer, TiedLinear)}
-    made: dict[int, Any] = {}
+    dense_layers: dict[int, Any] = {}
     for path, layer in packed_layers(model).items():
-        made[id(layer)] = _dense(layer, dtype)
-        set_everywhere(model, path, made[id(layer)], listed)
+        dense_layers[id(layer)] = _dense(layer, dtype)
+        set_everywhere(model, path, dense_layers[id(layer)], listed)
     for path, head in heads.items():
-        embedding = made.get(id(head.embedding))  # None where an adapter was merged into the embedding, and not here
+        embedding = dense_layers.get(
+            id(head.embedding)
+        )  # None where an adapter was merged into the embedding, and not here
         dense = _dense(head, dtype) if embedding is None else _linear(head, embedding.weight, embedding.weight.dtype)
         set_everywhere(model, path, dense, listed)
     _remove_quantization_config(model)
@@ -197,7 +199,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _dense(layer: PackedWeight, dtype: torch.dtype | None) -> nn.Module:
-    """The linear or embedding that a layer stands for."""
+    """The dense linear or embedding of a quantized layer."""
     dtype = dtype or layer.dtype
     if layer.device.type == "meta":
         raise InputError("the packed weights are not in memory but on the disk; load the model without offloading")
@@ -208,7 +210,7 @@ def _dense(layer: PackedWeight, dtype: torch.dtype | None) -> nn.Module:
 
 
 def _linear(layer: QuantizedLinear, weight: nn.Parameter, dtype: torch.dtype) -> nn.Linear:
-    """The dense linear with this weight, and the bias of the layer."""
+    """A dense linear with this weight and the bias of `layer`."""
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     dense.weight = weight
     if layer.bias is not None:

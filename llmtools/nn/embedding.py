@@ -1,7 +1,7 @@
-"""A quantized embedding, and the head that is tied to it.
+"""A quantized embedding, and the output head that is tied to it.
 
-The embedding decodes the rows it is asked for. A tied head multiplies by the same packed tensors: it has none of its
-own, so nothing is kept, saved or moved twice, and what moves or loads the embedding serves the head as well.
+The embedding decodes the rows that are looked up. A tied head multiplies by the embedding's packed tensors and has none
+of its own, so nothing is stored, saved or moved twice.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from .packed import PackedWeight
 
 
 class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
-    """An embedding [tokens, features] whose rows are decoded when they are looked up; it is frozen.
+    """A frozen embedding [tokens, features] whose rows are decoded when they are looked up.
 
-    Its quantizer keeps each row by itself: every packed tensor has one row per token.
+    Its quantizer decodes each row independently: every packed tensor has one row per token.
     """
 
     kind: type[nn.Embedding] = nn.Embedding
-    """Of the embedding that it stands for."""
+    """Class of the embedding that it replaces."""
 
     def __init__(
         self,
@@ -47,17 +47,17 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
     def empty(
         cls, embedding: nn.Embedding, quantizer: Quantizer, device: torch.device | str | None = None
     ) -> QuantizedEmbedding:
-        """A layer of the shape and type of `embedding`; the values are to come.
+        """A layer of the shape and dtype of `embedding` with uninitialised tensors.
 
-        A subclass that does more with the rows, as Gemma's scales them, goes on doing so. Raises InputError for a
-        quantizer whose rows do not decode one by one.
+        The forward of a subclass is kept, such as Gemma's, which scales the rows. Raises InputError for a quantizer
+        that does not decode each row independently.
         """
         layout = quantizer.layout(embedding.num_embeddings, embedding.embedding_dim)
         if any(spec.shape[0] != embedding.num_embeddings for spec in layout.values()):
-            raise InputError(f"{where()}{quantizer} does not keep each row by itself, so it holds no embedding")
-        given: Any = type(embedding)
+            raise InputError(f"{where()}{quantizer} does not decode each row independently, as an embedding requires")
+        original: Any = type(embedding)
         ours: Any = cls
-        kind: Any = _class_for(given, ours)
+        kind: Any = _class_for(original, ours)
         layer: QuantizedEmbedding = kind.__new__(kind)
         QuantizedEmbedding.__init__(
             layer,
@@ -71,17 +71,17 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
         for name, value in vars(embedding).items():
             if not name.startswith("_") and name not in vars(layer):
                 setattr(layer, name, value)
-        _take_buffers(embedding, layer)
+        _copy_buffers(embedding, layer)
         return layer.train(embedding.training)
 
     def dense(self, dtype: torch.dtype) -> nn.Embedding:
-        """The embedding that it stands for, of the class that it was made of."""
+        """The dense embedding, in `dtype`, of the original class."""
         made = self.kind.__new__(self.kind)
         nn.Module.__init__(made)
         for name, value in vars(self).items():
             if not name.startswith("_") and name not in ("quantizer", "dtype"):
                 setattr(made, name, value)
-        _take_buffers(self, made)
+        _copy_buffers(self, made)
         made.weight = nn.Parameter(self.dequantize(dtype=dtype), requires_grad=False)
         return made
 
@@ -90,7 +90,7 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids [...] integers -> [..., features] of the layer's type."""
+        """ids [...] integers -> [..., features] in the layer's dtype."""
         taken = {name: tensor[ids.flatten()] for name, tensor in self.packed.items()}
         rows: Tensor = self.quantizer.dequantize(taken, dtype=self.dtype)
         return rows.reshape(*ids.shape, self.embedding_dim)
@@ -101,17 +101,17 @@ class QuantizedEmbedding(PackedWeight, nn.Embedding):  # type: ignore[override]
 
 @functools.cache
 def _class_for(kind: Any, base: Any) -> Any:
-    """The class of a quantized embedding of that kind: a subclass's own forward runs over ours."""
+    """The class of a quantized embedding that replaces one of class `kind`, whose own forward calls ours."""
     return base if kind is nn.Embedding else type(f"Quantized{kind.__name__}", (kind, base), {"kind": kind})
 
 
-def _take_buffers(source: nn.Module, target: nn.Module) -> None:
+def _copy_buffers(source: nn.Module, target: nn.Module) -> None:
     target._buffers.update(source._buffers)
     target._non_persistent_buffers_set.update(source._non_persistent_buffers_set)
 
 
 class TiedLinear(QuantizedLinear):
-    """A head whose weight is that of a quantized embedding; it has no tensors of its own."""
+    """An output head whose weight is that of a quantized embedding; it has no tensors of its own."""
 
     def __init__(self, embedding: QuantizedEmbedding) -> None:
         nn.Module.__init__(self)
@@ -123,7 +123,7 @@ class TiedLinear(QuantizedLinear):
 
     @property
     def embedding(self) -> QuantizedEmbedding:
-        """Whose weight it is."""
+        """The embedding whose weight it shares."""
         return self._tied[0]
 
     @property

@@ -138,7 +138,7 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
-    """The layers with packed tensors of their own by path: linears and embeddings, and no head that is tied to one."""
+    """The layers that own packed tensors, by path: linears and embeddings, without heads that are tied to one."""
     return {
         path: module
         for path, module in model.named_modules()

@@ -1,8 +1,8 @@
-"""ggml's block types as a quantizer: what a weight of a GGUF file is when it is opened.
+"""ggml's block types as a quantizer: the weights of an opened GGUF file.
 
-The one tensor is the rows as they lie in the file, [out, row_bytes] uint8: opening changes no bit, and any rows decode
-by themselves. The simple types are rounded to nearest, with scales that are rounded before any code is chosen. The
-other types are made by llama.cpp (`llama-quantize`), whose searches are not repeated here: they are read only.
+The packed tensor has the rows as in the file, [out, row_bytes] uint8: opening changes no bit, and rows decode
+independently. The simple types are rounded to nearest, with scales that are rounded to float16 first. The other types
+are decoded only; llama.cpp (`llama-quantize`) quantizes to them, with searches that are not implemented here.
 
 Shapes: out, in — features; n — blocks.
 """
@@ -25,7 +25,7 @@ _TINY, _LARGEST = 2.0**-24, torch.finfo(torch.float16).max
 @quantizers.register("gguf")
 @dataclass(frozen=True)
 class GGMLBlocks(Quantizer):
-    """Blocks of 32 or 256 weights as in GGUF files; Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 are also made here."""
+    """Blocks of 32 or 256 weights as in GGUF files; quantizes to Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0."""
 
     type: str = "Q8_0"
     """Name of ggml's type: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, or one of IQ1_S to IQ4_XS."""
@@ -46,8 +46,8 @@ class GGMLBlocks(Quantizer):
         self.layout(*weight.shape)
         if self.type not in _SIMPLE:
             raise InputError(
-                f"{where()}{self.type} is read and not made here; llama.cpp's llama-quantize makes it (made here: "
-                f"{', '.join(_SIMPLE)})"
+                f"{where()}{self.type} can be read but not quantized to; use llama.cpp's llama-quantize, or one of "
+                f"{', '.join(_SIMPLE)}"
             )
         values = weight.detach().float().reshape(-1, TYPES[self.type].weights)  # [n, 32]
         if not bool(torch.isfinite(values).all()):
@@ -84,16 +84,16 @@ def _half(values: Tensor) -> Tensor:
 
 
 def _stored(values: Tensor) -> Tensor:
-    """Rounded to float16. Raises InputError for what is beyond it."""
+    """Values rounded to float16. Raises InputError for values beyond its range."""
     if bool((values.abs() > _LARGEST).any()):
         raise InputError(
-            f"{where()}the weight reaches {values.abs().max():.3g}, and a block's scales end at {_LARGEST}"
+            f"{where()}the weight reaches {values.abs().max():.3g}, and the largest scale of a block is {_LARGEST}"
         )
     return values.to(torch.float16).float()
 
 
 def _scale(values: Tensor) -> Tensor:
-    """Rounded to float16, where all but zero stays other than zero."""
+    """Values rounded to float16, nonzero ones to nonzero ones."""
     return _stored(torch.where(values.abs() < _TINY, values.sign() * _TINY, values))
 
 

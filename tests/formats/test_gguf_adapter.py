@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_a_folder_or_a_file(base: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head, which llama.cpp has no place for"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "adapts lm_head, which llama.cpp cannot apply"),
         ({"modules_to_save": ["input_layernorm"]}, "modules_to_save"),
         ({"target_modules": ["embed_tokens"]}, "lora_embedding"),
     ],
@@ -135,3 +136,25 @@ def test_an_adapter_of_our_checkpoint_goes_with_its_gguf(tmp_path: Path) -> None
         adapted.save_pretrained(f"{folder}_a")
         export_gguf_adapter(f"{folder}_a", f"{folder}_a.gguf", str(tmp_path / name), skeleton=skeleton)
     assert (tmp_path / "ours_a.gguf").read_bytes() == (tmp_path / "gguf_model.gguf_a.gguf").read_bytes()
+
+
+def test_another_base_is_refused_by_its_fingerprint(base: Path, tmp_path: Path) -> None:
+    from llmtools.model.fingerprint import FINGERPRINT, as_text, fingerprint
+    from llmtools.recipes.export import Export, export
+
+    save_adapter(base, tmp_path / "a")
+    found = fingerprint(llmtools.load(base)[0])
+    (tmp_path / "a" / FINGERPRINT).write_text(as_text(found))
+    spec = found["quantizers"][found["modules"]["model.embed_tokens"]["quantizer"]]
+    assert spec["name"] == "gguf" and found["modules"]["model.embed_tokens"]["shape"] == [128, 256]
+    assert found["modules"]["lm_head"]["packed"] == found["modules"]["model.embed_tokens"]["packed"]  # they are tied
+    (tmp_path / "other").mkdir()
+    torch.manual_seed(1)
+    other = write_gguf(tmp_path / "other", tie_word_embeddings=True)
+    recipe = Export("gguf", out=str(tmp_path / "out"), adapter=str(tmp_path / "a"), model=str(other))
+    with pytest.raises(llmtools.CheckpointError, match="was trained on a base with other weights"):
+        export(recipe)
+    assert not (tmp_path / "out").exists()
+    export(dataclasses.replace(recipe, allow_other_base=True))
+    export(Export("gguf", out=str(tmp_path / "out.gguf"), adapter=str(tmp_path / "a")))
+    assert (tmp_path / "out" / "adapter.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()

@@ -258,3 +258,33 @@ def test_commands_take_the_file_by_either_name(folder: Path, capsys: pytest.Capt
     assert told[0]["memory"]["packed"] == packed_bytes(llmtools.load(folder / "m.gguf")[0])
     assert main(["generate", "--model", str(folder / "none.gguf"), "--prompt", "x"]) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_a_run_on_a_file_depends_on_its_contents(folder: Path, tmp_path: Path) -> None:
+    from llmtools.checkpoint.inputs import content_of_model
+
+    (tmp_path / "copy.gguf").write_bytes((folder / "m.gguf").read_bytes())
+    assert content_of_model(str(folder / "m.gguf")) == content_of_model(str(tmp_path / "copy.gguf")) != {}
+    with (tmp_path / "copy.gguf").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert content_of_model(str(folder / "m.gguf")) != content_of_model(str(tmp_path / "copy.gguf"))
+
+
+def test_serve_takes_the_file_by_either_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtools.cli import passthrough
+
+    served: list[Any] = []
+
+    def app(args: list[str], prog_name: str) -> None:
+        served.append((args, llmtools.load(args[1])[0]))
+
+    monkeypatch.setattr(passthrough, "_app", lambda command: app)
+    monkeypatch.setattr(passthrough, "NEEDS", {"serve": ()})
+    for model in ([str(folder), "--gguf_file", "m.gguf"], [str(folder / "m.gguf")]):
+        assert passthrough.run("serve", [*model, "--port", "9999"]) == 0
+    for args, model in served:
+        assert args[0] == "serve" and Path(args[1]).name == "m" and args[2:] == ["--port", "9999"]
+        assert not Path(args[1]).exists() and isinstance(model.lm_head, TiedLinear)
+    with pytest.raises(llmtools.CheckpointError, match="there is no file"):
+        passthrough.run("serve", [str(folder / "none.gguf")])

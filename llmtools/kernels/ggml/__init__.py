@@ -1,11 +1,12 @@
-"""Rows of a weight stored in ggml's blocks, as GGUF files have them.
+"""Weights in ggml's blocks, as in GGUF files.
 
-A row is blocks of 32 or 256 weights, each with its scales in it, one after the other; rows are independent. So a weight
-[out, in] is one tensor of bytes [out, in / weights · bytes], and any rows of it decode by themselves.
+A row is a sequence of blocks of 32 or 256 weights with their scales. So a weight [out, in] is one tensor of bytes
+[out, in / weights · bytes], and rows decode independently.
 
     blocks [out, row_bytes] uint8, kind: a name of `TYPES`
 
-`reference.py` is the specification; `native.py` with `native.c` the CPU's C. Other devices have the reference.
+`reference.py` is the specification, `native.py` with `native.c` the implementation in C for the CPU. Other devices use
+the reference.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ dequantize_ggml = define(
     native=native.dequantize_ggml,
     fake=lambda blocks, kind, dtype: blocks.new_empty((blocks.shape[0], _columns(blocks, kind)), dtype=dtype),
 )
-"""The weight [out, in] of a type."""
+"""Weight [out, in] in `dtype`."""
 multiply_ggml = define(
     "multiply_ggml(Tensor x, Tensor blocks, str kind, bool transposed) -> Tensor",
     package=__name__,
@@ -41,11 +42,11 @@ multiply_ggml = define(
         (x.shape[0], _columns(blocks, kind) if transposed else blocks.shape[0])
     ),
 )
-"""x [t, in] @ weight.T -> [t, out] of x's type, for decoding, where t is small (GEMV); with `transposed`, its gradient:
-x [t, out] @ weight -> [t, in]. Neither is differentiable; sums are float32."""
+"""Product x [t, in] @ weight.T -> [t, out] in x's dtype, for decoding, where t is small (GEMV); with `transposed`, its
+gradient: x [t, out] @ weight -> [t, in]. Neither is differentiable; both accumulate in float32."""
 
 
 @constant_result
 def decodes(device: torch.device, kind: str) -> bool:
-    """Whether C decodes rows of that type on that device, and multiplies by them."""
+    """Whether the C library decodes and multiplies rows of that type on that device."""
     return device.type == "cpu" and kind in native.KINDS and native.library() is not None

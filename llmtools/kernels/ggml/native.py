@@ -1,6 +1,6 @@
-"""ggml's blocks on the CPU, in C: `decode.h` blocks, `native.c` rows and products.
+"""ggml's blocks on the CPU, in C: `decode.h` decodes blocks, `native.c` rows, and multiplies.
 
-Where C cannot do it (no library, other types, float64, rows that are strided within) the reference does.
+Without the library, and for other types, float64 and rows that are not contiguous, the reference is used.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from . import reference
 from .types import TYPES
 
 KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
-"""Types that C knows."""
-_SMALL = 2**15  # weights; below, waking other threads costs more than they save
+"""Names of the types that the C library supports."""
+_SMALL = 2**15
+"""Number of weights below which more threads are slower."""
 
 
 def dequantize_ggml(blocks: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -40,7 +41,7 @@ def multiply_ggml(x: Tensor, blocks: Tensor, kind: str, transposed: bool) -> Ten
     rows, columns = blocks.shape[0], blocks.shape[1] // TYPES[kind].bytes * TYPES[kind].weights
     summed, kept = (rows, columns) if transposed else (columns, rows)
     if x.dim() != 2 or x.shape[1] != summed:
-        raise InputError(f"a tensor of shape {list(x.shape)} does not fit a weight with {summed} to sum over")
+        raise InputError(f"activations of shape {list(x.shape)} do not fit a weight; [t, {summed}] is expected")
     given = _weight(blocks, kind) if x.dtype in FLOATS and x.is_cpu else None
     if given is None:
         return reference.multiply_ggml(x, blocks, kind, transposed)
@@ -65,7 +66,7 @@ class _Weight(ctypes.Structure):
 
 
 def _weight(blocks: Tensor, kind: str) -> _Weight | None:
-    """The weight as C takes it, or None where it cannot."""
+    """The weight as an argument of the C library; None where that does not support it."""
     if library() is None or kind not in KINDS or not blocks.is_cpu:
         return None
     assert blocks.dtype == torch.uint8 and blocks.shape[1] % TYPES[kind].bytes == 0, (blocks.dtype, blocks.shape)

@@ -1,9 +1,11 @@
-"""ggml's blocks decoded in plain torch: the specification of the faster routes.
+"""Decoders of ggml's blocks in plain torch: the specification of the faster kernels.
 
-A decoder takes blocks [n, bytes] uint8 and gives their weights [n, weights] float32; each operation is one of ggml's
-own decoder, in its order and in float32, so the results are equal to the bit. What "planes" are: most types store the
+A decoder takes blocks [n, bytes] uint8 and returns their weights [n, weights] float32. Its operations are those of
+ggml's own decoder, in the same order and in float32, so the results are bit-identical. "Planes": most types store the
 low (or high) bits of many codes in runs of bytes; the first run of codes is in the lowest bits of the bytes, the next
 in the bits above.
+
+Source: llama.cpp, ggml/src/ggml-quants.c (dequantize_row_*).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from .types import TYPES
 
 Decoder = Callable[[Tensor], Tensor]
 
-ROWS = 256  # decoded at a time by the product
+ROWS = 256
+"""Number of rows that the product decodes at a time."""
 
 
 def dequantize_ggml(blocks: Tensor, kind: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -29,7 +32,7 @@ def dequantize_ggml(blocks: Tensor, kind: str, dtype: torch.dtype = torch.float3
 
 
 def multiply_ggml(x: Tensor, blocks: Tensor, kind: str, transposed: bool) -> Tensor:
-    """x [t, in] -> [t, out], or [t, out] -> [t, in], a block of rows at a time, added in float32 or wider."""
+    """x [t, in] -> [t, out], or [t, out] -> [t, in], `ROWS` rows at a time, accumulated in float32 or wider."""
     columns = blocks.shape[1] // TYPES[kind].bytes * TYPES[kind].weights
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.new_zeros((len(x), columns), dtype=wide) if transposed else x.new_empty((len(x), len(blocks)))
@@ -50,7 +53,7 @@ def _half(blocks: Tensor, at: int) -> Tensor:
 
 
 def _words(blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, bytes] -> unsigned numbers [n, bytes / size] int64, little-endian, of the size of the integer type."""
+    """[n, bytes] -> unsigned little-endian integers [n, bytes / size] int64 of the size of `dtype`."""
     words: Tensor = blocks.clone(memory_format=torch.contiguous_format).view(dtype).long()  # a copy: it is aligned
     return words & _ones(8 * dtype.itemsize)
 
@@ -73,7 +76,7 @@ def _planes(blocks: Tensor, bits: int, run: int) -> Tensor:
 
 
 def _fields(words: Tensor, bits: int, count: int) -> Tensor:
-    """[n, m] integers -> [n, m · count]: `count` numbers of `bits` bits of each, the lowest first."""
+    """[n, m] integers -> [n, m · count]: `count` fields of `bits` bits of each, the lowest first."""
     shifts = bits * torch.arange(count, dtype=words.dtype, device=words.device)
     return ((words[..., None] >> shifts) & _ones(bits)).flatten(1)
 

@@ -1,4 +1,4 @@
-"""Constants of ggml's block types: levels and codebooks, which every file of a type shares.
+"""Constants of ggml's block types: levels and codebooks.
 
 The codebooks of the IQ types were searched for by their author (Iwan Kawrakow, in llama.cpp, MIT licence) and follow no
 formula; `grids.bin` holds them as indices of their few levels, the first in the lowest bits: 2 bits each where there
@@ -22,7 +22,7 @@ _GRIDS: dict[str, tuple[tuple[int, ...], tuple[int, int]]] = {
     "IQ3_S": ((1, 3, 5, 7, 9, 11, 13, 15), (512, 4)),
     "IQ1": ((-1, 0, 1), (2048, 8)),
 }
-"""name → levels, and (vectors, their width)"""
+"""Levels, and (number of vectors, their width), by name."""
 
 
 @functools.cache

@@ -9,13 +9,13 @@ class BlockType(NamedTuple):
     """One of ggml's block types."""
 
     number: int
-    """In files."""
+    """Number in files."""
     weights: int
-    """In a block."""
+    """Number of weights in a block."""
     bytes: int
-    """Of a block."""
+    """Size of a block, in bytes."""
     halves: tuple[int, ...]
-    """Where in a block its float16 numbers begin; none for IQ1_M, which scatters the bits."""
+    """Offsets of the float16 numbers in a block, in bytes; none for IQ1_M, which scatters their bits."""
 
 
 TYPES = {
@@ -39,7 +39,7 @@ TYPES = {
     "IQ4_XS": BlockType(23, 256, 136, (0,)),
     "IQ1_M": BlockType(29, 256, 56, ()),
 }
-"""name → what it is"""
+"""Block types by name."""
 
 NUMBERS = {kind.number: name for name, kind in TYPES.items()}
-"""number in files → name"""
+"""Names by number in files."""

@@ -205,8 +205,8 @@ class Naming:
 
         if file.architecture not in GGUF_SUPPORTED_ARCHITECTURES and file.architecture in _newer_architectures():
             raise CheckpointError(
-                f"{file.path}: weights of {file.architecture} are in an order that is not supported yet; decode them with "
-                "transformers (from_pretrained(folder, gguf_file=…), save_pretrained) and use `llmtools quantize`"
+                f"{file.path}: weights of {file.architecture} are in an order that is not supported yet; decode them "
+                "with transformers (from_pretrained(folder, gguf_file=…), save_pretrained) and use `llmtools quantize`"
             )
         self.file, self.empty = file, empty
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
@@ -341,7 +341,7 @@ def _require_package() -> None:
         ) from error
 
 
-# ---- rotary scaling of LLaMA 3 ---------------------------------------------------------------------------------------------
+# ---- rotary scaling of LLaMA 3 ---------------------------------------------------------------------------------------
 
 ROTATIONS = "rope_freqs.weight"
 _LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -140,6 +140,7 @@ def load(
 
     verify: compare every byte with the checksums in ``llmtools.json``; without it, small files and headers alone.
     allow_other_base: accept an adapter whose base model has changed since it was trained.
+    The folder of an adapter is opened on the base model that it names, with the base's tokenizer if it has none.
     options: arguments of ``from_pretrained`` (``dtype``, ``device_map``, …).
 
     The model is of the class that config.json names (`auto_class`), usually a causal language model. Unlike in
@@ -152,6 +153,8 @@ def load(
 
     model = load_model(folder, verify=verify, allow_other_base=allow_other_base, **options)
     name = joined(_name_of(folder), options.get("gguf_file"))
+    if _is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").exists():
+        name = _base_of(Path(name))
     if (found := find(name, options)) is not None:
         tokenizer = open_tokenizer(found)
         check_generation(model, tokenizer, name)
@@ -183,7 +186,7 @@ def load_model(
     given = set(options)
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
     options.pop("output_loading_info", None)
-    if (Path(name) / "adapter_config.json").exists() and not (Path(name) / "config.json").exists():
+    if _is_adapter(Path(name)):
         return _load_with_adapter(Path(name), options, verify=verify, allow_other_base=allow_other_base)
     config = _check_before(name, options, verify=verify)
     with naming_method(config, name), opening(name):
@@ -287,12 +290,20 @@ def _check_before(name: str, options: Mapping[str, Any], *, verify: bool) -> dic
 
 
 def _load_with_adapter(folder: Path, options: dict[str, Any], *, verify: bool, allow_other_base: bool) -> Any:
-    config = check_adapter(folder)
-    base = config.get("base_model_name_or_path")
+    model = load_model(_base_of(folder), verify=verify, **options)
+    return open_adapter(model, folder, verify=verify, allow_other_base=allow_other_base)
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists() and not (folder / "config.json").exists()
+
+
+def _base_of(folder: Path) -> str:
+    """The folder or hub name of the model that an adapter was trained on."""
+    base = check_adapter(folder).get("base_model_name_or_path")
     if not base:
         raise CheckpointError(f"{folder} is an adapter that does not name its base model; open the base model first")
-    model = load_model(str(base), verify=verify, **options)
-    return open_adapter(model, folder, verify=verify, allow_other_base=allow_other_base)
+    return str(base)
 
 
 def _check_chat_template(tokenizer: Any, name: str) -> None:

@@ -58,18 +58,14 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..checkpoint.folder import load_lora_init
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
-    from ..checkpoint.model_card import CARD, write_card
-    from ..checkpoint.run_info import record, write_json
+    from ..checkpoint.run_info import record
     from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
-    from ..files import METADATA, NameTaken, files_of, remove, sort_metadata, write_whole, writing
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
-    from ..model.integrity import record_checksums
     from ..nn.lora_init import initialize_lora
     from ..nn.swap import count_parameters
     from ..train import checkpoints
     from ..train.learning import learning_check
-    from ..train.losses import plot_losses
 
     began = time.monotonic()
     task, train, validation, prompt_format = rows_of(recipe)
@@ -142,28 +138,43 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             seconds=time.monotonic() - began,
         )
         if is_first():
-            try:
-                with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
-                    trainer.model.save_pretrained(folder)
-                    sort_metadata(folder)
-                    write_whole(folder / FINGERPRINT, notes[FINGERPRINT])
-                    if (work / "metrics.jsonl").exists():
-                        shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
-                    plot_losses(folder)
-                    best = getattr(trainer.state, "best_global_step", None)
-                    checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
-                    info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
-                    info["files"] = files_of(folder, CARD)
-                    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
-                    write_card(folder, name=out.name, former=out)  # instead of PEFT's empty template
-            except NameTaken:
-                remove(work, of=out)
-                raise
-            except InputError as error:
-                if not checkpoints.all_in(work / "checkpoints"):
-                    raise
-                raise InputError(f"{error} but the checkpoints in {work}; --resume writes it from them") from error
+            _write_adapter(recipe, trainer, result, run, out, work, notes[FINGERPRINT])
         wait_for_all()  # no process continues, or ends, before the adapter is on the disk
     if is_first():
         clear(work, out)
     return result
+
+
+def _write_adapter(
+    recipe: Finetune, trainer: Any, result: FinetuneResult, run: dict[str, Any], out: Path, work: Path, base: str
+) -> None:
+    """Writes the output folder, whole or not at all. base: the text of the base's fingerprint."""
+    from ..checkpoint.model_card import CARD, write_card
+    from ..checkpoint.run_info import write_json
+    from ..files import METADATA, NameTaken, files_of, remove, sort_metadata, write_whole, writing
+    from ..model.fingerprint import FINGERPRINT
+    from ..model.integrity import record_checksums
+    from ..train import checkpoints
+    from ..train.losses import plot_losses
+
+    try:
+        with writing(out, overwrite=recipe.overwrite or recipe.resume) as folder:
+            trainer.model.save_pretrained(folder)
+            sort_metadata(folder)
+            write_whole(folder / FINGERPRINT, base)
+            if (work / "metrics.jsonl").exists():
+                shutil.copy(work / "metrics.jsonl", folder / "metrics.jsonl")
+            plot_losses(folder)
+            best = getattr(trainer.state, "best_global_step", None)
+            checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
+            info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
+            info["files"] = files_of(folder, CARD)
+            write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
+            write_card(folder, name=out.name, former=out)  # instead of PEFT's empty template
+    except NameTaken:
+        remove(work, of=out)
+        raise
+    except InputError as error:
+        if not checkpoints.all_in(work / "checkpoints"):
+            raise
+        raise InputError(f"{error} but the checkpoints in {work}; --resume writes it from them") from error

@@ -536,6 +536,17 @@ def test_torch_writes_nothing_into_a_sweep(monkeypatch: pytest.MonkeyPatch) -> N
     assert "TORCH_CPP_LOG_LEVEL" not in os.environ
 
 
+def test_threads_that_wait_for_work_sleep_soon_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GNU OpenMP reads the variable when torch loads it, in a process of its own."""
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    seen: list[str | None] = []
+    monkeypatch.setattr("llmtools.recipes.env.env", lambda recipe: seen.append(os.environ.get("GOMP_SPINCOUNT")))
+    assert run("env") == 0 and "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert run("env") == 0
+    assert seen[0] is not None and int(seen[0]) <= 10**5 and seen[1:] == ["7"]
+
+
 def test_the_profiler_is_silent_with_them() -> None:
     measure = """
 import sys

@@ -257,7 +257,10 @@ def _parser(name: str, verb: Verb | None, options: type[Any]) -> Any:
     parser.add_class_arguments(options, as_group=False)
     if "model" in _names(options):
         parser.add_argument(
-            "--gguf_file", type=str, default=argparse.SUPPRESS, help="a .gguf in the folder or repository of --model"
+            "--gguf_file",
+            type=str,
+            default=argparse.SUPPRESS,
+            help="Name of a GGUF file in the folder or repository of --model.",
         )
     parser.add_argument(
         "--trust_plugins",

@@ -14,6 +14,7 @@ from llmtools.checkpoint.folder import skeleton
 from llmtools.formats.gguf_adapter import export_gguf_adapter
 from llmtools.formats.gguf_header import read_header
 from tests.formats.test_gguf_reading import write_gguf
+from tests.models import tiny_ids
 
 gguf: Any = pytest.importorskip("gguf")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -158,3 +159,11 @@ def test_another_base_is_refused_by_its_fingerprint(base: Path, tmp_path: Path) 
     export(dataclasses.replace(recipe, allow_other_base=True))
     export(Export("gguf", out=str(tmp_path / "out.gguf"), adapter=str(tmp_path / "a")))
     assert (tmp_path / "out" / "adapter.gguf").read_bytes() == (tmp_path / "out.gguf").read_bytes()
+
+
+def test_an_adapter_opens_with_the_model_and_tokenizer_of_its_file(base: Path, tmp_path: Path) -> None:
+    adapted = save_adapter(base, tmp_path / "a")
+    again, tokenizer = llmtools.load(tmp_path / "a")
+    assert tokenizer.get_vocab() == llmtools.load(base)[1].get_vocab()
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=tiny_ids()).logits, adapted.eval()(input_ids=tiny_ids()).logits)

@@ -252,7 +252,7 @@ def test_commands_take_the_file_by_either_name(folder: Path, capsys: pytest.Capt
 
     told = []
     for model in (["--model", str(folder), "--gguf_file", "m.gguf"], ["--model", str(folder / "m.gguf")]):
-        assert main(["plan", *model, "--length", "16", "--device", "cpu", "--json"]) == 0
+        assert main(["plan", *model, "--max_length", "16", "--device", "cpu", "--json"]) == 0
         told.append(json.loads(capsys.readouterr().out))
     assert told[0]["memory"] == told[1]["memory"] and told[0]["model"] == told[1]["model"]
     assert told[0]["memory"]["packed"] == packed_bytes(llmtools.load(folder / "m.gguf")[0])

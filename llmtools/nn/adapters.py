@@ -134,9 +134,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         dense_layers[id(layer)] = _dense(layer, dtype)
         set_everywhere(model, path, dense_layers[id(layer)], listed)
     for path, head in heads.items():
-        embedding = dense_layers.get(
-            id(head.embedding)
-        )  # None where an adapter was merged into the embedding, and not here
+        embedding = dense_layers.get(id(head.embedding))  # None where an adapter was merged into the embedding alone
         dense = _dense(head, dtype) if embedding is None else _linear(head, embedding.weight, embedding.weight.dtype)
         set_everywhere(model, path, dense, listed)
     _remove_quantization_config(model)

@@ -147,7 +147,7 @@ def test_another_base_is_refused_by_its_fingerprint(base: Path, tmp_path: Path) 
     found = fingerprint(llmtools.load(base)[0])
     (tmp_path / "a" / FINGERPRINT).write_text(as_text(found))
     spec = found["quantizers"][found["modules"]["model.embed_tokens"]["quantizer"]]
-    assert spec["name"] == "gguf" and found["modules"]["model.embed_tokens"]["shape"] == [128, 256]
+    assert spec["name"] == "gguf" and found["modules"]["model.embed_tokens"]["shape"] == [512, 256]
     assert found["modules"]["lm_head"]["packed"] == found["modules"]["model.embed_tokens"]["packed"]  # they are tied
     (tmp_path / "other").mkdir()
     torch.manual_seed(1)

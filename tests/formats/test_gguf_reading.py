@@ -237,7 +237,7 @@ def test_other_formats_have_the_embedding_dense(folder: Path, tmp_path: Path) ->
     from llmtools.formats.writing import export
 
     model, tokenizer = llmtools.load(folder / "m.gguf")
-    with pytest.raises(llmtools.InputError, match="gguf is no uniform grid"):
+    with pytest.raises(llmtools.InputError, match="gguf is not a uniform grid"):
         export(model, tokenizer, tmp_path / "out", "gptq")
     export(model, tokenizer, tmp_path / "out", "gptq", lossy=True)
     again, _ = llmtools.load(tmp_path / "out")

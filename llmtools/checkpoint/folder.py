@@ -22,6 +22,9 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError, first_line, opening
 from ..files import METADATA, files_of, sort_metadata, writing
+from ..formats.gguf_header import read_header
+from ..formats.gguf_reading import GGUFModel, find, gguf_config, joined, open_gguf, open_tokenizer
+from ..formats.gguf_reading import skeleton as gguf_skeleton
 from ..formats.reading import detect, left_to_transformers, naming_method, open_model
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
@@ -42,7 +45,7 @@ from ..model.quantize import INCOMPLETE, Report
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
 from ..nn.lora_init import LoraInit
-from ..nn.swap import packed_bytes, quantized_linears
+from ..nn.swap import packed_bytes, packed_layers
 from .model_card import write_card
 from .run_info import versions, write_json
 
@@ -149,9 +152,14 @@ def load(
     from transformers import AutoTokenizer
 
     model = load_model(folder, verify=verify, allow_other_base=allow_other_base, **options)
-    name = _name_of(folder)
+    name = joined(_name_of(folder), options.get("gguf_file"))
     if _is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").exists():
         name = _base_of(Path(name))
+    if (found := find(name, options)) is not None:
+        tokenizer = open_tokenizer(found)
+        check_generation(model, tokenizer, name)
+        _check_chat_template(tokenizer, name)
+        return model, tokenizer
     passed_on: dict[str, Any] = {key: options[key] for key in ("revision", "token", "cache_dir") if key in options}
     passed_on["trust_remote_code"] = bool(options.get("trust_remote_code", False))
     remedy = "copy tokenizer.json and tokenizer_config.json from the base model into it"
@@ -171,7 +179,9 @@ def load_model(
 
     Raises CheckpointError for a missing, damaged or unsupported checkpoint.
     """
-    name = _name_of(folder)
+    name = joined(_name_of(folder), options.pop("gguf_file", None))
+    if (found := find(name, options)) is not None:
+        return _load_gguf(found, options, verify=verify)
     _check_loadable(name)
     given = set(options)
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
@@ -204,6 +214,18 @@ def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], give
         check_surplus(model, info["unexpected_keys"], name, strict=strict)
     if getattr(model, "quantization_method", None) != METHOD:  # else the values were checked while loading
         check_values(model, name)
+    return model
+
+
+def _load_gguf(found: GGUFModel, options: Mapping[str, Any], *, verify: bool) -> Any:
+    if verify:
+        raise CheckpointError(f"{found.name} has no checksums to verify; they come with folders that llmtools writes")
+    with _named(found.name):
+        model, info = open_gguf(found, options)
+    if lacking := sorted(info["missing_keys"]):
+        more = " and more" if len(lacking) > 4 else ""
+        raise CheckpointError(f"{found.name}: the weights of {', '.join(lacking[:4])}{more} are missing")
+    check_values(model, found.name)
     return model
 
 
@@ -306,6 +328,9 @@ def skeleton(folder: str | PathLike[str]) -> Any:
     from transformers import AutoConfig
 
     name = _name_of(folder)
+    if (found := find(name, {})) is not None:
+        file = read_header(found.path)
+        return gguf_skeleton(file, gguf_config(file))
     _check_loadable(name)
     _check_before(name, {}, verify=False)
     with opening(name):
@@ -375,11 +400,11 @@ def _check_loadable(name: str) -> None:
 def _about(model: nn.Module, report: Any) -> dict[str, Any]:
     config = getattr(model, "config", None)
     specs: list[dict[str, Any]] = []
-    layers = quantized_linears(model).values()
+    layers = packed_layers(model).values()
     for layer in layers:
         if (spec := layer.quantizer.spec()) not in specs:
             specs.append(spec)
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers))
     return {
         "base_model": getattr(config, "name_or_path", None) or None,
         "quantizers": specs,

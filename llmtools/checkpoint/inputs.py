@@ -28,8 +28,11 @@ def contents(recipe: Any) -> dict[str, str]:
 
 def content_of_model(name: str) -> dict[str, str]:
     """The identity of a model, whatever its folder's name: hashes of its parts, or its revision on the hub."""
-    if Path(name).expanduser().is_dir():
+    path = Path(name).expanduser()
+    if path.is_dir():
         return model_content(name)
+    if path.is_file():
+        return {"model's weights": str(content(name))}
     from transformers.utils import cached_file
 
     with suppress(OSError, ValueError):

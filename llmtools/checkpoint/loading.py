@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,6 +181,8 @@ def is_quantized(name: str) -> bool:
     from transformers import PreTrainedConfig
 
     folder = Path(name).expanduser()
+    if name.endswith(".gguf") and not folder.is_dir():
+        return True
     if folder.is_dir():
         return bool(read_json(folder / "config.json").get("quantization_config"))
     with suppress(OSError):  # opening the model reports it
@@ -190,8 +193,12 @@ def is_quantized(name: str) -> bool:
 def check_model(name: str) -> None:
     """Raises InputError unless `name` is a folder with a checkpoint, or may be a name on the hub."""
     folder = Path(name).expanduser()
+    if name.endswith(".gguf") and not folder.is_dir():
+        from ..formats.gguf_reading import check_name
+
+        return check_name(name)
     if folder.is_file():
-        raise InputError(f"model {name!r} is a file; the folder of a Hugging Face checkpoint is expected")
+        raise InputError(f"model {name!r} is a file; the folder of a Hugging Face checkpoint, or a .gguf, is expected")
     if folder.is_dir():
         if not (folder / "config.json").exists():
             hint = "; it is an adapter, pass it with --adapter" if (folder / "adapter_config.json").exists() else ""
@@ -320,6 +327,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each matmul of int8 layers
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf")  # by PEFT, at each save
 
 
 def _unreadable(name: str, error: ValueError) -> InputError:

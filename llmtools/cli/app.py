@@ -260,6 +260,13 @@ def _parser(name: str, verb: Verb | None, options: type[Any]) -> Any:
         "--config", action="config", help="YAML of these options, or the name of a packaged one; flags override it."
     )
     parser.add_class_arguments(options, as_group=False)
+    if "model" in _names(options):
+        parser.add_argument(
+            "--gguf_file",
+            type=str,
+            default=argparse.SUPPRESS,
+            help="Name of a GGUF file in the folder or repository of --model.",
+        )
     parser.add_argument(
         "--trust_plugins",
         type=bool,
@@ -286,6 +293,10 @@ def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:
     except (argparse.ArgumentError, argparse.ArgumentTypeError, TypeError, ValueError) as error:
         raise InputError(_readable(str(error), name, options)) from error
     recipe = _instance(options, parsed, given.open_options)
+    if (file := parsed.get("gguf_file")) is not None:
+        if not recipe.model:
+            raise InputError(f"--gguf_file {file} is a file of a folder or repository; pass that as --model")
+        recipe = dataclasses.replace(recipe, model=f"{str(recipe.model).rstrip('/')}/{file}")
     check_numbers(dataclasses.asdict(recipe))
     return with_declared(recipe, given.texts)
 

@@ -1,15 +1,17 @@
 """``llmtools serve`` and ``llmtools chat``: transformers' own commands, in a process that has imported llmtools.
 
 The import registers our checkpoints with transformers. Options, endpoints and messages are transformers'; see
-``llmtools serve --help``.
+``llmtools serve --help``. A GGUF file is served from a checkpoint with the same weights, in a temporary folder that
+exists while the server runs.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,13 +40,15 @@ def run(command: str, args: Sequence[str]) -> int:
                 f"{arg} is an adapter, and {command} takes whole models; merge it first: llmtools export "
                 f"--adapter {arg} --format dense --out MERGED"
             )
+    args = _joined(args)
     if command == "serve":
         _check_served(args)
         _make_cache()
     app = _app(command)
     hook = sys.excepthook
     try:
-        app(args=[command, *args], prog_name="llmtools")
+        with ExitStack() as stack:
+            app(args=[command, *_as_folders(args, stack)], prog_name="llmtools")
     except SystemExit as stopped:
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except ValueError as error:  # transformers' error for what the user can fix, such as a server that does not run
@@ -77,6 +81,33 @@ def _make_cache() -> None:
 
 def _missing(command: str, error: ImportError) -> InputError:
     return InputError(f"{command}: {error}; pip install 'llmtools[serve]'")
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """The arguments with ``--gguf_file`` joined to the folder or repository that the first argument names."""
+    args = list(args)
+    if "--gguf_file" in args[1:-1]:
+        at = args.index("--gguf_file")
+        file = args.pop(at + 1)
+        args.pop(at)
+        args[0] = f"{args[0].rstrip('/')}/{file}"
+    return args
+
+
+def _as_folders(args: Sequence[str], stack: ExitStack) -> list[str]:
+    """The arguments with a checkpoint folder in place of each GGUF file; the folders exist until the stack closes."""
+    return [_folder_of(arg, stack) if arg.endswith(".gguf") else arg for arg in args]
+
+
+def _folder_of(name: str, stack: ExitStack) -> str:
+    """The name of a temporary checkpoint folder with the weights of a GGUF file."""
+    from ..checkpoint.folder import load, save
+
+    model, tokenizer = load(name)
+    place = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtools-"))
+    folder = save(model, tokenizer, os.path.join(place, os.path.basename(name).removesuffix(".gguf")))
+    print(f"{name} is served as {folder}", file=sys.stderr, flush=True)
+    return str(folder)
 
 
 def _holds(folder: str, name: str) -> bool:

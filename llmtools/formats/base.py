@@ -34,7 +34,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..kernels.bits import pack
-from ..nn.swap import quantized_linears
+from ..nn.embedding import QuantizedEmbedding, TiedLinear
+from ..nn.linear import QuantizedLinear
+from ..nn.swap import packed_layers, quantized_linears
 from ..quant import Packed, Quantizer, UniformGrid
 from ..quant.grids.scalar import SCALE_TYPES
 from ..registry import Registry
@@ -145,7 +147,7 @@ class Format(ABC):
         Raises InputError for a layer that is not within `limits`, unless `lossy`, and for one that `reader` does not
         support.
         """
-        layers = quantized_linears(model)
+        layers = own_linears(model)
         assert cls.limits is not None, cls.name
         uniform, requantized = uniform_layers(layers, cls.limits, lossy=lossy)
         tensors = _others(model)
@@ -168,10 +170,18 @@ class Format(ABC):
         return WriteResult(len(uniform), requantized, readers)
 
 
+def own_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized linears by path, without a head that is tied to the embedding."""
+    return {path: layer for path, layer in quantized_linears(model).items() if not isinstance(layer, TiedLinear)}
+
+
 def _others(model: nn.Module) -> dict[str, Tensor]:
-    """All tensors that are not packed, each once: tied ones under their first name."""
-    packed = {f"{path}.{name}" for path, layer in quantized_linears(model).items() for name in layer.packed}
-    kept: dict[str, Tensor] = {}
+    """All tensors except those of quantized linears, each once: tied ones by their first name, embeddings as dense."""
+    layers = packed_layers(model)
+    packed = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
+    kept = {
+        f"{path}.weight": each.dequantize() for path, each in layers.items() if isinstance(each, QuantizedEmbedding)
+    }
     seen: set[int] = set()
     for name, tensor in model.state_dict().items():
         if name in packed or (tensor.numel() and tensor.data_ptr() in seen):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.swap import quantized_linears
-from ..quant import Packed, Quantizer
+from ..nn.linear import QuantizedLinear
+from ..nn.swap import packed_layers
+from ..quant import GGMLBlocks, Packed, Quantizer
 from .base import Format, WriteResult, formats
 from .pretokenizer import rule_of
 from .readers import readers_of
@@ -44,7 +45,7 @@ _LOSSY = Limits(bits=(4,))
 
 @formats.register("gguf")
 class GGUF(Format):
-    """GGUF files; written, not read."""
+    """GGUF files as exports. They are read by `gguf_reading.py`, since a file is no folder with a config."""
 
     marker = "gguf"
 
@@ -72,7 +73,7 @@ class GGUF(Format):
     ) -> WriteResult:
         """Writes ``model.gguf``. Raises InputError for what GGUF cannot hold exactly, unless `lossy`."""
         readers = readers_of(cls.name, [], [], reader)
-        gguf = _package()
+        gguf = require_package()
         hf_model: Any = model
         config = hf_model.config
         if config.model_type not in ARCHITECTURES:
@@ -82,10 +83,15 @@ class GGUF(Format):
             )
         arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        layers = quantized_linears(model)
+        layers = packed_layers(model)
         changed: list[Requantized] = []
         blocks: dict[str, tuple[str, Tensor]] = {}
         for path, layer in layers.items():
+            if isinstance(layer.quantizer, GGMLBlocks):
+                stored = _rotary_rows_of(layer.packed["blocks"], f"{path}.weight", config)
+                blocks[f"{path}.weight"] = layer.quantizer.type, stored.contiguous()
+                continue
+            assert isinstance(layer, QuantizedLinear)
             found = uniform_of(layer)
             packed = found if isinstance(found, str) else as_blocks(_rotary_rows(found, path, config))
             if isinstance(packed, str):
@@ -121,6 +127,31 @@ class GGUF(Format):
         writer.write_tensors_to_file()
         writer.close()
         return WriteResult(len(layers), changed, readers)
+
+
+def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | None] | None]]:
+    """(llama.cpp's architecture, function of a linear's path: (tensor, file's row for each row of the model)).
+
+    For models that `GGUF.write_model` supports. The function returns None for a path without a tensor; the rows are
+    None for the identity. Raises InputError for other architectures.
+    """
+    gguf = require_package()
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(f"GGUF adapters for {config.model_type} are not supported ({', '.join(ARCHITECTURES)} are)")
+    arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+    def target(path: str) -> tuple[str, Tensor | None] | None:
+        name = names.get_name(f"{path}.weight", (".weight",))
+        if name is None:
+            return None
+        heads, head = config.num_attention_heads, getattr(config, "head_dim", None)
+        size = head or config.hidden_size // heads
+        rows = size * (heads if path.endswith("q_proj") else config.num_key_value_heads)
+        order = _rotary_order(path, rows, config)
+        return name, None if order is None else torch.argsort(order)
+
+    return str(gguf.MODEL_ARCH_NAMES[arch]), target
 
 
 def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:
@@ -226,12 +257,12 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "llama3":
-        writer.add_tensor("rope_freqs.weight", _llama3_factors(rope, head_dim).numpy())
+        writer.add_tensor("rope_freqs.weight", llama3_factors(rope, head_dim).numpy())
     elif kind != "default":
         raise InputError(f"GGUF export of rotary embeddings of type {kind!r} is not supported; use --format dense")
 
 
-def _llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
+def llama3_factors(rope: dict[str, Any], head_dim: int) -> Tensor:
     """Divisor of each rotary frequency [head_dim / 2]: 1 for short wavelengths, `factor` for long ones."""
     waves = 2 * math.pi * float(rope["rope_theta"]) ** (torch.arange(0, head_dim, 2) / head_dim)
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
@@ -261,6 +292,8 @@ def _write_vocabulary(gguf: Any, writer: Any, tokenizer: Any, config: Any) -> No
         is_byte = not byte_level and len(token) == 6 and token.startswith("<0x")
         kinds[index] = gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
     for added in spec.get("added_tokens") or ():
+        if added["id"] >= config.vocab_size:  # the model has no row for it
+            continue
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
     if tokenizer.unk_token_id is not None:
@@ -294,7 +327,8 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     return [-float(rank.get(token, len(merges))) for token in tokens]
 
 
-def _package() -> Any:
+def require_package() -> Any:
+    """The package gguf. Raises InputError where it is not installed."""
     try:
         import gguf
     except ImportError as error:

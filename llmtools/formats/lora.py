@@ -55,7 +55,7 @@ def export_adapter(
         tensors = load_file(source / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
-    _refuse_more_than_lora(source, config, tensors)
+    refuse_more_than_lora(source, config, tensors)
     init = config.get("init_lora_weights")
     if str(init).split("_niter")[0] in _FROM_BASE:
         if base is None:
@@ -89,7 +89,18 @@ def _inference_info(source: Path) -> dict[str, Any]:
     return {"command": "export", **formats, "recipe": kept} if formats else {}
 
 
-def _refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def check_plain(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises InputError unless an adapter is plain LoRA whose initialisation did not change the base's weights."""
+    refuse_more_than_lora(source, config, tensors)
+    if (init := config.get("init_lora_weights")) not in _PLAIN:
+        raise InputError(
+            f"{source} was initialised from the base's weights ({init}); make it a plain LoRA first: --format lora "
+            "--model BASE"
+        )
+
+
+def refuse_more_than_lora(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raises InputError for anything that an adapter has besides A and B."""
     merge = "servers do not support that; merge the adapter with --format dense --adapter"
     if config.get("peft_type") != "LORA":
         raise InputError(f"{source} is a {config.get('peft_type')} adapter, not LoRA; {merge}")

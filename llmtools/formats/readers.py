@@ -10,7 +10,7 @@
 | `transformers` | compressed-tensors | symmetric grids (with the package compressed-tensors) |
 |                | gptq, gptq_v2      | everything (with the packages gptqmodel and optimum) |
 |                | gguf, dense, lora  | everything |
-| `llama.cpp`    | gguf               | everything |
+| `llama.cpp`    | gguf, gguf-lora    | everything |
 
 `make test-interop` opens exports of default and of symmetric grids in each of them except vLLM: supported ones, by the
 table, give the same logits, and others an error. vLLM's rows are from the source of version 0.33, untested.
@@ -78,7 +78,7 @@ _LIMITS: Mapping[str, Mapping[str, tuple[_Limit, ...]]] = {
         "dense": (),
         "lora": (),
     },
-    "llama.cpp": {"gguf": ()},
+    "llama.cpp": {"gguf": (), "gguf-lora": ()},
 }
 """Reader → format → what the reader does not support of it."""
 
@@ -90,7 +90,9 @@ def refusal(reader: str, format_name: str, layers: Sequence[Uniform], dense: Seq
     """
     limits = _LIMITS[reader]
     if format_name not in limits:
-        return f"it does not read {format_name}, but {', '.join(known for known in limits if known != 'lora')}"
+        return (
+            f"it does not read {format_name}, but {', '.join(known for known in limits if not known.endswith('lora'))}"
+        )
     return next((reason for limit in limits[format_name] if (reason := limit(layers, dense)) is not None), None)
 
 

@@ -195,7 +195,7 @@ def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[s
     state, assigned = translate(found.format, Tensors(found.folder), skeleton)
     if "lm_head" in assigned:
         config.tie_word_embeddings = False
-    config.quantization_config = _description(assigned, found.format.config).to_dict()
+    config.quantization_config = LLMToolsConfig.of(assigned, origin=found.format.config).to_dict()
     with opening(f"{found.folder} does not fit its config.json"):
         model, info = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **options
@@ -297,16 +297,6 @@ def _check(quantizer: Quantizer, packed: Packed, linear: nn.Linear) -> None:
     """Raises unless the translation has its quantizer's layout, which would be a bug of the format."""
     with torch.device("meta"):
         QuantizedLinear(linear.in_features, linear.out_features, quantizer).pack_(packed)
-
-
-def _description(assigned: Mapping[str, Quantizer], origin: Mapping[str, Any]) -> LLMToolsConfig:
-    specs: list[dict[str, Any]] = []
-    modules = {}
-    for path, quantizer in assigned.items():
-        if (spec := quantizer.spec()) not in specs:
-            specs.append(spec)
-        modules[path] = specs.index(spec)
-    return LLMToolsConfig(quantizers=specs, modules=modules, origin=origin)
 
 
 def _from_hub(name: str, options: Mapping[str, Any]) -> External | None:

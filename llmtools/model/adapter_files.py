@@ -88,10 +88,12 @@ def open_adapter(
     return adapted
 
 
-def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
+def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> dict[str, float]:
     """Raises CheckpointError unless the adapter's file has all tensors, and no other, for a model of this shape.
 
     skeleton: the base model, which is modified; its weights may be on the meta device.
+
+    Returns PEFT's scaling of B A by the path of the module.
     """
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
@@ -110,6 +112,11 @@ def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> None:
         adapted: Any = get_peft_model(skeleton, asked)
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     _check_tensors(stored, expected, set(adapted.state_dict()), folder)
+    return {
+        path.removeprefix("base_model.model."): float(next(iter(module.scaling.values())))
+        for path, module in adapted.named_modules()
+        if isinstance(getattr(module, "scaling", None), dict) and module.scaling
+    }
 
 
 def _headers(folder: Path) -> dict[str, Header]:

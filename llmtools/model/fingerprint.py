@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..files import read_json
-from ..nn.linear import QuantizedLinear
+from ..nn.packed import PackedWeight
 from ..options import fits
 
 log = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ def _is_entry(entry: Mapping[str, Any], quantizers: int) -> bool:
 
 def _spec(module: nn.Module) -> dict[str, Any]:
     """The spec of the module's quantizer: ours, another library's, or dense."""
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, PackedWeight):
         return dict(json.loads(json.dumps(module.quantizer.spec(), default=str)))
     weight = module._parameters.get("weight")
     if (state := getattr(weight, "quant_state", None)) is not None:
@@ -219,10 +219,9 @@ def _spec(module: nn.Module) -> dict[str, Any]:
 
 def _entry(module: nn.Module) -> dict[str, Any] | None:
     """Shape, dtype and sampled values of a module's own parameters; None where it has none."""
-    if isinstance(module, QuantizedLinear):
-        bias = [] if module.bias is None else [module.bias]
-        shape = [module.out_features, module.in_features]
-        return {"shape": shape, "dtype": _name(bias), **_packed(module.packed), **_sampled(bias)}
+    if isinstance(module, PackedWeight):
+        bias = [] if (own := module._parameters.get("bias")) is None else [own]
+        return {"shape": list(module.shape), "dtype": _name(bias), **_packed(module.packed), **_sampled(bias)}
     parameters = [each for each in module._parameters.values() if each is not None]
     if not parameters:
         return None

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..errors import CheckpointError, InputError
 from ..files import METADATA, RUN, read_json, safetensors_header, sha256, unpickled
-from ..nn.linear import QuantizedLinear
+from ..nn.packed import PackedWeight
 from ..options import fits, type_name
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def check_values(model: nn.Module, name: str) -> None:
     problems: list[str] = []
     packed: set[int] = set()
     for path, layer in model.named_modules():
-        if not isinstance(layer, QuantizedLinear):
+        if not isinstance(layer, PackedWeight):
             continue
         packed |= {id(tensor) for tensor in layer.packed.values()}
         if any(tensor.is_meta for tensor in layer.packed.values()):

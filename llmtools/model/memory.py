@@ -12,6 +12,7 @@ CUDA context (some 0.5 GB), libraries and the program itself.
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..nn.linear import QuantizedLinear
+from ..nn.embedding import TiedLinear
 from ..nn.loss import _ChunkedLoss, fits
+from ..nn.packed import PackedWeight
 from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, GEMV_TOKENS, gemv_tokens, materialize_budget
 from .blocks import find_blocks, main_stack
 
@@ -77,8 +79,8 @@ def tensors(model: nn.Module) -> Tensors:
     kinds: dict[int, str] = {}
     blocks = tuple(f"{_bare(block.path)}." for block in find_blocks(model))
     for path, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            sizes["quantized_weights"] += module.in_features * module.out_features
+        if isinstance(module, PackedWeight):
+            sizes["quantized_weights"] += 0 if isinstance(module, TiedLinear) else math.prod(module.shape)
             kinds |= {id(tensor): "packed" for tensor in module.packed.values()}
         elif isinstance(module, nn.Embedding):
             kinds.setdefault(id(module.weight), "embeddings")

@@ -38,8 +38,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import CheckpointError, InputError, within
 from ..files import unpickled
 from ..nn.adapters import dequantize
+from ..nn.embedding import QuantizedEmbedding, TiedLinear
 from ..nn.linear import QuantizedLinear
-from ..nn.swap import aliases, computes_otherwise, quantized_linears, set_everywhere
+from ..nn.packed import PackedWeight
+from ..nn.swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
 from ..options import fits, type_name
 from ..quant import Quantizer, TensorSpec, from_spec, quantizers
 from .blocks import text_config
@@ -105,6 +107,17 @@ class LLMToolsConfig(QuantizationConfigMixin):
         if self._pending is None and options:
             raise CheckpointError(f"quantization_config: unknown keys {', '.join(map(repr, sorted(options)))}")
 
+    @classmethod
+    def of(cls, assigned: Mapping[str, Quantizer], origin: Mapping[str, Any] | None = None) -> LLMToolsConfig:
+        """The config of a checkpoint with these quantizers by path."""
+        specs: list[dict[str, Any]] = []
+        modules = {}
+        for path, quantizer in assigned.items():
+            if (spec := quantizer.spec()) not in specs:
+                specs.append(spec)
+            modules[path] = specs.index(spec)
+        return cls(quantizers=specs, modules=modules, origin=origin)
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of ``config.json``: JSON values only."""
         config = {
@@ -120,12 +133,8 @@ class LLMToolsConfig(QuantizationConfigMixin):
 
     def describe(self, model: nn.Module) -> None:
         """Sets `quantizers` and `modules` from the model, in place."""
-        self.quantizers, self.modules = [], {}
-        for path, layer in quantized_linears(model).items():
-            spec = layer.quantizer.spec()
-            if spec not in self.quantizers:
-                self.quantizers.append(spec)
-            self.modules[path] = self.quantizers.index(spec)
+        found = LLMToolsConfig.of({path: layer.quantizer for path, layer in packed_layers(model).items()})
+        self.quantizers, self.modules = found.quantizers, found.modules
 
     def assignment(self) -> dict[str, Quantizer]:
         """Module path → quantizer. Raises CheckpointError where a quantizer is unknown or the table is inconsistent."""
@@ -186,21 +195,17 @@ class LLMToolsHfQuantizer(HfQuantizer):
             path = locate(model, stored_path)
             if path is None:
                 continue
-            linear = model.get_submodule(path)
-            if not isinstance(linear, nn.Linear) or computes_otherwise(linear):
-                raise CheckpointError(
-                    f"{stored_path} is quantized in the checkpoint, but is a {type(linear).__name__} in this model"
-                )
-            expected = chosen.layout(linear.out_features, linear.in_features)
-            wrong = _mismatches(stored_path, expected, linear.bias is not None, of_module.get(stored_path, {}))
+            layer = empty_layer(model.get_submodule(path), chosen, stored_path)
+            biased = getattr(layer, "bias", None) is not None
+            wrong = _mismatches(stored_path, chosen.layout(*layer.shape), biased, of_module.get(stored_path, {}))
             problems += wrong
             if wrong:
                 continue
-            layer = QuantizedLinear.empty(linear, chosen, device="meta")
-            layer._is_hf_initialized = True
+            layer._is_hf_initialized = isinstance(layer, nn.Linear)  # an embedding may have buffers to be filled
             set_everywhere(model, path, layer, listed)
             self.assigned[path] = chosen
         _raise_for(problems)
+        tie_heads(model)
         _untie(model, self.assigned)
         ignored = {re.escape(path) + rf"\.{SENTINEL}$" for path in self.assigned}
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
@@ -211,15 +216,16 @@ class LLMToolsHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         if self.failures:
             raise self.failures[0]
-        layers = quantized_linears(model)
+        layers = packed_layers(model)
         problems = [f"{path}.weight is missing" for path in self.assigned if path not in layers]
         for path in self.assigned.keys() & layers.keys():
             layer = layers[path]
-            for name, spec in layer.quantizer.layout(layer.out_features, layer.in_features).items():
+            for name, spec in layer.quantizer.layout(*layer.shape).items():
                 mismatch = self._loaded_mismatch(path, name, layer.packed[name], spec.shape, spec.dtype)
                 if mismatch:
                     problems.append(f"{path}.{name} {mismatch}")
-            if layer.bias is not None and (mismatch := self._loaded_mismatch(path, "bias", layer.bias)):
+            bias = getattr(layer, "bias", None)
+            if bias is not None and (mismatch := self._loaded_mismatch(path, "bias", bias)):
                 problems.append(f"{path}.bias {mismatch}")
             layer.requires_grad_(False)  # transformers makes every floating tensor that it loads trainable
         _raise_for(sorted(problems))
@@ -262,7 +268,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # transformers saves the adapters alone
-        wrapped = [path for path in quantized_linears(model) if path.endswith(".base_layer")]
+        wrapped = [path for path in packed_layers(model) if path.endswith(".base_layer")]
         if wrapped:
             raise InputError(
                 f"the model carries adapters (at {wrapped[0].removesuffix('.base_layer')}), which would be mixed into "
@@ -271,7 +277,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
         self.quantization_config.describe(model)
         tensors: dict[str, Tensor] = dict(model.state_dict())
         seen: set[int] = set()
-        for path, layer in quantized_linears(model).items():
+        for path, layer in packed_layers(model).items():
             for name in layer.packed:  # parts of a fused matrix share their codes; in a file each has its own
                 tensor = tensors[f"{path}.{name}"]
                 if tensor.numel() and tensor.data_ptr() in seen:
@@ -302,9 +308,9 @@ def attach(model: nn.Module) -> None:
     Does nothing for a plain `nn.Module` without a Hugging Face config.
     """
     config = getattr(model, "config", None)
-    if config is None or not quantized_linears(model):
+    if config is None or not packed_layers(model):
         return
-    _untie(model, quantized_linears(model))
+    _untie(model, packed_layers(model))
     description = LLMToolsConfig()
     description.describe(model)
     config.quantization_config = description
@@ -321,19 +327,49 @@ def _untie(model: Any, paths: Collection[str]) -> None:
     config.json may say that the head is tied where the files hold a separate one.
     """
     targets = {f"{path}.weight" for path in paths}
+    heads = {f"{path}.weight" for path, layer in quantized_linears(model).items() if isinstance(layer, TiedLinear)}
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    configured = _configured_ties(model)
-    for target in targets & tied.keys():
+    configured = set(_configured_ties(model))
+    for target in (targets | heads) & tied.keys():
         del tied[target]
     if configured and configured <= targets:
         for config in {id(each): each for each in (model.config, text_config(model.config))}.values():
             config.tie_word_embeddings = False
 
 
-def _configured_ties(model: Any) -> set[str]:
-    """Names of the weights that are tied to others by the config."""
+def _configured_ties(model: Any) -> dict[str, str]:
+    """Names of the weights that the config ties to others: name → name of the other."""
     expanded = getattr(model, "get_expanded_tied_weights_keys", None)
-    return set(expanded(all_submodels=True)) if expanded is not None else set()
+    return dict(expanded(all_submodels=True)) if expanded is not None else {}
+
+
+def tie_heads(model: nn.Module) -> None:
+    """Replaces dense linears that the config ties to a quantized embedding with a `TiedLinear`, in place."""
+    for target, source in _configured_ties(model).items():
+        head, embedding = (_module_of(model, name) for name in (target, source))
+        if isinstance(embedding, QuantizedEmbedding) and isinstance(head, nn.Linear):
+            layer = head if isinstance(head, QuantizedLinear) else TiedLinear(embedding)
+            layer._is_hf_initialized = True
+            set_module(model, target.removesuffix(".weight"), layer)
+
+
+def _module_of(model: nn.Module, weight: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(weight.removesuffix(".weight"))
+    except AttributeError:
+        return None
+
+
+def empty_layer(module: nn.Module, quantizer: Quantizer, stored_path: str) -> PackedWeight:
+    """A layer with uninitialised tensors for a linear or an embedding. Raises CheckpointError for any other module."""
+    with within(stored_path):
+        if isinstance(module, nn.Embedding) and not isinstance(module, PackedWeight):
+            return QuantizedEmbedding.empty(module, quantizer, device="meta")
+        if isinstance(module, nn.Linear) and not computes_otherwise(module):
+            return QuantizedLinear.empty(module, quantizer, device="meta")
+    raise CheckpointError(
+        f"{stored_path} is quantized in the checkpoint, but is a {type(module).__name__} in this model"
+    )
 
 
 # ---- quantizing on the fly -------------------------------------------------------------------------------------------

@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 from ..errors import InputError, first_line
+from .embedding import QuantizedEmbedding, TiedLinear
 from .linear import QuantizedLinear
-from .swap import aliases, computes_otherwise, quantized_linears, set_everywhere, set_module
+from .packed import PackedWeight
+from .swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
 
 
 def prepare_for_training(
@@ -126,8 +128,15 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     removed, so that `save_pretrained` writes an ordinary model.
     """
     listed = aliases(model)
-    for path, layer in quantized_linears(model).items():
-        set_everywhere(model, path, _dense(layer, dtype), listed)
+    heads = {path: layer for path, layer in quantized_linears(model).items() if isinstance(layer, TiedLinear)}
+    dense_layers: dict[int, Any] = {}
+    for path, layer in packed_layers(model).items():
+        dense_layers[id(layer)] = _dense(layer, dtype)
+        set_everywhere(model, path, dense_layers[id(layer)], listed)
+    for path, head in heads.items():
+        embedding = dense_layers.get(id(head.embedding))  # None where an adapter was merged into the embedding alone
+        dense = _dense(head, dtype) if embedding is None else _linear(head, embedding.weight, embedding.weight.dtype)
+        set_everywhere(model, path, dense, listed)
     _remove_quantization_config(model)
     return model
 
@@ -170,9 +179,10 @@ def _untie_head(model: Any) -> None:
     if not adapted or embedding is None or head is None:
         return
     ends = [getattr(each, "base_layer", each) for each in (embedding, head)]
-    if isinstance(ends[1], QuantizedLinear) or ends[0].weight is not ends[1].weight:
-        return
-    ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
+    if not isinstance(ends[1], TiedLinear):
+        if isinstance(ends[1], QuantizedLinear) or ends[0].weight is not ends[1].weight:
+            return
+        ends[1].weight = nn.Parameter(ends[1].weight.detach().clone(), requires_grad=False)
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
@@ -182,16 +192,25 @@ def _untie_head(model: Any) -> None:
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """PEFT's layers around quantized ones, by path."""
     for path, module in list(model.named_modules()):
-        if isinstance(getattr(module, "base_layer", None), QuantizedLinear) and hasattr(module, "merge"):
+        if isinstance(getattr(module, "base_layer", None), PackedWeight) and hasattr(module, "merge"):
             yield path, module
 
 
-def _dense(layer: QuantizedLinear, dtype: torch.dtype | None) -> nn.Linear:
+def _dense(layer: PackedWeight, dtype: torch.dtype | None) -> nn.Module:
+    """The dense linear or embedding of a quantized layer."""
     dtype = dtype or layer.dtype
     if layer.device.type == "meta":
         raise InputError("the packed weights are not in memory but on the disk; load the model without offloading")
+    if isinstance(layer, QuantizedEmbedding):
+        return layer.dense(dtype)
+    assert isinstance(layer, QuantizedLinear)
+    return _linear(layer, nn.Parameter(layer.dequantize(dtype=dtype), requires_grad=False), dtype)
+
+
+def _linear(layer: QuantizedLinear, weight: nn.Parameter, dtype: torch.dtype) -> nn.Linear:
+    """A dense linear with this weight and the bias of `layer`."""
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    dense.weight = nn.Parameter(layer.dequantize(dtype=dtype), requires_grad=False)
+    dense.weight = weight
     if layer.bias is not None:
         dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     return dense.train(layer.training)

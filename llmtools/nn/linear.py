@@ -1,35 +1,20 @@
-"""The quantized linear layer: packed tensors, a quantizer that decodes them, and no dense weight.
+"""The quantized linear layer.
 
-It subclasses `nn.Linear` and keeps its packed tensors as frozen Parameters. So stock PEFT adapts it through its usual
-dispatch, every loading route works, DDP does not broadcast packed weights at each step and FSDP2 shards them. Its
-`weight` is the read-only lazy view of `weight.py`.
-
-Packed tensors are registered Parameters but not attributes: ``layer.packed["qweight"]``. By attributes such as
-`qweight` and `W_q` PEFT and other libraries detect the layers of other quantizers, whose codes they then use as the
-weight. Only code that handles parameters by name (torch itself, accelerate, the loader of transformers) gets them as
-attributes.
+It subclasses `nn.Linear`, so stock PEFT adapts it through its usual dispatch. Its packed tensors are in `packed.py`.
 
 Shapes: in, out — features of the layer.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError, where
-from ..quant import ALL, Packed, Quantizer
-from .weight import _READ_ONLY, LazyWeight
-
-_PARAMETER_CODE = ("torch", "accelerate", "deepspeed", "transformers.core_model_loading", "transformers.modeling_utils")
-"""Names of modules that get and set parameters by the names of `named_parameters`."""
+from ..quant import Packed, Quantizer
+from .packed import PackedWeight
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
     """y = x Wᵀ + b, W given by `quantizer` from this module's packed tensors.
 
     x [..., in] may have any float dtype; the result [..., out] has x's (or autocast's). `dtype` is that of `weight` and
@@ -47,15 +32,8 @@ class QuantizedLinear(nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
-        self.in_features, self.out_features, self.quantizer = in_features, out_features, quantizer
-        self.dtype = dtype or torch.get_default_dtype()
-        layout = quantizer.layout(out_features, in_features)
-        self._packed_names = tuple(layout)
-        for name, spec in layout.items():
-            if name in ("weight", "bias") or "." in name:
-                raise InputError(f"{where()}{quantizer}: a packed tensor cannot be named {name!r}")
-            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.in_features, self.out_features = in_features, out_features
+        self._allocate(quantizer, dtype, device)
         if bias:
             zeros = torch.zeros(out_features, dtype=self.dtype, device=device)
             self.bias = nn.Parameter(zeros, requires_grad=False)
@@ -95,101 +73,19 @@ class QuantizedLinear(nn.Linear):
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         return layer.train(linear.training)
 
-    def pack_(self, packed: Packed) -> None:
-        """Replaces the packed tensors, in place. Raises InputError unless names, shapes and dtypes are the layout's."""
-        layout = self.quantizer.layout(self.out_features, self.in_features)
-        if set(packed) != set(layout):
-            raise InputError(f"{where()}packed tensors {sorted(packed)}; the layout has {sorted(layout)}")
-        for name, spec in layout.items():
-            if (tuple(packed[name].shape), packed[name].dtype) != (tuple(spec.shape), spec.dtype):
-                raise InputError(
-                    f"{where()}{name} is {list(packed[name].shape)} {packed[name].dtype}; "
-                    f"the layout says {list(spec.shape)} {spec.dtype}"
-                )
-            self._parameters[name] = nn.Parameter(packed[name].detach(), requires_grad=False)
-
     @property
-    def packed(self) -> Packed:
-        """Packed tensors by name."""
-        return {name: self._parameters[name] for name in self._packed_names}  # type: ignore[misc]
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.quantizer.linear(x, self.packed)
         bias = self._parameters["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 
-    def dequantize(self, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows of the weight, [rows, in], in the layer's dtype or the one given."""
-        return self.quantizer.dequantize(self.packed, rows, dtype or self.dtype)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return LazyWeight(self, self.dtype)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "weight":
-            super().__setattr__(name, value)
-        elif not (
-            isinstance(value, LazyWeight) and value.is_weight_of(self)
-        ):  # PEFT's `unload` assigns the layer's own view
-            raise InputError(_READ_ONLY)
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_packed_names", ()) and not _asked_by_parameter_code():
-            raise AttributeError(f"{name!r} is a packed tensor, not an attribute; use layer.packed[{name!r}]")
-        return super().__getattr__(name)
-
     @property
     def compute_dtype(self) -> torch.dtype:
         """Dtype of the activations; PEFT creates new adapters in it."""
         return self.dtype
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the packed tensors."""
-        parameter = self._parameters[self._packed_names[0]]
-        assert parameter is not None
-        return parameter.device
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """As `nn.Module`'s, but empty tensors get distinct addresses: of tensors at one address, as all empty ones are
-        at 0, accelerate's `save_state` keeps only one."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in () if keep_vars else self._packed_names:
-            tensor = destination[prefix + name]
-            if type(tensor) is Tensor and not tensor.numel() and not tensor.is_meta:
-                destination[prefix + name] = _addressed(tensor)
-
-    def reset_parameters(self) -> None:
-        """Does nothing: packed tensors come from a quantizer or a checkpoint."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Casts and moves like `nn.Module.to`, but packed tensors are only moved: a cast would damage them."""
-        packed = {id(parameter) for parameter in self.packed.values()}
-
-        def keep_type(tensor: Tensor) -> Tensor:
-            changed = fn(tensor)
-            if id(tensor) in packed and changed.dtype != tensor.dtype:
-                return tensor.to(changed.device)
-            return changed
-
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
-        super()._apply(keep_type, recurse)
-        return self
-
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.quantizer}"
-
-
-def _addressed(empty: Tensor) -> Tensor:
-    """The same empty tensor in host memory, in a storage that has an address: the first 0 bytes of 1."""
-    storage = torch.empty(1, dtype=torch.uint8).untyped_storage()[:0]
-    return torch.empty(0, dtype=empty.dtype).set_(storage, 0, empty.shape, empty.stride())
-
-
-def _asked_by_parameter_code() -> bool:
-    """Whether the caller two frames above is code of `_PARAMETER_CODE`."""
-    if torch.compiler.is_compiling():
-        return False
-    module = sys._getframe(2).f_globals.get("__name__", "")
-    return any(module == name or module.startswith(f"{name}.") for name in _PARAMETER_CODE)

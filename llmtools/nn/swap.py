@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .embedding import TiedLinear
 from .linear import QuantizedLinear
+from .packed import PackedWeight
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -134,9 +137,18 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
+    """The layers that own packed tensors, by path: linears and embeddings, without heads that are tied to one."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, PackedWeight) and not isinstance(module, TiedLinear)
+    }
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Size of all packed tensors, in bytes."""
-    layers = quantized_linears(model).values()
+    layers = packed_layers(model).values()
     return sum(t.numel() * t.element_size() for layer in layers for t in layer.packed.values())
 
 
@@ -154,12 +166,12 @@ def count_parameters(model: nn.Module) -> Parameters:
 
     PEFT's `print_trainable_parameters` counts the elements of packed tensors instead, several weights to a word.
     """
-    layers = quantized_linears(model).values()
+    layers = packed_layers(model).values()
     packed = {id(tensor) for layer in layers for tensor in layer.packed.values()}
     plain = [each for each in model.parameters() if id(each) not in packed]
     return Parameters(
         trainable=sum(each.numel() for each in plain if each.requires_grad),
-        total=sum(map(_weights, plain)) + sum(layer.out_features * layer.in_features for layer in layers),
+        total=sum(map(_weights, plain)) + sum(math.prod(layer.shape) for layer in layers),
     )
 
 

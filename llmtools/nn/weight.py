@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from .linear import QuantizedLinear
+    from .packed import PackedWeight
 
 _READ_ONLY = (
     "this weight is quantized and read-only, so nothing can be merged or written into it. "
@@ -91,14 +91,14 @@ class ReadOnly(Tensor):
 
 
 class LazyWeight(ReadOnly):
-    """[out, in] (or its transpose) of a `QuantizedLinear`, materialised when an operation needs the values."""
+    """[out, in] (or its transpose) of a `PackedWeight`, materialised when an operation needs the values."""
 
-    _layer: QuantizedLinear
+    _layer: PackedWeight
     _transposed: bool
 
     @staticmethod
-    def __new__(cls, layer: QuantizedLinear, dtype: torch.dtype, transposed: bool = False) -> LazyWeight:
-        rows, columns = layer.out_features, layer.in_features
+    def __new__(cls, layer: PackedWeight, dtype: torch.dtype, transposed: bool = False) -> LazyWeight:
+        rows, columns = layer.shape
         shape, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
         make: Any = torch.Tensor._make_wrapper_subclass
         view: LazyWeight = make(cls, shape, strides=strides, dtype=dtype, device=layer.device, requires_grad=False)

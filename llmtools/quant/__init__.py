@@ -6,6 +6,7 @@
 
 from .base import ALL, BlockLearner, Packed, Quantizer, Rows, TensorSpec, from_spec, quantizer, quantizers
 from .external import ColumnGrid, FusedLattice, TableGrid, UniformGrid
+from .gguf import GGMLBlocks
 from .hessian import HessianSum, proxy_loss
 from .learned import SignRound
 from .materialize import DEFAULT_MATERIALIZE_BYTES, materialize_budget, materialized_linear
@@ -23,6 +24,7 @@ __all__ = [
     "BlockLearner",
     "ColumnGrid",
     "FusedLattice",
+    "GGMLBlocks",
     "HessianSum",
     "Packed",
     "QuIP",

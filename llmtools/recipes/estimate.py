@@ -230,9 +230,12 @@ def read_config(recipe: Plan) -> Any:
 
     from ..checkpoint.loading import check_model
     from ..files import read_json
+    from ..formats.gguf_reading import described, find
     from ..model.integrity import check_config
 
     path = Path(recipe.model).expanduser()
+    if (found := find(recipe.model, {})) is not None:
+        return described(found)
     if path.is_file():
         with opening(f"{path} is no config.json of a model that transformers knows", error=InputError):
             values = read_json(path)
@@ -301,7 +304,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from peft import get_peft_model
 
     from ..model.memory import planning_attention
-    from ..nn import QuantizedLinear
+    from ..model.transformers_integration import empty_layer, tie_heads
     from ..nn.adapters import prepare_for_training
     from ..nn.swap import set_module
     from ..train.adapters import fit_config, lora_config
@@ -311,7 +314,8 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
         quantizers, name = _quantizers(model, config, recipe)
         if not dense:
             for path, quantizer in quantizers.items():
-                set_module(model, path, QuantizedLinear.empty(model.get_submodule(path), quantizer))
+                set_module(model, path, empty_layer(model.get_submodule(path), quantizer, path))
+            tie_heads(model)
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
             config = lora_config(recipe.lora)

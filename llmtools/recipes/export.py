@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,10 @@ class Export(AdaptedModelOptions):
     """Write a quantized model for servers and other programs, exactly; or a merged dense model; or a plain adapter."""
 
     format: str
-    """Format to write: compressed-tensors, gptq, gptq_v2, gguf, dense (dequantized, with the adapter merged), or lora
-    (the adapter alone)."""
+    """Format to write: compressed-tensors, gptq, gptq_v2, gguf (of an adapter: the adapter alone, for llama.cpp),
+    dense (dequantized, with the adapter merged), or lora (the adapter alone)."""
     out: str
-    """Folder to write to."""
+    """Folder to write to; with --format gguf and --adapter also a file, whose name ends in .gguf."""
     base_name: str | None = None
     """Name of the base model to write into a plain LoRA, instead of its path on this machine."""
     reader: str | None = None
@@ -56,8 +57,9 @@ class ExportResult:
             f"{one['path']}: {one['reason']}; re-quantized, relative error {one['relative_error']:.2g}"
             for one in self.requantized
         ]
-        content = "the adapter as a plain LoRA" if self.format == "lora" else f"{self.modules} modules as {self.format}"
-        exact = "" if self.format in ("dense", "lora") or self.requantized else ", exact"
+        adapters = {"lora": "the adapter as a plain LoRA", "gguf-lora": "the adapter as a LoRA for llama.cpp"}
+        content = adapters.get(self.format, f"{self.modules} modules as {self.format}")
+        exact = "" if self.format in ("dense", *adapters) or self.requantized else ", exact"
         read = f"; known to be read by {', '.join(self.readers)}" if self.readers else ""
         return "\n".join([*lines, f"{self.out}: {content}{exact}{read}"])
 
@@ -69,10 +71,12 @@ def export(recipe: Export) -> ExportResult:
     from ..model.adapter_files import check_adapter
 
     _check_format(recipe)
+    if recipe.format == "gguf" and recipe.adapter is not None:
+        return _export_gguf_adapter(recipe)
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
         raise InputError(
             f"an adapter cannot be merged into packed weights (format {recipe.format}); use --format dense for a "
-            "merged model, or serve the adapter beside the quantized model: --format lora"
+            "merged model, or serve the adapter beside the quantized model: --format lora (or gguf, for llama.cpp)"
         )
     name: str | None
     adapter: str | None
@@ -192,15 +196,38 @@ def _export_lora(recipe: Export) -> ExportResult:
     return ExportResult(recipe.out, "lora", 0)
 
 
+def _export_gguf_adapter(recipe: Export) -> ExportResult:
+    """Writes the adapter for llama.cpp. Raises InputError for what llama.cpp cannot apply, and for another base."""
+    from ..checkpoint.folder import skeleton
+    from ..checkpoint.loading import check_model, import_plugins, model_and_adapter, quiet_libraries
+    from ..files import claim
+    from ..formats.gguf_adapter import check_file_free, export_gguf_adapter
+    from ..formats.readers import readers_of
+
+    assert recipe.adapter is not None
+    _dtype(recipe)
+    readers = readers_of("gguf-lora", [], [], recipe.reader)
+    name, _ = model_and_adapter(recipe.model, recipe.adapter)
+    check_model(name)
+    quiet_libraries()
+    import_plugins(recipe.plugin)
+    is_file = recipe.out.endswith(".gguf")
+    if is_file:
+        check_file_free(recipe.out, overwrite=recipe.overwrite)
+    with nullcontext() if is_file else claim(recipe.out, overwrite=recipe.overwrite, reads=[name, recipe.adapter]):
+        _compare_base(recipe, name, recipe.adapter)
+        path = export_gguf_adapter(recipe.adapter, recipe.out, name, skeleton=skeleton, overwrite=recipe.overwrite)
+    return ExportResult(str(path), "gguf-lora", 0, readers=list(readers))
+
+
 def _checked_base(recipe: Export, adapter: str) -> Any:
     """The base model, where it is on this machine, compared with the adapter's; None where it is not.
 
     Raises InputError unless the adapter has all tensors for it, and was trained on it (or `allow_other_base`).
     """
     from ..checkpoint.folder import skeleton
-    from ..checkpoint.loading import loaded_as, open_model
     from ..model.adapter_files import check_adapter, check_fits
-    from ..model.fingerprint import check_base, read_fingerprint
+    from ..model.fingerprint import read_fingerprint
 
     name = recipe.model or check_adapter(adapter).get("base_model_name_or_path")
     is_local = name is not None and Path(name).expanduser().exists()
@@ -213,10 +240,27 @@ def _checked_base(recipe: Export, adapter: str) -> Any:
         check_fits(skeleton(name), adapter)
     if recipe.model is None and read_fingerprint(Path(adapter).expanduser()) is None:
         return None
+    base = _open_base(recipe, name, adapter)
+    return base if recipe.model is not None else None
+
+
+def _compare_base(recipe: Export, name: str, adapter: str) -> None:
+    """Raises CheckpointError unless the adapter has no fingerprint, or that of this base (or `allow_other_base`)."""
+    from ..model.fingerprint import read_fingerprint
+
+    if read_fingerprint(Path(adapter).expanduser()) is not None:
+        _open_base(recipe, name, adapter)
+
+
+def _open_base(recipe: Export, name: str, adapter: str) -> Any:
+    """The base model, compared with the adapter's fingerprint; None where bitsandbytes is needed and missing."""
+    from ..checkpoint.loading import loaded_as, open_model
+    from ..model.fingerprint import check_base
+
     load = loaded_as(None, name, adapter)
     if load is not None and find_spec("bitsandbytes") is None:
         log.warning("bitsandbytes is not installed, so it was not checked whether %s is the adapter's base", name)
         return None
     base, _ = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
     check_base(base, adapter, allow_other_base=recipe.allow_other_base)
-    return base if recipe.model is not None else None
+    return base

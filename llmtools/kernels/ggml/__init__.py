@@ -1,0 +1,52 @@
+"""Weights in ggml's blocks, as in GGUF files.
+
+A row is a sequence of blocks of 32 or 256 weights with their scales. So a weight [out, in] is one tensor of bytes
+[out, in / weights · bytes], and rows decode independently.
+
+    blocks [out, row_bytes] uint8, kind: a name of `TYPES`
+
+`reference.py` is the specification, `native.py` with `native.c` the implementation in C for the CPU. Other devices use
+the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops import constant_result, define
+from . import native, reference
+from .reference import iq1_m_scale
+from .types import NUMBERS, TYPES, BlockType
+
+__all__ = ["NUMBERS", "TYPES", "BlockType", "decodes", "dequantize_ggml", "iq1_m_scale", "multiply_ggml"]
+
+
+def _columns(blocks: torch.Tensor, kind: str) -> int:
+    return blocks.shape[1] // TYPES[kind].bytes * TYPES[kind].weights
+
+
+dequantize_ggml = define(
+    "dequantize_ggml(Tensor blocks, str kind, ScalarType dtype) -> Tensor",
+    package=__name__,
+    reference=reference.dequantize_ggml,
+    native=native.dequantize_ggml,
+    fake=lambda blocks, kind, dtype: blocks.new_empty((blocks.shape[0], _columns(blocks, kind)), dtype=dtype),
+)
+"""Weight [out, in] in `dtype`."""
+multiply_ggml = define(
+    "multiply_ggml(Tensor x, Tensor blocks, str kind, bool transposed) -> Tensor",
+    package=__name__,
+    reference=reference.multiply_ggml,
+    native=native.multiply_ggml,
+    fake=lambda x, blocks, kind, transposed: x.new_empty(
+        (x.shape[0], _columns(blocks, kind) if transposed else blocks.shape[0])
+    ),
+)
+"""Product x [t, in] @ weight.T -> [t, out] in x's dtype, for decoding, where t is small (GEMV); with `transposed`, its
+gradient: x [t, out] @ weight -> [t, in]. Neither is differentiable; both accumulate in float32."""
+
+
+@constant_result
+def decodes(device: torch.device, kind: str) -> bool:
+    """Whether the C library decodes and multiplies rows of that type on that device."""
+    return device.type == "cpu" and kind in native.KINDS and native.library() is not None

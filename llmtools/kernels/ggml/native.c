@@ -1,0 +1,129 @@
+/* Weights in ggml's blocks: rows decoded, and products with few tokens, each block decoded once.
+ *
+ * A product adds in float32, in lanes: sums of 16 columns apart, added at the end.
+ */
+#include <stdlib.h>
+
+#include "decode.h"
+
+typedef struct {
+    const uint8_t *blocks; /* [rows, ·], rows `stride` bytes apart */
+    int64_t stride, columns;
+    int kind; /* number of the type in files */
+} Weight;     /* `_Weight` of native.py */
+
+/* X(number, decoder, weights, bytes) for each type. */
+#define TYPES(X)                                                                                                       \
+    X(2, q4_0, 32, 18)                                                                                                 \
+    X(3, q4_1, 32, 20)                                                                                                 \
+    X(8, q8_0, 32, 34)                                                                                                 \
+    X(10, q2_k, 256, 84)                                                                                               \
+    X(11, q3_k, 256, 110)                                                                                              \
+    X(12, q4_k, 256, 144)                                                                                              \
+    X(13, q5_k, 256, 176)                                                                                              \
+    X(14, q6_k, 256, 210)                                                                                              \
+    X(20, iq4_nl, 32, 18)                                                                                              \
+    X(23, iq4_xs, 256, 136)
+
+/* A row as float32. */
+static void decode_row(const Weight *w, int64_t row, float *restrict out) {
+    const uint8_t *b = w->blocks + row * w->stride;
+#define DECODE(NUMBER, DECODER, WEIGHTS, BYTES)                                                                        \
+    case NUMBER:                                                                                                       \
+        for (int64_t i = 0; i < w->columns; i += WEIGHTS, b += BYTES) DECODER(b, out + i);                             \
+        break;
+    switch (w->kind) { TYPES(DECODE) }
+#undef DECODE
+}
+
+static void store(const float *restrict from, int64_t n, int type, void *restrict out) {
+    uint16_t *half = out;
+    if (type == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) half[i] = to_bfloat16(from[i]);
+    else
+        for (int64_t i = 0; i < n; i++) half[i] = to_float16(from[i]);
+}
+
+static void load(const void *restrict from, int64_t n, int type, float *restrict out) {
+    const uint16_t *half = from;
+    if (type == FLOAT32) memcpy(out, from, (size_t)n * 4);
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < n; i++) out[i] = from_bfloat16(half[i]);
+    else
+        for (int64_t i = 0; i < n; i++) out[i] = from_float16(half[i]);
+}
+
+/* out [rows, columns] of `type`. Returns 0 where there is no memory. */
+int dequantize(const Weight *w, int64_t rows, int type, void *out, int threads) {
+    const int64_t n = w->columns;
+    float *scratch = type == FLOAT32 ? NULL : malloc((size_t)(threads * n) * 4);
+    if (type != FLOAT32 && !scratch) return 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int part = 0; part < threads; part++)
+        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
+            if (type == FLOAT32) {
+                decode_row(w, row, (float *)out + row * n);
+            } else {
+                decode_row(w, row, scratch + part * n);
+                store(scratch + part * n, n, type, (uint16_t *)out + row * n);
+            }
+        }
+    free(scratch);
+    return 1;
+}
+
+static ALWAYS_INLINE float dot(const float *restrict a, const float *restrict b, int64_t n) {
+    float sums[LANES] = {0};
+    for (int64_t i = 0; i < n; i += LANES) /* n is a multiple of 32 */
+        for (int k = 0; k < LANES; k++) sums[k] += a[i + k] * b[i + k];
+    for (int half = LANES / 2; half; half /= 2)
+        for (int k = 0; k < half; k++) sums[k] += sums[k + half];
+    return sums[0];
+}
+
+/* x [tokens, columns] -> y [tokens, rows], both of `type`. Returns 0 where there is no memory. */
+int multiply(const Weight *w, int64_t rows, const void *x, int64_t tokens, int type, void *y, int threads) {
+    const int64_t n = w->columns;
+    float *inputs = malloc((size_t)((tokens + threads) * n + tokens * rows) * 4);
+    if (!inputs) return 0;
+    float *row_of = inputs + tokens * n, *sums = row_of + threads * n;
+    load(x, tokens * n, type, inputs);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int part = 0; part < threads; part++)
+        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
+            decode_row(w, row, row_of + part * n);
+            for (int64_t t = 0; t < tokens; t++) sums[t * rows + row] = dot(inputs + t * n, row_of + part * n, n);
+        }
+    if (type == FLOAT32) memcpy(y, sums, (size_t)(tokens * rows) * 4);
+    else store(sums, tokens * rows, type, y);
+    free(inputs);
+    return 1;
+}
+
+/* g [tokens, rows] -> y [tokens, columns], both of `type`: one thread's rows are added before those of the next. */
+int multiply_transposed(const Weight *w, int64_t rows, const void *g, int64_t tokens, int type, void *y, int threads) {
+    enum { PARTS = 8 }; /* fixed, so that the sums do not depend on the number of threads */
+    const int64_t n = w->columns;
+    float *given = malloc((size_t)(tokens * rows + PARTS * (tokens + 1) * n) * 4);
+    if (!given) return 0;
+    float *row_of = given + tokens * rows, *sums = row_of + PARTS * n;
+    load(g, tokens * rows, type, given);
+    memset(sums, 0, (size_t)(PARTS * tokens * n) * 4);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int part = 0; part < PARTS; part++)
+        for (int64_t row = rows * part / PARTS; row < rows * (part + 1) / PARTS; row++) {
+            float *restrict values = row_of + part * n;
+            decode_row(w, row, values);
+            for (int64_t t = 0; t < tokens; t++) {
+                const float factor = given[t * rows + row];
+                float *restrict to = sums + (part * tokens + t) * n;
+                for (int64_t i = 0; i < n; i++) to[i] += factor * values[i];
+            }
+        }
+    for (int part = 1; part < PARTS; part++)
+        for (int64_t i = 0; i < tokens * n; i++) sums[i] += sums[part * tokens * n + i];
+    if (type == FLOAT32) memcpy(y, sums, (size_t)(tokens * n) * 4);
+    else store(sums, tokens * n, type, y);
+    free(given);
+    return 1;
+}

@@ -1,0 +1,99 @@
+"""ggml's blocks: decoded as the package gguf decodes them, to the bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from llmtools.errors import InputError
+from llmtools.kernels.ggml import NUMBERS, TYPES, dequantize_ggml, multiply_ggml, reference
+from llmtools.kernels.ggml.native import KINDS
+
+
+def blocks(kind: str, rows: int, columns: int, *, finite: bool = True) -> Tensor:
+    """Random bytes [rows, row_bytes]; with `finite`, all float16 numbers among them are moderate."""
+    each = TYPES[kind]
+    found = torch.randint(0, 256, (rows * columns // each.weights, each.bytes), dtype=torch.uint8)
+    if finite:
+        for at in each.halves:
+            found[:, at + 1] = found[:, at + 1] & 0x83 | 0x2C
+        if not each.halves:
+            found[:, 55] = found[:, 55] & 0x8F | 0x20
+            found[:, 53] = found[:, 53] & 0x0F | 0xC0
+    return found.reshape(rows, columns // each.weights * each.bytes)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rows_are_those_of_the_package_gguf(kind: str) -> None:
+    gguf: Any = pytest.importorskip("gguf")
+    number = gguf.GGMLQuantizationType[kind]
+    assert NUMBERS[int(number)] == kind and gguf.GGML_QUANT_SIZES[number] == TYPES[kind][1:3]
+    for finite in (True, False):
+        packed = blocks(kind, 12, 1024, finite=finite)
+        with np.errstate(all="ignore"):
+            expected = torch.from_numpy(gguf.quants.dequantize(packed.numpy(), number))
+        got = dequantize_ggml(packed, kind, torch.float32)
+        assert not finite or bool(torch.isfinite(got).all())
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(got.signbit() | got.isnan(), expected.signbit() | expected.isnan())
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_decoding_gives_the_bits_of_the_reference(kind: str) -> None:
+    for rows, columns, finite in ((1, 256, True), (7, 768, False), (40, 1024, True), (0, 256, True)):
+        packed = blocks(kind, rows, columns, finite=finite)
+        for dtype in FLOATS:
+            got, expected = dequantize_ggml(packed, kind, dtype), reference.dequantize_ggml(packed, kind, dtype)
+            torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_strides_do_not_matter(kind: str) -> None:
+    packed = blocks(kind, 24, 512)
+    whole = dequantize_ggml(packed, kind, torch.bfloat16)
+    for rows in (slice(0, 1), slice(5, 17), slice(3, 24, 2), slice(4, 4)):
+        assert torch.equal(dequantize_ggml(packed[rows], kind, torch.bfloat16), whole[rows])
+    assert torch.equal(dequantize_ggml(packed.T.contiguous().T, kind, torch.bfloat16), whole)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[:3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_are_as_exact_as_those_of_a_dense_layer(kind: str, dtype: torch.dtype) -> None:
+    packed = blocks(kind, 37, 768)
+    dense = reference.dequantize_ggml(packed, kind).double()
+    for tokens in (0, 1, 3, 19):
+        x, g = torch.randn(tokens, 768).to(dtype), torch.randn(tokens, 37).to(dtype)
+        for got, given, weight in (
+            (multiply_ggml(x, packed, kind, False), x, dense.T),
+            (multiply_ggml(g, packed, kind, True), g, dense),
+        ):
+            truth = given.double() @ weight
+            assert got.dtype == dtype and got.shape == truth.shape
+            if tokens:
+                plain = (given @ weight.to(dtype) - truth).abs().max()
+                assert (got - truth).abs().max() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+
+
+def test_threads_do_not_matter() -> None:
+    packed, threads = blocks("Q4_K", 301, 512), torch.get_num_threads()
+    x, g, results = torch.randn(5, 512), torch.randn(5, 301), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            products = multiply_ggml(x, packed, "Q4_K", False), multiply_ggml(g, packed, "Q4_K", True)
+            results.append((dequantize_ggml(packed, "Q4_K", torch.float32), *products))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_an_input_of_another_width_is_refused() -> None:
+    with pytest.raises(InputError, match=r"do not fit a weight; \[t, 512\] is expected"):
+        multiply_ggml(torch.randn(2, 511), blocks("Q4_1", 4, 512), "Q4_1", False)

@@ -68,10 +68,10 @@ def table(sizes: list[str], as_json: bool) -> None:
         print(f"{'published, 2 bits':<44}", *(f"{PUBLISHED[size]:8.1f}" for size in sizes), sep="  ")
         print(f"{'aim, 2 bits':<44}", *(f"{AIMS[size]:8.1f}" for size in sizes), sep="  ", flush=True)
     for quantizer, options, modules, optim in [*ROWS, (None, {}, ALL, "adamw_torch")]:
-        sizes = []
+        totals = []
         for size in sizes:
             memory, _, facts = planned(size, quantizer, options, modules, optim, "cuda")
-            sizes.append(memory.total / 1e9)
+            totals.append(memory.total / 1e9)
             if as_json:
                 made = {"quantizer": quantizer, "options": options, "modules": modules, "optim": optim}
                 print(json.dumps({"model": size, **made, "total": memory.total, **vars(memory)}), flush=True)
@@ -79,7 +79,7 @@ def table(sizes: list[str], as_json: bool) -> None:
             stored = f"{quantizer} {8 * memory.packed / facts['weights']:.2f} bits" if quantizer else "16-bit LoRA"
             where = "q and v" if modules == QV else "all linears"
             label = f"{stored}, {where}{', 8-bit AdamW' if optim != 'adamw_torch' else ''}"
-            print(f"{label:<44}", *(f"{size:8.2f}" for size in sizes), sep="  ", flush=True)
+            print(f"{label:<44}", *(f"{total:8.2f}" for total in totals), sep="  ", flush=True)
 
 
 def measure(size: str, bits: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import llmtools
 from llmtools import CheckpointError, InputError, files
 from llmtools.checkpoint.folder import load_model, save
-from llmtools.checkpoint.model_card import METADATA
+from llmtools.checkpoint.model_card import MARKER
 from llmtools.files import writing
 from llmtools.model.quantize import quantize
 from llmtools.model.walk import run_network
@@ -190,7 +190,7 @@ def test_a_card_in_ones_own_words_outlives_the_folder(model: Any, tokenizer: Any
     (tmp_path / "q" / "README.md").write_text("my own words")
     llmtools.save(model, tokenizer, tmp_path / "q", overwrite=True)
     assert (tmp_path / "q" / "README.md").read_text() == "my own words"
-    (tmp_path / "q" / "README.md").write_text(f"{METADATA}\nold")
+    (tmp_path / "q" / "README.md").write_text(f"{MARKER}\nold")
     llmtools.save(model, tokenizer, tmp_path / "q", overwrite=True)
     assert "old" not in (tmp_path / "q" / "README.md").read_text().splitlines()
 

@@ -386,8 +386,8 @@ def test_optq_reads_better_than_rtn_on_a_real_model(stories: Path, tinystories: 
 
     tokenizer = AutoTokenizer.from_pretrained(stories)
     text = calibration(tinystories / "train.txt", tokenizer, samples=16, tokens=128)
-    text = (tinystories / "held_out.txt").read_text()[:6_000]
-    held_out = tokenizer(text, return_tensors="pt").input_ids
+    evaluation = (tinystories / "held_out.txt").read_text()[:6_000]
+    held_out = tokenizer(evaluation, return_tensors="pt").input_ids
 
     def quality(name: str | None, bits: int) -> float:
         model = AutoModelForCausalLM.from_pretrained(stories)

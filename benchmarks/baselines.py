@@ -3,7 +3,7 @@
 A baseline returns the model with the weights that it stored, dequantized by its own code to float32, and the bits that
 it stores for a weight: codes, scales, zero points and, where there is one, the order of the columns. So all rows of a
 table are computed in one arithmetic, and only the weights differ. A baseline that is not installed, or that cannot take
-a model's shapes, raises; whoever asked writes that down and goes on.
+a model's shapes, raises an error, which the caller records.
 
 Known to work together on a CPU: GPTQModel 7.7, auto-round 0.16, HQQ 0.2.8, bitsandbytes 0.50.
 """

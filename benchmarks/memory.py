@@ -1,4 +1,4 @@
-"""What one layer holds: dense tensors kept for backward, and the peak of a forward and backward, beside its baselines.
+"""Memory of one layer: dense tensors kept for backward, and the peak of a forward and backward, beside baselines.
 
     python -m benchmarks.memory [--size 4096] [--tokens 16] [--budget_mib 8] [--json]
 

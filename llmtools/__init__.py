@@ -19,7 +19,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _hook
+from . import _hook, _moved
 
 __version__ = "0.1.0"
 
@@ -81,3 +81,4 @@ def __dir__() -> list[str]:
 
 
 _hook.install()
+_moved.install()

@@ -36,6 +36,7 @@ LAYERS = {
     "ranks": 1,
     "redaction": 1,
     "_hook": 1,
+    "_moved": 1,
 }
 NEEDS: dict[str, set[str]] = {
     "nn": {"torch"},
@@ -53,6 +54,7 @@ NEEDS: dict[str, set[str]] = {
     "redaction": set(),
     "progress": {"rich"},
     "_hook": set(),
+    "_moved": set(),
 }
 """Third-party packages that a layer may import, at any depth."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterable
 
 import pytest
+
+from llmtools import _moved
 
 HEAVY = ["transformers", "peft", "trl", "datasets", "accelerate", "matplotlib", "jsonargparse"]
 
@@ -81,3 +84,10 @@ assert (rtn.dequantize(packed) - weight).norm() < 0.2 * weight.norm()
 def test_recipes_and_command_line_import_without_training_libraries() -> None:
     """Quantizing and evaluating work where trl, datasets and matplotlib are not installed."""
     run("import llmtools.recipes, llmtools.cli.app", blocked=["trl", "datasets", "matplotlib"])
+
+
+@pytest.mark.parametrize(("former", "current"), _moved.MOVED.items())
+def test_former_module_paths_are_aliases(former: str, current: str) -> None:
+    alias, module = importlib.import_module(former), importlib.import_module(current)
+    public = [name for name in vars(module) if not name.startswith("_")]
+    assert public and all(getattr(alias, name) is getattr(module, name) for name in public)

@@ -239,6 +239,12 @@ _EARLIER_KEYS = {"form": "record_format", "system": "system_prompt"}
 """Key in files of earlier versions → key."""
 
 
+def with_former_keys(prompt_format: dict[str, Any]) -> dict[str, Any]:
+    """The prompt format by the keys of earlier versions, for scripts that read their run.json."""
+    former = {key: name for name, key in _EARLIER_KEYS.items()}
+    return {former.get(key, key): value for key, value in prompt_format.items()}
+
+
 def content_of_template(chat_template: Any) -> str:
     """Hash of a tokenizer's chat template, to compare it with that of an adapter's training."""
     return rows_content([chat_template])

@@ -149,9 +149,10 @@ def _write_adapter(
     recipe: Finetune, trainer: Any, result: FinetuneResult, run: dict[str, Any], out: Path, work: Path, base: str
 ) -> None:
     """Writes the output folder, whole or not at all. base: the text of the base's fingerprint."""
+    from ..checkpoint.loading import with_former_keys
     from ..checkpoint.model_card import CARD, write_card
     from ..checkpoint.run_info import write_json
-    from ..files import METADATA, NameTaken, files_of, remove, sort_metadata, write_whole, writing
+    from ..files import METADATA, RUN, NameTaken, files_of, remove, sort_metadata, write_whole, writing
     from ..model.fingerprint import FINGERPRINT
     from ..model.integrity import record_checksums
     from ..train import checkpoints
@@ -168,6 +169,7 @@ def _write_adapter(
             best = getattr(trainer.state, "best_global_step", None)
             checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
             info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
+            write_json(folder / RUN, {**info, "words": with_former_keys(run["prompt_format"])})  # of earlier versions
             info["files"] = files_of(folder, CARD)
             write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
             write_card(folder, name=out.name, former=out)  # instead of PEFT's empty template

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,17 @@ def lattice() -> tuple[Any, ...]:
     return codes, codes.flip(0), 3.45
 
 
+def ggml(kind: str) -> tuple[Any, ...]:
+    """A weight [OUT, IN] in ggml's blocks of a type, every scale a small number."""
+    blocks = torch.randint(0, 255, (OUT, IN // 32, 34), dtype=torch.uint8)
+    blocks[..., 1] = 0x20 + blocks[..., 1] % 8  # float16 from 2^-7 on, the high byte of each block's scale
+    return blocks.flatten(1), kind
+
+
 CASES = {
+    "ggml-dequantize": Case("ggml", "dequantize_ggml", lambda: (*ggml("Q8_0"), torch.bfloat16)),
+    "ggml-multiply": Case("ggml", "multiply_ggml", lambda: (x(IN), *ggml("Q8_0"), False)),
+    "ggml-multiply-transposed": Case("ggml", "multiply_ggml", lambda: (x(OUT), *ggml("Q8_0"), True)),
     "uniform grid": Case("grouped", "dequantize_grouped", lambda: (*uniform(3), torch.bfloat16)),
     "uniform grid, product": Case("grouped", "multiply_grouped", lambda: (x(IN), *uniform(4), False)),
     "uniform grid, one token": Case("grouped", "multiply_grouped", lambda: (x(IN, 1), *uniform(3), False)),
@@ -82,3 +93,8 @@ CASES = {
     "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
     "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),
 }
+
+TRITON = {
+    name: case for name, case in CASES.items() if find_spec(f"llmtools.kernels.{case.package}.triton") is not None
+}
+"""Those whose op has a kernel for GPUs."""

@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.cases import CASES
+from tests.kernels.cases import TRITON
 
 CAPABILITIES = {"ampere": 80, "hopper": 90}
 
@@ -60,7 +60,7 @@ def check(kernels, count, tmp_path):
         assert " STACK:0 " in usage and " LOCAL:0 " in usage, usage
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("case", TRITON.values(), ids=list(TRITON))
 def test_every_op(compiled, case, tmp_path):
     case.of("triton")(*case.arguments())
     check(compiled, 1, tmp_path)

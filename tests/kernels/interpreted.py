@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from llmtools.kernels import bits, grouped, hadamard, lattice, triton_common
-from tests.kernels.cases import CASES, check
+from tests.kernels.cases import TRITON, check
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.kernels.interpreter import patch
@@ -33,7 +33,7 @@ def on_device(argument):
     return argument.to(DEVICE) if isinstance(argument, torch.Tensor) else argument
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+@pytest.mark.parametrize("case", TRITON.values(), ids=list(TRITON))
 def test_every_op_agrees_with_its_reference(case):
     arguments = tuple(map(on_device, case.arguments()))
     check(case, case.of("triton")(*arguments), arguments)

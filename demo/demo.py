@@ -73,7 +73,7 @@ def main(demo: Demo) -> None:
         else "It is measured on children's stories (TinyStories) and finetuned on Wikipedia articles (WikiText-2)."
     )
     console.print(
-        "\n[bold]llmtools[/bold] stores the linear layers of a language model in 4, 3 or 2 bits a weight instead of "
+        "\n[bold]llmtools[/bold] stores the linear layers of a language model in 4, 3 or 2 bits per weight instead of "
         "16, and finetunes small adapters (LoRA) on top of the packed weights. This demo measures what the first costs "
         "and what the second buys.\n"
         f"\nModel: {_shown(demo.model)}. {texts} Measured is perplexity on held-out text: the lower, the better the "
@@ -144,7 +144,7 @@ def quantized(demo: Demo, base: Path, quantizer: str, bits: int, folder: Path) -
     )
     command("quantize", recipe)
     result = quantize(recipe)
-    console.print(f"  {result.modules} layers, {result.bits_per_weight:.2f} bits a weight with all scales")
+    console.print(f"  {result.modules} layers, {result.bits_per_weight:.2f} bits per weight with all scales")
     return folder
 
 

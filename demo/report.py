@@ -104,7 +104,7 @@ def write_report(results: Results, out: Path, console: Console) -> None:
 
 
 def quantized_table(results: Results) -> Block:
-    header = ["model", "bits a weight", "weights", "perplexity, stories", "× original"]
+    header = ["model", "bits per weight", "weights", "perplexity, stories", "× original"]
     rows = [
         [
             f"{row.bits} bits, {NAMES[row.quantizer]}",
@@ -267,7 +267,7 @@ def draw(results: Results, path: Path) -> None:
         axes.set_yticks(ticks, [f"{value:g}" for value in ticks])
         axes.minorticks_off()
         axes.grid(axis="y", color="#e6e8eb", zorder=-1)
-        axes.set_xlabel("bits a weight, and bytes of the linear layers (OPTQ, scales included)")
+        axes.set_xlabel("bits per weight, and bytes of the linear layers (OPTQ, scales included)")
     figure.suptitle(
         f"{results.model}: quantized, then finetuned (lower is better, logarithmic)", fontsize=13, x=0.01, ha="left"
     )

@@ -75,6 +75,22 @@ def open_model(
     return model, tokenizer
 
 
+def open_recipe(recipe: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, str, str | None]:
+    """(model with its adapter, tokenizer, model's name, adapter's folder) by `AdaptedModelOptions` and a `load`."""
+    name, adapter = model_and_adapter(recipe.model, recipe.adapter)
+    quiet_libraries()
+    import_plugins(recipe.plugin)
+    model, tokenizer = open_model(
+        name,
+        adapter=adapter,
+        load=loaded_as(recipe.load, name, adapter),
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        allow_other_base=recipe.allow_other_base,
+    )
+    return model, tokenizer, name, adapter
+
+
 def _refuse_without_head(model: Any, name: str) -> None:
     """Raises InputError for a classifier, an embedding model or an encoder-decoder, which `llmtools quantize` alone
     takes."""

@@ -122,10 +122,7 @@ class GGUF(Format):
                 raise InputError(f"{name} has no name in GGUF files of {config.model_type}")
             data, kind = _dense(gguf, _rotary_rows_of(tensor, name, config))
             writer.add_tensor(target, data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         return WriteResult(len(layers), changed, readers)
 
 
@@ -325,6 +322,14 @@ def _scores(tokens: list[str], merges: list[str]) -> list[float]:
     for index, pair in enumerate(merges):
         rank.setdefault(pair.replace(" ", ""), index)
     return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def finish(writer: Any) -> None:
+    """Writes what a gguf.GGUFWriter was given, and closes its file."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def require_package() -> Any:

@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import InputError
 from ..files import partial_of, writing
-from ..model.adapter_files import WEIGHTS, check_adapter, check_fits
-from .gguf import base_names, require_package
+from ..model.adapter_files import check_fits
+from .gguf import base_names, finish, require_package
 from .gguf_header import read_header
 from .gguf_reading import SUFFIX, Naming, find, gguf_config
 from .gguf_reading import skeleton as gguf_skeleton
-from .lora import check_plain
+from .lora import check_plain, read_adapter
 
 FILE = f"adapter{SUFFIX}"
 
@@ -59,11 +57,7 @@ def export_gguf_adapter(
     device. Returns the file's path. Raises InputError for what llama.cpp cannot apply.
     """
     gguf, source = require_package(), Path(adapter).expanduser()
-    config = check_adapter(source)
-    try:
-        tensors = load_file(source / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
+    config, tensors = read_adapter(source)
     check_plain(source, config, tensors)
     target = _base(gguf, base, skeleton)
     scales = check_fits(target.empty, source)
@@ -77,10 +71,7 @@ def export_gguf_adapter(
         writer.add_float32("adapter.lora.alpha", alpha)
         for name, tensor in placed.items():
             writer.add_tensor(name, tensor.float().contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
 
     if not str(out).endswith(SUFFIX):
         with writing(out, overwrite=overwrite) as folder:

@@ -50,11 +50,7 @@ def export_adapter(
     Raises InputError for an adapter that is damaged or not plain LoRA, or a missing or different base.
     """
     source = Path(adapter).expanduser()
-    config = check_adapter(source)
-    try:
-        tensors = load_file(source / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
+    config, tensors = read_adapter(source)
     refuse_more_than_lora(source, config, tensors)
     init = config.get("init_lora_weights")
     if str(init).split("_niter")[0] in _FROM_BASE:
@@ -87,6 +83,15 @@ def _inference_info(source: Path) -> dict[str, Any]:
     kept = {key: recipe[key] for key in ("task", "options", "load") if recipe.get(key) is not None}
     formats = {key: info[key] for key in ("prompt_format", "words") if info.get(key)}
     return {"command": "export", **formats, "recipe": kept} if formats else {}
+
+
+def read_adapter(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(configuration, tensors by name) of a PEFT adapter. Raises InputError for one that is damaged."""
+    config = check_adapter(source)
+    try:
+        return config, load_file(source / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{source / WEIGHTS} cannot be read: {error}") from error
 
 
 def check_plain(source: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -31,6 +31,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,6 +69,23 @@ def library(name: str) -> ctypes.CDLL | None:
     except (_Unavailable, OSError) as reason:
         _say(str(reason))
         return None
+
+
+def weight_library(name: str, weight: type[ctypes.Structure]) -> Any:
+    """`library(name)` with the functions declared that decode a weight and multiply by it; None where there is none.
+
+    weight: the structure by which C takes the weight. ``dequantize(weight, rows, type, out, threads)``;
+    ``multiply`` and ``multiply_transposed(weight, rows, x, tokens, type, y, threads)``, 0 where memory lacks.
+    """
+    found = library(name)
+    if found is not None:
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        taken = ctypes.POINTER(weight)
+        found.dequantize.argtypes = [taken, size, number, pointer, number]
+        found.multiply.argtypes = [taken, size, pointer, size, number, pointer, number]
+        found.multiply_transposed.argtypes = found.multiply.argtypes
+        found.dequantize.restype = found.multiply.restype = found.multiply_transposed.restype = number
+    return found
 
 
 @functools.cache

@@ -84,24 +84,13 @@ class Evaluation:
 
 def evaluate(recipe: Evaluate) -> Evaluation:
     """Evaluates a model on a task."""
-    from ..checkpoint.loading import import_plugins, loaded_as, model_and_adapter, open_model, quiet_libraries
+    from ..checkpoint.loading import open_recipe
 
     began = time.monotonic()
     if (recipe.num_samples is not None and recipe.num_samples < 1) or recipe.batch_size < 1:
         raise InputError(f"num_samples={recipe.num_samples}, batch_size={recipe.batch_size}: at least 1 is expected")
     evaluator = evaluator_of(recipe)
-    name, adapter = model_and_adapter(recipe.model, recipe.adapter)
-    quiet_libraries()
-    import_plugins(recipe.plugin)
-    load = loaded_as(recipe.load, name, adapter)
-    model, tokenizer = open_model(
-        name,
-        adapter=adapter,
-        load=load,
-        trust_remote_code=recipe.trust_remote_code,
-        verify=recipe.verify,
-        allow_other_base=recipe.allow_other_base,
-    )
+    model, tokenizer, name, adapter = open_recipe(recipe)
     details = evaluator(model, tokenizer)
     measure = next(iter(details))
     bits, size = linear_weights(model)

@@ -75,29 +75,11 @@ def generate(recipe: Generate) -> GenerateResult:
             f"temperature={recipe.temperature}, top_p={recipe.top_p}, max_new_tokens={recipe.max_new_tokens}: "
             f"at least 0, above 0 and at most 1, and at least 1 are expected"
         )
-    from ..checkpoint.loading import (
-        import_plugins,
-        loaded_as,
-        model_and_adapter,
-        open_model,
-        prompt_format_of,
-        quiet_libraries,
-    )
+    from ..checkpoint.loading import open_recipe, prompt_format_of
     from ..data.generation import generate_completions
     from ..progress import progress
 
-    name, adapter = model_and_adapter(recipe.model, recipe.adapter)
-    quiet_libraries()
-    import_plugins(recipe.plugin)
-    load = loaded_as(recipe.load, name, adapter)
-    model, tokenizer = open_model(
-        name,
-        adapter=adapter,
-        load=load,
-        trust_remote_code=recipe.trust_remote_code,
-        verify=recipe.verify,
-        allow_other_base=recipe.allow_other_base,
-    )
+    model, tokenizer, name, adapter = open_recipe(recipe)
     template = {} if recipe.raw else prompt_format_of(adapter)
     chat = not recipe.raw and _is_chat(template, adapter, tokenizer)
     system = recipe.system if recipe.system is not None else template.get("system_prompt")

@@ -79,12 +79,4 @@ def _weight(blocks: Tensor, kind: str) -> _Weight | None:
 @functools.cache
 def library() -> Any:
     """The library with its argument types declared, or None."""
-    found = build.library("ggml")
-    if found is not None:
-        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        weight = ctypes.POINTER(_Weight)
-        found.dequantize.argtypes = [weight, size, number, pointer, number]
-        found.multiply.argtypes = [weight, size, pointer, size, number, pointer, number]
-        found.multiply_transposed.argtypes = found.multiply.argtypes
-        found.dequantize.restype = found.multiply.restype = found.multiply_transposed.restype = number
-    return found
+    return build.weight_library("ggml", _Weight)

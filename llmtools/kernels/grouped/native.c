@@ -1,11 +1,12 @@
 /* The functions that __init__.py calls. */
 #include "multiply.h"
 
-/* out [rows, columns] of `type`, contiguous. */
-void dequantize(const Weight *given, int64_t rows, int type, void *out, int threads) {
+/* out [rows, columns] of `type`, contiguous. Returns 1. */
+int dequantize(const Weight *given, int64_t rows, int type, void *out, int threads) {
     Weight w = *given;
     prepare(&w);
     decode_rows(&w, rows, type, out, threads);
+    return 1;
 }
 
 /* By the weight's transpose, x [tokens, columns] to y [tokens, rows], or by the weight, x [tokens, rows] to

@@ -156,6 +156,21 @@ class Report:
     """Module → LoRA initialisation, where `adapter_rank` asked for it."""
 
     @property
+    def left(self) -> list[NotQuantized]:
+        """`not_quantized`, by the name of earlier versions."""
+        return self.not_quantized
+
+    @property
+    def taught(self) -> dict[str, list[BlockLoss]]:
+        """`reconstruction`, by the name of earlier versions."""
+        return self.reconstruction
+
+    @property
+    def starts(self) -> dict[str, LoraInit]:
+        """`lora_init`, by the name of earlier versions."""
+        return self.lora_init
+
+    @property
     def weights(self) -> int:
         """Number of quantized weights."""
         return sum(math.prod(row.shape) for row in self.rows)

@@ -353,6 +353,8 @@ def test_the_report_counts_what_is_stored() -> None:
     assert plain["totals"]["modules"] == len(plain["modules"]) == 14
     assert plain["not_quantized"][0]["path"] == "lm_head"
     assert Report.from_json(plain) == report
+    former = (report.left, report.taught, report.starts)  # names of earlier versions
+    assert former == (report.not_quantized, report.reconstruction, report.lora_init) and report.left
 
 
 def test_reports_of_earlier_versions_are_read() -> None:

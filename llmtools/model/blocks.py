@@ -30,6 +30,8 @@ class Group:
 
     paths: list[str]
     """Paths of the linears, in call order."""
+    calls: int = 1
+    """Number of calls of each of them in one run of the block."""
 
 
 @dataclass
@@ -171,7 +173,7 @@ def observe(block: Block, runs: Iterator[Any]) -> None:
     by_inputs: dict[tuple[object, ...], list[str]] = {}
     for path, inputs in seen.items():  # in the order of the first calls
         by_inputs.setdefault(tuple(inputs), []).append(path)
-    block.groups = [Group(paths) for paths in by_inputs.values()]
+    block.groups = [Group(paths, len(inputs)) for inputs, paths in by_inputs.items()]
     block.idle = [path for path in watched if path not in seen]
 
 

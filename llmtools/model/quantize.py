@@ -1,9 +1,9 @@
 """Quantize a network in place: a visitor of the walk, and its report.
 
-For each block, and in it for each group of linears that read one tensor: run the block over the calibration text, add
-up the group's Hessian, quantize its linears, put the packed layers in their place, and continue with the next group,
-whose inputs now carry the error of this one. When the block is done its outputs are recomputed and feed the next block.
-That is the order of arXiv:2210.17323, section 4 ("true sequential" in its code), for any quantizer.
+For each block, and in it for each group of linears that read one tensor: run the block over the calibration text as far
+as that group, add up its Hessian, quantize its linears, put the packed layers in their place, and continue with the
+next group, whose inputs now carry the error of this one. When the block is done its outputs are recomputed and feed the
+next block. That is the order of arXiv:2210.17323, section 4 ("true sequential" in its code), for any quantizer.
 
 A quantizer without calibration data needs no walk: its linears are replaced one by one.
 
@@ -45,7 +45,7 @@ from .reconstruct import (
 )
 from .targets import NotQuantized, Overrides, Plan, any_index, base_quantizer
 from .transformers_integration import attach
-from .walk import Batch, Calls, OnStep, evaluating, run_network, walk
+from .walk import Batch, Calls, Enough, OnStep, evaluating, run_network, walk
 
 log = logging.getLogger(__name__)
 
@@ -446,10 +446,11 @@ class _Quantization:
         """Quantizes one block of the walk, group by group."""
         self.reached.add(block.path)
         target = self.original.reconstruction(calls) if self.original is not None else None
-        groups = [[path for path in group.paths if path in self.plan.quantizers] for group in block.groups]
-        groups = [paths for paths in groups if paths]
+        chosen = [(group, [path for path in group.paths if path in self.plan.quantizers]) for group in block.groups]
+        groups = [paths for _, paths in chosen if paths]
+        once = {paths[0] for group, paths in chosen if paths and group.calls == 1}
         for stage in [[paths] for paths in groups] if self.sequential else [groups] if groups else []:
-            with self._accumulating(stage) as sums:
+            with self._accumulating(stage, stop=len(stage) == 1 and stage[0][0] in once) as sums:
                 calls.run()
             self._replace_groups(stage, sums, target)
             if target is not None and not any(each.learner for each in self.pending.values()):
@@ -503,13 +504,16 @@ class _Quantization:
                 )
 
     @contextmanager
-    def _accumulating(self, groups: list[list[str]]) -> Iterator[list[HessianSum]]:
-        """One Hessian per group, accumulated within the context from the inputs of its first linear."""
+    def _accumulating(self, groups: list[list[str]], *, stop: bool = False) -> Iterator[list[HessianSum]]:
+        """One Hessian per group, accumulated within the context from the inputs of its first linear.
+
+        stop: the rest of the block, behind that linear, is not run.
+        """
         sums, hooks = [], []
         for paths in groups:
             linear = self._linear(paths[0])
             sums.append(HessianSum(linear.in_features, linear.weight.device))
-            hooks.append(linear.register_forward_pre_hook(_accumulate(sums[-1], paths[0]), with_kwargs=True))
+            hooks.append(linear.register_forward_pre_hook(_accumulate(sums[-1], paths[0], stop), with_kwargs=True))
         try:
             yield sums
         finally:
@@ -626,10 +630,14 @@ class _Pending:
     """Time so far, in seconds."""
 
 
-def _accumulate(total: HessianSum, path: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+def _accumulate(
+    total: HessianSum, path: str, stop: bool
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with within(path):
             total.add(args[0] if args else kwargs["input"])
+        if stop:
+            raise Enough
 
     return hook
 

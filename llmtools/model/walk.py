@@ -61,6 +61,10 @@ Stream = list[dict[Slot, Any]]
 """Values that flow from block to block, one dict per batch."""
 
 
+class Enough(BaseException):
+    """Raised by a hook in `Calls.run`: what the rest of the block computes for this batch is not needed."""
+
+
 class Calls:
     """The arguments of one block, one call per batch; more where the block runs several times in a forward pass.
 
@@ -89,9 +93,10 @@ class Calls:
             yield self.output(index)
 
     def run(self) -> None:
-        """Runs the current block over all batches, for hooks."""
-        for _ in self.outputs():
-            pass
+        """Runs the current block over all batches, for hooks; one that raises `Enough` ends the run of that batch."""
+        for index in range(len(self)):
+            with suppress(Enough):
+                self.output(index)
 
     def output(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Runs the block on one batch, floating arguments in `dtype`; returns its hidden states [batch, t,

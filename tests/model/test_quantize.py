@@ -88,6 +88,37 @@ def test_each_linear_gets_the_hessian_of_the_network_as_quantized_so_far() -> No
             assert torch.equal(tensor, model.get_submodule(row.path).packed[name]), row.path
 
 
+def test_a_block_is_run_no_further_than_the_linears_that_are_measured() -> None:
+    model = tiny_model("llama")
+    last = model.model.layers[0].mlp.act_fn  # behind gate_proj and up_proj
+    runs: list[int] = []
+    last.register_forward_hook(lambda *_: runs.append(1))
+    quantize(model, "optq", BATCHES, bits=3, group_size=16)
+    # one batch to see the wiring, one to find the groups, then for the Hessian of down_proj and for the outputs
+    assert len(runs) == 1 + 1 + 2 * len(BATCHES)
+
+
+class Twice(nn.Module):
+    """A network that its input goes through two times."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x))
+
+
+def test_the_hessian_of_a_linear_that_runs_twice_has_both_inputs() -> None:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = Twice(layer.mlp)
+    tokens = {row.path.rpartition(".")[2]: row.tokens for row in quantize(model, "optq", BATCHES, bits=3).rows}
+    once = sum(ids.numel() for ids in BATCHES)
+    assert tokens["q_proj"] == tokens["o_proj"] == once
+    assert tokens["gate_proj"] == tokens["up_proj"] == tokens["down_proj"] == 2 * once
+
+
 def test_without_sequential_all_hessians_of_a_block_come_from_its_dense_weights() -> None:
     model, sequential = tiny_model("llama"), tiny_model("llama")
     runs = []

@@ -40,15 +40,17 @@ class Source(NamedTuple):
     """Inputs of every quantizer in one table."""
 
     folder: Path
-    """the model, float32"""
+    """the model"""
     calibration: list[Tensor]
     """token ids [1, t] each"""
+    dtype: torch.dtype | str = torch.float32
+    """to load the model in: a torch dtype, or "auto" for that of its files"""
 
     def model(self) -> nn.Module:
         """The model, fresh from the files."""
         from transformers import AutoModelForCausalLM
 
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype)
         return loaded.eval()
 
     def tokenizer(self) -> Any:
@@ -157,7 +159,7 @@ def _gptqmodel(source: Source, method: str, bits: int, group_size: int, options:
         bits=bits, group_size=group_size, sym=False, quant_method=method, offload_to_disk=False, **options
     )
     text = [{"input_ids": ids[0].tolist(), "attention_mask": [1] * ids.shape[1]} for ids in source.calibration]
-    dtype = torch.float16 if method == "awq" else torch.float32  # awq packs nothing wider, and ends the program
+    dtype = torch.float16 if method == "awq" else source.dtype  # awq packs nothing wider, and ends the program
     worker = GPTQModel.load(str(source.folder), config, device="cpu", dtype=dtype)
     worker.quantize(text, batch_size=1)
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +220,7 @@ def _auto_round(source: Source, method: str, bits: int, group_size: int, options
         seqlen=rows.shape[1],
         batch_size=8,
         device_map="cpu",
-        amp=False,
+        amp=source.dtype != torch.float32,
         enable_torch_compile=False,
         low_cpu_mem_usage=False,
         **options,

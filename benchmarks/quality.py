@@ -1,4 +1,4 @@
-"""How good are the quantizers? The figures behind docs/results/quality.md, one JSON line a row.
+"""How good are the quantizers? The figures behind docs/results/toys.md, one JSON line a row.
 
     python -m benchmarks.quality mse                        the lattice codebooks on Gaussian numbers
     python -m benchmarks.quality layers                     proxy loss of every linear of the demo model
@@ -6,7 +6,7 @@
     python -m benchmarks.quality finetune                   the same after a LoRA budget, on another kind of text
     python -m benchmarks.quality starts                     LoRA initialised with zero and from the quantization error
     python -m benchmarks.quality encode                     one large layer through quip_sharp: seconds and memory
-    python -m benchmarks.quality table                      docs/results/quality.md, from the rows
+    python -m benchmarks.quality table                      docs/results/toys.md, from the rows
 
 Rows are appended to benchmarks/results/quality.jsonl (``--out``) with versions, machine and settings; `table` takes the
 newest row of each kind. Whatever is not registered or not installed is left out with a line, and a row that fails says

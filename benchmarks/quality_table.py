@@ -1,4 +1,4 @@
-"""Rows of benchmarks/quality.py as the tables of docs/results/quality.md; the prose around them is written by hand.
+"""Rows of benchmarks/quality.py as the tables of docs/results/toys.md; the prose around them is written by hand.
 
 A table stands between ``<!-- NAME -->`` and ``<!-- end -->`` and is replaced. Of rows that measure the same the newest
 counts.
@@ -14,7 +14,7 @@ from typing import Any
 
 from llmtools.document import markdown_table
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "quality.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "toys.md"
 Row = dict[str, Any]
 
 

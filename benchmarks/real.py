@@ -1,17 +1,18 @@
 """Quality per bit on a real model: whole-model perplexity, ours beside other libraries', one JSON line a row.
 
-    python -m benchmarks.real --model FOLDER --calibration c4=c4.jsonl.gz --texts wikitext2=wiki.test.raw.gz c4=c4.jsonl.gz
+    python -m benchmarks.real --model FOLDER --calibration c4=c4.jsonl.gz --texts wikitext2=test.txt c4=c4.jsonl.gz
     python -m benchmarks.real … --only "optq,quip_sharp" --bits 2 --seed 1
     python -m benchmarks.real --list                 what would run, and what is done
     python -m benchmarks.real --table                docs/results/quality.md, from the rows
 
-A row is a quantizer at a width: each is made in a process of its own, which measures the CPU seconds and the peak memory
-of quantizing and then the perplexity on each text. Rows are appended to benchmarks/results/real.jsonl with versions,
-commit and machine, and those that are there already are not made again: the command goes on where it was stopped.
+A row is a quantizer at a width: each is made in a process of its own, which measures the CPU seconds and the peak
+memory of quantizing and then the perplexity on each text. Rows are appended to benchmarks/results/real.jsonl with
+versions, commit and machine, and those that are there already are not made again: the command goes on where it was
+stopped.
 
-Where the calibration and a held-out text are the same file of documents, every fourth document is held out. The model is
-loaded in the dtype that it is stored in, by everyone, as users do; perplexity is computed in that dtype, too, from the
-dequantized weights of every library, so that nothing but the weights differs.
+Where the calibration and a held-out text are the same file of documents, every fourth document is held out. The model
+is loaded in the dtype that it is stored in, by everyone, as users do; perplexity is computed in that dtype, too, from
+the dequantized weights of every library, so that nothing but the weights differs.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def _one(args: argparse.Namespace) -> Row:
     quiet_libraries()
     torch.manual_seed(0)
     named = dict(each.split("=", 1) for each in args.texts)
-    name, _, file = args.calibration.partition("=")
+    _, _, file = args.calibration.partition("=")
     bare = Source(Path(args.model), [], dtype="auto")
     tokenizer = bare.tokenizer()
     texts = {

@@ -34,6 +34,8 @@ class Basis(ABC):
 
     by_rows: ClassVar[bool] = True
     """Whether rows of W depend on the same rows of W' alone (L is the identity)."""
+    state: ClassVar[tuple[str, ...]]
+    """Names of the tensors of `layout`."""
 
     def columns(self, in_features: int) -> int:
         """in', the columns of the rotated weight."""
@@ -59,6 +61,10 @@ class Basis(ABC):
     def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
         """W' [out, in'] -> W [out, in]. Where `by_rows`, the same of some rows."""
 
+    def rotated(self, packed: Packed) -> Packed:
+        """The tensors of the rotated weight alone, without the state."""
+        return {name: tensor for name, tensor in packed.items() if name not in self.state}
+
     @abstractmethod
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
         """x [..., in] -> x R."""
@@ -75,6 +81,8 @@ class Permutation(Basis):
     Groups are runs of the permuted columns, so their scales fit columns of like importance. State: perm [in] int32, of
     which entry k is the column of W that is column k of W'.
     """
+
+    state = ("perm",)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {"perm": TensorSpec((in_features,), torch.int32)}
@@ -128,6 +136,7 @@ class SignedHadamard(Basis):
     """The type of sv: float16, bfloat16 or float32."""
 
     by_rows: ClassVar[bool] = False
+    state = ("su", "sv")
 
     def __post_init__(self) -> None:
         if self.rules != 1:
@@ -245,6 +254,8 @@ class Rescale(Basis):
     """
 
     grid: Grid
+
+    state = ("input_scales",)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {"input_scales": TensorSpec((in_features,), torch.float16)}

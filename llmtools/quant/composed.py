@@ -127,7 +127,7 @@ class Composed(Quantizer):
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         if self.basis is None:
             return materialized_linear(x, self.grid, packed)
-        y = materialized_linear(self.basis.inputs(x, packed), self.grid, packed)
+        y = materialized_linear(self.basis.inputs(x, packed), self.grid, self.basis.rotated(packed))
         return self.basis.outputs(y, packed)
 
     def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:

@@ -220,7 +220,7 @@ class FusedLattice(Quantizer):
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         basis, whole = SignedHadamard(), self._whole(packed)
-        y = materialized_linear(basis.inputs(x, whole), self._grid, packed)
+        y = materialized_linear(basis.inputs(x, whole), self._grid, basis.rotated(packed))
         return basis.outputs(y, whole)[..., self._part(packed)].clone()  # no view: it may be modified in place
 
     def _part(self, packed: Packed) -> slice:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..errors import InputError
 from .base import Packed, Quantizer
 from .hessian import proxy_loss
+from .materialize import materialize_budget
 
 Law = Callable[[Quantizer, Tensor, Tensor], None]
 
@@ -110,6 +111,27 @@ def linear(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
         _require(bool(off <= allowed), f"{what} is off by {off:.3g}, allowed {allowed:.3g}")
 
 
+def trained(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """The gradients of `linear` in its tunable tensors equal autograd's through the whole weight of `tuning_linear`."""
+    packed = _quantize(quantizer, weight, hessian)
+    floats = {name: packed[name].float().requires_grad_() for name in quantizer.tunable(packed)}
+    if not floats:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, weight.shape[1], generator=generator)
+    grad = torch.randn(3, 5, weight.shape[0], generator=generator)
+    whole_weight = quantizer.tuning_linear(x, packed | floats)
+    if not whole_weight.requires_grad:
+        return  # codes alone decide; there is nothing to tune
+    whole = torch.autograd.grad(whole_weight, list(floats.values()), grad)
+    with materialize_budget(16 * weight.shape[1] * 3):  # three rows at a time
+        rowwise = torch.autograd.grad(quantizer.linear(x, packed | floats), list(floats.values()), grad)
+    for name, got, truth in zip(floats, rowwise, whole, strict=True):
+        allowed = 1e-4 * float(truth.abs().max()) + 1e-6
+        off = float((got - truth).abs().max())
+        _require(off <= allowed, f"the gradient of {name} is off by {off:.3g}, allowed {allowed:.3g}")
+
+
 def in_place(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
     """The result of `linear` may be modified in place, with autograd and after it was off, as that of `F.linear`."""
     packed = _quantize(quantizer, weight, hessian)
@@ -192,7 +214,19 @@ def degenerate(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
 
 LAWS: dict[str, Law] = {
     law.__name__: law
-    for law in (layout, rows, determinism, meta, linear, in_place, round_trip, calibration_helps, monotone, degenerate)
+    for law in (
+        layout,
+        rows,
+        determinism,
+        meta,
+        linear,
+        trained,
+        in_place,
+        round_trip,
+        calibration_helps,
+        monotone,
+        degenerate,
+    )
 }
 _STATISTICAL = ("calibration_helps", "monotone")  # hold over ordinary problems, not for every adversarial matrix
 

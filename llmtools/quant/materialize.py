@@ -4,6 +4,10 @@ Forward and backward decode the weight a block of rows at a time and drop each b
 needs its packed tensors and one block of scratch, whatever its size. Nothing dense is kept for backward: the packed
 tensors are saved, neither x nor W, because the weight is frozen and only the gradient of x is wanted.
 
+Where a floating tensor of the weight (scales, zero points) requires a gradient, x is saved as well, and that gradient
+is summed block by block: a block of the weight's own gradient, r rows of gradᵀ x, goes back through the decoding of its
+rows and is dropped.
+
 On a CPU a block stays in the processor's cache, so memory is read packed, once a pass; and half-precision inputs are
 multiplied in float32 where the processor does that faster, so W is not rounded at all. For decoding there may be
 a matrix-vector kernel (GEMV) that needs no blocks and decodes in registers (`Rows.multiply`).
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import InputError
 from ..kernels.build import features
 from ..kernels.ops import constant_result
 
@@ -71,13 +76,15 @@ def gemv_tokens(limit: int) -> Iterator[None]:
 
 
 def materialized_linear(x: Tensor, source: Rows, packed: Packed) -> Tensor:
-    """x [..., in] @ W.T -> [..., out], W = source.dequantize(packed), differentiable in x; autocast is honoured.
+    """x [..., in] @ W.T -> [..., out], W = source.dequantize(packed); autocast is honoured.
 
-    x and the result have x's type, or autocast's.
+    x and the result have x's type, or autocast's. Differentiable in x, and in the floating tensors of `packed` that
+    require a gradient, which may have a wider dtype than in the layout; InputError where decoding does not depend on
+    one differentiably.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in packed.values())):
         result: Tensor = Materialize.apply(x, source, _limits(x), tuple(packed), *packed.values())
         return result
     return _forward(x, source, packed, _limits(x))  # generating text: autograd would take some 10 µs
@@ -112,18 +119,22 @@ class Materialize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, source: Rows, limits: tuple[int, int], names: tuple[str, ...], *tensors: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *([x] if any(ctx.needs_input_grad[4:]) else []))
         ctx.source, ctx.limits, ctx.names, ctx.in_features = source, limits, names, x.shape[-1]
         return _forward(x, source, dict(zip(names, tensors, strict=True)), limits)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        nothing = (None,) * (3 + len(ctx.names))
-        if not ctx.needs_input_grad[0]:
-            return None, *nothing
-        packed = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
-        return _gradient(grad, ctx.source, packed, ctx.in_features, ctx.limits), *nothing
+        packed = dict(zip(ctx.names, ctx.saved_tensors, strict=False))
+        trained = [name for name, needed in zip(ctx.names, ctx.needs_input_grad[4:], strict=True) if needed]
+        floats: Packed = {}
+        if trained:
+            floats = _float_gradients(grad, ctx.saved_tensors[-1], ctx.source, packed, trained, ctx.limits[0])
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _gradient(grad, ctx.source, packed, ctx.in_features, ctx.limits)
+        return grad_x, None, None, None, *(floats.get(name) for name in ctx.names)
 
 
 def _forward(x: Tensor, source: Rows, packed: Packed, limits: tuple[int, int]) -> Tensor:
@@ -183,6 +194,28 @@ def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features:
         else:
             grad_x += part @ source.dequantize(packed, rows, dtype)
     return grad_x.to(grad.dtype)
+
+
+def _float_gradients(grad: Tensor, x: Tensor, source: Rows, packed: Packed, trained: list[str], budget: int) -> Packed:
+    """The gradients of floating tensors of the weight, from grad [..., out] and x [..., in], in their own dtypes."""
+    out_features, inputs = source.out_features(packed), x.reshape(-1, x.shape[-1]).to(product_type(x))
+    grad = grad.reshape(-1, grad.shape[-1]).to(inputs.dtype)
+    leaves = {name: packed[name].detach().requires_grad_() for name in trained}
+    sums = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    step = max(1, budget // (16 * inputs.shape[1]))  # the rows, their gradient and what autograd keeps between, float32
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, out_features, step):
+            rows = slice(start, min(start + step, out_features))
+            outer = (grad[:, rows].mT @ inputs).float()  # [r, t] @ [t, in]
+            with torch.enable_grad():
+                weight = source.dequantize(packed | leaves, rows, torch.float32)
+            if not weight.requires_grad:
+                raise InputError(f"{source}: its rows are not differentiable in {', '.join(trained)}")
+            parts = torch.autograd.grad(weight, list(leaves.values()), outer, allow_unused=True)
+            for name, part in zip(leaves, parts, strict=True):
+                if part is not None:
+                    sums[name] += part
+    return sums
 
 
 def product_type(x: Tensor) -> torch.dtype:

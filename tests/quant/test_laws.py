@@ -87,6 +87,8 @@ class Plain(Quantizer):
         values = packed["values"]
         if self.broken == "rows" and rows != ALL:
             return (values[rows] * 1.001).to(dtype)
+        if self.broken == "trained" and rows != ALL and rows.start:
+            values = values.detach() + 0 * values
         return values[rows].to(dtype)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
@@ -113,7 +115,7 @@ def test_a_sound_third_party_quantizer_keeps_them() -> None:
     assert not [outcome for outcome in check(Plain(), every=3) if outcome.error]
 
 
-@pytest.mark.parametrize("law", ["layout", "rows", "determinism", "linear", "in_place", "degenerate"])
+@pytest.mark.parametrize("law", ["layout", "rows", "determinism", "linear", "trained", "in_place", "degenerate"])
 def test_a_broken_law_is_reported_with_the_problem(law: str) -> None:
     outcomes = [outcome for outcome in check(Plain(broken=law), every=4) if outcome.law == law]
     assert any(outcome.error and outcome.problem for outcome in outcomes)
@@ -130,6 +132,6 @@ def test_an_exception_of_a_quantizer_is_an_outcome_not_a_crash() -> None:
 
 def test_the_laws_are_the_architectures() -> None:
     assert set(LAWS) == {
-        "layout", "rows", "determinism", "meta", "linear", "in_place", "round_trip", "calibration_helps", "monotone",
-        "degenerate",
+        "layout", "rows", "determinism", "meta", "linear", "trained", "in_place", "round_trip", "calibration_helps",
+        "monotone", "degenerate",
     }  # fmt: skip

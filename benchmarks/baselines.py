@@ -280,7 +280,8 @@ def ours(name: str, options: dict[str, Any], tuning: BlockTuning | None = None) 
 
     def make(source: Source) -> Made:
         model = source.model()
-        report = llmtools.quantize(model, name, source.calibration, tuning=tuning, **options)
+        text = source.calibration if factory.needs_hessian or tuning is not None else None
+        report = llmtools.quantize(model, name, text, tuning=tuning, **options)
         return Made(model, report.bits_per_weight)
 
     shown = {key: value for key, value in options.items() if key not in ("bits", "group_size")}

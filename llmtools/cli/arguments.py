@@ -136,7 +136,8 @@ class _Reader:
 def _split(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | None]]:
     """(flag, value) for each flag that has one, and (argument, None) for all others.
 
-    ``--resume`` alone means true, and a text may begin with a dash: ``--prompt "- item"``.
+    ``--resume`` alone means true, ``--recover``, a group of options, its defaults; and a text may begin with a dash:
+    ``--prompt "- item"``.
     """
     hints = {f"--{name}": hint for name, hint in _hints(options)} | {"--trust_plugins": bool}
     following = [*args, None][1:]
@@ -152,6 +153,8 @@ def _split(args: list[str], options: type[Any]) -> Iterator[tuple[str, str | Non
         elif bool in (hints.get(word), *typing.get_args(hints.get(word))):
             is_value = after is not None and after.lower() in ("true", "false")
             yield word, after if is_value else "true"
+        elif dataclasses.is_dataclass(hints.get(word)) and (after is None or after.startswith("-")):
+            yield word, json.dumps(dataclasses.asdict(hints[word]()))
         elif after is None or after == "-h" or (after.startswith("--") and not after[2:].count(" ")):
             yield word, None
         else:

@@ -46,6 +46,7 @@ VERBS = {
         """\
 llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
   --num_samples 64 --max_length 512 --out QDIR
+llmtools quantize --model DIR --quantizer quip_sharp --bits 2 --calibration train.txt --recover --out QDIR
 llmtools quantize --model DIR --quantizer nf4 --out QDIR
 llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
         first=(
@@ -57,9 +58,20 @@ llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
             "calibration",
             "num_samples",
             "max_length",
+            "recover.steps",
             "skip",
             "options",
         ),
+    ),
+    "recover": Verb(
+        "recipes.recover",
+        "Recover",
+        "recover",
+        "train a quantized model's scales and norms towards the original model",
+        """\
+llmtools recover --model QDIR --calibration train.txt --out QDIR2
+llmtools recover --model QDIR --original DIR --calibration train.txt --recover.steps 200 --out QDIR2 --resume""",
+        first=("model", "original", "calibration", "out", "num_samples", "max_length", "recover.steps", "resume"),
     ),
     "finetune": Verb(
         "recipes.finetune",

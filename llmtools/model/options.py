@@ -40,3 +40,45 @@ class BlockTuning:
 
 
 NO_TUNING = BlockTuning(epochs=0)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """End-to-end recovery: train what stays in floating point on the original model's next-token distributions.
+
+    The codes are fixed. Trained are the floating tensors of packed layers (scales, zero points, sign vectors), norms
+    and biases, by the Kullback–Leibler divergence from the original model over calibration text, through the packed
+    weights of the whole model.
+    """
+
+    steps: int = 60
+    """Number of training steps; 0 for no recovery."""
+    batch: int = 4
+    """Number of sequences per step."""
+    learning_rate: float = 1e-3
+    """Learning rate for the floating tensors of packed layers, relative to each value."""
+    dense_learning_rate: float = 1e-3
+    """Learning rate for norms and biases, relative to each tensor's RMS."""
+    top_k: int = 64
+    """Number of most probable tokens per position that are kept of the original's distribution; the others count as
+    one."""
+    held_out: float = 0.125
+    """Share of the sequences that is held out, to keep the best iterate and to stop."""
+    evaluations: int = 6
+    """Number of evaluations on the held-out sequences; the training state is saved at each."""
+    patience: int = 2
+    """Number of evaluations without a lower held-out divergence before recovery stops."""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 0, "batch": 1, "top_k": 1, "evaluations": 1, "patience": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise InputError(f"recover: {name}={getattr(self, name)}; at least {lowest} is expected")
+        for name in ("learning_rate", "dense_learning_rate"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise InputError(f"recover: {name}={getattr(self, name)}; a number of at least 0 is expected")
+        if not 0 < self.held_out < 1:
+            raise InputError(f"recover: held_out={self.held_out}; a share between 0 and 1 is expected, such as 0.125")
+
+
+RECOVERY, NO_RECOVERY = Recovery(), Recovery(steps=0)

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..nn.linear import QuantizedLinear
 from ..nn.swap import quantized_linears, set_module
-from ..quant.base import Learner, Packed
+from ..nn.tuning import TuningLinear
+from ..quant.base import Learner
 from .options import BlockTuning
 from .walk import Batch, Calls, Stream, copied
 
@@ -196,10 +196,10 @@ def tune(block: nn.Module, target: Reconstruction, tuning: BlockTuning, *, seed:
     packed = {id(tensor) for layer in layers.values() for tensor in layer.packed.values()}
     dense = [each for each in block.parameters() if each.is_floating_point() and id(each) not in packed]
     initial = [each.detach().clone() for each in dense]
-    tuned = {path: _TuningLinear(layer) for path, layer in layers.items()}
+    tuned = {path: TuningLinear(layer) for path, layer in layers.items()}
     with _training(block), torch.enable_grad():
         before = target.held_out_loss()
-        with _replaced(block, tuned):
+        with replaced(block, tuned):
             _descend(
                 dense,
                 [delta for layer in tuned.values() for delta in layer.deltas.values()],
@@ -229,7 +229,7 @@ def _descend(
     trained = [*dense, *deltas]
     for each in trained:
         each.requires_grad_(True)
-    groups = [{"params": [each], "lr": tuning.learning_rate * _size(each)} for each in dense]
+    groups = [{"params": [each], "lr": tuning.learning_rate * relative_to(each)} for each in dense]
     groups += [{"params": [each], "lr": tuning.packed_learning_rate} for each in deltas]
     if not groups:
         return
@@ -253,43 +253,9 @@ def _descend(
             each.copy_(value)
 
 
-def _size(tensor: Tensor) -> float:
+def relative_to(tensor: Tensor) -> float:
     """Root mean square, so that one learning rate suits tensors of any magnitude."""
     return max(1e-3, float(tensor.detach().square().mean().sqrt()))
-
-
-class _TuningLinear(nn.Module):
-    """A quantized layer whose floating tensors f are trained as f · (1 + δ): one learning rate suits
-    scales of any magnitude.
-
-    Where f is zero, δ counts in units of the tensor's mean magnitude.
-    """
-
-    def __init__(self, layer: QuantizedLinear) -> None:
-        super().__init__()
-        self.quantizer, self.bias, self._packed = layer.quantizer, layer.bias, layer.packed
-        names = layer.quantizer.tunable(layer.packed)
-        self._initial = {name: layer.packed[name].detach().float() for name in names}
-        self.deltas = {name: torch.zeros_like(initial) for name, initial in self._initial.items()}
-
-    def floats(self) -> Packed:
-        """The current floating tensors, in float32, differentiable in δ."""
-        return {name: value + _unit(value) * self.deltas[name] for name, value in self._initial.items()}
-
-    @torch.no_grad()
-    def packed(self) -> Packed:
-        """All tensors, in the dtypes of the layout."""
-        floats = self.floats()
-        return {name: floats.get(name, tensor).to(tensor.dtype) for name, tensor in self._packed.items()}
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.quantizer.tuning_linear(x, {**self._packed, **self.floats()})
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def _unit(initial: Tensor) -> Tensor:
-    size = initial.abs()
-    return torch.where(size > 0, size, size.mean())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +281,7 @@ def _training(block: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+def replaced(block: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """These modules at their paths in the block for the length of the context."""
     former = {path: block.get_submodule(path) for path in modules}
     for path, module in modules.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
-from ..model.options import NO_TUNING, BlockTuning
+from ..model.options import NO_RECOVERY, NO_TUNING, BlockTuning, Recovery
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,9 @@ class Quantize(QuantizerOptions, ModelOptions):
     finetune_blocks: BlockTuning = NO_TUNING
     """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
     --finetune_blocks.epochs 5."""
+    recover: Recovery = NO_RECOVERY
+    """End-to-end recovery: scales and norms of the quantized model trained on the original's distributions, over the
+    calibration text; --recover with its defaults, or --recover.steps 200."""
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
     --lora.init error; 0: none."""
@@ -83,11 +86,19 @@ class QuantizeResult:
     """Entry per module: error, proxy loss, seconds, bytes; modules that stay dense, with the reason."""
     table: str
     """Report as a table for printing."""
+    recovery: dict[str, Any] | None = None
+    """Divergence from the original before and after end-to-end recovery, steps and number of trained values."""
 
     def __str__(self) -> str:
+        recovered = (
+            f"recovery: divergence from the original {self.recovery['before']:.4f} → {self.recovery['after']:.4f} nats "
+            f"per token on held-out text\n"
+            if self.recovery
+            else ""
+        )
         return (
-            f"{self.table}\n{self.out}: {self.modules} modules at {self.bits_per_weight:.2f} bits per weight, "
-            f"{self.packed_bytes / 2**20:.2f} MiB, in {self.seconds:.1f} s"
+            f"{self.table}\n{recovered}{self.out}: {self.modules} modules at {self.bits_per_weight:.2f} bits per "
+            f"weight, {self.packed_bytes / 2**20:.2f} MiB, in {self.seconds:.1f} s"
         )
 
 
@@ -109,6 +120,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     from ..files import writing
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
+    from .recover import recovering
 
     began = time.monotonic()
     check_model(recipe.model)
@@ -123,21 +135,25 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     if recipe.calibration is not None:
         length = recipe.max_length if recipe.max_length is not None else min(model_positions(model) or 2048, 2048)
         text = calibration(recipe.calibration, tokenizer, samples=recipe.num_samples, tokens=length, seed=recipe.seed)
-    with progress(f"quantize ({quantizer.name})", unit="modules") as step:
-        report = quantize_model(
-            model,
-            quantizer,
-            text,
-            overrides=recipe.overrides,
-            skip=recipe.skip,
-            sequential=recipe.sequential,
-            tuning=recipe.finetune_blocks,
-            adapter_rank=recipe.adapter_rank,
-            on_step=step,
-        )
+    with recovering(model, text or [], recipe.recover, recipe.seed) as recover:
+        with progress(f"quantize ({quantizer.name})", unit="modules") as step:
+            report = quantize_model(
+                model,
+                quantizer,
+                text,
+                overrides=recipe.overrides,
+                skip=recipe.skip,
+                sequential=recipe.sequential,
+                tuning=recipe.finetune_blocks,
+                adapter_rank=recipe.adapter_rank,
+                on_step=step,
+            )
+        recovered = recover()
+    recovery = None if recovered is None else recovered._asdict()
     out = Path(recipe.out).expanduser()
     with writing(out, overwrite=recipe.overwrite) as folder:
-        write(model, tokenizer, folder, report=report, run=record("quantize", recipe, facts=_facts(recipe)))
+        run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
+        write(model, tokenizer, folder, report=report, run=run)
         write_card(folder, name=out.resolve().name, former=out)
     return QuantizeResult(
         out=recipe.out,
@@ -148,6 +164,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
         seconds=time.monotonic() - began,
         report=report.to_json(),
         table=report.table(),
+        recovery=recovery,
     )
 
 
@@ -164,6 +181,12 @@ def checked_quantizer(recipe: Quantize) -> Any:
         )
     if recipe.finetune_blocks.epochs and recipe.calibration is None:
         raise InputError("--finetune_blocks needs calibration text: pass --calibration FILE (.txt or .jsonl)")
+    if recipe.recover.steps and recipe.calibration is None:
+        raise InputError("--recover needs calibration text: pass --calibration FILE (.txt or .jsonl)")
+    if not recipe.recover.steps and recipe.recover != NO_RECOVERY:
+        raise InputError("--recover: options of recovery, and recover.steps is 0; pass --recover.steps, such as 60")
+    if recipe.recover.steps and recipe.adapter_rank:
+        raise InputError("--recover changes the weights that --adapter_rank starts from; pass one of the two")
     if recipe.calibration is not None and recipe.calibration not in HUB:
         existing_file(recipe.calibration)
     return quantizer

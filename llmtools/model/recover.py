@@ -1,0 +1,322 @@
+"""End-to-end recovery: train a quantized model's floating tensors on the distributions of the original.
+
+Quantizing sees one layer or one block; the errors of all blocks add up, and nothing looks at the whole. Here the whole
+is trained, after the codes are fixed: scales, zero points, sign vectors, norms and biases, a hundredth of the weights
+and less, towards the next-token distributions of the original model. EfficientQAT (arXiv:2407.11062, section 3.3)
+trains step sizes end to end on text; QuIP# (arXiv:2402.04396, section 5) sign vectors and norms on the original's
+logits. The packed weights are materialised row block by row block, forward and backward, and so is the gradient of
+their scales (`quant/materialize.py`), so it takes the memory of a LoRA step, not that of a dense one.
+
+Teacher and student are never in memory together: the original's distributions over the calibration text are computed
+once, and of each its `top_k` most probable tokens are kept on disk. The divergence counts all other tokens as one.
+
+Shapes: t — tokens of a sequence; k — tokens kept of a distribution; v — vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, InputError, within
+from ..nn.swap import quantized_linears
+from ..nn.tuning import TuningLinear
+from .options import Recovery
+from .reconstruct import relative_to, replaced
+from .walk import evaluating
+
+OnStep = Callable[[int, int, str], None]
+
+_LEAST = 1e-9
+"""Smallest probability of the tokens that are counted as one."""
+
+
+class Target(NamedTuple):
+    """The original's next-token distribution at each position of a sequence."""
+
+    ids: Tensor
+    """Its most probable tokens, int64 [t, k]."""
+    log_probabilities: Tensor
+    """Their natural logarithms, float32 [t, k]."""
+
+
+class Targets:
+    """The `Target` of each sequence, a file each in a folder."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Target:
+        stored = load_file(self._file(index))
+        return Target(stored["ids"].long(), stored["log_probabilities"])
+
+    def _file(self, index: int) -> Path:
+        return self.folder / f"{index:06}.safetensors"
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, model: nn.Module, sequences: Sequence[Tensor], folder: Path, k: int, on_step: OnStep | None = None
+    ) -> Targets:
+        """Runs the original model over `sequences`, int64 [1, t] each, and writes what is kept; files that are there
+        already stay."""
+        targets = cls(folder, len(sequences))
+        folder.mkdir(parents=True, exist_ok=True)
+        with evaluating(model):
+            for index, ids in enumerate(sequences):
+                if not targets._file(index).exists():
+                    logits = _logits(model, ids)
+                    best = logits.topk(min(k, logits.shape[-1]), dim=-1)
+                    kept = best.values - logits.logsumexp(-1, keepdim=True)
+                    stored = {"ids": best.indices.to(torch.int32).cpu(), "log_probabilities": kept.cpu()}
+                    partial = targets._file(index).with_suffix(".partial")
+                    save_file(stored, partial)
+                    os.replace(partial, targets._file(index))
+                if on_step is not None:
+                    on_step(index + 1, len(sequences), "original model")
+        return targets
+
+
+def divergence(logits: Tensor, target: Target) -> Tensor:
+    """Σ p log(p/q) in nats, the mean over positions: p the target's, q that of logits [t, v], float32.
+
+    All tokens that the target does not name count as one.
+    """
+    wanted = target.log_probabilities.to(logits.device)
+    found = logits.gather(-1, target.ids.to(logits.device)) - logits.logsumexp(-1, keepdim=True)  # [t, k]
+    p = wanted.exp()
+    rest_p = (1 - p.sum(-1)).clamp_min(_LEAST)
+    rest_q = (1 - found.exp().sum(-1)).clamp_min(_LEAST)
+    return ((p * (wanted - found)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
+
+
+class RecoveryReport(NamedTuple):
+    """What recovery changed."""
+
+    before: float
+    """Divergence from the original on the held-out sequences before training, in nats per token."""
+    after: float
+    """The same after training."""
+    steps: int
+    """Number of training steps that were made."""
+    trained: int
+    """Number of trained values."""
+
+
+def recover(
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    targets: Targets,
+    options: Recovery,
+    *,
+    state: Path | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> RecoveryReport:
+    """Trains the floating tensors of a quantized `model` in place; codes, shapes and dtypes do not change.
+
+    sequences: token ids [1, t], those that `targets` were made of; the last ones are held out.
+    state: a file for the training state. If it is there, training goes on from it.
+    The best iterate on the held-out sequences is kept, the initial one included. If it is interrupted, the model is
+    unchanged.
+
+    Raises InputError for a model without quantized layers, with a layer that is not differentiable in its floating
+    tensors, or with fewer than two sequences; CheckpointError for a damaged `state`.
+    """
+    if len(sequences) < 2 or len(targets) != len(sequences):
+        raise InputError(f"recover: {len(sequences)} sequences and {len(targets)} targets; at least two are expected")
+    layers = quantized_linears(model)
+    if not layers:
+        raise InputError(f"recover: {type(model).__name__} has no quantized layers; quantize it first")
+    packed = {id(tensor) for layer in layers.values() for tensor in layer.packed.values()}
+    dense = [p for p in model.parameters() if p.is_floating_point() and p.dim() <= 1 and id(p) not in packed]
+    initial = [each.data for each in dense]
+    tuned = {path: TuningLinear(layer, materialize=True) for path, layer in layers.items()}
+    _check_differentiable(tuned)
+    held = max(1, math.ceil(options.held_out * len(sequences)))
+    text = _Text(model, sequences, targets, held)
+    with evaluating(model), _float32(dense), replaced(model, tuned):
+        deltas = [delta for layer in tuned.values() for delta in layer.deltas.values()]
+        training = _Training([*dense, *deltas], [*map(relative_to, dense)], options, seed)
+        before, steps = training.run(text, state, on_step)
+    former = {path: dict(layer.packed) for path, layer in layers.items()}
+    with torch.no_grad():
+        for path, layer in layers.items():
+            layer.pack_(tuned[path].packed())
+        for each, value in zip(dense, initial, strict=True):
+            each.data = each.data.to(value.dtype)
+    with evaluating(model):
+        after = text.held_out_divergence()
+    if not after < before:
+        after = before
+        for path, layer in layers.items():
+            layer.pack_(former[path])
+        for each, value in zip(dense, initial, strict=True):
+            each.data = value
+    return RecoveryReport(before, after, steps, sum(each.numel() for each in training.trained))
+
+
+def _check_differentiable(tuned: dict[str, TuningLinear]) -> None:
+    for path, layer in tuned.items():
+        if not layer.deltas:
+            raise InputError(
+                f"recover: {path} ({layer.quantizer}) has no scales or other floating tensors that could be trained"
+            )
+
+
+@contextmanager
+def _float32(dense: list[nn.Parameter]) -> Iterator[None]:
+    """These parameters in float32; restored only after an error, since the caller casts what was trained."""
+    before = [each.data for each in dense]
+    for each in dense:
+        each.data = each.data.to(torch.float32, copy=True)
+    try:
+        yield
+    except BaseException:
+        for each, data in zip(dense, before, strict=True):
+            each.data, each.grad = data, None
+            each.requires_grad_(False)
+        raise
+    for each in dense:
+        each.grad = None
+        each.requires_grad_(False)
+
+
+class _Text:
+    """Sequences with their targets: those to train on, and the held-out ones."""
+
+    def __init__(self, model: nn.Module, sequences: Sequence[Tensor], targets: Targets, held: int) -> None:
+        self.model, self.sequences, self.targets = model, sequences, targets
+        self.train = range(len(sequences) - min(held, len(sequences) - 1))
+        self.held_out = range(len(self.train), len(sequences))
+
+    def divergence(self, index: int) -> Tensor:
+        return divergence(_logits(self.model, self.sequences[index]), self.targets[index])
+
+    @torch.no_grad()
+    def held_out_divergence(self) -> float:
+        return sum(float(self.divergence(index)) for index in self.held_out) / len(self.held_out)
+
+    def shuffled(self, seed: int) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield from torch.randperm(len(self.train), generator=generator).tolist()
+
+
+class _Training:
+    """Adam with a warm-up and a cosine schedule; the iterate with the lowest held-out divergence is kept."""
+
+    def __init__(self, trained: list[Any], sizes: list[float], options: Recovery, seed: int) -> None:
+        self.trained, self.options, self.seed = trained, options, seed
+        rates = [options.dense_learning_rate * size for size in sizes]
+        rates += [options.learning_rate] * (len(trained) - len(sizes))
+        for each in trained:
+            each.requires_grad_(True)
+        groups = [{"params": [each], "peak": rate} for each, rate in zip(trained, rates, strict=True)]
+        self.optimizer = torch.optim.Adam(groups)
+        self.kept = [each.detach().clone() for each in trained]
+        self.before = self.best = math.inf
+        self.step = self.without_gain = 0
+
+    def _share(self) -> float:
+        """The share of its peak that a learning rate has at this step."""
+        warmup = max(1, self.options.steps // 20)
+        return min((self.step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.step / self.options.steps))
+
+    def run(self, text: _Text, state: Path | None, on_step: OnStep | None) -> tuple[float, int]:
+        """Trains; the best iterate is in place afterwards. Returns the divergence before, and the number of steps."""
+        if state is not None and state.exists():
+            self._load(state)
+        else:
+            self.before = self.best = text.held_out_divergence()
+        order, every = text.shuffled(self.seed), max(1, self.options.steps // self.options.evaluations)
+        for _ in range(self.step * self.options.batch):
+            next(order)
+        while self.step < self.options.steps and self.without_gain < self.options.patience:
+            for _ in range(self.options.batch):
+                (text.divergence(next(order)) / self.options.batch).backward()
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["peak"] * self._share()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step += 1
+            if self.step % every == 0 or self.step == self.options.steps:
+                self._evaluate(text)
+                if state is not None:
+                    self._save(state)
+            if on_step is not None:
+                on_step(self.step, self.options.steps, f"divergence {self.before:.4f} → {self.best:.4f}")
+        with torch.no_grad():
+            for each, value in zip(self.trained, self.kept, strict=True):
+                each.copy_(value)
+                each.requires_grad_(False)
+        return self.before, self.step
+
+    def _evaluate(self, text: _Text) -> None:
+        found = text.held_out_divergence()
+        if found < self.best:
+            self.best, self.without_gain = found, 0
+            self.kept = [each.detach().clone() for each in self.trained]
+        else:
+            self.without_gain += 1
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that changes, by name; views, so that a file can be read into them."""
+        found = {}
+        for index, (each, kept) in enumerate(zip(self.trained, self.kept, strict=True)):
+            adam = self.optimizer.state[each]
+            found[f"{index}.value"], found[f"{index}.kept"] = each.detach(), kept
+            found[f"{index}.exp_avg"], found[f"{index}.exp_avg_sq"] = adam["exp_avg"], adam["exp_avg_sq"]
+        return found
+
+    def _save(self, file: Path) -> None:
+        figures = {
+            "step": self.step, "before": self.before, "best": self.best, "without_gain": self.without_gain,
+        }  # fmt: skip
+        partial = file.with_suffix(".partial")
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}
+        save_file(tensors, partial, metadata={"figures": json.dumps(figures)})
+        os.replace(partial, file)
+
+    def _load(self, file: Path) -> None:
+        for each in self.trained:
+            moments = {"exp_avg": torch.zeros_like(each), "exp_avg_sq": torch.zeros_like(each)}
+            self.optimizer.state[each] = {"step": torch.zeros(()), **moments}
+        try:
+            with safe_open(file, "pt") as opened, torch.no_grad():
+                figures = json.loads((opened.metadata() or {})["figures"])
+                for name, tensor in self._tensors().items():
+                    with within(name):
+                        tensor.copy_(opened.get_tensor(name))
+            self.step, self.without_gain = int(figures["step"]), int(figures["without_gain"])
+            self.before, self.best = float(figures["before"]), float(figures["best"])
+        except Exception as error:
+            raise CheckpointError(
+                f"{file}: not the state of this recovery ({error}); start without --resume"
+            ) from error
+        for adam in self.optimizer.state.values():
+            adam["step"].fill_(self.step)
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """ids [1, t] -> [t, v] float32, computed in the dtype of the model's linears where that is half precision."""
+    linear = next(each for each in model.modules() if isinstance(each, TuningLinear | nn.Linear))
+    dtype = linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype
+    home = next(model.parameters()).device
+    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    with torch.autocast(home.type, dtype=half, enabled=half is not None):
+        found: Tensor = model(input_ids=ids.to(home), use_cache=False).logits[0]
+    return found.float()

@@ -1,0 +1,197 @@
+"""Recover a quantized model: train its floating tensors on the original's distributions, write a new checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.options import ModelOptions
+from ..errors import InputError
+from ..model.options import RECOVERY, Recovery
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..model.recover import RecoveryReport, Targets
+
+LONGEST = 512
+"""Tokens in a sequence to recover on: the logits of a sequence are in memory three times."""
+
+
+@dataclass(frozen=True)
+class Recover(ModelOptions):
+    """Train the scales, zero points, sign vectors and norms of a quantized model on the original's distributions."""
+
+    model: str
+    """Folder or hub name of the quantized model."""
+    calibration: str
+    """Text to train on: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
+    out: str
+    """Folder to write the recovered model to."""
+    original: str | None = None
+    """Folder or hub name of the model that was quantized; by default the one that the checkpoint names."""
+    num_samples: int = 128
+    """Number of sequences."""
+    max_length: int = LONGEST
+    """Length of a sequence in tokens."""
+    seed: int = 0
+    """Seed of the choice of sequences and of their order."""
+    recover: Recovery = RECOVERY
+    """Options of the training; --recover.steps 200."""
+    resume: bool = False
+    """Whether to go on from the last saved state of a run that was stopped."""
+    overwrite: bool = False
+    """Permission to replace the output folder."""
+
+
+@dataclass(frozen=True)
+class RecoverResult:
+    """The new checkpoint, and what recovery changed."""
+
+    out: str
+    """Folder of the checkpoint."""
+    divergence_before: float
+    """Divergence from the original on held-out sequences before, in nats per token."""
+    divergence: float
+    """The same after."""
+    steps: int
+    """Number of training steps."""
+    trained: int
+    """Number of trained values."""
+    seconds: float
+    """Duration in seconds."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}: divergence from the original {self.divergence_before:.4f} → {self.divergence:.4f} nats per "
+            f"token on held-out text, after {self.steps} steps on {self.trained} values, in {self.seconds:.1f} s"
+        )
+
+
+def recover(recipe: Recover) -> RecoverResult:
+    """Recovers the model and writes the checkpoint."""
+    from ..files import claim
+
+    if not recipe.recover.steps:
+        raise InputError("recover: steps=0; give a number of training steps")
+    with claim(recipe.out, overwrite=recipe.overwrite, reads=[recipe.model, recipe.original, recipe.calibration]):
+        return _recover(recipe)
+
+
+def _recover(recipe: Recover) -> RecoverResult:
+    from ..checkpoint.folder import write
+    from ..checkpoint.inputs import content_of_model
+    from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
+    from ..checkpoint.model_card import write_card
+    from ..checkpoint.run_info import record
+    from ..content import content
+    from ..data.calibration import HUB, calibration
+    from ..data.text_io import existing_file
+    from ..files import METADATA, json_or_empty, writing
+    from ..nn.swap import quantized_linears
+
+    began = time.monotonic()
+    check_model(recipe.model)
+    import_plugins(recipe.plugin)
+    if recipe.calibration not in HUB:
+        existing_file(recipe.calibration)
+    original = recipe.original or json_or_empty(Path(recipe.model).expanduser() / METADATA).get("base_model")
+    if not isinstance(original, str):
+        raise InputError(f"{recipe.model} does not name the model that it was quantized from; pass --original NAME")
+    check_model(original)
+    quiet_libraries()
+    work = Path(recipe.out).expanduser().resolve()
+    work = work.with_name(f"{work.name}.recovering")
+    chosen = {
+        key: value for key, value in asdict(recipe).items() if key not in ("out", "resume", "overwrite", "verify")
+    }
+    inputs: dict[str, Any] = {"model": content_of_model(recipe.model), "original": content_of_model(original)}
+    inputs["text"] = recipe.calibration if recipe.calibration in HUB else content(recipe.calibration)
+    prepare(work, {"options": chosen, "inputs": inputs}, resume=recipe.resume, overwrite=recipe.overwrite)
+
+    teacher, tokenizer = open_model(original, trust_remote_code=recipe.trust_remote_code)
+    if quantized_linears(teacher):
+        raise InputError(f"{original} is quantized, too; pass the original model, --original NAME")
+    text = calibration(
+        recipe.calibration, tokenizer, samples=recipe.num_samples, tokens=recipe.max_length, seed=recipe.seed
+    )
+    targets = distributions(teacher, text, recipe.recover, work / "targets")
+    del teacher
+    model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+    found = train(model, text, targets, recipe.recover, recipe.seed, work / "state.safetensors")
+    out = Path(recipe.out).expanduser()
+    report = json_or_empty(Path(recipe.model).expanduser() / METADATA).get("report")
+    with writing(out, overwrite=recipe.overwrite) as folder:
+        model.config.name_or_path = original  # type: ignore[union-attr]
+        write(model, tokenizer, folder, report=report, run=record("recover", recipe, recovery=found._asdict()))
+        write_card(folder, name=out.resolve().name, former=out)
+    shutil.rmtree(work, ignore_errors=True)
+    return RecoverResult(recipe.out, *found, seconds=time.monotonic() - began)
+
+
+def prepare(work: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Makes the folder of the targets and the training state, or takes one of the same settings.
+
+    Raises InputError for one that is left of another run, and where there is nothing to resume.
+    """
+    import json
+
+    from ..checkpoint.inputs import differences
+    from ..files import json_or_empty, write_whole
+
+    file, settings = work / "settings.json", json.loads(json.dumps(settings))
+    if work.exists() and overwrite and not resume:
+        shutil.rmtree(work)
+    if resume:
+        if not file.exists():
+            raise InputError(f"--resume: there is no stopped run in {work}; start without --resume")
+        if changed := differences(json_or_empty(file), settings):
+            raise InputError(f"--resume: {'; '.join(changed)}; resume with the same, or start anew with --overwrite")
+        return
+    if work.exists():
+        raise InputError(f"{work} holds a run that was stopped; --resume continues it, --overwrite starts anew")
+    work.mkdir(parents=True)
+    write_whole(file, json.dumps(settings, indent=2) + "\n")
+
+
+@contextmanager
+def recovering(
+    model: Any, text: Sequence[Tensor], options: Recovery, seed: int
+) -> Iterator[Callable[[], RecoveryReport | None]]:
+    """Keeps the distributions of a `model` that is about to be quantized; yields what recovers it afterwards.
+
+    text: token ids [b, t]. With 0 steps it does nothing, and the result is None.
+    """
+    if not options.steps:
+        yield lambda: None
+        return
+    sequences = [piece for ids in text for row in ids.split(1) for piece in row.split(LONGEST, dim=1)]
+    with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
+        targets = distributions(model, sequences, options, Path(folder))
+        yield lambda: train(model, sequences, targets, options, seed)
+
+
+def distributions(model: Any, sequences: Sequence[Tensor], options: Recovery, folder: Path) -> Targets:
+    """`model.recover.Targets` of the original model, with a progress bar."""
+    from ..model.recover import Targets
+    from ..progress import progress
+
+    with progress("original model", unit="sequences") as step:
+        return Targets.of(model, sequences, folder, options.top_k, on_step=step)
+
+
+def train(
+    model: Any, sequences: Sequence[Tensor], targets: Targets, options: Recovery, seed: int, state: Path | None = None
+) -> RecoveryReport:
+    """`model.recover.recover` with a progress bar."""
+    from ..model.recover import recover as recover_model
+    from ..progress import progress
+
+    with progress("recover", unit="steps") as step:
+        return recover_model(model, sequences, targets, options, state=state, seed=seed, on_step=step)

@@ -7,7 +7,7 @@ trains step sizes end to end on text; QuIP# (arXiv:2402.04396, section 5) sign v
 logits. The packed weights are materialised row block by row block, forward and backward, and so is the gradient of
 their scales (`quant/materialize.py`), so it takes the memory of a LoRA step, not that of a dense one.
 
-Teacher and student are never in memory together: the original's distributions over the calibration text are computed
+The two models are never in memory together: the original's distributions over the calibration text are computed
 once, and of each its `top_k` most probable tokens are kept on disk. The divergence counts all other tokens as one.
 
 Shapes: t — tokens of a sequence; k — tokens kept of a distribution; v — vocabulary.
@@ -45,9 +45,9 @@ class Target(NamedTuple):
     """The original's next-token distribution at each position of a sequence."""
 
     ids: Tensor
-    """Its most probable tokens, int64 [t, k]."""
+    """Most probable tokens, int64 [t, k]."""
     log_probabilities: Tensor
-    """Their natural logarithms, float32 [t, k]."""
+    """Natural logarithms of their probabilities, float32 [t, k]."""
 
 
 class Targets:
@@ -90,7 +90,7 @@ class Targets:
         return targets
 
 
-def divergence(logits: Tensor, target: Target) -> Tensor:
+def kl_divergence(logits: Tensor, target: Target) -> Tensor:
     """Σ p log(p/q) in nats, the mean over positions: p the target's, q that of logits [t, v], float32.
 
     All tokens that the target does not name count as one.
@@ -107,7 +107,7 @@ class RecoveryReport(NamedTuple):
     """What recovery changed."""
 
     before: float
-    """Divergence from the original on the held-out sequences before training, in nats per token."""
+    """KL divergence from the original on the held-out sequences before training, in nats per token."""
     after: float
     """The same after training."""
     steps: int
@@ -159,7 +159,7 @@ def recover(
         for each, value in zip(dense, initial, strict=True):
             each.data = each.data.to(value.dtype)
     with evaluating(model):
-        after = text.held_out_divergence()
+        after = text.held_out_kl()
     if not after < before:
         after = before
         for path, layer in layers.items():
@@ -203,12 +203,12 @@ class _Text:
         self.train = range(len(sequences) - min(held, len(sequences) - 1))
         self.held_out = range(len(self.train), len(sequences))
 
-    def divergence(self, index: int) -> Tensor:
-        return divergence(_logits(self.model, self.sequences[index]), self.targets[index])
+    def kl_divergence(self, index: int) -> Tensor:
+        return kl_divergence(_logits(self.model, self.sequences[index]), self.targets[index])
 
     @torch.no_grad()
-    def held_out_divergence(self) -> float:
-        return sum(float(self.divergence(index)) for index in self.held_out) / len(self.held_out)
+    def held_out_kl(self) -> float:
+        return sum(float(self.kl_divergence(index)) for index in self.held_out) / len(self.held_out)
 
     def shuffled(self, seed: int) -> Iterator[int]:
         generator = torch.Generator().manual_seed(seed)
@@ -241,13 +241,13 @@ class _Training:
         if state is not None and state.exists():
             self._load(state)
         else:
-            self.before = self.best = text.held_out_divergence()
+            self.before = self.best = text.held_out_kl()
         order, every = text.shuffled(self.seed), max(1, self.options.steps // self.options.evaluations)
         for _ in range(self.step * self.options.batch):
             next(order)
         while self.step < self.options.steps and self.without_gain < self.options.patience:
             for _ in range(self.options.batch):
-                (text.divergence(next(order)) / self.options.batch).backward()
+                (text.kl_divergence(next(order)) / self.options.batch).backward()
             for group in self.optimizer.param_groups:
                 group["lr"] = group["peak"] * self._share()
             self.optimizer.step()
@@ -258,7 +258,7 @@ class _Training:
                 if state is not None:
                     self._save(state)
             if on_step is not None:
-                on_step(self.step, self.options.steps, f"divergence {self.before:.4f} → {self.best:.4f}")
+                on_step(self.step, self.options.steps, f"KL {self.before:.4f} → {self.best:.4f}")
         with torch.no_grad():
             for each, value in zip(self.trained, self.kept, strict=True):
                 each.copy_(value)
@@ -266,7 +266,7 @@ class _Training:
         return self.before, self.step
 
     def _evaluate(self, text: _Text) -> None:
-        found = text.held_out_divergence()
+        found = text.held_out_kl()
         if found < self.best:
             self.best, self.without_gain = found, 0
             self.kept = [each.detach().clone() for each in self.trained]

@@ -87,15 +87,13 @@ class QuantizeResult:
     table: str
     """Report as a table for printing."""
     recovery: dict[str, Any] | None = None
-    """Divergence from the original before and after end-to-end recovery, steps and number of trained values."""
+    """KL divergence from the original before and after end-to-end recovery, steps and number of trained values."""
 
     def __str__(self) -> str:
-        recovered = (
-            f"recovery: divergence from the original {self.recovery['before']:.4f} → {self.recovery['after']:.4f} nats "
-            f"per token on held-out text\n"
-            if self.recovery
-            else ""
-        )
+        recovered = ""
+        if self.recovery:
+            before, after = self.recovery["before"], self.recovery["after"]
+            recovered = f"recovery: KL divergence from the original {before:.4f} → {after:.4f} nats per token\n"
         return (
             f"{self.table}\n{recovered}{self.out}: {self.modules} modules at {self.bits_per_weight:.2f} bits per "
             f"weight, {self.packed_bytes / 2**20:.2f} MiB, in {self.seconds:.1f} s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import RECOVERY, Recovery
+from ..signals import Stopped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..model.recover import RecoveryReport, Targets
 
+SETTINGS = "settings.json"
 LONGEST = 512
 """Tokens in a sequence to recover on: the logits of a sequence are in memory three times."""
 
@@ -56,9 +59,9 @@ class RecoverResult:
 
     out: str
     """Folder of the checkpoint."""
-    divergence_before: float
-    """Divergence from the original on held-out sequences before, in nats per token."""
-    divergence: float
+    kl_before: float
+    """KL divergence of the original from the model on held-out sequences before, in nats per token."""
+    kl: float
     """The same after."""
     steps: int
     """Number of training steps."""
@@ -69,7 +72,7 @@ class RecoverResult:
 
     def __str__(self) -> str:
         return (
-            f"{self.out}: divergence from the original {self.divergence_before:.4f} → {self.divergence:.4f} nats per "
+            f"{self.out}: KL divergence from the original {self.kl_before:.4f} → {self.kl:.4f} nats per "
             f"token on held-out text, after {self.steps} steps on {self.trained} values, in {self.seconds:.1f} s"
         )
 
@@ -85,16 +88,10 @@ def recover(recipe: Recover) -> RecoverResult:
 
 
 def _recover(recipe: Recover) -> RecoverResult:
-    from ..checkpoint.folder import write
-    from ..checkpoint.inputs import content_of_model
-    from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
-    from ..checkpoint.model_card import write_card
-    from ..checkpoint.run_info import record
-    from ..content import content
-    from ..data.calibration import HUB, calibration
+    from ..checkpoint.loading import check_model, import_plugins, quiet_libraries
+    from ..data.calibration import HUB
     from ..data.text_io import existing_file
-    from ..files import METADATA, json_or_empty, writing
-    from ..nn.swap import quantized_linears
+    from ..files import METADATA, json_or_empty
 
     began = time.monotonic()
     check_model(recipe.model)
@@ -106,14 +103,18 @@ def _recover(recipe: Recover) -> RecoverResult:
         raise InputError(f"{recipe.model} does not name the model that it was quantized from; pass --original NAME")
     check_model(original)
     quiet_libraries()
-    work = Path(recipe.out).expanduser().resolve()
-    work = work.with_name(f"{work.name}.recovering")
-    chosen = {
-        key: value for key, value in asdict(recipe).items() if key not in ("out", "resume", "overwrite", "verify")
-    }
-    inputs: dict[str, Any] = {"model": content_of_model(recipe.model), "original": content_of_model(original)}
-    inputs["text"] = recipe.calibration if recipe.calibration in HUB else content(recipe.calibration)
-    prepare(work, {"options": chosen, "inputs": inputs}, resume=recipe.resume, overwrite=recipe.overwrite)
+    with _work_folder(recipe, original) as work:
+        return _recovered(recipe, original, work, began)
+
+
+def _recovered(recipe: Recover, original: str, work: Path, began: float) -> RecoverResult:
+    from ..checkpoint.folder import write
+    from ..checkpoint.loading import open_model
+    from ..checkpoint.model_card import write_card
+    from ..checkpoint.run_info import record
+    from ..data.calibration import calibration
+    from ..files import METADATA, json_or_empty, writing
+    from ..nn.swap import quantized_linears
 
     teacher, tokenizer = open_model(original, trust_remote_code=recipe.trust_remote_code)
     if quantized_linears(teacher):
@@ -131,33 +132,52 @@ def _recover(recipe: Recover) -> RecoverResult:
         model.config.name_or_path = original  # type: ignore[union-attr]
         write(model, tokenizer, folder, report=report, run=record("recover", recipe, recovery=found._asdict()))
         write_card(folder, name=out.resolve().name, former=out)
-    shutil.rmtree(work, ignore_errors=True)
     return RecoverResult(recipe.out, *found, seconds=time.monotonic() - began)
 
 
-def prepare(work: Path, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Makes the folder of the targets and the training state, or takes one of the same settings.
+@contextmanager
+def _work_folder(recipe: Recover, original: str) -> Iterator[Path]:
+    """OUT.recovering, with the targets and the training state; kept where the run is stopped, removed otherwise.
 
     Raises InputError for one that is left of another run, and where there is nothing to resume.
     """
-    import json
-
-    from ..checkpoint.inputs import differences
+    from ..checkpoint.inputs import content_of_model, differences
+    from ..content import content
+    from ..data.calibration import HUB
     from ..files import json_or_empty, write_whole
 
-    file, settings = work / "settings.json", json.loads(json.dumps(settings))
-    if work.exists() and overwrite and not resume:
-        shutil.rmtree(work)
-    if resume:
-        if not file.exists():
+    out = Path(recipe.out).expanduser().resolve()
+    work = out.with_name(f"{out.name}.recovering")
+    unbound = ("out", "resume", "overwrite", "verify")
+    settings = {
+        "options": {key: value for key, value in asdict(recipe).items() if key not in unbound},
+        "model": content_of_model(recipe.model),
+        "original": content_of_model(original),
+        "text": recipe.calibration if recipe.calibration in HUB else content(recipe.calibration),
+    }
+    settings = json.loads(json.dumps(settings))
+    if recipe.resume:
+        if not (work / SETTINGS).exists():
             raise InputError(f"--resume: there is no stopped run in {work}; start without --resume")
-        if changed := differences(json_or_empty(file), settings):
+        if changed := differences(json_or_empty(work / SETTINGS), settings):
             raise InputError(f"--resume: {'; '.join(changed)}; resume with the same, or start anew with --overwrite")
-        return
-    if work.exists():
+    elif work.exists() and not recipe.overwrite:
         raise InputError(f"{work} holds a run that was stopped; --resume continues it, --overwrite starts anew")
-    work.mkdir(parents=True)
-    write_whole(file, json.dumps(settings, indent=2) + "\n")
+    else:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        write_whole(work / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    try:
+        yield work
+    except KeyboardInterrupt as error:
+        raise Stopped(
+            "stopped; --resume continues from the last evaluation", getattr(error, "exit_code", 130)
+        ) from error
+    except InputError:
+        if not recipe.resume:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work, ignore_errors=True)
 
 
 @contextmanager

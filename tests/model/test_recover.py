@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.options import Recovery
 from llmtools.model.quantize import quantize
-from llmtools.model.recover import Target, Targets, divergence, recover
+from llmtools.model.recover import Target, Targets, kl_divergence, recover
 from llmtools.nn import QuantizedLinear, quantized_linears
 from llmtools.nn.tuning import TuningLinear
 from llmtools.quant import quantizer
@@ -45,7 +45,7 @@ def test_with_all_tokens_kept_it_is_the_divergence_of_two_distributions() -> Non
     generator = torch.Generator().manual_seed(0)
     p, q = torch.randn(2, 5, 40, generator=generator).log_softmax(-1)
     everything = Target(torch.arange(40).expand(5, 40), p)
-    assert divergence(q + 3, everything).item() == pytest.approx(
+    assert kl_divergence(q + 3, everything).item() == pytest.approx(
         F.kl_div(q, p, log_target=True, reduction="batchmean").item(), rel=1e-5
     )
 
@@ -59,7 +59,7 @@ def test_tokens_that_are_not_kept_count_as_one() -> None:
         for each in (p, q)
     ]
     expected = F.kl_div(merged[1], merged[0], log_target=True, reduction="batchmean").item()
-    assert divergence(q, Target(best.indices, best.values)).item() == pytest.approx(expected, rel=1e-5)
+    assert kl_divergence(q, Target(best.indices, best.values)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_targets_are_the_models_distributions(targets: Targets) -> None:
@@ -104,7 +104,7 @@ def test_the_divergence_that_is_reported_is_that_of_the_model(targets: Targets) 
     model = quantized()
     report = recover(model, SEQUENCES, targets, SHORT)
     with torch.no_grad():
-        found = divergence(model(SEQUENCES[-1]).logits[0], targets[len(SEQUENCES) - 1]).item()
+        found = kl_divergence(model(SEQUENCES[-1]).logits[0], targets[len(SEQUENCES) - 1]).item()
     assert report.after == pytest.approx(found, rel=1e-5)  # an eighth is held out: the last sequence
 
 

@@ -1,0 +1,143 @@
+"""`recover` as a run: what it writes, what it resumes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import llmtools
+from llmtools.cli.app import read_recipe
+from llmtools.errors import InputError
+from llmtools.model import recover as model_recover
+from llmtools.model.options import NO_RECOVERY, RECOVERY, Recovery
+from llmtools.nn import quantized_linears
+from llmtools.recipes.quantize import Quantize, quantize
+from llmtools.recipes.recover import Recover, recover
+from llmtools.signals import Stopped
+
+SHORT = Recovery(steps=4, batch=1, evaluations=2, learning_rate=5e-3, dense_learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def text(tinystories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "train.txt"
+    file.write_text((tinystories / "train.txt").read_text()[:20_000])
+    return file
+
+
+@pytest.fixture(scope="module")
+def packed(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "q"
+    quantize(Quantize(model=str(stories), out=str(out), quantizer="rtn", bits=2, group_size=32))
+    return out
+
+
+@pytest.fixture
+def asked(packed: Path, text: Path, tmp_path: Path) -> Recover:
+    return Recover(
+        model=str(packed), calibration=str(text), out=str(tmp_path / "r"), num_samples=8, max_length=48, recover=SHORT
+    )
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    return dict(llmtools.load(folder)[0].state_dict())
+
+
+def test_the_result_is_a_checkpoint_closer_to_the_original(asked: Recover, packed: Path, stories: Path) -> None:
+    result = recover(asked)
+    assert result.kl < result.kl_before
+    model, _ = llmtools.load(asked.out)
+    assert [layer.quantizer.spec() for layer in quantized_linears(model).values()] == [
+        layer.quantizer.spec() for layer in quantized_linears(llmtools.load(packed)[0]).values()
+    ]
+    info = json.loads((Path(asked.out) / "llmtools.json").read_text())
+    assert info["base_model"] == str(stories)  # not the checkpoint that was recovered
+    assert info["report"] and info["recovery"]["after"] == result.kl
+    assert sorted(path.name for path in Path(asked.out).parent.iterdir()) == ["r"]
+
+
+def test_a_stopped_run_is_resumed_to_the_same_bytes(asked: Recover, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = replace(asked, out=str(tmp_path / "whole"))
+    recover(whole)
+    evaluate = model_recover._Text.held_out_kl
+    calls: list[int] = []
+
+    def stopping(self: Any) -> float:
+        calls.append(1)
+        if len(calls) == 3:  # before training, after two steps, after four
+            raise KeyboardInterrupt
+        return evaluate(self)
+
+    monkeypatch.setattr(model_recover._Text, "held_out_kl", stopping)
+    with pytest.raises(Stopped, match="--resume continues"):
+        recover(asked)
+    monkeypatch.undo()
+    assert not Path(asked.out).exists()
+    with pytest.raises(InputError, match="holds a run that was stopped; --resume continues it"):
+        recover(asked)
+    with pytest.raises(InputError, match=r"--resume: options\.seed 0, now 1; resume with the same"):
+        recover(replace(asked, resume=True, seed=1))
+    recover(replace(asked, resume=True))
+    found, expected = weights(asked.out), weights(whole.out)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recover": NO_RECOVERY}, "steps=0"),
+        ({"resume": True}, "no stopped run"),
+        ({"original": "nowhere"}, "nowhere"),
+        ({"calibration": "nowhere.txt"}, r"nowhere\.txt"),
+    ],
+)
+def test_wrong_runs_are_refused_and_leave_nothing(asked: Recover, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recover(replace(asked, **changes))
+    assert not list(Path(asked.out).parent.iterdir())
+
+
+def test_a_quantized_original_and_a_dense_model_are_refused(asked: Recover, packed: Path, stories: Path) -> None:
+    with pytest.raises(InputError, match="is quantized, too; pass the original"):
+        recover(replace(asked, original=str(packed)))
+    with pytest.raises(InputError, match="quantized"):
+        recover(replace(asked, model=str(stories), original=str(stories)))
+    assert not list(Path(asked.out).parent.iterdir())
+
+
+def test_quantize_recovers_what_it_has_quantized(stories: Path, text: Path, tmp_path: Path) -> None:
+    asked = Quantize(
+        model=str(stories), out=str(tmp_path / "q"), quantizer="rtn", bits=2, group_size=32, calibration=str(text),
+        num_samples=8, max_length=48, recover=SHORT,
+    )  # fmt: skip
+    result = quantize(asked)
+    assert result.recovery and result.recovery["after"] < result.recovery["before"]
+    quantize(replace(asked, out=str(tmp_path / "plain"), recover=NO_RECOVERY))
+    recovered, plain = weights(tmp_path / "q"), weights(tmp_path / "plain")
+    codes = [name for name in plain if name.endswith(("qweight", "qzeros"))]
+    assert codes and all(torch.equal(recovered[name], plain[name]) for name in codes)
+    assert any(not torch.equal(recovered[name], plain[name]) for name in plain if name.endswith("scales"))
+
+
+def test_quantize_names_options_of_recovery_that_cannot_be(stories: Path, text: Path, tmp_path: Path) -> None:
+    asked = Quantize(model=str(stories), out=str(tmp_path / "q"), quantizer="rtn", recover=SHORT)
+    with pytest.raises(InputError, match="--recover needs calibration text"):
+        quantize(asked)
+    with pytest.raises(InputError, match=r"recover\.steps is 0"):
+        quantize(replace(asked, calibration=str(text), recover=Recovery(steps=0, batch=2)))
+    with pytest.raises(InputError, match="--adapter_rank"):
+        quantize(replace(asked, calibration=str(text), adapter_rank=4))
+
+
+def test_the_flag_alone_means_the_defaults() -> None:
+    words = ["--model", "m", "--out", "o", "--calibration", "t.txt"]
+    assert read_recipe("llmtools quantize", Quantize, words).recover == NO_RECOVERY
+    assert read_recipe("llmtools quantize", Quantize, [*words, "--recover"]).recover == RECOVERY
+    assert read_recipe("llmtools quantize", Quantize, ["--recover", *words]).recover == RECOVERY
+    longer = read_recipe("llmtools quantize", Quantize, [*words, "--recover", "--recover.batch", "2"])
+    assert longer.recover == replace(RECOVERY, batch=2)

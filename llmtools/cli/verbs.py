@@ -47,6 +47,7 @@ VERBS = {
 llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
   --num_samples 64 --max_length 512 --out QDIR
 llmtools quantize --model DIR --quantizer quip_sharp --bits 2 --calibration train.txt --recover --out QDIR
+llmtools quantize --model DIR --quantizer optq --bits_per_weight 2.5 --calibration train.txt --out QDIR
 llmtools quantize --model DIR --quantizer nf4 --out QDIR
 llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
         first=(

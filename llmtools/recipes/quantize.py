@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,10 @@ from typing import Any
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import NO_RECOVERY, NO_TUNING, BlockTuning, Recovery
+
+log = logging.getLogger(__name__)
+
+ALLOCATION = "allocation.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,9 @@ class Quantize(QuantizerOptions, ModelOptions):
     recover: Recovery = NO_RECOVERY
     """End-to-end recovery: scales and norms of the quantized model trained on the original's distributions, over the
     calibration text; --recover with its defaults, or --recover.steps 200."""
+    bits_per_weight: float | None = None
+    """Stored bits per weight, scales included, to divide among the linears where they lower the estimated loss most; in
+    place of --bits. The widths are written to allocation.yaml, to be edited and used by --config."""
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
     --lora.init error; 0: none."""
@@ -116,8 +124,10 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     from ..data.calibration import calibration
     from ..data.metrics import model_positions
     from ..files import writing
+    from ..model.allocation import choose_bits
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
+    from .plain_yaml import as_yaml
     from .recover import recovering
 
     began = time.monotonic()
@@ -133,13 +143,28 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     if recipe.calibration is not None:
         length = recipe.max_length if recipe.max_length is not None else min(model_positions(model) or 2048, 2048)
         text = calibration(recipe.calibration, tokenizer, samples=recipe.num_samples, tokens=length, seed=recipe.seed)
+    overrides, allocation = recipe.overrides, None
+    if recipe.bits_per_weight is not None:
+        with progress("choose bits", unit="modules") as step:
+            allocation = choose_bits(
+                model,
+                quantizer,
+                text or [],
+                recipe.bits_per_weight,
+                overrides=overrides,
+                skip=recipe.skip,
+                seed=recipe.seed,
+                on_step=step,
+            )
+        log.info("%s", allocation.table())
+        overrides = {**overrides, **allocation.overrides}
     with recovering(model, text or [], recipe.recover, recipe.seed) as recover:
         with progress(f"quantize ({quantizer.name})", unit="modules") as step:
             report = quantize_model(
                 model,
                 quantizer,
                 text,
-                overrides=recipe.overrides,
+                overrides=overrides,
                 skip=recipe.skip,
                 sequential=recipe.sequential,
                 tuning=recipe.finetune_blocks,
@@ -153,6 +178,8 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
         run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
         write(model, tokenizer, folder, report=report, run=run)
         write_card(folder, name=out.resolve().name, former=out)
+        if allocation is not None:
+            (folder / ALLOCATION).write_text(as_yaml({"overrides": overrides}), encoding="utf-8")
     return QuantizeResult(
         out=recipe.out,
         quantizer=quantizer.spec(),
@@ -179,6 +206,10 @@ def checked_quantizer(recipe: Quantize) -> Any:
         )
     if recipe.finetune_blocks.epochs and recipe.calibration is None:
         raise InputError("--finetune_blocks needs calibration text: pass --calibration FILE (.txt or .jsonl)")
+    if recipe.bits_per_weight is not None and recipe.calibration is None:
+        raise InputError("--bits_per_weight needs calibration text: pass --calibration FILE (.txt or .jsonl)")
+    if recipe.bits_per_weight is not None and recipe.bits is not None:
+        raise InputError("--bits_per_weight chooses the bits of each linear; pass it or --bits, not both")
     if recipe.recover.steps and recipe.calibration is None:
         raise InputError("--recover needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if not recipe.recover.steps and recipe.recover != NO_RECOVERY:

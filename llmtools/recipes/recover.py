@@ -10,17 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import RECOVERY, Recovery
 from ..signals import Stopped
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..model.recover import RecoveryReport, Targets
 
 SETTINGS = "settings.json"
 LONGEST = 512
@@ -181,12 +176,10 @@ def _work_folder(recipe: Recover, original: str) -> Iterator[Path]:
 
 
 @contextmanager
-def recovering(
-    model: Any, text: Sequence[Tensor], options: Recovery, seed: int
-) -> Iterator[Callable[[], RecoveryReport | None]]:
+def recovering(model: Any, text: Sequence[Any], options: Recovery, seed: int) -> Iterator[Callable[[], Any]]:
     """Keeps the distributions of a `model` that is about to be quantized; yields what recovers it afterwards.
 
-    text: token ids [b, t]. With 0 steps it does nothing, and the result is None.
+    text: token ids [b, t] each. The function that it yields returns a `RecoveryReport`. With 0 steps it does nothing, and the result is None.
     """
     if not options.steps:
         yield lambda: None
@@ -197,7 +190,7 @@ def recovering(
         yield lambda: train(model, sequences, targets, options, seed)
 
 
-def distributions(model: Any, sequences: Sequence[Tensor], options: Recovery, folder: Path) -> Targets:
+def distributions(model: Any, sequences: Sequence[Any], options: Recovery, folder: Path) -> Any:
     """`model.recover.Targets` of the original model, with a progress bar."""
     from ..model.recover import Targets
     from ..progress import progress
@@ -207,8 +200,8 @@ def distributions(model: Any, sequences: Sequence[Tensor], options: Recovery, fo
 
 
 def train(
-    model: Any, sequences: Sequence[Tensor], targets: Targets, options: Recovery, seed: int, state: Path | None = None
-) -> RecoveryReport:
+    model: Any, sequences: Sequence[Any], targets: Any, options: Recovery, seed: int, state: Path | None = None
+) -> Any:
     """`model.recover.recover` with a progress bar."""
     from ..model.recover import recover as recover_model
     from ..progress import progress

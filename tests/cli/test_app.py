@@ -460,7 +460,7 @@ def test_examples_in_the_help_of_options_are_read_as_they_are_typed(
     from llmtools.recipes.listing import field_docs
 
     needed = {"model": "DIR", "data": "a.txt", "out": "OUT", "prompt": "a", "folder": "F", "repo": "a/b", "tasks": "{}"}
-    needed |= {"quantizer": "rtn"}
+    needed |= {"quantizer": "rtn", "calibration": "a.txt"}
     seen = 0
     for name, verb in VERBS.items():
         module = importlib.import_module(f"llmtools.{verb.module}")

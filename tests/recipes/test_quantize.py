@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtools.cli.app import read_recipe
 from llmtools.errors import InputError
 from llmtools.model import quantize as walked
 from llmtools.recipes.quantize import Quantize, quantize
@@ -65,3 +66,26 @@ def test_a_run_that_is_ended_leaves_nothing(
     assert done == [[".q.lock"]]
     assert isinstance(stopped.value, Stopped) == (number == signal.SIGTERM)
     assert not any(tmp_path.iterdir())
+
+
+def test_bits_are_divided_and_the_choice_can_be_edited(stories: Path, tinystories: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((tinystories / "train.txt").read_text()[:20_000])
+    asked = Quantize(
+        model=str(stories), out=str(tmp_path / "mixed"), quantizer="rtn", group_size=32, calibration=str(text),
+        num_samples=4, max_length=64, bits_per_weight=3.1,
+    )  # fmt: skip
+    result = quantize(asked)
+    assert 2.9 < result.bits_per_weight <= 3.1
+    chosen = tmp_path / "mixed" / "allocation.yaml"
+    words = ["--config", str(chosen), "--model", str(stories), "--out", str(tmp_path / "again"), "--quantizer", "rtn"]
+    again = read_recipe("llmtools quantize", Quantize, [*words, "--group_size", "32"])
+    assert again is not None and len(again.overrides) == result.modules
+    assert quantize(again).bits_per_weight == result.bits_per_weight
+    with pytest.raises(InputError, match="pass it or --bits, not both"):
+        quantize(replace(asked, out=str(tmp_path / "least"), bits=3))
+    with pytest.raises(InputError, match="--bits_per_weight needs calibration text"):
+        quantize(replace(asked, out=str(tmp_path / "least"), calibration=None))
+    with pytest.raises(InputError, match=r"rtn needs at least \d"):
+        quantize(replace(asked, out=str(tmp_path / "least"), bits_per_weight=1.0))
+    assert not (tmp_path / "least").exists()

@@ -127,7 +127,9 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
         model.config.name_or_path = original  # type: ignore[union-attr]
         write(model, tokenizer, folder, report=report, run=record("recover", recipe, recovery=found._asdict()))
         write_card(folder, name=out.resolve().name, former=out)
-    return RecoverResult(recipe.out, *found, seconds=time.monotonic() - began)
+    return RecoverResult(
+        recipe.out, found.before, found.after, found.steps, found.trained, seconds=time.monotonic() - began
+    )
 
 
 @contextmanager
@@ -179,7 +181,8 @@ def _work_folder(recipe: Recover, original: str) -> Iterator[Path]:
 def recovering(model: Any, text: Sequence[Any], options: Recovery, seed: int) -> Iterator[Callable[[], Any]]:
     """Keeps the distributions of a `model` that is about to be quantized; yields what recovers it afterwards.
 
-    text: token ids [b, t] each. The function that it yields returns a `RecoveryReport`. With 0 steps it does nothing, and the result is None.
+    text: token ids [b, t] each. The function that it yields returns a `RecoveryReport`; with 0 steps it does nothing
+    and returns None.
     """
     if not options.steps:
         yield lambda: None

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import llmtools
-from llmtools.model.options import BlockTuning
+from llmtools.model.options import NO_RECOVERY, BlockTuning, Recovery
+from llmtools.recipes.recover import recovering
 
 PACKAGES = {"GPTQModel": "gptqmodel", "auto-round": "auto-round", "HQQ": "hqq", "bitsandbytes": "bitsandbytes"}
 
@@ -272,7 +273,9 @@ def _bitsandbytes(source: Source, method: str, bits: int, group_size: int, optio
 # Ours, through the same door
 
 
-def ours(name: str, options: dict[str, Any], tuning: BlockTuning | None = None) -> Case:
+def ours(
+    name: str, options: dict[str, Any], tuning: BlockTuning | None = None, recovery: Recovery = NO_RECOVERY
+) -> Case:
     """Our quantizer `name` with these options; those it does not have are left out."""
     factory = llmtools.quantizers.get(name)
     known = {field.name for field in dataclasses.fields(factory)}  # type: ignore[arg-type]
@@ -281,12 +284,16 @@ def ours(name: str, options: dict[str, Any], tuning: BlockTuning | None = None) 
     def make(source: Source) -> Made:
         model = source.model()
         text = source.calibration if factory.needs_hessian or tuning is not None else None
-        report = llmtools.quantize(model, name, text, tuning=tuning, **options)
+        with recovering(model, source.calibration, recovery, seed=0) as recover:
+            report = llmtools.quantize(model, name, text, tuning=tuning, **options)
+            recover()
         return Made(model, report.bits_per_weight)
 
     shown = {key: value for key, value in options.items() if key not in ("bits", "group_size")}
     if tuning is not None:
         shown["tuned"] = True
+    if recovery.steps:
+        shown["recovered"] = True
     return Case("llmtools", name, options.get("bits", 4), options.get("group_size"), shown, make)
 
 

@@ -38,7 +38,7 @@ from benchmarks import baselines
 from benchmarks.baselines import Case, Source
 from benchmarks.quality import Row, _origin, note, window_nlls
 from llmtools.data.calibration import documents_of
-from llmtools.model.options import BlockTuning
+from llmtools.model.options import BlockTuning, Recovery
 from llmtools.nn.adapters import dequantize
 
 HERE = Path(__file__).resolve().parent
@@ -66,6 +66,9 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
     peers = [case for case in baselines.cases(bits, 64, iterations) if case.by in here]
     yield from (case for case in peers if case.by in ("HQQ", "bitsandbytes"))
     yield from (case for case in peers if case.by == "GPTQModel")
+    for name in ("quip_sharp", "optq"):
+        options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
+        yield baselines.ours(name, options, recovery=Recovery())
     for name in ("quip_sharp", "optq", "quip"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, tuning=BlockTuning())

@@ -137,15 +137,13 @@ def recover(
     tensors, or with fewer than two sequences; CheckpointError for a damaged `state`.
     """
     if len(sequences) < 2 or len(targets) != len(sequences):
-        raise InputError(f"recover: {len(sequences)} sequences and {len(targets)} targets; at least two are expected")
+        raise InputError(f"{len(sequences)} sequences and {len(targets)} targets; at least two are expected")
+    check_recoverable(model)
     layers = quantized_linears(model)
-    if not layers:
-        raise InputError(f"recover: {type(model).__name__} has no quantized layers; quantize it first")
     packed = {id(tensor) for layer in layers.values() for tensor in layer.packed.values()}
     dense = [p for p in model.parameters() if p.is_floating_point() and p.dim() <= 1 and id(p) not in packed]
     initial = [each.data for each in dense]
     tuned = {path: TuningLinear(layer, materialize=True) for path, layer in layers.items()}
-    _check_differentiable(tuned)
     held = max(1, math.ceil(options.held_out * len(sequences)))
     text = _Text(model, sequences, targets, held)
     with evaluating(model), _float32(dense), replaced(model, tuned):
@@ -169,11 +167,15 @@ def recover(
     return RecoveryReport(before, after, steps, sum(each.numel() for each in training.trained))
 
 
-def _check_differentiable(tuned: dict[str, TuningLinear]) -> None:
-    for path, layer in tuned.items():
-        if not layer.deltas:
+def check_recoverable(model: nn.Module) -> None:
+    """Raises InputError for a model without quantized layers, or with one that has no floating tensors to train."""
+    layers = quantized_linears(model)
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no quantized layers; quantize it first")
+    for path, layer in layers.items():
+        if not layer.quantizer.tunable(layer.packed):
             raise InputError(
-                f"recover: {path} ({layer.quantizer}) has no scales or other floating tensors that could be trained"
+                f"{path} ({layer.quantizer}) has no scales or other floating tensors that could be trained"
             )
 
 

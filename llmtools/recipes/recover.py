@@ -77,7 +77,7 @@ def recover(recipe: Recover) -> RecoverResult:
     from ..files import claim
 
     if not recipe.recover.steps:
-        raise InputError("recover: steps=0; give a number of training steps")
+        raise InputError("recover.steps=0; give a number of training steps")
     with claim(recipe.out, overwrite=recipe.overwrite, reads=[recipe.model, recipe.original, recipe.calibration]):
         return _recover(recipe)
 
@@ -109,8 +109,12 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
     from ..checkpoint.run_info import record
     from ..data.calibration import calibration
     from ..files import METADATA, json_or_empty, writing
+    from ..model.recover import check_recoverable
     from ..nn.swap import quantized_linears
 
+    model, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+    check_recoverable(model)  # before the long work; then one model at a time is in memory
+    del model
     teacher, tokenizer = open_model(original, trust_remote_code=recipe.trust_remote_code)
     if quantized_linears(teacher):
         raise InputError(f"{original} is quantized, too; pass the original model, --original NAME")
@@ -119,7 +123,7 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
     )
     targets = distributions(teacher, text, recipe.recover, work / "targets")
     del teacher
-    model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+    model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     found = train(model, text, targets, recipe.recover, recipe.seed, work / "state.safetensors")
     out = Path(recipe.out).expanduser()
     report = json_or_empty(Path(recipe.model).expanduser() / METADATA).get("report")

@@ -90,7 +90,7 @@ def test_a_stopped_run_is_resumed_to_the_same_bytes(asked: Recover, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recover": NO_RECOVERY}, "steps=0"),
+        ({"recover": NO_RECOVERY}, "steps=0;"),
         ({"resume": True}, "no stopped run"),
         ({"original": "nowhere"}, "nowhere"),
         ({"calibration": "nowhere.txt"}, r"nowhere\.txt"),

@@ -1,29 +1,11 @@
 /* Weights in ggml's blocks: rows decoded, and products with few tokens, each block decoded once.
  *
- * A product adds in float32, in lanes: sums of 16 columns apart, added at the end.
+ * A product adds in float32, in lanes: sums of 16 columns apart, added at the end. For activations of half precision it
+ * goes by products of bytes where the processor has them (integer.h).
  */
 #include <stdlib.h>
 
-#include "decode.h"
-
-typedef struct {
-    const uint8_t *blocks; /* [rows, ·], rows `stride` bytes apart */
-    int64_t stride, columns;
-    int kind; /* number of the type in files */
-} Weight;     /* `_Weight` of native.py */
-
-/* X(number, decoder, weights, bytes) for each type. */
-#define TYPES(X)                                                                                                       \
-    X(2, q4_0, 32, 18)                                                                                                 \
-    X(3, q4_1, 32, 20)                                                                                                 \
-    X(8, q8_0, 32, 34)                                                                                                 \
-    X(10, q2_k, 256, 84)                                                                                               \
-    X(11, q3_k, 256, 110)                                                                                              \
-    X(12, q4_k, 256, 144)                                                                                              \
-    X(13, q5_k, 256, 176)                                                                                              \
-    X(14, q6_k, 256, 210)                                                                                              \
-    X(20, iq4_nl, 32, 18)                                                                                              \
-    X(23, iq4_xs, 256, 136)
+#include "integer.h"
 
 /* A row as float32. */
 static void decode_row(const Weight *w, int64_t row, float *restrict out) {
@@ -81,6 +63,26 @@ static ALWAYS_INLINE float dot(const float *restrict a, const float *restrict b,
     return sums[0];
 }
 
+/* Whether the products could be formed by integers: there was memory, and all of x [tokens, columns] is finite. */
+static int multiply_integers(const Weight *w, int64_t rows, const float *x, int64_t tokens, float *sums, int threads) {
+    for (int64_t t = 0; t < tokens; t += SOME_TOKENS) {
+        const int count = (int)(tokens - t < SOME_TOKENS ? tokens - t : SOME_TOKENS);
+        Inputs inputs = {0};
+        const int can = read_inputs(w, x + t * w->columns, count, &inputs);
+        if (can) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (int64_t row = 0; row < rows; row++) {
+                float own[SOME_TOKENS];
+                integer_products(w, row, &inputs, own);
+                for (int k = 0; k < count; k++) sums[(t + k) * rows + row] = own[k];
+            }
+        }
+        free(inputs.bytes);
+        if (!can) return 0;
+    }
+    return 1;
+}
+
 /* x [tokens, columns] -> y [tokens, rows], both of `type`. Returns 0 where there is no memory. */
 int multiply(const Weight *w, int64_t rows, const void *x, int64_t tokens, int type, void *y, int threads) {
     const int64_t n = w->columns;
@@ -88,9 +90,10 @@ int multiply(const Weight *w, int64_t rows, const void *x, int64_t tokens, int t
     if (!inputs) return 0;
     float *row_of = inputs + tokens * n, *sums = row_of + threads * n;
     load(x, tokens * n, type, inputs);
+    const int done = goes_by_integers(type) && multiply_integers(w, rows, inputs, tokens, sums, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++)
-        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
+        for (int64_t row = rows * part / threads; !done && row < rows * (part + 1) / threads; row++) {
             decode_row(w, row, row_of + part * n);
             for (int64_t t = 0; t < tokens; t++) sums[t * rows + row] = dot(inputs + t * n, row_of + part * n, n);
         }

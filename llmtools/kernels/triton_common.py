@@ -64,7 +64,16 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     if out.numel():
         grid = (_blocks(weight.rows, rows), _blocks(weight.columns, columns))
         _dequantize[grid](
-            out, weight.tensors, weight.rows, weight.columns, weight.tile, weight.config, rows, columns, num_warps=4
+            out,
+            weight.tensors,
+            weight.rows,
+            weight.columns,
+            weight.tile,
+            weight.config,
+            rows,
+            columns,
+            num_warps=4,
+            enable_fp_fusion=False,  # contracting a·b + c to a fused operation would round once, not twice
         )
     return out
 

@@ -7,17 +7,6 @@
 
 #include "integer.h"
 
-/* A row as float32. */
-static void decode_row(const Weight *w, int64_t row, float *restrict out) {
-    const uint8_t *b = w->blocks + row * w->stride;
-#define DECODE(NUMBER, DECODER, WEIGHTS, BYTES)                                                                        \
-    case NUMBER:                                                                                                       \
-        for (int64_t i = 0; i < w->columns; i += WEIGHTS, b += BYTES) DECODER(b, out + i);                             \
-        break;
-    switch (w->kind) { TYPES(DECODE) }
-#undef DECODE
-}
-
 static void store(const float *restrict from, int64_t n, int type, void *restrict out) {
     uint16_t *half = out;
     if (type == BFLOAT16)
@@ -25,6 +14,35 @@ static void store(const float *restrict from, int64_t n, int type, void *restric
     else
         for (int64_t i = 0; i < n; i++) half[i] = to_float16(from[i]);
 }
+
+#if DECODES
+
+/* A row, rounded to `type`; scratch is not used. */
+static void decode_row(const Weight *w, int64_t row, int type, void *out, float *scratch) {
+    const uint8_t *b = w->blocks + row * w->stride;
+    (void)scratch;
+#define DECODE(NUMBER, NAME, WEIGHTS, BYTES, OFFSET)                                                                   \
+    case NUMBER: decode_##NAME(b, w->columns, type, out); break;
+    switch (w->kind) { TYPES(DECODE) }
+#undef DECODE
+}
+
+#else
+
+/* A row, rounded to `type`; scratch [columns] is for types other than float32. */
+static void decode_row(const Weight *w, int64_t row, int type, void *out, float *scratch) {
+    const uint8_t *b = w->blocks + row * w->stride;
+    float *values = type == FLOAT32 ? out : scratch;
+#define DECODE(NUMBER, NAME, WEIGHTS, BYTES, OFFSET)                                                                   \
+    case NUMBER:                                                                                                       \
+        for (int64_t i = 0; i < w->columns; i += WEIGHTS, b += BYTES) NAME(b, values + i);                             \
+        break;
+    switch (w->kind) { TYPES(DECODE) }
+#undef DECODE
+    if (type != FLOAT32) store(values, w->columns, type, out);
+}
+
+#endif
 
 static void load(const void *restrict from, int64_t n, int type, float *restrict out) {
     const uint16_t *half = from;
@@ -40,16 +58,11 @@ int dequantize(const Weight *w, int64_t rows, int type, void *out, int threads) 
     const int64_t n = w->columns;
     float *scratch = type == FLOAT32 ? NULL : malloc((size_t)(threads * n) * 4);
     if (type != FLOAT32 && !scratch) return 0;
+    const int64_t size = type == FLOAT32 ? 4 : 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++)
-        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
-            if (type == FLOAT32) {
-                decode_row(w, row, (float *)out + row * n);
-            } else {
-                decode_row(w, row, scratch + part * n);
-                store(scratch + part * n, n, type, (uint16_t *)out + row * n);
-            }
-        }
+        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++)
+            decode_row(w, row, type, (char *)out + row * n * size, scratch ? scratch + part * n : NULL);
     free(scratch);
     return 1;
 }
@@ -94,7 +107,7 @@ int multiply(const Weight *w, int64_t rows, const void *x, int64_t tokens, int t
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++)
         for (int64_t row = rows * part / threads; !done && row < rows * (part + 1) / threads; row++) {
-            decode_row(w, row, row_of + part * n);
+            decode_row(w, row, FLOAT32, row_of + part * n, NULL);
             for (int64_t t = 0; t < tokens; t++) sums[t * rows + row] = dot(inputs + t * n, row_of + part * n, n);
         }
     if (type == FLOAT32) memcpy(y, sums, (size_t)(tokens * rows) * 4);
@@ -116,7 +129,7 @@ int multiply_transposed(const Weight *w, int64_t rows, const void *g, int64_t to
     for (int part = 0; part < PARTS; part++)
         for (int64_t row = rows * part / PARTS; row < rows * (part + 1) / PARTS; row++) {
             float *restrict values = row_of + part * n;
-            decode_row(w, row, values);
+            decode_row(w, row, FLOAT32, values, NULL);
             for (int64_t t = 0; t < tokens; t++) {
                 const float factor = given[t * rows + row];
                 float *restrict to = sums + (part * tokens + t) * n;

@@ -19,7 +19,7 @@ typedef struct {
     __m512 scale, shift; /* of 16 units */
 } Scales;
 
-/* ---- scales: of 256 columns from block b on; `count` of the eight blocks are there, where blocks have 32 weights ---- */
+/* ---- scales: of 256 columns from block b on; of blocks of 32 weights `count` are there, at most eight ---- */
 
 /* Eight numbers, each for two units. */
 static ALWAYS_INLINE __m512 twice(__m256 eight) {
@@ -66,7 +66,8 @@ static ALWAYS_INLINE Scales scales_q3_k(const uint8_t *b, int count) {
     memcpy(&high, b + 104, 4);
     const uint64_t first = (high & twos) | (uint64_t)(high >> 2 & twos) << 32;
     const uint64_t last = (high >> 4 & twos) | (uint64_t)(high >> 6 & twos) << 32;
-    const __m128i six = _mm_set_epi64x((int64_t)((low >> 4 & fours) | last << 4), (int64_t)((low & fours) | first << 4));
+    const uint64_t left = (low & fours) | first << 4, right = (low >> 4 & fours) | last << 4;
+    const __m128i six = _mm_set_epi64x((int64_t)right, (int64_t)left);
     const __m512 scale = _mm512_sub_ps(units(six), _mm512_set1_ps(32));
     return offset(_mm512_mul_ps(_mm512_set1_ps(half_at(b + 108)), scale), 4);
 }
@@ -96,15 +97,20 @@ static ALWAYS_INLINE Scales scales_q6_k(const uint8_t *b, int count) {
 }
 
 static ALWAYS_INLINE Scales scales_iq4_xs(const uint8_t *b, int count) {
-    const int tops = b[2] | b[3] << 8;
-    float scale[8];
+    uint16_t tops;
+    uint32_t lows;
+    memcpy(&tops, b + 2, 2);
+    memcpy(&lows, b + 4, 4);
+    const __m256i twos = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14), fours = _mm256_slli_epi32(twos, 1);
+    const __m256i low = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32((int)lows), fours), _mm256_set1_epi32(15));
+    const __m256i top = _mm256_and_si256(_mm256_srlv_epi32(_mm256_set1_epi32(tops), twos), _mm256_set1_epi32(3));
+    const __m256i six = _mm256_or_si256(low, _mm256_slli_epi32(top, 4));
+    const __m256 scale = _mm256_cvtepi32_ps(_mm256_sub_epi32(six, _mm256_set1_epi32(32)));
     (void)count;
-    for (int g = 0; g < 8; g++)
-        scale[g] = (float)((((b[4 + g / 2] >> 4 * (g % 2)) & 15) | ((tops >> 2 * g) & 3) << 4) - 32);
-    return offset(_mm512_mul_ps(_mm512_set1_ps(half_at(b)), twice(_mm256_loadu_ps(scale))), 128);
+    return offset(_mm512_mul_ps(_mm512_set1_ps(half_at(b)), twice(scale)), 128);
 }
 
-/* ---- codes: those of columns 64·j to 64·j + 63; `second`: block 2·j + 1 is there, where blocks have 32 weights ---- */
+/* ---- codes: those of columns 64·j to 64·j + 63; of blocks of 32 weights, `second`: block 2·j + 1 is there ---- */
 
 static ALWAYS_INLINE __m512i quarters(int64_t a, int64_t b, int64_t c, int64_t d) {
     return _mm512_setr_epi64(a, a, b, b, c, c, d, d);
@@ -199,38 +205,59 @@ static ALWAYS_INLINE __m512i codes_iq4_xs(const uint8_t *b, int j, int second) {
 
 /* ---- rows ---- */
 
-/* 16 weights, rounded to `type`. The instruction for bfloat16 takes denormals for zero, and there are none: scales are
- * float16, so that no weight but zero is below 2^-24. */
-static ALWAYS_INLINE void put(__m512 value, int type, void *out, int64_t at) {
-    if (type == FLOAT32) {
-        _mm512_storeu_ps((float *)out + at, value);
-    } else if (type == FLOAT16) {
-        _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
-    } else {
+/* 16 weights, rounded to float16 or bfloat16. The instruction for bfloat16 takes denormals for zero; there are none, since
+ * scales are float16 and no weight but zero is below 2^-24. */
+static ALWAYS_INLINE __m256i rounded(__m512 value, int type) {
+    if (type == FLOAT16) return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
 #ifdef __AVX512BF16__
-        _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), (__m256i)_mm512_cvtneps_pbh(value));
+    return (__m256i)_mm512_cvtneps_pbh(value);
 #else
-        const __m512i u = _mm512_castps_si512(value), most = _mm512_set1_epi32(0x7fff);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-        const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, most)), 16);
-        const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-        const __m512i half = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0));
-        _mm256_storeu_si256((__m256i *)((uint16_t *)out + at), _mm512_cvtepi32_epi16(half));
+    const __m512i u = _mm512_castps_si512(value), most = _mm512_set1_epi32(0x7fff);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, most)), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(half, nan, _mm512_set1_epi32(0x7fc0)));
 #endif
+}
+
+/* The weights of 16 codes, as float32. */
+static ALWAYS_INLINE __m512 weights(__m512 code, float scale, float shift, int offset) {
+    const __m512 by = _mm512_set1_ps(scale);
+    return offset < 0 ? _mm512_sub_ps(_mm512_mul_ps(by, code), _mm512_set1_ps(shift))
+                      : _mm512_mul_ps(by, _mm512_sub_ps(code, _mm512_set1_ps((float)offset)));
+}
+
+/* `columns` weights of a chunk of 64 codes below 16, of which each 32 have one scale: the 16 values are formed once, and
+ * looked up. */
+static ALWAYS_INLINE void look_up(__m512i codes, const float *scale, const float *shift, int offset, int columns,
+                                  int type, void *out, int64_t at) {
+    const __m512 all = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m256i parts[] = {_mm512_castsi512_si256(codes), _mm512_extracti64x4_epi64(codes, 1)};
+#pragma GCC unroll 2
+    for (int h = 0; h < columns / 32; h++, at += 32) {
+        const __m512 values = weights(all, scale[2 * h], shift[2 * h], offset);
+        if (type == FLOAT32) {
+            const __m512i first = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(parts[h]));
+            const __m512i second = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(parts[h], 1));
+            _mm512_storeu_ps((float *)out + at, _mm512_permutexvar_ps(first, values));
+            _mm512_storeu_ps((float *)out + at + UNIT, _mm512_permutexvar_ps(second, values));
+        } else {
+            const __m512i table = _mm512_broadcast_i64x4(rounded(values, type));
+            _mm512_storeu_si512((uint16_t *)out + at, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(parts[h]), table));
+        }
     }
 }
 
-/* `columns` weights of a chunk of 64, of units from `unit` on. */
-static ALWAYS_INLINE void put_codes(__m512i codes, const float *scale, const float *shift, int offset, int columns,
+/* `columns` weights of a chunk of 64 codes. */
+static ALWAYS_INLINE void compute(__m512i codes, const float *scale, const float *shift, int offset, int columns,
                                     int type, void *out, int64_t at) {
     const __m128i parts[] = {_mm512_castsi512_si128(codes), _mm512_extracti32x4_epi32(codes, 1),
                              _mm512_extracti32x4_epi32(codes, 2), _mm512_extracti32x4_epi32(codes, 3)};
 #pragma GCC unroll 4
     for (int u = 0; u < columns / UNIT; u++) {
-        const __m512 code = units(parts[u]), by = _mm512_set1_ps(scale[u]);
-        put(offset < 0 ? _mm512_sub_ps(_mm512_mul_ps(by, code), _mm512_set1_ps(shift[u]))
-                       : _mm512_mul_ps(by, _mm512_sub_ps(code, _mm512_set1_ps((float)offset))),
-            type, out, at + UNIT * u);
+        const __m512 values = weights(units(parts[u]), scale[u], shift[u], offset);
+        if (type == FLOAT32) _mm512_storeu_ps((float *)out + at + UNIT * u, values);
+        else _mm256_storeu_si256((__m256i *)((uint16_t *)out + at + UNIT * u), rounded(values, type));
     }
 }
 
@@ -243,8 +270,12 @@ static ALWAYS_INLINE void put_codes(__m512i codes, const float *scale, const flo
         _mm512_storeu_ps(shift, own.shift);                                                                            \
         _Pragma("GCC unroll 4") for (int j = 0; j < (count + 1) / 2; j++) {                                            \
             const int second = 2 * j + 1 < count;                                                                      \
-            put_codes(codes_##NAME(b, j, second), scale + 4 * j, shift + 4 * j, OFFSET, second ? CHUNK : CHUNK / 2,    \
-                      type, out, at + CHUNK * j);                                                                      \
+            const __m512i codes = codes_##NAME(b, j, second);                                                          \
+            const int columns = second ? CHUNK : CHUNK / 2;                                                            \
+            const int64_t to = at + CHUNK * j;                                                                         \
+            if (NUMBER == 2 || NUMBER == 3 || NUMBER == 12) /* Q4_0, Q4_1, Q4_K */                                     \
+                look_up(codes, scale + 4 * j, shift + 4 * j, OFFSET, columns, type, out, to);                          \
+            else compute(codes, scale + 4 * j, shift + 4 * j, OFFSET, columns, type, out, to);                         \
         }                                                                                                              \
     }                                                                                                                  \
     static ALWAYS_INLINE void whole_##NAME(const uint8_t *b, int64_t columns, int type, void *out) {                   \

@@ -8,7 +8,7 @@
 
 #include "../native.h"
 
-/* X(number, name, weights, bytes, offset) for each type. The offset is what is taken from codes before they are scaled; −1
+/* X(number, name, weights, bytes, offset) for each type. The offset is subtracted from codes before they are scaled; −1
  * where a minimum is added to the scaled ones instead. */
 #define TYPES(X)                                                                                                       \
     X(2, q4_0, 32, 18, 8)                                                                                              \

@@ -112,7 +112,7 @@ static ALWAYS_INLINE __m512 spread(__m512 scale, int j) {
         __m512 total[TOGETHER];                                                                                        \
         _Pragma("GCC unroll 4") for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();                       \
         for (int64_t s = 0; s < whole; s++, b += bytes) {                                                              \
-            for (int ahead = 0; ahead < bytes; ahead += 64) _mm_prefetch((const char *)b + AHEAD + ahead, _MM_HINT_T0); \
+            for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)b + AHEAD + i, _MM_HINT_T0);                \
             super_##NAME(b, 8, 4, x, s, first, tokens, total);                                                         \
         }                                                                                                              \
         const int left = (int)(columns % SUPER / 32);                                                                  \

@@ -43,9 +43,9 @@ def _weight(blocks: Tensor, kind: str) -> triton_common.Weight:
         blocks = blocks.clone()
     rows, size = blocks.shape
     tensors: tuple[Any, ...] = (blocks, blocks.view(torch.float16), size, iq4_levels(blocks.device))
-    stages = {"stages": 1} if kind.startswith("IQ4") else {}
     config = (each.number, each.weights, each.bytes)
-    return triton_common.Weight(_tile, config, tensors, rows, size // each.bytes * each.weights, **stages)
+    columns, most_rows = size // each.bytes * each.weights, 16 if each.weights == 256 else 64
+    return triton_common.Weight(_tile, config, tensors, rows, columns, stages=1, most_rows=most_rows)
 
 
 @triton.jit
@@ -55,9 +55,10 @@ def _tile(tensors, rows, live, first, CONFIG: tl.constexpr, COLUMNS: tl.constexp
     WEIGHTS: tl.constexpr = CONFIG[1]
     BYTES: tl.constexpr = CONFIG[2]
     column = first + tl.arange(0, COLUMNS)
-    block, i = (column // WEIGHTS * BYTES)[None, :], (column % WEIGHTS)[None, :]
-    ok = live[:, None] & (block < size)
-    b = rows.to(tl.int64)[:, None] * size + block  # [ROWS, COLUMNS], where the column's block begins
+    b, i = (column // WEIGHTS * BYTES)[None, :], (column % WEIGHTS)[None, :]  # where its block begins; its place there
+    ok = live[:, None] & (b < size)
+    row = rows.to(tl.int64)[:, None] * size  # added to pointers once, so that offsets are those of columns
+    octets, halves = octets + row, halves + row // 2
     if KIND == 2:  # Q4_0
         value = _half(halves, b, ok) * (number(_nibble(octets, b + 2, i, ok)) - 8)
     elif KIND == 3:  # Q4_1

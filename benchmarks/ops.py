@@ -1,4 +1,5 @@
-"""Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, small-batch products (GEMV), Hadamard.
+"""Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, small-batch products (GEMV), Hadamard;
+ggml's blocks beside our own 4 bits in groups of 32.
 
 Decoding goes a block of rows at a time into one place, as in a layer, where the result stays in cache, and is held
 against writing as many bytes there. The small-batch product (GEMV) is held against reading the packed bytes at the
@@ -16,6 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmtools.kernels.bits import pack
+from llmtools.kernels.ggml import TYPES, dequantize_ggml, multiply_ggml
+from llmtools.kernels.ggml import reference as ggml
+from llmtools.kernels.ggml.native import KINDS
 from llmtools.kernels.grouped import dequantize_grouped, multiply_grouped
 from llmtools.kernels.grouped import reference as grouped
 from llmtools.kernels.hadamard import hadamard, rule_for
@@ -31,11 +35,11 @@ OUT, IN, GROUP, BLOCK = 5632, 2048, 64, 256
 Weight = tuple[Any, ...]
 
 
-def uniform_weight(bits: int) -> Weight:
+def uniform_weight(bits: int, group: int = GROUP) -> Weight:
     """Random packed tensors, as the op takes them."""
-    codes, zeros = torch.randint(0, 2**bits, (OUT, IN)), torch.randint(0, 2**bits, (OUT, IN // GROUP))
-    scales = (torch.rand(OUT, IN // GROUP) * 0.01).half()
-    return pack(codes, bits), scales, pack(zeros, bits, torch.uint8), None, bits, GROUP, IN
+    codes, zeros = torch.randint(0, 2**bits, (OUT, IN)), torch.randint(0, 2**bits, (OUT, IN // group))
+    scales = (torch.rand(OUT, IN // group) * 0.01).half()
+    return pack(codes, bits), scales, pack(zeros, bits, torch.uint8), None, bits, group, IN
 
 
 def codebook_weight() -> Weight:
@@ -59,6 +63,15 @@ def lattice_weight(bits: int) -> Weight:
     codes = torch.randint(-(2**15), 2**15, (OUT, IN // 8), dtype=torch.int16)
     residual = {2: None, 3: torch.randint(0, 256, codes.shape, dtype=torch.uint8), 4: codes.flip(0)}[bits]
     return codes, residual, RESIDUAL_SCALE[bits]
+
+
+def ggml_weight(kind: str) -> Weight:
+    """Random blocks whose scales are about 2^-10, as the op takes them."""
+    each = TYPES[kind]
+    blocks = torch.randint(0, 256, (OUT, IN // each.weights, each.bytes), dtype=torch.uint8)
+    for at in each.halves:
+        blocks[..., at + 1] = blocks[..., at + 1] & 0x83 | 0x14
+    return blocks.flatten(1), kind
 
 
 def packed_bytes(weight: Weight) -> int:
@@ -124,6 +137,42 @@ def multiply(machine: Machine) -> Iterator[Problem]:
             )
 
 
+@case("ggml")
+def blocks_of_ggml(machine: Machine) -> Iterator[Problem]:
+    """x Wᵀ in bfloat16 and rows to bfloat16 on ggml's blocks, beside our own 4 bits in groups of 32."""
+    own = uniform_weight(4, 32)
+    for kind in KINDS:
+        weight = ggml_weight(kind)
+        dense = ggml.dequantize_ggml(*weight)
+        for tokens in (1, 4, 16):
+            x = torch.randn(tokens, IN).bfloat16()
+
+            def check(x: Tensor = x, weight: Weight = weight, dense: Tensor = dense) -> None:
+                truth = x.double() @ dense.double().T
+                assert (multiply_ggml(x, *weight, False) - truth).abs().max() <= 2**-7 * truth.abs().max()
+
+            yield Problem(
+                f"{kind}, {tokens} tokens",
+                check,
+                {"GEMV": lambda x=x, weight=weight: multiply_ggml(x, *weight, False)},
+                {"4 bits in groups of 32": lambda x=x: multiply_grouped(x, *own, False)},
+                max(packed_bytes(weight) / machine.copy_bandwidth, 2 * tokens * OUT * IN / machine.best_matmul_speed),
+                "reading packed bytes, or the product",
+            )
+
+        def check_rows(weight: Weight = weight, dense: Tensor = dense) -> None:
+            assert torch.equal(dequantize_ggml(*weight, torch.bfloat16), dense.bfloat16())
+
+        yield Problem(
+            f"{kind} to bfloat16",
+            check_rows,
+            {"native": by_blocks(dequantize_ggml, weight, torch.bfloat16)},
+            {"4 bits in groups of 32": by_blocks(dequantize_grouped, own, torch.bfloat16)},
+            OUT * IN * 2 / machine.fill_bandwidth,
+            "writing the result, in cache",
+        )
+
+
 @case("hadamard")
 def rotation(machine: Machine) -> Iterator[Problem]:
     """Rows of activations in float32, rotated, beside plain torch."""
@@ -145,4 +194,4 @@ def rotation(machine: Machine) -> Iterator[Problem]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["decode", "multiply", "hadamard"]))
+    sys.exit(main(["decode", "multiply", "ggml", "hadamard"]))

@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Request:
-    """A deferred signal, if there was one."""
+    """A signal that was received, if there was one."""
 
     number: int | None = None
     """Number of the signal; None if there was none."""
@@ -43,14 +43,16 @@ class Request:
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """In this block SIGTERM and SIGHUP raise `Stopped`, wherever the main thread is."""
+def interruptible() -> Iterator[Request]:
+    """In this block SIGTERM and SIGHUP are recorded and raise `Stopped`, wherever the main thread is."""
+    request = Request()
 
     def stop(number: int) -> None:
+        request.number = number
         raise Stopped(exit_code=128 + number)
 
     with _handled(ENDING, stop):
-        yield
+        yield request
 
 
 @contextmanager

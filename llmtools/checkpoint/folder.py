@@ -46,6 +46,7 @@ from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
 from ..nn.lora_init import LoraInit
 from ..nn.swap import packed_bytes, packed_layers
+from .gguf_base import is_verified
 from .model_card import write_card
 from .run_info import versions, write_json
 
@@ -218,8 +219,11 @@ def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], give
 
 
 def _load_gguf(found: GGUFModel, options: Mapping[str, Any], *, verify: bool) -> Any:
-    if verify:
-        raise CheckpointError(f"{found.name} has no checksums to verify; they come with folders that llmtools writes")
+    if verify and not is_verified(found.name):
+        raise CheckpointError(
+            f"{found.name} has no checksums to verify; the SHA-256 of a GGUF file is known from an adapter that "
+            "llmtools trained on it, or from the hub's cache"
+        )
     with _named(found.name):
         model, info = open_gguf(found, options)
     if lacking := sorted(info["missing_keys"]):
@@ -290,7 +294,8 @@ def _check_before(name: str, options: Mapping[str, Any], *, verify: bool) -> dic
 
 
 def _load_with_adapter(folder: Path, options: dict[str, Any], *, verify: bool, allow_other_base: bool) -> Any:
-    model = load_model(_base_of(folder), verify=verify, **options)
+    base = _base_of(folder)
+    model = load_model(base, verify=verify and not is_verified(base, folder), **options)
     return open_adapter(model, folder, verify=verify, allow_other_base=allow_other_base)
 
 

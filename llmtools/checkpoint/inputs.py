@@ -33,6 +33,12 @@ def content_of_model(name: str) -> dict[str, str]:
         return model_content(name)
     if path.is_file():
         return {"model's weights": str(content(name))}
+    if name.endswith(".gguf"):
+        from ..formats.gguf_reading import find
+
+        with suppress(ValueError):
+            return content_of_model(str(found.path)) if (found := find(name, {})) else {}
+        return {}
     from transformers.utils import cached_file
 
     with suppress(OSError, ValueError):

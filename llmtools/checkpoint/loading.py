@@ -51,11 +51,13 @@ def open_model(
 
     from ..checkpoint.folder import load as load_checkpoint
     from ..model.adapter_files import check_adapter, open_adapter
+    from .gguf_base import is_verified
 
     check_model(name)
     if adapter is not None:
         check_adapter(adapter)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "verify": verify}
+    compared = verify and adapter is not None and is_verified(name, adapter)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "verify": verify and not compared}
     if load is not None:
         options["quantization_config"] = bitsandbytes_config(name, load)
     try:

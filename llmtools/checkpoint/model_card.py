@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import InputError, opening
 from ..files import read_info, read_json
+from ..formats.gguf_reading import hub_base
 from .run_info import facts_of
 
 CARD = "README.md"
@@ -109,7 +110,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 def _adapter_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
     config, info = read_json(folder / "adapter_config.json"), read_info(folder)
-    base = base_name or config.get("base_model_name_or_path")
+    base = hub_base(base_name, config) or config.get("base_model_name_or_path")
+    if str(base or "").endswith(".gguf"):
+        return _gguf_adapter_card(folder, name, str(base), results)
     local = Path(str(config.get("base_model_name_or_path") or "")).expanduser()  # the base model, if it is still there
     known = local.is_dir() and (local / "config.json").exists()
     load = facts_of(info).get("base", {}).get("loaded as")  # which the base model's own files do not say
@@ -140,16 +143,61 @@ model = PeftModel.from_pretrained(model, "{name}")"""
         "quantizer of the base model": "; ".join(map(_spec, quantizers)) or dense,
         "bits per weight of the base model": _bits(base_info) if quantizers else dense,
         "calibration data of the base model": calibration,
+        **_trained(config, info, results),
+    }
+    head = _head("peft", base, "adapter", [kind, *(spec["name"] for spec in quantizers)])
+    return _page(head, name, _ADAPTER, rows, use, results, _plot(folder))
+
+
+_ADAPTER = "An adapter for a language model; the base model is not included."
+
+
+def _gguf_adapter_card(folder: Path, name: str, base: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The card of an adapter on a GGUF file. base: the file's path, or ``owner/name/FILE.gguf``."""
+    config, info = read_json(folder / "adapter_config.json"), read_info(folder)
+    known, file = facts_of(info).get("base", {}), Path(base).name
+    repo = _hub_repo(base)
+    inside = base.removeprefix(f"{repo}/")
+    opened = f'"{repo}", gguf_file="{inside}"' if repo else f'"{file}"'
+    model = base if repo else file
+    use = f"""\
+import llmtools
+from peft import PeftModel
+
+model, tokenizer = llmtools.load({opened})  # the base model, whose weights stay in their blocks
+model = PeftModel.from_pretrained(model, "{name}")"""
+    commands = f"""\
+llmtools generate --model {model} --adapter {folder.name} --prompt "…"
+llmtools export --model {model} --adapter {folder.name} --format gguf --out adapter.gguf
+llama-cli -m {file} --lora adapter.gguf -p "…"   # llama.cpp, on the same file"""
+    bits = known.get("bits per weight")
+    rows = {
+        "base model": f"`{inside}` of [{repo}](https://huggingface.co/{repo})" if repo else f"a local file `{file}`",
+        "SHA-256 of the base model's file": f"`{known['sha256']}`" if "sha256" in known else UNKNOWN,
+        "quantizer of the base model": f"gguf (types {', '.join(known['types'])})" if "types" in known else "gguf",
+        "bits per weight of the base model": UNKNOWN if bits is None else f"{bits:.2f}, including scales",
+        "calibration data of the base model": UNKNOWN,
+        **_trained(config, info, results),
+    }
+    head = _head("peft", repo, "adapter", [str(config.get("peft_type") or "LoRA").lower(), "gguf"])
+    return _page(head, name, _ADAPTER, rows, use, results, _plot(folder), commands)
+
+
+def _trained(
+    config: Mapping[str, Any], info: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """The rows about an adapter and its training."""
+    return {
         "adapters": _adapter(config),
         "trained on": _training(info),
         "losses": _losses(info),
         "measured quality": _quality(results),
         "made with": _versions(info),
     }
-    head = _head("peft", base, "adapter", [kind, *(spec["name"] for spec in quantizers)])
-    what = "An adapter for a language model; the base model is not included."
-    plot = f"\n![training and validation loss over the steps]({LOSSES})\n" * (folder / LOSSES).exists()
-    return _page(head, name, what, rows, use, results, plot)
+
+
+def _plot(folder: Path) -> str:
+    return f"\n![training and validation loss over the steps]({LOSSES})\n" * (folder / LOSSES).exists()
 
 
 # ------------------------------------------------------------------------------------------------------ the page itself
@@ -172,9 +220,11 @@ def _page(
     use: str,
     results: Sequence[Mapping[str, Any]],
     plot: str = "",
+    commands: str = "",
 ) -> str:
     table = "\n".join(f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items())
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())  # JSON is YAML
+    shell = f"\n```sh\n{commands}\n```\n" if commands else ""
     return f"""\
 ---
 {front}
@@ -192,7 +242,7 @@ def _page(
 ```python
 {use}
 ```
-{plot}{_measures(results)}
+{shell}{plot}{_measures(results)}
 The licences of the base model and of the data apply; they are not recorded here.
 """
 
@@ -320,6 +370,12 @@ def _called(base: str | None) -> str:
     if hub := _hub_name(base):
         return f"[{hub}](https://huggingface.co/{hub})"
     return f"a local folder `{Path(base).name}`"
+
+
+def _hub_repo(base: str) -> str | None:
+    """The repository of ``owner/name/FILE.gguf``; None for a local path."""
+    repo = "/".join(base.split("/")[:2])
+    return _hub_name(repo) if base.count("/") > 1 and not Path(base).exists() else None
 
 
 def _hub_name(base: str | None) -> str | None:

@@ -68,8 +68,8 @@ def facts_of(info: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The facts about a run that its model card shows.
 
     ``calibration`` {text, windows, seed}; ``training`` {data, task, seed, examples, steps, training loss,
-    validation loss}; ``base`` {loaded as}. Unknown ones are omitted. A command passes them to `record`; for records of
-    earlier versions they follow from recipe and result.
+    validation loss}; ``base`` {loaded as}, of a GGUF file {file, sha256, types, bits per weight}. Unknown ones are
+    omitted. A command passes them to `record`; for records of earlier versions they follow from recipe and result.
     """
     if isinstance(info.get("facts"), Mapping):
         return {name: dict(facts) for name, facts in info["facts"].items()}

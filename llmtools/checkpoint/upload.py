@@ -21,6 +21,7 @@ from torch import nn
 
 from ..errors import InputError
 from ..files import METADATA, RUN, read_json
+from ..formats.gguf_reading import hub_base
 from ..redaction import redacted
 from .folder import save
 from .model_card import CARD, card, is_ours
@@ -174,7 +175,8 @@ def texts_of(
         config = read_json(path)
         base = config.get("base_model_name_or_path")
         if base_name is not None:
-            texts[path.name] = json.dumps(config | {"base_model_name_or_path": base_name}, indent=2) + "\n"
+            named = config | {"base_model_name_or_path": hub_base(base_name, config)}
+            texts[path.name] = json.dumps(named, indent=2) + "\n"
         elif base and Path(str(base)).expanduser().exists():
             log.warning(
                 "the adapter names its base model by a local path (%s); give its name on the hub with --base_name NAME",

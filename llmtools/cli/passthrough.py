@@ -2,7 +2,7 @@
 
 The import registers our checkpoints with transformers. Options, endpoints and messages are transformers'; see
 ``llmtools serve --help``. A GGUF file is served from a checkpoint with the same weights, in a temporary folder that
-exists while the server runs.
+exists while the server runs. The server answers requests for the file's name, without its folder.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, chdir, suppress
 from importlib.util import find_spec
 from typing import Any
 
 from ..errors import InputError
+from ..signals import Request, interruptible
 
 SUMMARIES = {
     "serve": "serve a model with transformers' server (OpenAI's API)",
@@ -45,11 +46,15 @@ def run(command: str, args: Sequence[str]) -> int:
         _check_served(args)
         _make_cache()
     app = _app(command)
-    hook = sys.excepthook
+    hook, request = sys.excepthook, Request()
     try:
-        with ExitStack() as stack:
-            app(args=[command, *_as_folders(args, stack)], prog_name="llmtools")
+        with interruptible() as request, ExitStack() as stack:  # the server passes SIGTERM on once it has shut down
+            if args and _is_gguf(args[0]):
+                args = _opened(args, stack) if command == "serve" else [os.path.basename(args[0]), *args[1:]]
+            app(args=[command, *args], prog_name="llmtools")
     except SystemExit as stopped:
+        if request.number is not None:  # typer makes 1 or 130 of any interrupt
+            return request.exit_code
         return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
     except ValueError as error:  # transformers' error for what the user can fix, such as a server that does not run
         raise InputError(f"{error}".replace("`transformers serve`", "`llmtools serve MODEL`")) from error
@@ -85,7 +90,7 @@ def _missing(command: str, error: ImportError) -> InputError:
 
 def _joined(args: Sequence[str]) -> list[str]:
     """The arguments with ``--gguf_file`` joined to the folder or repository that the first argument names."""
-    args = list(args)
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--gguf_file=") else [arg])]
     if "--gguf_file" in args[1:-1]:
         at = args.index("--gguf_file")
         file = args.pop(at + 1)
@@ -94,20 +99,33 @@ def _joined(args: Sequence[str]) -> list[str]:
     return args
 
 
-def _as_folders(args: Sequence[str], stack: ExitStack) -> list[str]:
-    """The arguments with a checkpoint folder in place of each GGUF file; the folders exist until the stack closes."""
-    return [_folder_of(arg, stack) if arg.endswith(".gguf") else arg for arg in args]
+def _is_gguf(name: str) -> bool:
+    """Whether a model's name is that of a GGUF file in our notation; transformers' own is ``repo:file.gguf``."""
+    return name.endswith(".gguf") and ":" not in name and not os.path.isdir(name)
 
 
-def _folder_of(name: str, stack: ExitStack) -> str:
-    """The name of a temporary checkpoint folder with the weights of a GGUF file."""
+def _opened(args: Sequence[str], stack: ExitStack) -> list[str]:
+    """The arguments to serve a GGUF file from a checkpoint with its name in a temporary folder.
+
+    That is the current folder until the stack closes: transformers' server answers requests for the very path that it
+    was given, and so that is the name alone. Files that other arguments name become absolute.
+    """
     from ..checkpoint.folder import load, save
 
+    name, file = args[0], os.path.basename(args[0])
     model, tokenizer = load(name)
     place = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmtools-"))
-    folder = save(model, tokenizer, os.path.join(place, os.path.basename(name).removesuffix(".gguf")))
-    print(f"{name} is served as {folder}", file=sys.stderr, flush=True)
-    return str(folder)
+    save(model, tokenizer, os.path.join(place, file))
+    others = [_absolute(arg) for arg in args[1:]]
+    stack.enter_context(chdir(place))
+    print(f"{name} is served as {file}", file=sys.stderr, flush=True)
+    return [file, *others]
+
+
+def _absolute(arg: str) -> str:
+    """A file's path, alone or after ``--option=``, as an absolute one; other arguments as they are."""
+    option, equals, value = arg.rpartition("=")
+    return f"{option}{equals}{os.path.abspath(value)}" if os.path.isfile(value) else arg
 
 
 def _holds(folder: str, name: str) -> bool:

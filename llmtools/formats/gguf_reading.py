@@ -31,7 +31,7 @@ from .gguf_header import FLOATS, GGUFFile, StoredTensor, read_header
 log = logging.getLogger(__name__)
 
 SUFFIX = ".gguf"
-_HUB_FILE = re.compile(r"^([\w.-]+/[\w.-]+)/([\w./ -]+\.gguf)$")
+_HUB_FILE = re.compile(r"^(\w[\w.-]*/\w[\w.-]*)/([\w./ -]+\.gguf)$")
 _HUB_OPTIONS = ("revision", "token", "cache_dir")
 
 
@@ -47,6 +47,14 @@ class GGUFModel(NamedTuple):
 def joined(name: str, gguf_file: str | None) -> str:
     """The name of a model that is a file of a folder or hub repository: ``name/gguf_file``."""
     return name if gguf_file is None else f"{name.rstrip('/')}/{gguf_file}"
+
+
+def hub_base(base_name: str | None, config: Mapping[str, Any]) -> str | None:
+    """A base model's name on the hub, as given, with the GGUF file that the adapter's configuration names."""
+    file = Path(str(config.get("base_model_name_or_path") or "")).name
+    if base_name is None or not file.endswith(".gguf") or base_name.endswith(".gguf"):
+        return base_name
+    return f"{base_name}/{file}"
 
 
 def find(name: str, options: Mapping[str, Any]) -> GGUFModel | None:

@@ -27,6 +27,7 @@ from ..files import METADATA, files_of, read_info, writing
 from ..model.adapter_files import CONFIG, WEIGHTS, check_adapter
 from ..model.fingerprint import FINGERPRINT
 from ..model.integrity import record_checksums
+from .gguf_reading import hub_base
 
 _PLAIN = (None, True, False, "true", "gaussian", "eva", "orthogonal", "mica", "lora_ga", "error")
 """Values of init_lora_weights that do not change the base weights."""
@@ -63,7 +64,7 @@ def export_adapter(
         raise InputError(f"{source}: init_lora_weights={init!r} changed the base; merge it with --format dense")
     config |= {"init_lora_weights": True, "inference_mode": True}
     if base_name is not None:
-        config["base_model_name_or_path"] = base_name
+        config["base_model_name_or_path"] = hub_base(base_name, config)
     with writing(folder, overwrite=overwrite) as partial:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

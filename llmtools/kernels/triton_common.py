@@ -55,6 +55,8 @@ class Weight(NamedTuple):
     stages: int = 3
     """Number of pipeline stages of a product. Their loads go through shared memory, and so would look-ups in tables,
     needlessly: tiles with look-ups set 1."""
+    most_rows: int = 64
+    """Rows of a product's tile with several tokens; fewer for tiles that need many registers."""
 
 
 def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
@@ -64,7 +66,16 @@ def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
     if out.numel():
         grid = (_blocks(weight.rows, rows), _blocks(weight.columns, columns))
         _dequantize[grid](
-            out, weight.tensors, weight.rows, weight.columns, weight.tile, weight.config, rows, columns, num_warps=4
+            out,
+            weight.tensors,
+            weight.rows,
+            weight.columns,
+            weight.tile,
+            weight.config,
+            rows,
+            columns,
+            num_warps=4,
+            enable_fp_fusion=False,  # contracting a·b + c to a fused operation would round once, not twice
         )
     return out
 
@@ -95,7 +106,7 @@ def _product(x: Tensor, weight: Weight, kernel: Any, kept: int, summed: int) -> 
     elif x.dtype == torch.float32:  # no tensor cores; a thread holds whole rows of its operands
         rows, columns = 32, 32
     else:  # look-ups need more registers
-        rows, columns = 64, 64 if weight.stages == 1 else 128
+        rows, columns = weight.most_rows, 64 if weight.stages == 1 else 128
     columns = min(columns, _power(weight.columns))
     keep, step = (rows, columns) if along_rows else (columns, rows)
     tiles, steps = _blocks(kept, keep), _blocks(summed, step)

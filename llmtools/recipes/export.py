@@ -69,8 +69,12 @@ def export(recipe: Export) -> ExportResult:
     from ..checkpoint.loading import import_plugins, model_and_adapter, quiet_libraries
     from ..files import claim
     from ..model.adapter_files import check_adapter
+    from ..model.integrity import check_checksums
 
     _check_format(recipe)
+    if recipe.verify and recipe.adapter is not None:
+        check_adapter(recipe.adapter)
+        check_checksums(Path(recipe.adapter).expanduser(), verify=True)
     if recipe.format == "gguf" and recipe.adapter is not None:
         return _export_gguf_adapter(recipe)
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
@@ -245,15 +249,19 @@ def _checked_base(recipe: Export, adapter: str) -> Any:
 
 
 def _compare_base(recipe: Export, name: str, adapter: str) -> None:
-    """Raises CheckpointError unless the adapter has no fingerprint, or that of this base (or `allow_other_base`)."""
+    """Raises CheckpointError unless the adapter has no fingerprint, or that of this base (or `allow_other_base`).
+
+    With `verify` every byte of the base is compared, too.
+    """
     from ..model.fingerprint import read_fingerprint
 
-    if read_fingerprint(Path(adapter).expanduser()) is not None:
+    if recipe.verify or read_fingerprint(Path(adapter).expanduser()) is not None:
         _open_base(recipe, name, adapter)
 
 
 def _open_base(recipe: Export, name: str, adapter: str) -> Any:
     """The base model, compared with the adapter's fingerprint; None where bitsandbytes is needed and missing."""
+    from ..checkpoint.gguf_base import is_verified
     from ..checkpoint.loading import loaded_as, open_model
     from ..model.fingerprint import check_base
 
@@ -261,6 +269,7 @@ def _open_base(recipe: Export, name: str, adapter: str) -> Any:
     if load is not None and find_spec("bitsandbytes") is None:
         log.warning("bitsandbytes is not installed, so it was not checked whether %s is the adapter's base", name)
         return None
-    base, _ = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
+    verify = recipe.verify and not is_verified(name, adapter)
+    base, _ = open_model(name, load=load, trust_remote_code=recipe.trust_remote_code, verify=verify)
     check_base(base, adapter, allow_other_base=recipe.allow_other_base)
     return base

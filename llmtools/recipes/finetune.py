@@ -56,6 +56,7 @@ def finetune(recipe: Finetune, callbacks: Sequence[Any] = ()) -> FinetuneResult:
 
 def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any]) -> FinetuneResult:
     from ..checkpoint.folder import load_lora_init
+    from ..checkpoint.gguf_base import facts_of_base
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
     from ..checkpoint.run_info import record
@@ -86,6 +87,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= content_of_model(recipe.model)
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
+    file = facts_of_base(recipe.model, model) if is_first() else {}
     fit_config(config, model, recipe.lora)
     if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)
@@ -102,7 +104,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     run = record(
         "finetune", recipe, prompt_format=prompt_format, training=arguments, base_model=base_model_name(recipe.model)
     )
-    run["inputs"] = inputs
+    run |= {"inputs": inputs, "facts": {"base": file}}
     with run_folder(recipe, out, work, run, base) as checkpoint:
         request = Request()
         notes = {FINGERPRINT: as_text(base)}
@@ -168,7 +170,7 @@ def _write_adapter(
             plot_losses(folder)
             best = getattr(trainer.state, "best_global_step", None)
             checkpoints.keep(work / "checkpoints", folder / "checkpoints", best)
-            info = {**run, "facts": facts(recipe, result), "result": asdict(result)}
+            info = {**run, "facts": facts(recipe, result, run["facts"]["base"]), "result": asdict(result)}
             write_json(folder / RUN, {**info, "words": with_former_keys(run["prompt_format"])})  # of earlier versions
             info["files"] = files_of(folder, CARD)
             write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})

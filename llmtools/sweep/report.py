@@ -272,13 +272,18 @@ def blocks(data: ReportData) -> list[Block]:
 
 
 def opening(data: ReportData) -> str:
+    from .runner import is_quantized
+
     recipe = data.recipe
     size = f" ({data.parameters:,} parameters)" if data.parameters else ""
-    rounded = f", cast to {recipe.dtype} first" if recipe.dtype else ""
+    given = is_quantized(recipe.model)
+    rounded = f", cast to {recipe.dtype} first" if recipe.dtype and not given else ""
+    stored = "" if given else " The linear layers of its blocks are quantized; embeddings and norms are not."
     budget = ", ".join(f"{key} {value}" for key, value in recipe.training.items())
     return (
-        f"One model, {Path(recipe.model).name}{size}{rounded}, in each of the variants below. The linear layers of its "
-        f"blocks are quantized; embeddings and norms are not. LoRA adapters (alpha {recipe.lora.alpha:g}, "
+        f"One model, {Path(recipe.model).name}{size}{rounded}, "
+        f"{'quantized already, as it is' if given else 'in each of the variants below'}.{stored} "
+        f"LoRA adapters (alpha {recipe.lora.alpha:g}, "
         f"rank {', '.join(map(str, recipe.ranks))}) are then trained on each task with the same budget for each variant"
         f"{f': {budget}' if budget else ''}. Seeds: {', '.join(map(str, recipe.seeds))}."
     )

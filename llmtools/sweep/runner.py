@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 LORA = Lora()
 HEADER = "# Written by llmtools sweep, with all its flags, and written anew each time.\n"
 BASELINES = {"lora": "LoRA, not quantized", "nf4": "NF4, bitsandbytes", "int8": "int8, bitsandbytes"}
+AS_GIVEN = "LoRA, as quantized"
+"""The baseline "lora" where the model is quantized already, such as a GGUF file."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Sweep:
     """Finetune one model in many quantized variants, and report the cost and the quality of each."""
 
     model: str
-    """Folder or hub name of the model, not quantized."""
+    """Folder or hub name of the model, not quantized; a quantized one has only the baseline lora."""
     tasks: dict[str, dict[str, Any]]
     """Tasks to train and to evaluate on, in a YAML: {NAME: {task: …, data: …, options: {…}, finetune: {training: {…}},
     evaluate: {limit: …}}}; options of one recipe under finetune or evaluate, options of both beside them."""
@@ -160,7 +162,7 @@ def sweep(recipe: Sweep) -> SweepResult:
     check_model(recipe.model)
     import_plugins(recipe.plugin)
     runner = _Runner(recipe)
-    runs, left_out = runner.runs(), _left_out(recipe)
+    runs, left_out = runner.runs(), list(_left_out(recipe).values())
     for line in left_out:
         log.warning("%s", line)
     quiet_libraries()
@@ -254,12 +256,25 @@ def _summary(result: dict[str, Any]) -> str:
     return f"{after['measure']} {before['value']:.4g} → {after['value']:.4g} in {result['seconds']:.0f} s"
 
 
-def _left_out(recipe: Sweep) -> list[str]:
-    """A line for each baseline that is skipped, bitsandbytes not being installed."""
-    if find_spec("bitsandbytes") is not None:
-        return []
-    why = "left out, bitsandbytes is not installed: pip install 'llmtools[bitsandbytes]'"
-    return [f"{BASELINES[name]}: {why}" for name in recipe.baselines if name != "lora"]
+def _left_out(recipe: Sweep) -> dict[str, str]:
+    """A line for each baseline that is skipped, by its name: bitsandbytes cannot make it, or is not installed."""
+    if is_quantized(recipe.model):
+        why = "left out, the model is quantized already"
+    elif find_spec("bitsandbytes") is None:
+        why = "left out, bitsandbytes is not installed: pip install 'llmtools[bitsandbytes]'"
+    else:
+        return {}
+    return {name: f"{BASELINES[name]}: {why}" for name in recipe.baselines if name != "lora"}
+
+
+def is_quantized(model: str) -> bool:
+    """Whether the model is quantized already, such as a GGUF file; False where its config is damaged, as a run says."""
+    from ..checkpoint import loading
+
+    try:
+        return loading.is_quantized(model)
+    except InputError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -278,14 +293,26 @@ class _Runner:
 
     def runs(self) -> list[Run]:
         """All runs of the grid, seed by seed, so that an unfinished sweep has every variant once."""
-        variants = [Variant(BASELINES[name], load=None if name == "lora" else name) for name in self.recipe.baselines]
-        variants = [variant for variant in variants if variant.load is None or find_spec("bitsandbytes") is not None]
+        left_out, labels = _left_out(self.recipe), BASELINES | {"lora": self._lora_label()}
+        names = [name for name in self.recipe.baselines if name not in left_out]
+        variants = [Variant(labels[name], load=None if name == "lora" else name) for name in names]
         variants += [Variant(_label(options), quantizer=options) for options in _unrolled(self.recipe.quantizers)]
         grid = itertools.product(self.recipe.seeds, self.recipe.ranks, self.recipe.tasks, variants)
         runs = [Run(variant, task, rank, seed) for seed, rank, task, variant in grid]
         for run in runs:  # every option is checked before the first run starts
             self._check(run)
         return runs
+
+    def _lora_label(self) -> str:
+        """The label of the baseline "lora". Raises InputError for quantizers on a model that is quantized already."""
+        if not is_quantized(self.recipe.model):
+            return BASELINES["lora"]
+        if self.recipe.quantizers or "lora" not in self.recipe.baselines:
+            raise InputError(
+                f"{self.recipe.model} is quantized already, and other variants are made of a model that is not; train "
+                "on it as it is (baselines: [lora], quantizers: []), or give the original model"
+            )
+        return AS_GIVEN
 
     def _check(self, run: Run) -> None:
         """Raises InputError, led by the run's name, for options that can be seen to be wrong without a model."""
@@ -385,7 +412,7 @@ class _Runner:
         )
 
     def original(self) -> dict[str, Any] | None:
-        """The result of casting the model to `dtype`, from which all variants derive."""
+        """The result of casting the model to `_dtype`, from which all variants derive."""
 
         def make() -> dict[str, Any]:
             import torch
@@ -393,16 +420,16 @@ class _Runner:
             from ..checkpoint.folder import load, save, skeleton
 
             empty = skeleton(self.recipe.model)
-            if self.recipe.dtype is not None:
-                kind = getattr(torch, self.recipe.dtype, None)
+            if self._dtype is not None:
+                kind = getattr(torch, self._dtype, None)
                 if not isinstance(kind, torch.dtype):
-                    raise InputError(f"dtype={self.recipe.dtype!r}: bfloat16, float16 or float32 is expected")
+                    raise InputError(f"dtype={self._dtype!r}: bfloat16, float16 or float32 is expected")
                 with claim(self._original, overwrite=True, reads=[self.recipe.model]):
                     save(*load(self.recipe.model, dtype=kind), self._original, overwrite=True)
             return {"parameters": sum(p.numel() for p in empty.parameters()), "commands": []}
 
-        settings = {"model": self.recipe.model, "dtype": self.recipe.dtype, "model reads": self._model_content}
-        folder = None if self.recipe.dtype is None else Path(self._original)
+        settings = {"model": self.recipe.model, "dtype": self._dtype, "model reads": self._model_content}
+        folder = None if self._dtype is None else Path(self._original)
         return self.cache.get(self.out / "models" / "original.json", settings, make, folder)
 
     def answer_tokens(self, name: str) -> int | None:
@@ -448,9 +475,14 @@ class _Runner:
 
     # ------------------------------------------------------------------------------------------------------ recipes
 
+    @cached_property
+    def _dtype(self) -> str | None:
+        """The type that the model is cast to first; None for the model as it is, as where it is quantized already."""
+        return None if is_quantized(self.recipe.model) else self.recipe.dtype
+
     @property
     def _original(self) -> str:
-        return self.recipe.model if self.recipe.dtype is None else str(self.out / "models" / "original")
+        return self.recipe.model if self._dtype is None else str(self.out / "models" / "original")
 
     def _model(self, variant: Variant) -> str:
         return self._original if variant.quantizer is None else str(self.out / "models" / variant.slug)
@@ -459,7 +491,7 @@ class _Runner:
         recipe = self.quantize(variant)
         return {
             "model": self.recipe.model,
-            "dtype": self.recipe.dtype,
+            "dtype": self._dtype,
             "load": variant.load,
             "quantize": recipe and given(recipe),
             "model reads": self._model_content,

@@ -109,8 +109,8 @@ class FinetuneResult:
         )
 
 
-def facts(recipe: Finetune, result: FinetuneResult) -> dict[str, dict[str, Any]]:
-    """Facts about the training for the model card, see `run_info.facts_of`."""
+def facts(recipe: Finetune, result: FinetuneResult, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Facts about the training and its base for the model card, see `run_info.facts_of`. base: those of a GGUF file."""
     training = {
         "data": recipe.data,
         "task": recipe.task,
@@ -121,4 +121,4 @@ def facts(recipe: Finetune, result: FinetuneResult) -> dict[str, dict[str, Any]]
         "validation loss": result.validation_loss,
     }
     known = {key: value for key, value in training.items() if value is not None}
-    return {"training": known, "base": {"loaded as": recipe.load} if recipe.load else {}}
+    return {"training": known, "base": {"loaded as": recipe.load} if recipe.load else base}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -271,20 +274,57 @@ def test_a_run_on_a_file_depends_on_its_contents(folder: Path, tmp_path: Path) -
     assert content_of_model(str(folder / "m.gguf")) != content_of_model(str(tmp_path / "copy.gguf"))
 
 
-def test_serve_takes_the_file_by_either_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_takes_the_file_by_any_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is given a folder that has the file's name, which requests then name, and that is gone afterwards."""
     from llmtools.cli import passthrough
 
     served: list[Any] = []
 
     def app(args: list[str], prog_name: str) -> None:
-        served.append((args, llmtools.load(args[1])[0]))
+        served.append((args, Path(args[1]).resolve(), llmtools.load(args[1])[0]))
 
     monkeypatch.setattr(passthrough, "_app", lambda command: app)
     monkeypatch.setattr(passthrough, "NEEDS", {"serve": ()})
-    for model in ([str(folder), "--gguf_file", "m.gguf"], [str(folder / "m.gguf")]):
-        assert passthrough.run("serve", [*model, "--port", "9999"]) == 0
-    for args, model in served:
-        assert args[0] == "serve" and Path(args[1]).name == "m" and args[2:] == ["--port", "9999"]
-        assert not Path(args[1]).exists() and isinstance(model.lm_head, TiedLinear)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "labels.json").write_text("{}")
+    for model in (
+        [str(folder), "--gguf_file", "m.gguf"],
+        [str(folder), "--gguf_file=m.gguf"],
+        [os.path.relpath(folder / "m.gguf")],
+    ):
+        assert passthrough.run("serve", [*model, "--decision-config=labels.json", "--port", "9999"]) == 0
+    for args, place, model in served:
+        assert args == ["serve", "m.gguf", f"--decision-config={tmp_path / 'labels.json'}", "--port", "9999"]
+        assert not place.exists() and isinstance(model.lm_head, TiedLinear)
+    assert len(served) == 3 and Path.cwd() == tmp_path
     with pytest.raises(llmtools.CheckpointError, match="there is no file"):
         passthrough.run("serve", [str(folder / "none.gguf")])
+
+
+def test_a_server_that_is_ended_leaves_no_copy(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uvicorn shuts down at SIGTERM and then raises the signal again, and typer makes an exit code of the exception."""
+    from llmtools.cli import passthrough
+
+    def app(args: list[str], prog_name: str) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise SystemExit(1) from None
+
+    monkeypatch.setattr(passthrough, "_app", lambda command: app)
+    monkeypatch.setattr(passthrough, "NEEDS", {"serve": ()})
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert passthrough.run("serve", [str(folder / "m.gguf")]) == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+def test_chat_names_the_model_as_the_server_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtools.cli import passthrough
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(passthrough, "_app", lambda command: lambda args, prog_name: asked.append(args))
+    monkeypatch.setattr(passthrough, "NEEDS", {"chat": ()})
+    for model in ([str(folder), "--gguf_file", "m.gguf"], ["elsewhere/m.gguf"], ["owner/name:m.gguf"], ["owner/name"]):
+        assert passthrough.run("chat", [*model, "http://localhost:8000"]) == 0
+    assert [args[1] for args in asked] == ["m.gguf", "m.gguf", "owner/name:m.gguf", "owner/name"]

@@ -125,3 +125,37 @@ def test_an_adapter_does_the_same_there(base: Path, in_float32: Path, options: d
     assert (after - before).abs().max() > 0.1  # it changes something
     assert_alike(opened, tokenizer, server(in_float32, out), 1e-4, texts=True)
     assert_alike(opened, tokenizer, server(base, out), 1e-2, texts=False)
+
+
+def test_an_adapter_of_a_checkpoint_goes_with_the_checkpoint_s_gguf(stories: Path, tmp_path: Path) -> None:
+    """Quantized, adapted, and both exported by the commands; names come from the checkpoint, or from the file."""
+    from peft import LoraConfig, get_peft_model
+
+    from llmtools.cli.app import main
+    from llmtools.model.fingerprint import FINGERPRINT, as_text, fingerprint
+
+    model, tokenizer = llmtools.load(stories)
+    llmtools.quantize(model, "rtn", bits=8, group_size=32, symmetric=True, skip=["*down_proj", "lm_head"])
+    llmtools.save(model, tokenizer, tmp_path / "q")
+    known = as_text(fingerprint(model))
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "q")
+    for name, each in adapted.named_parameters():
+        if "lora_" in name:
+            each.data = 0.05 * torch.randn_like(each)
+    adapted.save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / FINGERPRINT).write_text(known)
+    assert (
+        main(["export", "--model", str(tmp_path / "q"), "--format", "gguf", "--out", str(tmp_path / "g"), "--lossy"])
+        == 0
+    )
+    file, export_adapter = (
+        tmp_path / "g" / "model.gguf",
+        ["export", "--adapter", str(tmp_path / "a"), "--format", "gguf"],
+    )
+    assert main([*export_adapter, "--out", str(tmp_path / "a.gguf")]) == 0
+    assert main([*export_adapter, "--out", str(tmp_path / "b.gguf"), "--model", str(file)]) == 2
+    assert main([*export_adapter, "--out", str(tmp_path / "b.gguf"), "--model", str(file), "--allow_other_base"]) == 0
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+    in_float32 = float32_copy(file, tmp_path / "float32.gguf")
+    assert_alike(adapted.eval(), tokenizer, server(in_float32, tmp_path / "a.gguf"), 1e-4, texts=True)

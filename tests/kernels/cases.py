@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llmtools.kernels.bits import pack
+from llmtools.kernels.ggml import TYPES
 from llmtools.kernels.hadamard import rule_for
 
 OUT, IN, TOKENS = 64, 2048, 16
@@ -71,8 +72,10 @@ def lattice() -> tuple[Any, ...]:
 
 def ggml(kind: str) -> tuple[Any, ...]:
     """A weight [OUT, IN] in ggml's blocks of a type, every scale a small number."""
-    blocks = torch.randint(0, 255, (OUT, IN // 32, 34), dtype=torch.uint8)
-    blocks[..., 1] = 0x20 + blocks[..., 1] % 8  # float16 from 2^-7 on, the high byte of each block's scale
+    each = TYPES[kind]
+    blocks = torch.randint(0, 255, (OUT, IN // each.weights, each.bytes), dtype=torch.uint8)
+    for at in each.halves:  # float16 from 2^-7 on
+        blocks[..., at + 1] = 0x20 + blocks[..., at + 1] % 8
     return blocks.flatten(1), kind
 
 
@@ -80,6 +83,9 @@ CASES = {
     "ggml-dequantize": Case("ggml", "dequantize_ggml", lambda: (*ggml("Q8_0"), torch.bfloat16)),
     "ggml-multiply": Case("ggml", "multiply_ggml", lambda: (x(IN), *ggml("Q8_0"), False)),
     "ggml-multiply-transposed": Case("ggml", "multiply_ggml", lambda: (x(OUT), *ggml("Q8_0"), True)),
+    "ggml-groups-within-groups": Case("ggml", "dequantize_ggml", lambda: (*ggml("Q5_K"), torch.float16)),
+    "ggml-multiply-groups-within-groups": Case("ggml", "multiply_ggml", lambda: (x(IN), *ggml("Q4_K"), False)),
+    "ggml-multiply-levels": Case("ggml", "multiply_ggml", lambda: (x(IN, 1), *ggml("IQ4_XS"), False)),
     "uniform grid": Case("grouped", "dequantize_grouped", lambda: (*uniform(3), torch.bfloat16)),
     "uniform grid, product": Case("grouped", "multiply_grouped", lambda: (x(IN), *uniform(4), False)),
     "uniform grid, one token": Case("grouped", "multiply_grouped", lambda: (x(IN, 1), *uniform(3), False)),

@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmtools.kernels import bits, grouped, hadamard, lattice, triton_common
+from llmtools.kernels import bits, ggml, grouped, hadamard, lattice, triton_common
+from llmtools.kernels.ggml.native import KINDS
 from tests.kernels.cases import TRITON, check
+from tests.kernels.test_ggml import blocks
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     from tests.kernels.interpreter import patch
@@ -26,7 +28,7 @@ else:
 
 HALVES = (torch.bfloat16, torch.float16)
 TYPES = (*HALVES, torch.float32)
-KERNELS = {package: import_module(f"{package.__name__}.triton") for package in (grouped, hadamard, lattice)}
+KERNELS = {package: import_module(f"{package.__name__}.triton") for package in (ggml, grouped, hadamard, lattice)}
 
 
 def on_device(argument):
@@ -37,6 +39,32 @@ def on_device(argument):
 def test_every_op_agrees_with_its_reference(case):
     arguments = tuple(map(on_device, case.arguments()))
     check(case, case.of("triton")(*arguments), arguments)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ggml_rows_have_the_bits_of_the_reference(kind):
+    """Also of rows that are no whole tile, and of bytes that begin at an odd address."""
+    shapes = [(3, 256), (17, 768)] if ggml.TYPES[kind].weights == 256 else [(1, 32), (17, 96), (5, 544)]
+    for rows, columns in shapes:
+        packed = blocks(kind, rows, columns)
+        odd = torch.empty(packed.numel() + 1, dtype=torch.uint8)[1:].view(packed.shape).copy_(packed)
+        for dtype in TYPES:
+            expected = ggml.reference.dequantize_ggml(packed, kind, dtype)
+            for given in (packed, odd):
+                assert torch.equal(KERNELS[ggml].dequantize_ggml(given.to(DEVICE), kind, dtype).cpu(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ggml_products_are_exact_enough(kind):
+    packed = blocks(kind, 20, 512).to(DEVICE)
+    dense = ggml.reference.dequantize_ggml(packed, kind)
+    for tokens in (1, 3):
+        for transposed in (False, True):
+            x = torch.randn(tokens, 20 if transposed else 512).bfloat16().to(DEVICE)
+            weight = dense if transposed else dense.T
+            truth = x.double() @ weight.double()
+            allowed = 2 * off(x @ weight.bfloat16(), truth) + 2**-8 * truth.abs().max().item()
+            assert off(KERNELS[ggml].multiply_ggml(x, packed, kind, transposed), truth) <= allowed
 
 
 # Odd on purpose: one column, rows that end within a word or a byte, groups of any size, a short last one.

@@ -66,19 +66,56 @@ def test_rows_and_strides_do_not_matter(kind: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS[:3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_as_exact_as_those_of_a_dense_layer(kind: str, dtype: torch.dtype) -> None:
-    packed = blocks(kind, 37, 768)
-    dense = reference.dequantize_ggml(packed, kind).double()
-    for tokens in (0, 1, 3, 19):
-        x, g = torch.randn(tokens, 768).to(dtype), torch.randn(tokens, 37).to(dtype)
-        for got, given, weight in (
-            (multiply_ggml(x, packed, kind, False), x, dense.T),
-            (multiply_ggml(g, packed, kind, True), g, dense),
-        ):
-            truth = given.double() @ weight
-            assert got.dtype == dtype and got.shape == truth.shape
-            if tokens:
-                plain = (given @ weight.to(dtype) - truth).abs().max()
-                assert (got - truth).abs().max() <= 2 * plain + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+    """Also where the columns are no multiple of the 256 that are multiplied at a time."""
+    for columns in (32, 96, 544, 768) if TYPES[kind].weights == 32 else (256, 768):
+        packed = blocks(kind, 37, columns)
+        dense = reference.dequantize_ggml(packed, kind).double()
+        for tokens in (0, 1, 3, 4, 19, 70):
+            x, g = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, 37).to(dtype)
+            for got, given, weight in (
+                (multiply_ggml(x, packed, kind, False), x, dense.T),
+                (multiply_ggml(g, packed, kind, True), g, dense),
+            ):
+                truth = given.double() @ weight
+                assert got.dtype == dtype and got.shape == truth.shape
+                if tokens:
+                    plain = (given @ weight.to(dtype) - truth).abs().max()
+                    assert (got - truth).abs().max() <= 2 * plain + 4 * torch.finfo(
+                        torch.float32
+                    ).eps * truth.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_column_meets_its_own_activation(kind: str) -> None:
+    """A product with one activation that is not zero is a column, rounded: 2^-16 for the activation, then bfloat16."""
+    packed = blocks(kind, 5, 512)
+    dense = reference.dequantize_ggml(packed, kind)
+    for column in (0, 15, 16, 31, 32, 100, 255, 256, 300, 511):
+        x = torch.zeros(1, 512, dtype=torch.bfloat16)
+        x[0, column] = -1.5
+        torch.testing.assert_close(
+            multiply_ggml(x, packed, kind, False).float()[0], -1.5 * dense[:, column], rtol=2**-8, atol=1e-4
+        )
+
+
+def test_an_outlier_spoils_its_own_columns_alone() -> None:
+    packed = blocks("Q4_1", 16, 256)
+    dense, x = reference.dequantize_ggml(packed, "Q4_1").double(), torch.randn(2, 256).bfloat16()
+    x[0, 70] = 3e4
+    for t in range(2):
+        truth = dense @ x[t].double()
+        lost = 2**-15 * (dense.abs() * x[t].double().abs().unflatten(0, (8, 32)).amax(1).repeat_interleave(32)).sum(1)
+        got = multiply_ggml(x, packed, "Q4_1", False)[t].double()
+        assert bool(((got - truth).abs() <= lost + 2**-8 * truth.abs()).all())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K"])
+def test_what_is_not_finite_stays_where_it_is(kind: str) -> None:
+    packed, x = blocks(kind, 6, 256), torch.randn(3, 256).half()
+    x[1, 7] = torch.inf
+    got = multiply_ggml(x, packed, kind, False)
+    assert not bool(torch.isfinite(got[1]).any())
+    assert bool(torch.isfinite(got[[0, 2]]).all())
 
 
 def test_threads_do_not_matter() -> None:

@@ -633,3 +633,24 @@ def test_what_is_written_as_yaml_is_read_as_the_same(text: str) -> None:
     assert parse_yaml(written, "here") == value
     assert yaml.safe_load(as_yaml({"a": text})) == {"a": text}
     assert '"1e-4"' in as_yaml({"a": "1e-4"}) and '"0o17"' in as_yaml(["0o17"])  # which others take for numbers
+
+
+def test_a_model_that_is_quantized_already_is_trained_as_it_is(
+    recipe: Sweep, stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its only variant is itself, such as a GGUF file, and nothing is copied; what cannot be made is said before."""
+    monkeypatch.setattr("llmtools.checkpoint.loading.is_quantized", lambda name: name == str(stories))
+    here = replace(recipe, out=str(tmp_path / "s"), baselines=["lora", "nf4"], quantizers=[])
+    result = sweep(here)
+    assert (result.runs, result.failed) == (1, {})
+    made = result_of(here, "lora-as-quantized.cats.r2.s0")
+    assert all(f"--model {stories} " in line for line in made["commands"])
+    assert not (tmp_path / "s" / "models" / "original").exists()
+    text = Path(f"{result.report}.md").read_text()
+    assert (
+        "* NF4, bitsandbytes: left out, the model is quantized already" in text and "embeddings and norms" not in text
+    )
+    for changes in ({"quantizers": recipe.quantizers}, {"baselines": ["nf4"]}):
+        with pytest.raises(InputError, match="is quantized already"):
+            sweep(replace(here, out=str(tmp_path / "t"), **changes))  # type: ignore[arg-type]
+    assert not (tmp_path / "t").exists()

@@ -5,15 +5,15 @@ A row is a sequence of blocks of 32 or 256 weights with their scales. So a weigh
 
     blocks [out, row_bytes] uint8, kind: a name of `TYPES`
 
-`reference.py` is the specification, `native.py` with `native.c` the implementation in C for the CPU. Other devices use
-the reference.
+`reference.py` is the specification, `native.py` with `native.c` the implementation in C for the CPU (`decode.h` rows,
+`integer.h` products by products of bytes), `triton.py` the GPU's kernel.
 """
 
 from __future__ import annotations
 
 import torch
 
-from ..ops import constant_result, define
+from ..ops import constant_result, define, has_triton
 from . import native, reference
 from .reference import iq1_m_scale
 from .types import NUMBERS, TYPES, BlockType
@@ -43,10 +43,13 @@ multiply_ggml = define(
     ),
 )
 """Product x [t, in] @ weight.T -> [t, out] in x's dtype, for decoding, where t is small (GEMV); with `transposed`, its
-gradient: x [t, out] @ weight -> [t, in]. Neither is differentiable; both accumulate in float32."""
+gradient: x [t, out] @ weight -> [t, in]. Neither is differentiable; both accumulate in float32. On a CPU with byte
+products, half-precision x is quantized to int16 with one scale per 32 columns, and summed in integers (`integer.h`)."""
 
 
 @constant_result
 def decodes(device: torch.device, kind: str) -> bool:
-    """Whether the C library decodes and multiplies rows of that type on that device."""
-    return device.type == "cpu" and kind in native.KINDS and native.library() is not None
+    """Whether rows of that type are decoded and multiplied on that device by a kernel of its own."""
+    if kind not in native.KINDS:
+        return False
+    return has_triton(device) if device.type == "cuda" else device.type == "cpu" and native.library() is not None

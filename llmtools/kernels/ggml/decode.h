@@ -1,14 +1,26 @@
 /* ggml's blocks to float32: each operation and its order as in reference.py, so the results are equal to the bit.
  *
  * A decoder takes one block and writes its 32 or 256 weights. The loops run over bytes without branches, and the
- * compiler vectorises them.
+ * compiler vectorises them. With AVX-512 `codes.h` decodes instead.
  */
 #ifndef LLMTOOLS_GGML_DECODE_H
 #define LLMTOOLS_GGML_DECODE_H
 
 #include "../native.h"
 
-enum { MOST = 256 }; /* weights in a block */
+/* X(number, name, weights, bytes, offset) for each type. The offset is subtracted from codes before they are scaled; −1
+ * where a minimum is added to the scaled ones instead. */
+#define TYPES(X)                                                                                                       \
+    X(2, q4_0, 32, 18, 8)                                                                                              \
+    X(3, q4_1, 32, 20, -1)                                                                                             \
+    X(8, q8_0, 32, 34, 128)                                                                                            \
+    X(10, q2_k, 256, 84, -1)                                                                                           \
+    X(11, q3_k, 256, 110, 4)                                                                                           \
+    X(12, q4_k, 256, 144, -1)                                                                                          \
+    X(13, q5_k, 256, 176, -1)                                                                                          \
+    X(14, q6_k, 256, 210, 32)                                                                                          \
+    X(20, iq4_nl, 32, 18, 128)                                                                                         \
+    X(23, iq4_xs, 256, 136, 128)
 
 static ALWAYS_INLINE float half_at(const uint8_t *p) {
     uint16_t h;

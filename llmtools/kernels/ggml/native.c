@@ -1,40 +1,11 @@
 /* Weights in ggml's blocks: rows decoded, and products with few tokens, each block decoded once.
  *
- * A product adds in float32, in lanes: sums of 16 columns apart, added at the end.
+ * A product adds in float32, in lanes: sums of 16 columns apart, added at the end. For activations of half precision it
+ * goes by products of bytes where the processor has them (integer.h).
  */
 #include <stdlib.h>
 
-#include "decode.h"
-
-typedef struct {
-    const uint8_t *blocks; /* [rows, ·], rows `stride` bytes apart */
-    int64_t stride, columns;
-    int kind; /* number of the type in files */
-} Weight;     /* `_Weight` of native.py */
-
-/* X(number, decoder, weights, bytes) for each type. */
-#define TYPES(X)                                                                                                       \
-    X(2, q4_0, 32, 18)                                                                                                 \
-    X(3, q4_1, 32, 20)                                                                                                 \
-    X(8, q8_0, 32, 34)                                                                                                 \
-    X(10, q2_k, 256, 84)                                                                                               \
-    X(11, q3_k, 256, 110)                                                                                              \
-    X(12, q4_k, 256, 144)                                                                                              \
-    X(13, q5_k, 256, 176)                                                                                              \
-    X(14, q6_k, 256, 210)                                                                                              \
-    X(20, iq4_nl, 32, 18)                                                                                              \
-    X(23, iq4_xs, 256, 136)
-
-/* A row as float32. */
-static void decode_row(const Weight *w, int64_t row, float *restrict out) {
-    const uint8_t *b = w->blocks + row * w->stride;
-#define DECODE(NUMBER, DECODER, WEIGHTS, BYTES)                                                                        \
-    case NUMBER:                                                                                                       \
-        for (int64_t i = 0; i < w->columns; i += WEIGHTS, b += BYTES) DECODER(b, out + i);                             \
-        break;
-    switch (w->kind) { TYPES(DECODE) }
-#undef DECODE
-}
+#include "integer.h"
 
 static void store(const float *restrict from, int64_t n, int type, void *restrict out) {
     uint16_t *half = out;
@@ -43,6 +14,35 @@ static void store(const float *restrict from, int64_t n, int type, void *restric
     else
         for (int64_t i = 0; i < n; i++) half[i] = to_float16(from[i]);
 }
+
+#if DECODES
+
+/* A row, rounded to `type`; scratch is not used. */
+static void decode_row(const Weight *w, int64_t row, int type, void *out, float *scratch) {
+    const uint8_t *b = w->blocks + row * w->stride;
+    (void)scratch;
+#define DECODE(NUMBER, NAME, WEIGHTS, BYTES, OFFSET)                                                                   \
+    case NUMBER: decode_##NAME(b, w->columns, type, out); break;
+    switch (w->kind) { TYPES(DECODE) }
+#undef DECODE
+}
+
+#else
+
+/* A row, rounded to `type`; scratch [columns] is for types other than float32. */
+static void decode_row(const Weight *w, int64_t row, int type, void *out, float *scratch) {
+    const uint8_t *b = w->blocks + row * w->stride;
+    float *values = type == FLOAT32 ? out : scratch;
+#define DECODE(NUMBER, NAME, WEIGHTS, BYTES, OFFSET)                                                                   \
+    case NUMBER:                                                                                                       \
+        for (int64_t i = 0; i < w->columns; i += WEIGHTS, b += BYTES) NAME(b, values + i);                             \
+        break;
+    switch (w->kind) { TYPES(DECODE) }
+#undef DECODE
+    if (type != FLOAT32) store(values, w->columns, type, out);
+}
+
+#endif
 
 static void load(const void *restrict from, int64_t n, int type, float *restrict out) {
     const uint16_t *half = from;
@@ -58,16 +58,11 @@ int dequantize(const Weight *w, int64_t rows, int type, void *out, int threads) 
     const int64_t n = w->columns;
     float *scratch = type == FLOAT32 ? NULL : malloc((size_t)(threads * n) * 4);
     if (type != FLOAT32 && !scratch) return 0;
+    const int64_t size = type == FLOAT32 ? 4 : 2;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++)
-        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
-            if (type == FLOAT32) {
-                decode_row(w, row, (float *)out + row * n);
-            } else {
-                decode_row(w, row, scratch + part * n);
-                store(scratch + part * n, n, type, (uint16_t *)out + row * n);
-            }
-        }
+        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++)
+            decode_row(w, row, type, (char *)out + row * n * size, scratch ? scratch + part * n : NULL);
     free(scratch);
     return 1;
 }
@@ -81,6 +76,26 @@ static ALWAYS_INLINE float dot(const float *restrict a, const float *restrict b,
     return sums[0];
 }
 
+/* Whether the products could be formed by integers: there was memory, and all of x [tokens, columns] is finite. */
+static int multiply_integers(const Weight *w, int64_t rows, const float *x, int64_t tokens, float *sums, int threads) {
+    for (int64_t t = 0; t < tokens; t += SOME_TOKENS) {
+        const int count = (int)(tokens - t < SOME_TOKENS ? tokens - t : SOME_TOKENS);
+        Inputs inputs = {0};
+        const int can = read_inputs(w, x + t * w->columns, count, &inputs);
+        if (can) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+            for (int64_t row = 0; row < rows; row++) {
+                float own[SOME_TOKENS];
+                integer_products(w, row, &inputs, own);
+                for (int k = 0; k < count; k++) sums[(t + k) * rows + row] = own[k];
+            }
+        }
+        free(inputs.bytes);
+        if (!can) return 0;
+    }
+    return 1;
+}
+
 /* x [tokens, columns] -> y [tokens, rows], both of `type`. Returns 0 where there is no memory. */
 int multiply(const Weight *w, int64_t rows, const void *x, int64_t tokens, int type, void *y, int threads) {
     const int64_t n = w->columns;
@@ -88,10 +103,11 @@ int multiply(const Weight *w, int64_t rows, const void *x, int64_t tokens, int t
     if (!inputs) return 0;
     float *row_of = inputs + tokens * n, *sums = row_of + threads * n;
     load(x, tokens * n, type, inputs);
+    const int done = goes_by_integers(type) && multiply_integers(w, rows, inputs, tokens, sums, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int part = 0; part < threads; part++)
-        for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
-            decode_row(w, row, row_of + part * n);
+        for (int64_t row = rows * part / threads; !done && row < rows * (part + 1) / threads; row++) {
+            decode_row(w, row, FLOAT32, row_of + part * n, NULL);
             for (int64_t t = 0; t < tokens; t++) sums[t * rows + row] = dot(inputs + t * n, row_of + part * n, n);
         }
     if (type == FLOAT32) memcpy(y, sums, (size_t)(tokens * rows) * 4);
@@ -113,7 +129,7 @@ int multiply_transposed(const Weight *w, int64_t rows, const void *g, int64_t to
     for (int part = 0; part < PARTS; part++)
         for (int64_t row = rows * part / PARTS; row < rows * (part + 1) / PARTS; row++) {
             float *restrict values = row_of + part * n;
-            decode_row(w, row, values);
+            decode_row(w, row, FLOAT32, values, NULL);
             for (int64_t t = 0; t < tokens; t++) {
                 const float factor = given[t * rows + row];
                 float *restrict to = sums + (part * tokens + t) * n;

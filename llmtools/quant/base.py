@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import InputError
+from ..errors import InputError, where
 from ..options import built
 from ..registry import Registry
 from .materialize import materialized_linear
@@ -121,6 +121,17 @@ class Quantizer(Rows):
         A layer is created with the variant, and a checkpoint stores it.
         """
         return self
+
+    def requantize(self, weight: Tensor, packed: Packed) -> Packed:
+        """`packed` with the codes of another weight [out, in] float, nearest on its own scales, which are kept.
+
+        That is how an adapter is merged without other tensors than the codes. Optional: raises InputError where the
+        quantizer has no such method.
+        """
+        raise InputError(
+            f"{where()}{self.name} cannot encode a weight on the scales that are there; merge with --how requantize, "
+            f"or dense"
+        )
 
     def tunable(self, packed: Packed) -> list[str]:
         """Names of the tensors that block tuning may train: by default all floating ones, such as scales."""

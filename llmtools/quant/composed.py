@@ -68,6 +68,14 @@ class Composed(Quantizer):
         codes, params = self.rounding(weight, hessian, self.grid)
         return self.grid.pack(codes, params, weight.shape[1]) | state
 
+    def requantize(self, weight: Tensor, packed: Packed) -> Packed:
+        values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        if not torch.isfinite(values).all():
+            raise InputError(f"{where()}NaN or inf in the weight; it cannot be encoded")
+        if self.basis is not None:
+            values, _ = self.basis.transform(values, None, packed)
+        return self.grid.requantize(values, packed)
+
     def _checked(self, weight: Tensor, hessian: Tensor | None) -> Tensor:
         """The weight [out, in] in float32 or wider; raises InputError where it cannot be quantized."""
         weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))

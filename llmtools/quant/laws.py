@@ -148,6 +148,18 @@ def in_place(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
         _require(torch.equal(y, expected), "adding to the result of linear in place gives another sum")
 
 
+def requantized(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """A weight on the grid keeps its values when it is encoded on its own scales."""
+    packed = _quantize(quantizer, weight, hessian)
+    dense = quantizer.dequantize(packed)
+    try:
+        again = quantizer.requantize(dense, packed)
+    except InputError:
+        return  # the method is optional
+    _require(set(again) == set(packed), f"tensors {sorted(again)} instead of {sorted(packed)}")
+    _require(torch.equal(quantizer.dequantize(again), dense), "a weight on its own grid has changed")
+
+
 def round_trip(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
     """A safetensors file gives the same bits back, and the configuration is JSON that makes the same quantizer."""
     import json
@@ -222,6 +234,7 @@ LAWS: dict[str, Law] = {
         linear,
         trained,
         in_place,
+        requantized,
         round_trip,
         calibration_helps,
         monotone,

@@ -16,8 +16,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ...errors import InputError, where
 from ..base import Packed, Rows, TensorSpec
 
 
@@ -28,6 +31,8 @@ class Grid(Rows):
     """Columns that share a code: the dimension of a vector code. It divides the group size, or a group is the row."""
     height: ClassVar[int] = 1
     """Rows that share a code."""
+    codes: ClassVar[tuple[str, ...]]
+    """Names of the tensors of `layout` that hold the codes; the others hold the parameters."""
 
     @abstractmethod
     def resolve_group_size(self, in_features: int) -> int:
@@ -55,6 +60,21 @@ class Grid(Rows):
     @abstractmethod
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
         """codes [ceil(out / h), ceil(in / w)], params [out, G, p] -> the tensors of `layout`."""
+
+    def params(self, packed: Packed) -> Tensor:
+        """The parameters of a packed weight, [out, G, p] float32, as `fit` gives them; optional, for `requantize`."""
+        raise InputError(f"{where()}{type(self).__name__} does not read the parameters of a packed weight")
+
+    def requantize(self, values: Tensor, packed: Packed) -> Packed:
+        """Codes of the values [out, in] nearest on the grid of `packed`, whose parameters are kept."""
+        in_features = values.shape[1]
+        values = F.pad(values, (0, -in_features % self.width, 0, -len(values) % self.height))
+        params = self.params(packed).to(values.dtype)
+        params = F.pad(params, (0, 0, 0, 0, 0, len(values) - len(params)))
+        groups = values.split(self.resolve_group_size(values.shape[1]), dim=1)
+        codes = torch.cat([self.quantize_values(group, params[:, g]) for g, group in enumerate(groups)], 1)
+        made = self.pack(codes, params, in_features)
+        return packed | {name: made[name] for name in self.codes}
 
 
 def tile_rows(rows: slice, out_features: int, height: int) -> tuple[slice, slice]:

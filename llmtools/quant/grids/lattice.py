@@ -50,6 +50,10 @@ class Lattice(Grid):
 
     width: ClassVar[int] = 8
 
+    @property
+    def codes(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("codes",) if self.bits == 2 else ("codes", "residual")
+
     def __post_init__(self) -> None:
         if self.bits not in SCALE or isinstance(self.bits, bool):
             raise InputError(f"bits={self.bits!r}; a lattice grid has 2, 3 or 4 bits")
@@ -92,6 +96,9 @@ class Lattice(Grid):
         if self.bits > 2:
             packed["residual"] = (codes >> 16).to(_RESIDUAL[self.bits])
         return packed
+
+    def params(self, packed: Packed) -> Tensor:
+        return packed["codes"].new_empty((len(packed["codes"]), 1, 0), dtype=torch.float32)
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, 8·b]."""

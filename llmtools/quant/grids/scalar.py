@@ -8,6 +8,8 @@ Shapes: as in `grids/base.py`; w = ceil(in·bits / 32) words in a row.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,8 @@ def columns(packed: Packed, bits: int) -> int:
 
 class Scalar(Grid):
     """`qweight` [out, w] int32 and `scales` [out, G], beside `qzeros` [out, ·] uint8 of grids with zero points."""
+
+    codes: ClassVar[tuple[str, ...]] = ("qweight",)
 
     bits: int
     group_size: int

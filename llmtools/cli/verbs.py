@@ -96,6 +96,16 @@ llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
             "resume",
         ),
     ),
+    "merge": Verb(
+        "recipes.merge",
+        "Merge",
+        "merge",
+        "merge an adapter into its quantized base, in the base's own bits",
+        """\
+llmtools merge --model QDIR --adapter ADAPTER --data test.txt --out QDIR2
+llmtools merge --adapter ADAPTER --how requantize --calibration train.txt --data test.txt --out QDIR2""",
+        first=("model", "adapter", "out", "how", "calibration", "data", "num_samples", "max_length"),
+    ),
     "evaluate": Verb(
         "recipes.evaluate",
         "Evaluate",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError, first_line
+from ..errors import InputError, first_line, within
 from .embedding import QuantizedEmbedding, TiedLinear
 from .linear import QuantizedLinear
 from .packed import PackedWeight
@@ -158,18 +158,53 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         )
     _untie_head(peft_model)
     for path, layer in _adapted(peft_model):
-        base = layer.base_layer
-        layer.base_layer = _dense(base, torch.float32)
-        try:
-            layer.merge(safe_merge=True)
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            layer.base_layer = base
-            raise InputError(
-                f"{path}: PEFT cannot merge this adapter ({first_line(error)}); keep it beside the quantized model"
-            ) from error
-        set_module(peft_model, path, layer.base_layer.to(dtype or base.dtype))
+        merged_layer = _merged_weight(path, layer)
+        set_module(peft_model, path, merged_layer.to(dtype or layer.base_layer.dtype))
     merged: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
     return dequantize(merged, dtype)
+
+
+def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+    """The quantized model with the active adapters merged into its codes, and what rounding lost of each adapter.
+
+    Each adapted weight is encoded again, to the nearest values on its own scales (`Quantizer.requantize`). The second
+    value is path → |Ŵ − W| / |ΔW|, Frobenius norms: the rounding error of the merged weight beside the adapter itself.
+    `peft_model` is modified and must not be reused.
+
+    Raises InputError for adapters that PEFT cannot merge, and for a quantizer that cannot encode on given scales; where
+    the first layer fails the model is unchanged.
+    """
+    network: Any = peft_model
+    lost: dict[str, float] = {}
+    _untie_head(peft_model)
+    for path, layer in _adapted(peft_model):
+        base = layer.base_layer
+        merged = _merged_weight(path, layer)
+        delta = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
+        with within(path):
+            base.pack_(base.quantizer.requantize(merged.weight.detach(), base.packed))
+        error = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
+        lost[path.removeprefix("base_model.model.")] = error / delta if delta else 0.0
+        if getattr(merged, "bias", None) is not None:
+            base.bias = nn.Parameter(merged.bias.detach().to(base.dtype), requires_grad=False)
+        set_module(peft_model, path, base)
+    model: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
+    return model, lost
+
+
+def _merged_weight(path: str, layer: Any) -> Any:
+    """The dense layer, float32, of a quantized one with its adapter merged; `layer` keeps the quantized one."""
+    base = layer.base_layer
+    layer.base_layer = _dense(base, torch.float32)
+    try:
+        layer.merge(safe_merge=True)
+        return layer.base_layer
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"{path}: PEFT cannot merge this adapter ({first_line(error)}); keep it beside the quantized model"
+        ) from error
+    finally:
+        layer.base_layer = base
 
 
 def _untie_head(model: Any) -> None:

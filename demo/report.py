@@ -218,7 +218,8 @@ def finetuning_in_words(results: Results) -> str:
     scores = [_score(row, each[row.measure]) for row in (whole, packed) for each in (row.before, row.after)]
     return (
         f"The models learn to {results.lesson}. The weights stay as they are, in {results.bits} bits too; only the "
-        f"adapters learn, in {results.settings['max_steps']} steps with the same examples and settings. "
+        f"adapters learn, in {results.settings['max_steps']} steps on the same examples. Those of the quantized model "
+        f"start from the error of its quantization (--lora.init error), the others from zero. "
         f"{whole.measure.replace('_', ' ').capitalize()} on {examples}: in 16 bits {scores[0]} before and {scores[1]} "
         f"after, in {results.bits} bits {scores[2]} before and {scores[3]} after."
     )

@@ -61,6 +61,7 @@ bench: $(STAMP)
 	    HF_HUB_OFFLINE=1 $(BIN)/python -m "$$module" || exit 1; done
 
 # torch comes first and alone, so that pip takes the build of this pin before anything else asks for another one.
+# gguf, of the extra `export`, opens the demo's model.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "llmtools needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
@@ -68,7 +69,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV): torch, transformers, peft, trl (a minute or more, once)"
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[train,plot,eval,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[train,plot,eval,dev]' gguf -c constraints.txt
 	@touch $(STAMP)
 
 clean:

@@ -321,7 +321,7 @@ class Run:
     ) -> list[str]:
         from llmtools.recipes.generate import Generate, generate
 
-        file = self.models.parent / "prompts.jsonl"
+        file = self.models.parent / ("prompts.jsonl" if prompts == self.subject.prompts else "task-prompts.jsonl")
         file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
         asked: dict[str, Any] = {"prompt": prompts[0]} if len(prompts) == 1 else {"prompts": str(file)}
         recipe = Generate(
@@ -338,12 +338,13 @@ class Run:
         """What to type next; each line runs as it is."""
         program = os.path.relpath(shutil.which("llmtools", path=str(Path(sys.executable).parent)) or "llmtools")
         adapter = self.models / f"adapter-{self.demo.bits}-bit"
-        prompt = self.subject.task_prompts[-1]
+        train, calibration = _shown(str(self.subject.train)), _shown(str(self.subject.calibration))
+        prompt = json.dumps(self.subject.task_prompts[-1])
         return [
-            f"{program} generate --model {quantized} --adapter {adapter} --prompt {json.dumps(prompt)}",
-            f"{program} finetune --model {quantized} --data {_shown(str(self.subject.train))} --out my-adapter",
-            f"{program} quantize --model {base} --quantizer quip_sharp --bits 4 --out my-4-bit "
-            f"--calibration {_shown(str(self.subject.calibration))} --num_samples 24 --max_length 256",
+            f"{program} generate --model {quantized} --adapter {adapter} --prompt {prompt}  # or a prompt of yours",
+            f"{program} finetune --model {quantized} --data {train} --out my-adapter  # or rows of yours",
+            f"{program} quantize --model {base} --quantizer quip_sharp --bits 4 --calibration {calibration} "
+            f"--num_samples 24 --max_length 256 --out my-4-bit  # or a model of yours",
         ]
 
 

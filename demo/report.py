@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 
 from rich.console import Console
 
-from llmtools.document import Block, markdown, plain_table, size, table
+from llmtools.document import Block, figure, markdown, page, plain_table, size, table
 
-NAMES = {"none": "original", "rtn": "RTN", "optq": "OPTQ"}
+NAMES = {"none": "original", "rtn": "RTN", "quip_sharp": "QuIP#"}
 
 
 @dataclass(frozen=True)
-class QuantizeRow:
-    """One model after quantizing: what it weighs, how well it knows the text it was made for."""
+class ModelRow:
+    """One model: what it weighs, how well it knows held-out text, what it says."""
 
     bits: int
     quantizer: str
@@ -24,30 +25,45 @@ class QuantizeRow:
     """of the linear layers, scales and zero points included"""
     weight_bytes: int
     """of the linear layers"""
+    file_bytes: int
+    """of the whole model: linear layers, and embeddings in 16 bits"""
     perplexity: float
+    answers: dict[str, str]
+    """prompt → answer"""
+
+    @property
+    def title(self) -> str:
+        return f"{self.bits} bits, {NAMES[self.quantizer]}"
 
 
 @dataclass(frozen=True)
-class FinetuneRow:
-    """One model before and after finetuning on a domain that is new to it."""
+class TaughtRow:
+    """One model before and after finetuning on a task that is new to it."""
 
     bits: int
+    measure: str
+    """main measure: exact_match, or perplexity"""
+    before: dict[str, Any]
+    after: dict[str, Any]
     trainable: int
     adapter_bytes: int
-    before: float
-    after: float
     seconds: float
+
+    @property
+    def shares(self) -> bool:
+        """Whether the measures are shares of 1, of which more is better."""
+        return self.measure != "perplexity"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one model writes."""
+    """What one model says to one prompt of the task."""
 
     bits: int
-    story: str
-    """before finetuning"""
-    article: str
-    """after"""
+    prompt: str
+    expected: str
+    before: str
+    after: str
 
 
 @dataclass
@@ -55,249 +71,225 @@ class Results:
     """Everything that the demo measured."""
 
     model: str
-    settings: dict[str, Any]
-    quantized: list[QuantizeRow] = field(default_factory=list)
-    finetuned: list[FinetuneRow] = field(default_factory=list)
+    bits: int
+    lesson: str
+    """what was taught"""
+    text: str
+    """what the perplexity was measured on"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    models: list[ModelRow] = field(default_factory=list)
+    taught: list[TaughtRow] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    next_commands: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
-    @property
-    def embedded(self) -> bool:
-        """Whether this is the model that ships with the demo, about which we know more."""
-        return self.model == "stories260K"
-
-    @property
-    def original(self) -> QuantizeRow:
-        return self.quantized[0]
-
-    def weights_of(self, bits: int) -> QuantizeRow:
-        """The row of the model that is finetuned at `bits`: the original, or OPTQ's."""
-        return next(row for row in self.quantized if row.bits == bits and row.quantizer in ("none", "optq"))
+    def name_of(self, bits: int) -> str:
+        """The title of the model that was finetuned at `bits`: the original, or QuIP#'s."""
+        return next(row for row in self.models if row.bits == bits and row.quantizer in ("none", "quip_sharp")).title
 
 
 def write_report(results: Results, out: Path, console: Console) -> None:
-    """The tables to `console`; report.json, report.md and quality.png to `out`."""
+    """The tables to `console`; report.html, report.md, report.json and quality.png to `out`."""
     from llmtools.checkpoint.run_info import versions
 
     document = asdict(results) | {"versions": versions()}
-    (out / "report.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    (out / "report.md").write_text(markdown(blocks(results)))
+    (out / "report.json").write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draw(results, out / "quality.png")
+    (out / "report.md").write_text(markdown(blocks(results, "quality.png")), encoding="utf-8")
+    inline = base64.b64encode((out / "quality.png").read_bytes()).decode()
+    (out / "report.html").write_text(page(blocks(results, f"data:image/png;base64,{inline}")), encoding="utf-8")
 
     console.print()
-    console.rule("[bold]What quantizing costs[/bold]", align="left")
-    console.print(quantizing_in_words(results))
-    console.print(plain_table(quantized_table(results)), highlight=False)
-    console.rule("[bold]What finetuning buys[/bold]", align="left")
-    console.print(finetuning_in_words(results))
-    console.print(plain_table(finetuned_table(results)), highlight=False)
-    console.rule("[bold]What the models write[/bold]", align="left")
-    for sample in results.samples:
-        console.print(f"[bold]{sample.bits} bits[/bold], before: {one_line(sample.story)}", markup=True)
-        console.print(f"         after: {one_line(sample.article)}\n")
-    console.rule(align="left")
-    console.print(caveats(results))
-    console.print(f"\nWritten in {results.seconds:.0f} s: {out}/report.md, report.json, quality.png, models/")
+    for block in told(results):
+        if block.kind == "section":
+            console.rule(f"[bold]{block.text}[/bold]", align="left")
+        elif block.kind == "table":
+            console.print(plain_table(block), markup=False, soft_wrap=True)
+        elif block.kind == "list":
+            for line in block.text.splitlines():
+                console.print(f"  {line}", markup=False)
+        else:
+            console.print(block.text, markup=False, soft_wrap=block.kind == "code")
+    files = ", ".join(("report.html", "report.md", "report.json", "quality.png", "models/"))
+    console.print(f"\nWritten in {results.seconds:.0f} s to {out}: {files}")
 
 
-# ---------------------------------------------------------------------------------------------------------- the tables
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def blocks(results: Results, picture: str) -> list[Block]:
+    """The report with its picture."""
+    title = f"{results.model} in {results.bits} bits: what quantizing costs, and what finetuning buys"
+    said = "perplexity and bytes of each model; the task before and after finetuning"
+    settings = ", ".join(f"{key} {value}" for key, value in results.settings.items() if key not in ("model", "out"))
+    made = f"Made in {results.seconds:.0f} s by `make demo`; the same figures as data are in `report.json`."
+    made += f" Settings: {settings}."
+    return [Block("title", title), Block("image", said, source=picture), *told(results), Block("paragraph", made)]
+
+
+def told(results: Results) -> list[Block]:
+    """The part that is printed, too."""
+    return [
+        Block("section", "What quantizing costs"),
+        Block("paragraph", quantizing_in_words(results)),
+        quantized_table(results),
+        *answers(results),
+        Block("section", "What finetuning buys"),
+        Block("paragraph", finetuning_in_words(results)),
+        taught_table(results),
+        *samples(results),
+        Block("section", "How to read this"),
+        Block("paragraph", caveats(results)),
+        Block("section", "What to type next"),
+        Block("code", "\n".join(results.next_commands)),
+    ]
 
 
 def quantized_table(results: Results) -> Block:
-    header = ["model", "bits per weight", "weights", "perplexity, stories", "× original"]
+    header = ["model", "bits per weight", "linear layers", "whole model", "perplexity"]
     rows = [
-        [
-            f"{row.bits} bits, {NAMES[row.quantizer]}",
-            f"{row.bits_per_weight:.2f}",
-            size(row.weight_bytes),
-            f"{row.perplexity:.2f}",
-            f"{row.perplexity / results.original.perplexity:.2f}",
-        ]
-        for row in results.quantized
+        [row.title, f"{row.bits_per_weight:.2f}", size(row.weight_bytes), size(row.file_bytes), figure(row.perplexity)]
+        for row in results.models
     ]
     return table(header, rows)
 
 
-def finetuned_table(results: Results) -> Block:
-    header = ["model", "weights", "adapter", "perplexity, articles", "after finetuning"]
+def taught_table(results: Results) -> Block:
+    keys = [key for key, value in results.taught[0].before.items() if isinstance(value, float) and key != "nll"]
+    header = ["model", "adapter", *[f"{key.replace('_', ' ')}: before → after" for key in keys], "training"]
     rows = [
         [
-            f"{row.bits} bits, {NAMES[results.weights_of(row.bits).quantizer]}",
-            size(results.weights_of(row.bits).weight_bytes),
+            results.name_of(row.bits),
             size(row.adapter_bytes),
-            f"{row.before:.1f}",
-            f"{row.after:.1f}",
+            *[f"{_score(row, row.before[key])} → {_score(row, row.after[key])}" for key in keys],
+            f"{row.seconds:.0f} s",
         ]
-        for row in results.finetuned
+        for row in results.taught
     ]
     return table(header, rows)
+
+
+def _score(row: TaughtRow, value: float) -> str:
+    return f"{100 * value:.0f} %" if row.shares else figure(value)
+
+
+def answers(results: Results) -> list[Block]:
+    """What each model says, side by side."""
+    found: list[Block] = []
+    for prompt in results.models[0].answers:
+        lines = [f"{row.title}: {shortened(row.answers[prompt])}" for row in results.models]
+        found += [Block("paragraph", f"“{prompt}”"), Block("list", "\n".join(lines))]
+    return found
+
+
+def samples(results: Results) -> list[Block]:
+    """What each model says to the task before and after finetuning, prompt by prompt."""
+    found: list[Block] = []
+    for prompt in dict.fromkeys(sample.prompt for sample in results.samples):
+        of_prompt = [sample for sample in results.samples if sample.prompt == prompt]
+        lines = [f"{results.name_of(one.bits)}, before: {shortened(one.before)}" for one in of_prompt]
+        lines += [f"{results.name_of(one.bits)}, after: {shortened(one.after)}" for one in of_prompt]
+        found += [Block("paragraph", f"“{prompt.strip()}”"), Block("list", "\n".join(lines))]
+    return found
+
+
+def shortened(text: str, most: int = 110) -> str:
+    return (text if len(text) <= most else f"{text[:most].rstrip()} …") or "(nothing)"
 
 
 # ----------------------------------------------------------------------------------------------------------- the words
 
 
 def quantizing_in_words(results: Results) -> str:
-    widths = sorted({row.bits for row in results.quantized} - {16}, reverse=True)
-    found = {(row.quantizer, row.bits): row.perplexity for row in results.quantized}
-    better = [bits for bits in widths if found["optq", bits] < found["rtn", bits]]
-    verdict = f"here at {listed(better)} bits" if better else "though not here"
+    original, rtn, quip = results.models
+    better = "further from" if quip.perplexity > rtn.perplexity else "closer to"
     return (
-        f"Perplexity says how unsure a model is of the next token: 1 is certainty. RTN rounds each weight to the "
-        f"nearest value of its grid. OPTQ rounds with a sample of text at hand, so that later weights make up for the "
-        f"errors of earlier ones, and comes out closer to the original, {verdict}. Storage includes the scales: one "
-        f"for every {results.settings['group_size']} weights."
+        f"Perplexity on {results.text} says how unsure a model is of the next token: 1 is certainty, lower is better. "
+        f"RTN rounds each weight to the nearest value of its grid: {figure(original.perplexity)} becomes "
+        f"{figure(rtn.perplexity)}. QuIP# rotates the weights, and rounds eight at a time with a sample of text at "
+        f"hand, so that later weights make up for the errors of earlier ones: {figure(quip.perplexity)}, {better} the "
+        f"original. Its linear layers take {size(quip.weight_bytes)} instead of {size(original.weight_bytes)}."
     )
 
 
 def finetuning_in_words(results: Results) -> str:
-    original, *packed = results.finetuned
-    gains = ", ".join(f"the {row.bits}-bit one's from {row.before:.1f} to {row.after:.1f}" for row in packed)
-    opening = "Wikipedia articles are new to this model." if results.embedded else "Now Wikipedia articles are learned."
-    ahead = [row.bits for row in packed if row.after < original.before]
-    said = f" At {listed(ahead)} bits it then beats the original without adapters on articles." if ahead else ""
+    whole, packed = results.taught
+    examples = f"{whole.before['examples']} held-out examples" if "examples" in whole.before else "held-out text"
+    scores = [_score(row, each[row.measure]) for row in (whole, packed) for each in (row.before, row.after)]
     return (
-        f"{opening} The packed weights stay as they are; only the adapters learn, with "
-        f"the same {results.settings['steps']} steps for each model. On held-out articles the original's perplexity "
-        f"goes from {original.before:.1f} to {original.after:.1f}, {gains}.{said}"
+        f"The models learn to {results.lesson}. The weights stay as they are, in {results.bits} bits too; only the "
+        f"adapters learn, in {results.settings['max_steps']} steps on the same examples. Those of the quantized model "
+        f"start from the error of its quantization (--lora.init error), the others from zero. "
+        f"{whole.measure.replace('_', ' ').capitalize()} on {examples}: in 16 bits {scores[0]} before and {scores[1]} "
+        f"after, in {results.bits} bits {scores[2]} before and {scores[3]} after."
     )
 
 
 def caveats(results: Results) -> str:
-    small = (
-        " A model as small as the embedded one has little to spare, so 2 bits hurt it more than they would a large "
-        "one, and its adapters are large beside it."
+    of_json = (
+        "Exact match is the share of answers that are the right JSON record as a whole, fields the share of its single "
+        "fields, valid the share of answers that are JSON at all. "
+        if results.taught[0].shares
+        else ""
     )
     return (
-        "How to read this: sizes are those of the linear layers in the blocks, which were quantized; embeddings stay "
-        "as they were and are not counted. Perplexities depend on the tokenizer and the window, so compare them within "
-        "this report only. Each number is from one run with one seed." + (small if results.embedded else "")
+        "Linear layers are what is quantized; embeddings stay in 16 bits, and weigh much in a small model. "
+        "Perplexities depend on the tokenizer, the text and the window, so compare them within this report only. "
+        f"{of_json}Each number is from one run with one seed. Large models lose less at 2 bits than small ones."
     )
-
-
-def blocks(results: Results) -> list[Block]:
-    """The report, from what people come for to what it was made with."""
-    settings = ", ".join(f"{key} {value}" for key, value in results.settings.items() if key not in ("model", "out"))
-    text = [
-        Block("title", f"What quantizing {results.model} costs, and what finetuning buys"),
-        Block("image", "bits against perplexity, before and after finetuning", source="quality.png"),
-        Block("section", "What quantizing costs"),
-        Block("paragraph", quantizing_in_words(results)),
-        quantized_table(results),
-        Block("section", "What finetuning buys"),
-        Block("paragraph", finetuning_in_words(results)),
-        finetuned_table(results),
-        Block("section", "What the models write"),
-    ]
-    for sample in results.samples:
-        text += [
-            Block("paragraph", f"{sample.bits} bits"),
-            Block("list", f"before: {one_line(sample.story)}\nafter: {one_line(sample.article)}"),
-        ]
-    made = f"Made in {results.seconds:.0f} s by `make demo`; the same figures as data are in `report.json`."
-    return [*text, Block("paragraph", caveats(results)), Block("paragraph", f"Settings: {settings}. {made}")]
-
-
-def listed(numbers: list[int]) -> str:
-    """4, 3 and 2."""
-    *most, last = map(str, numbers)
-    return f"{', '.join(most)} and {last}" if most else last
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 # --------------------------------------------------------------------------------------------------------- the picture
 
+GREY, BLUE, GREEN, LIGHT = "#8a8f98", "#2563a8", "#2e8b57", "#c9ced6"
+
 
 def draw(results: Results, path: Path) -> None:
-    """Two panels over the same widths: what quantizing costs on known text, what finetuning buys on new text."""
+    """Two panels of bars: perplexity and bytes of each model, and the task before and after finetuning."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    blue, grey, green = "#2563a8", "#8a8f98", "#2e8b57"
-    widths = [row.bits for row in results.finetuned]
-    places = range(len(widths))
-    labels = [f"{bits} bits\n{size(results.weights_of(bits).weight_bytes)}" for bits in widths]
-    packed = [place for place, bits in zip(places, widths, strict=True) if bits != 16]
-
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.4), constrained_layout=True)
+    made, (left, right) = plt.subplots(1, 2, figsize=(12, 5), constrained_layout=True)
+    _draw_models(results, left)
+    _draw_task(results, right)
+    made.suptitle(f"{results.model}: quantized to {results.bits} bits, then finetuned", x=0.01, ha="left", fontsize=13)
+    made.savefig(path, dpi=120)
+    plt.close(made)
 
-    for name, colour, offset, side in (("rtn", grey, (-7, 6), "right"), ("optq", blue, (7, -12), "left")):
-        values = [row.perplexity for row in results.quantized if row.quantizer == name]
-        left.plot(packed, values, "o-", color=colour, lw=2, ms=7, label=NAMES[name])
-        for place, value in zip(packed, values, strict=True):
-            label = {"xytext": offset, "textcoords": "offset points", "ha": side, "color": colour}
-            left.annotate(f"{value:.2f}", (place, value), **label)
-    reference = results.original.perplexity
-    left.axhline(reference, color="black", lw=1, ls=":", zorder=0)
-    left.plot(0, reference, "o", color="black", ms=7, label="original")
-    left.annotate(f"{reference:.2f}", (0, reference), xytext=(0, 7), textcoords="offset points", ha="center")
-    left.set_title("What quantizing costs\nperplexity on held-out stories", loc="left", fontsize=12)
-    left.legend(loc="upper left", framealpha=1, edgecolor="white", borderpad=0.2)
 
-    before = [row.before for row in results.finetuned]
-    after = [row.after for row in results.finetuned]
-    for place, high, low in zip(places, before, after, strict=True):
-        right.annotate(
-            "",
-            (place, low),
-            (place, high),
-            arrowprops={"arrowstyle": "-|>", "color": "#b5bac2", "lw": 2, "shrinkA": 7, "shrinkB": 7},
-        )
-        right.annotate(f"{high:.0f}", (place, high), xytext=(0, 8), textcoords="offset points", ha="center", color=blue)
-        right.annotate(
-            f"{low:.1f}", (place, low), xytext=(0, -18), textcoords="offset points", ha="center", color=green
-        )
-    right.plot(places, before, "o", color=blue, mfc="white", mew=2, ms=8, label="before finetuning")
-    right.plot(places, after, "o", color=green, ms=8, label="after finetuning adapters")
-    right.set_title("What finetuning buys\nperplexity on held-out Wikipedia articles", loc="left", fontsize=12)
-    right.legend(loc="upper left", framealpha=1, edgecolor="white", borderpad=0.2)
-
-    for axes in (left, right):
-        axes.set_yscale("log")
-        axes.set_xticks(list(places), labels)
-        axes.set_xlim(-0.5, len(widths) - 0.5)
-        low, high = axes.get_ylim()
-        axes.set_ylim(low / (high / low) ** 0.06, high * (high / low) ** 0.22)
-        ticks = [value for value in TICKS if axes.get_ylim()[0] <= value <= axes.get_ylim()[1]]
-        axes.set_yticks(ticks, [f"{value:g}" for value in ticks])
-        axes.minorticks_off()
-        axes.grid(axis="y", color="#e6e8eb", zorder=-1)
-        axes.set_xlabel("bits per weight, and bytes of the linear layers (OPTQ, scales included)")
-    figure.suptitle(
-        f"{results.model}: quantized, then finetuned (lower is better, logarithmic)", fontsize=13, x=0.01, ha="left"
+def _draw_models(results: Results, axes: Any) -> None:
+    rows = results.models
+    values = [row.perplexity for row in rows]
+    axes.bar(range(len(rows)), values, color=["black", GREY, BLUE], width=0.6)
+    for place, value in enumerate(values):
+        axes.annotate(figure(value), (place, value), xytext=(0, 4), textcoords="offset points", ha="center")
+    axes.set_yscale("log")
+    axes.set_ylim(1, max(values) * 3)
+    axes.set_xticks(range(len(rows)), [f"{row.title}\n{size(row.weight_bytes)} of linear layers" for row in rows])
+    axes.set_title(
+        f"What quantizing costs\nperplexity, lower is better (logarithmic): {results.text}", loc="left", fontsize=11
     )
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
-TICKS = [
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    10,
-    15,
-    20,
-    30,
-    50,
-    70,
-    100,
-    150,
-    200,
-    300,
-    500,
-    700,
-    1000,
-    2000,
-    5000,
-    10_000,
-    100_000,
-    1_000_000,
-]
+def _draw_task(results: Results, axes: Any) -> None:
+    rows, measure = results.taught, results.taught[0].measure
+    scale = 100 if rows[0].shares else 1
+    for shift, colour, label in ((-0.18, LIGHT, "before finetuning"), (0.18, GREEN, "after")):
+        values = [scale * (row.before if shift < 0 else row.after)[measure] for row in rows]
+        places = [place + shift for place in range(len(rows))]
+        axes.bar(places, values, color=colour, width=0.34, label=label)
+        for row, place, value in zip(rows, places, values, strict=True):
+            text = _score(row, value / scale)
+            axes.annotate(text, (place, value), xytext=(0, 4), textcoords="offset points", ha="center")
+    axes.set_xticks(
+        range(len(rows)), [f"{results.name_of(row.bits)}\n+ {size(row.adapter_bytes)} of adapters" for row in rows]
+    )
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 1.2)
+    better = "higher" if rows[0].shares else "lower"
+    name = measure.replace("_", " ")
+    axes.set_title(f"What finetuning buys\n{name}, {better} is better: {results.lesson}", loc="left", fontsize=11)
+    axes.legend(loc="upper left", frameon=False, ncols=2)

@@ -271,15 +271,19 @@ def _processor() -> bytes:
 
 def cache() -> Path:
     """The directory of the built libraries, made if need be, after checking that only this user can write it."""
-    home, xdg = os.environ.get("LLMTOOLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
-        base = Path(home).expanduser() if home else (Path(xdg) if xdg else Path.home() / ".cache") / "llmtools"
-        folder = base.resolve() / "native"
+        folder = cache_home().resolve() / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
         raise _Unavailable(f"no cache for built kernels: {error}; set LLMTOOLS_CACHE to a folder of yours") from error
     _check_private(folder)
     return folder
+
+
+def cache_home() -> Path:
+    """$LLMTOOLS_CACHE, $XDG_CACHE_HOME/llmtools or ~/.cache/llmtools. Raises RuntimeError where there is no home."""
+    home, xdg = os.environ.get("LLMTOOLS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return Path(home).expanduser() if home else (Path(xdg) if xdg else Path.home() / ".cache") / "llmtools"
 
 
 def _check_private(path: Path) -> None:

@@ -4,37 +4,83 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 pytest.importorskip("trl")
 pytest.importorskip("matplotlib")
 
+SHORT = {"calibration_windows": 2, "windows": 2, "examples": 2, "tokens": 12, "context": 64}
+TRAINING = {"max_steps": 2, "per_device_train_batch_size": 2, "max_length": 256, "learning_rate": 5e-3}
 
-def test_the_demo_reports_every_model(monkeypatch: pytest.MonkeyPatch, repository: Path, tmp_path: Path) -> None:
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch, repository: Path) -> ModuleType:
     monkeypatch.syspath_prepend(repository / "demo")
-    demo = importlib.import_module("demo")
-    for name in ("HOME_HELD_OUT", "NEW_TRAIN", "NEW_HELD_OUT"):
-        page = tmp_path / f"{name}.txt"
-        page.write_text(getattr(demo, name).read_text()[:6000])
-        monkeypatch.setattr(demo, name, page)
-    out = tmp_path / "report"
-    demo.main(demo.Demo(out=str(out), steps=2, samples=4, batch=2, tokens=64))
+    found = importlib.import_module("demo")
+    for name in ("stories_subject", "chat_subject"):
+        subject = replace(getattr(found, name)(), training=TRAINING, **SHORT)
+        monkeypatch.setattr(found, name, lambda subject=subject: subject)
+    return found
 
-    report = json.loads((out / "report.json").read_text())
-    assert [(row["quantizer"], row["bits"]) for row in report["quantized"]] == [
-        ("none", 16), ("rtn", 4), ("optq", 4), ("rtn", 3), ("optq", 3), ("rtn", 2), ("optq", 2),
+
+def report_of(demo: ModuleType, model: str, out: Path) -> dict[str, Any]:
+    """The report of a run, whose files are checked."""
+    demo.main(demo.Demo(model=model, out=str(out), steps=2))
+    report: dict[str, Any] = json.loads((out / "report.json").read_text())
+    assert [(row["quantizer"], row["bits"]) for row in report["models"]] == [
+        ("none", 16), ("rtn", 2), ("quip_sharp", 2),
     ]  # fmt: skip
-    sizes = [row["weight_bytes"] for row in report["quantized"]]
-    assert sizes == sorted(sizes, reverse=True)
-    assert [row["bits"] for row in report["finetuned"]] == [16, 4, 3, 2]
-    assert all(row["after"] < row["before"] for row in report["finetuned"])
+    original, *quantized = report["models"]
+    assert original["bits_per_weight"] == 16
+    assert all(row["weight_bytes"] < original["weight_bytes"] / 6 for row in quantized)
+    assert all(row["weight_bytes"] < row["file_bytes"] < original["file_bytes"] for row in quantized)
+    assert [row["bits"] for row in report["taught"]] == [16, 2]
     assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "quality.png" in (out / "report.md").read_text()
-    assert "/" + "tmp" not in (out / "report.md").read_text()
+    html = (out / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:)', html) == [] and "data:image/png;base64," in html
+    return report
+
+
+def test_a_model_without_a_chat_template_learns_a_kind_of_text(
+    demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = report_of(demo, "embedded", tmp_path / "report")
+    assert report["model"] == "stories260K"
+    assert [row["measure"] for row in report["taught"]] == ["perplexity", "perplexity"]
+    assert all(row["after"]["perplexity"] < row["before"]["perplexity"] for row in report["taught"])
+    assert list(report["models"][0]["answers"]) == ["Once upon a time"]
+
+    printed = capsys.readouterr().out
+    first = re.findall(r"^\$ llmtools (\w+)", printed, re.MULTILINE)
+    assert first[:3] == ["export", "generate", "evaluate"] and first.count("finetune") == 2
+    for command in report["next_commands"]:
+        assert command in printed
+    _, *words = report["next_commands"][0].split()
+    assert words[0] == "generate" and Path(words[2]).is_dir() and Path(words[4]).is_dir()
+
+
+def test_a_chat_model_learns_to_write_records(demo: ModuleType, stories: Path, tmp_path: Path) -> None:
+    """The embedded model, with a chat template."""
+    chat = tmp_path / "chat"
+    shutil.copytree(stories, chat)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    (chat / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
+    report = report_of(demo, str(chat), tmp_path / "report")
+    assert report["model"] == str(chat)
+    for row in report["taught"]:
+        assert row["measure"] == "exact_match" and set(row["before"]) == {"exact_match", "fields", "valid", "examples"}
+    assert len(report["samples"]) == 6
+    assert all(json.loads(sample["expected"])["city"] in sample["prompt"] for sample in report["samples"])
 
 
 def test_the_demo_reads_its_flags_as_plain_data(repository: Path, tmp_path: Path) -> None:

@@ -55,9 +55,9 @@ class Recovery:
     """Number of training steps; 0 for no recovery."""
     batch: int = 4
     """Number of sequences per step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Learning rate for the floating tensors of packed layers, relative to each value."""
-    dense_learning_rate: float = 1e-3
+    dense_learning_rate: float = 2e-3
     """Learning rate for norms and biases, relative to each tensor's RMS."""
     top_k: int = 64
     """Number of most probable tokens per position that are kept of the original's distribution; the others count as

@@ -264,7 +264,7 @@ class Run:
         command("evaluate", recipe)
         found = evaluate(recipe)
         console.print(f"  perplexity [bold]{found.value:.2f}[/bold]")
-        file_bytes = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+        file_bytes = sum(file.stat().st_size for file in model.glob("model*.safetensors"))
         asked = dict(zip(subject.prompts, answers, strict=True))
         return ModelRow(bits, quantizer, found.bits_per_weight, found.weight_bytes, file_bytes, found.value, asked)
 

@@ -90,7 +90,7 @@ def test_the_demo_reads_its_flags_as_plain_data(repository: Path, tmp_path: Path
     (tmp_path / "a.yaml").write_text(harmful)
     for words, says in (
         (["--config", str(tmp_path / "a.yaml")], "a.yaml"),
-        (["--steps", "many"], "--steps many: int is expected"),
+        (["--steps", "many"], "--steps many: int or null is expected"),
         (["--stepz", "3"], "did you mean 'steps'"),
     ):
         command = [sys.executable, str(repository / "demo" / "demo.py"), *words]

@@ -268,9 +268,9 @@ def _draw_models(results: Results, axes: Any) -> None:
         axes.annotate(figure(value), (place, value), xytext=(0, 4), textcoords="offset points", ha="center")
     axes.set_yscale("log")
     axes.set_ylim(1, max(values) * 3)
-    axes.set_xticks(range(len(rows)), [f"{row.title}\n{size(row.weight_bytes)} of linear layers" for row in rows])
+    axes.set_xticks(range(len(rows)), [f"{row.title}\nlinears: {size(row.weight_bytes)}" for row in rows])
     axes.set_title(
-        f"What quantizing costs\nperplexity, lower is better (logarithmic): {results.text}", loc="left", fontsize=11
+        f"What quantizing costs: {results.text}\nperplexity, lower is better (logarithmic)", loc="left", fontsize=10
     )
 
 
@@ -291,5 +291,5 @@ def _draw_task(results: Results, axes: Any) -> None:
     axes.set_ylim(low, high * 1.2)
     better = "higher" if rows[0].shares else "lower"
     name = measure.replace("_", " ")
-    axes.set_title(f"What finetuning buys\n{name}, {better} is better: {results.lesson}", loc="left", fontsize=11)
+    axes.set_title(f"What finetuning buys: {results.lesson}\n{name}, {better} is better", loc="left", fontsize=10)
     axes.legend(loc="upper left", frameon=False, ncols=2)

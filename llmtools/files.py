@@ -309,18 +309,25 @@ def disk_error(error: BaseException) -> str | None:
     return None
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Writes or replaces a file atomically: it is on the disk before it is renamed."""
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """Yields a path to write to, which replaces `file` atomically at the end: it is on the disk before it is renamed.
+
+    After an error it is removed, and a former `file` is unchanged.
+    """
     partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield partial
+        sync(partial)
         os.replace(partial, file)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes or replaces a file atomically, as `whole_file`."""
+    with whole_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:

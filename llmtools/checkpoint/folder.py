@@ -45,7 +45,7 @@ from ..model.quantize import INCOMPLETE, Report
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
 from ..nn.lora_init import LoraInit
-from ..nn.swap import packed_bytes, packed_layers
+from ..nn.swap import packed_layers, stored_bits
 from .gguf_base import is_verified
 from .model_card import write_card
 from .run_info import versions, write_json
@@ -405,15 +405,13 @@ def _check_loadable(name: str) -> None:
 def _about(model: nn.Module, report: Any) -> dict[str, Any]:
     config = getattr(model, "config", None)
     specs: list[dict[str, Any]] = []
-    layers = packed_layers(model).values()
-    for layer in layers:
+    for layer in packed_layers(model).values():
         if (spec := layer.quantizer.spec()) not in specs:
             specs.append(spec)
-    weights = sum(rows * columns for rows, columns in (layer.shape for layer in layers))
     return {
         "base_model": getattr(config, "name_or_path", None) or None,
         "quantizers": specs,
-        "bits_per_weight": 8 * packed_bytes(model) / weights if weights else None,
+        "bits_per_weight": stored_bits(model),
         "report": _as_json(report),
     }
 

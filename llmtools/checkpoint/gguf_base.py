@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..files import read_info, sha256
 from ..formats.gguf_reading import GGUFModel, find
-from ..nn.swap import packed_layers
+from ..nn.swap import packed_layers, stored_bits
 from .run_info import facts_of
 
 _BLOB = re.compile(r"^[0-9a-f]{64}$")
@@ -30,12 +30,10 @@ def facts_of_base(name: str, model: nn.Module) -> dict[str, Any]:
     found = find(name, {})
     if found is None:
         return {}
-    layers = packed_layers(model).values()
-    types = sorted({str(layer.quantizer.spec()["type"]) for layer in layers})
-    weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-    size = sum(tensor.nbytes for layer in layers for tensor in layer.packed.values())
+    types = sorted({str(layer.quantizer.spec()["type"]) for layer in packed_layers(model).values()})
     known = {"file": found.path.name, "sha256": sha256(found.path)}
-    return known | ({"types": types, "bits per weight": 8 * size / weights} if weights else {})
+    bits = stored_bits(model)
+    return known if bits is None else known | {"types": types, "bits per weight": bits}
 
 
 def is_verified(name: str, adapter: str | PathLike[str] | None = None) -> bool:

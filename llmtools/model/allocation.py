@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..document import plain_table, table
 from ..errors import InputError, within
-from ..quant import HessianSum, Quantizer, proxy_loss
-from ..quant.base import BlockLearner
+from ..quant import Quantizer, proxy_loss
+from ..quant.base import BlockLearner, layout_bytes
 from ..quant.base import quantizer as named_quantizer
-from .blocks import Block
+from .blocks import Block, linear_at
+from .quantize import accumulating
 from .targets import Overrides, Plan, any_index
 from .walk import Batch, Calls, OnStep, evaluating, run_network, walk
 
@@ -74,17 +76,9 @@ class Allocation(NamedTuple):
         kinds: dict[str, list[int]] = {}
         for path, bits in self.bits.items():
             kinds.setdefault(any_index(path), []).append(bits)
-        lines = [["linears", *(f"{width} bits" for width in widths)]]
-        lines += [[kind, *(str(found.count(width)) for width in widths)] for kind, found in kinds.items()]
-        sizes = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = [
-            "  ".join(
-                text.rjust(size) if index else text.ljust(size)
-                for index, (text, size) in enumerate(zip(line, sizes, strict=True))
-            )
-            for line in lines
-        ]
-        return "\n".join([*rows, f"{self.bits_per_weight:.3f} bits per weight, estimated KL {self.cost:.4f}"])
+        rows = [[kind, *(str(found.count(width)) for width in widths)] for kind, found in kinds.items()]
+        shown = plain_table(table(["linears", *(f"{width} bits" for width in widths)], rows))
+        return f"{shown}\n{self.bits_per_weight:.3f} bits per weight, estimated KL {self.cost:.4f}"
 
 
 def choose_bits(
@@ -109,11 +103,11 @@ def choose_bits(
     paths = [path for path, each in plan.quantizers.items() if each == quantizer]
     variants = _variants(quantizer)
     inside = [path for path in paths if path.startswith(tuple(f"{block}." for block in plan.blocks))]
-    weights = {path: _linear(model, path).weight.numel() for path in inside}
+    weights = {path: linear_at(model, path).weight.numel() for path in inside}
     if not inside:
         raise InputError("bits_per_weight: no linear within the blocks is left to choose for")
     size = math.fsum(weights.values())
-    stored = {path: [_stored(each, _linear(model, path)) for each in variants] for path in inside}
+    stored = {path: [_stored(each, linear_at(model, path)) for each in variants] for path in inside}
     least = sum(min(stored[path]) * weights[path] for path in inside) / size
     if bits_per_weight < least:
         raise InputError(
@@ -209,7 +203,7 @@ def output_gradients(
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         for path in paths:
-            stack.callback(_linear(model, path).register_full_backward_hook(collect(path)).remove)
+            stack.callback(linear_at(model, path).register_full_backward_hook(collect(path)).remove)
         embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
         stack.callback(
             embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)).remove
@@ -240,18 +234,8 @@ def _proxy_losses(
     wanted, found = set(paths), dict[str, list[float]]()
 
     def visit(block: Block, calls: Calls) -> None:
-        groups = [paths for group in block.groups if (paths := [path for path in group.paths if path in wanted])]
-        with ExitStack() as stack:
-            sums = []
-            for group in groups:
-                linear = _linear(model, group[0])
-                total = HessianSum(linear.in_features, linear.weight.device)
-                sums.append(total)
-                hook = linear.register_forward_pre_hook(
-                    lambda module, args, kwargs, total=total: total.add(args[0] if args else kwargs["input"]),
-                    with_kwargs=True,
-                )
-                stack.callback(hook.remove)
+        groups = [group.paths for group in block.groups_among(wanted)]
+        with accumulating(model, groups) as sums:
             calls.run()
         for group, total in zip(groups, sums, strict=True):
             measure(group, total.value())
@@ -259,7 +243,7 @@ def _proxy_losses(
 
     def measure(group: Sequence[str], hessian: Tensor | None) -> None:
         for path in group:
-            weight = _linear(model, path).weight.detach()
+            weight = linear_at(model, path).weight.detach()
             moment = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian
             with within(path):
                 found[path] = [_loss(each, weight, moment) for each in variants]
@@ -294,12 +278,5 @@ def _variants(quantizer: Quantizer) -> list[Quantizer]:
 
 
 def _stored(quantizer: Quantizer, linear: nn.Linear) -> float:
-    layout = quantizer.layout(linear.out_features, linear.in_features)
-    size = sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
+    size = layout_bytes(quantizer.layout(linear.out_features, linear.in_features))
     return 8 * size / (linear.out_features * linear.in_features)
-
-
-def _linear(model: nn.Module, path: str) -> nn.Linear:
-    linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    return linear

@@ -13,7 +13,7 @@ refused, or its `unsupported_weights` are listed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -46,6 +46,11 @@ class Block:
     """Linears grouped by their input tensor, in call order. Empty until `observe` ran the block."""
     idle: list[str] = field(default_factory=list)
     """Paths of linears without input, such as an expert to which no token was routed."""
+
+    def groups_among(self, paths: Container[str]) -> list[Group]:
+        """The groups with those of their linears that are among `paths`, and none that is empty."""
+        groups = [Group([path for path in group.paths if path in paths], group.calls) for group in self.groups]
+        return [group for group in groups if group.paths]
 
 
 class UnsupportedWeight(NamedTuple):
@@ -143,6 +148,13 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linea
     for path, child in module.named_modules(prefix=prefix):
         if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear) and not computes_otherwise(child):
             yield path, child
+
+
+def linear_at(model: nn.Module, path: str) -> nn.Linear:
+    """The linear at a path of the model."""
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 def observe(block: Block, runs: Iterator[Any]) -> None:

@@ -31,7 +31,7 @@ from ..nn.lora_init import LoraInit, lora_init_from_error
 from ..nn.swap import aliases, set_everywhere
 from ..quant import HessianSum, Quantizer, proxy_loss
 from ..quant.base import BlockLearner, Learner
-from .blocks import Block, text_config
+from .blocks import Block, linear_at, text_config
 from .options import BlockTuning
 from .reconstruct import (
     HELD_OUT,
@@ -435,7 +435,7 @@ class _Quantization:
 
     def without_data(self, device: torch.device | str | None) -> None:
         for path in self.plan.quantizers:
-            linear = self._linear(path)
+            linear = linear_at(self.model, path)
             home = linear.weight.device
             if device is not None:
                 linear.to(device)
@@ -446,13 +446,12 @@ class _Quantization:
         """Quantizes one block of the walk, group by group."""
         self.reached.add(block.path)
         target = self.original.reconstruction(calls) if self.original is not None else None
-        chosen = [(group, [path for path in group.paths if path in self.plan.quantizers]) for group in block.groups]
-        groups = [paths for _, paths in chosen if paths]
-        once = {paths[0] for group, paths in chosen if paths and group.calls == 1}
-        for stage in [[paths] for paths in groups] if self.sequential else [groups] if groups else []:
-            with self._accumulating(stage, stop=len(stage) == 1 and stage[0][0] in once) as sums:
+        groups = block.groups_among(self.plan.quantizers)
+        for stage in [[group] for group in groups] if self.sequential else [groups] if groups else []:
+            paths = [group.paths for group in stage]
+            with accumulating(self.model, paths, stop=len(stage) == 1 and stage[0].calls == 1) as sums:
                 calls.run()
-            self._replace_groups(stage, sums, target)
+            self._replace_groups(paths, sums, target)
             if target is not None and not any(each.learner for each in self.pending.values()):
                 self._tune(block, target)
         if target is not None:
@@ -476,7 +475,7 @@ class _Quantization:
         unreached = [path for path in paths if path.startswith(within)]
         outside = [[path] for path in paths if path not in unreached]
         if outside:
-            with evaluating(self.model), self._accumulating(outside) as sums:
+            with evaluating(self.model), accumulating(self.model, outside) as sums:
                 for batch in batches:
                     run_network(self.model, batch)
             self._replace_groups(outside, sums)
@@ -497,28 +496,11 @@ class _Quantization:
                             stack, len(idle))  # fmt: skip
             for path in idle:
                 del self.plan.quantizers[path]
-                linear = self._linear(path)
+                linear = linear_at(self.model, path)
                 shape = (linear.out_features, linear.in_features)
                 self.plan.not_quantized.append(
                     NotQuantized(path, shape, "in blocks that did not run over the calibration text")
                 )
-
-    @contextmanager
-    def _accumulating(self, groups: list[list[str]], *, stop: bool = False) -> Iterator[list[HessianSum]]:
-        """One Hessian per group, accumulated within the context from the inputs of its first linear.
-
-        stop: the rest of the block, behind that linear, is not run.
-        """
-        sums, hooks = [], []
-        for paths in groups:
-            linear = self._linear(paths[0])
-            sums.append(HessianSum(linear.in_features, linear.weight.device))
-            hooks.append(linear.register_forward_pre_hook(_accumulate(sums[-1], paths[0], stop), with_kwargs=True))
-        try:
-            yield sums
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _replace_groups(
         self, groups: list[list[str]], sums: list[HessianSum], target: Reconstruction | None = None
@@ -536,7 +518,7 @@ class _Quantization:
         """Puts the packed layer in place of the dense one, or with a target, a layer that is still to be trained."""
         started = time.perf_counter()
         quantizer = self.plan.quantizers[path]
-        linear = self._linear(path)
+        linear = linear_at(self.model, path)
         weight = linear.weight.detach()
         given = hessian if quantizer.needs_hessian else None
         if quantizer.needs_hessian and hessian is None:  # no calibration data
@@ -594,7 +576,7 @@ class _Quantization:
         self.pending.clear()
 
     def _warn_if_few_tokens(self, total: HessianSum, path: str) -> None:
-        features = self._linear(path).in_features
+        features = linear_at(self.model, path).in_features
         if 0 < total.tokens < features and not self.warned:
             self.warned = True
             log.warning(
@@ -607,11 +589,6 @@ class _Quantization:
     def _put(self, path: str, module: nn.Module) -> None:
         """Replaces a linear at all its paths."""
         set_everywhere(self.model, path, module, self.aliases)
-
-    def _linear(self, path: str) -> nn.Linear:
-        linear = self.model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        return linear
 
 
 @dataclass
@@ -628,6 +605,26 @@ class _Pending:
     """Number of tokens in the Hessian."""
     seconds: float
     """Time so far, in seconds."""
+
+
+@contextmanager
+def accumulating(
+    model: nn.Module, groups: Sequence[Sequence[str]], *, stop: bool = False
+) -> Iterator[list[HessianSum]]:
+    """One Hessian per group of linears (paths), accumulated within the context from the inputs of its first one.
+
+    stop: what comes after that linear in its block is not run, see `Calls.run`.
+    """
+    sums, hooks = [], []
+    for paths in groups:
+        linear = linear_at(model, paths[0])
+        sums.append(HessianSum(linear.in_features, linear.weight.device))
+        hooks.append(linear.register_forward_pre_hook(_accumulate(sums[-1], paths[0], stop), with_kwargs=True))
+    try:
+        yield sums
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _accumulate(

@@ -90,9 +90,7 @@ class Reconstruction:
 
     def __init__(self, calls: Calls, targets: Sequence[Tensor], held_out: float = HELD_OUT) -> None:
         self.calls, self.targets = calls, targets
-        kept = min(len(targets) - 1, math.ceil(held_out * len(targets)))
-        self.train = range(len(targets) - kept)
-        self.held_out = range(len(targets) - kept, len(targets)) if kept else self.train
+        self.train, self.held_out = divided(len(targets), held_out)
         power = sum(float(target.float().square().sum(dtype=torch.float64)) for target in targets)
         self._power = power / sum(target.numel() for target in targets) or 1.0
 
@@ -106,11 +104,20 @@ class Reconstruction:
         """Mean loss over the held-out batches."""
         return sum(float(self.loss(index)) for index in self.held_out) / len(self.held_out)
 
-    def shuffled(self, seed: int) -> Iterator[int]:
-        """Indices of the training batches, epoch after epoch, each epoch in a random order."""
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield from torch.randperm(len(self.train), generator=generator).tolist()
+
+def divided(count: int, held_out: float) -> tuple[range, range]:
+    """(indices to train on, held-out indices) of `count` batches: the last ones, that share of them; all where there
+    is one."""
+    kept = min(count - 1, math.ceil(held_out * count))
+    train = range(count - kept)
+    return train, range(count - kept, count) if kept else train
+
+
+def shuffled(count: int, seed: int) -> Iterator[int]:
+    """Indices below `count`, epoch after epoch, each epoch in a random order."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
 
 
 class OriginalStream:
@@ -153,7 +160,7 @@ def learn_rounding(
     """
     steps = max(learner.steps for learner in learners)
     every = max(1, steps // CHECKS)
-    order = target.shuffled(seed)
+    order = shuffled(len(target.train), seed)
     before = best = math.inf
     with _training(block), torch.enable_grad():
         for step in range(steps + 1):
@@ -234,7 +241,7 @@ def _descend(
     if not groups:
         return
     optimizer = torch.optim.Adam(groups)
-    order = target.shuffled(seed)
+    order = shuffled(len(target.train), seed)
     best, kept, without_gain = target.held_out_loss(), [each.detach().clone() for each in trained], 0
     for _ in range(tuning.epochs):
         for _ in target.train:

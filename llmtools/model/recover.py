@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, within
+from ..files import whole_file
 from ..nn.swap import quantized_linears
 from ..nn.tuning import TuningLinear
 from .options import Recovery
-from .reconstruct import relative_to, replaced
+from .reconstruct import divided, relative_to, replaced, shuffled
 from .walk import evaluating
 
 OnStep = Callable[[int, int, str], None]
@@ -82,9 +82,8 @@ class Targets:
                     best = logits.topk(min(k, logits.shape[-1]), dim=-1)
                     kept = best.values - logits.logsumexp(-1, keepdim=True)
                     stored = {"ids": best.indices.to(torch.int32).cpu(), "log_probabilities": kept.cpu()}
-                    partial = targets._file(index).with_suffix(".partial")
-                    save_file(stored, partial)
-                    os.replace(partial, targets._file(index))
+                    with whole_file(targets._file(index)) as partial:
+                        save_file(stored, partial)
                 if on_step is not None:
                     on_step(index + 1, len(sequences), "original model")
         return targets
@@ -101,6 +100,19 @@ def kl_divergence(logits: Tensor, target: Target) -> Tensor:
     rest_p = (1 - p.sum(-1)).clamp_min(_LEAST)
     rest_q = (1 - found.exp().sum(-1)).clamp_min(_LEAST)
     return ((p * (wanted - found)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
+
+
+@torch.no_grad()
+def mean_kl_divergence(
+    model: nn.Module, sequences: Sequence[Tensor], targets: Targets, indices: Sequence[int] | None = None
+) -> float:
+    """The mean `kl_divergence` of a model from `targets`, in nats per token, over all sequences or those `indices`.
+
+    sequences: int64 [1, t] each, those that `targets` were made of.
+    """
+    chosen = range(len(sequences)) if indices is None else indices
+    parts = [float(kl_divergence(_logits(model, sequences[index]), targets[index])) for index in chosen]
+    return sum(parts) / len(parts)
 
 
 class RecoveryReport(NamedTuple):
@@ -144,8 +156,7 @@ def recover(
     dense = [p for p in model.parameters() if p.is_floating_point() and p.dim() <= 1 and id(p) not in packed]
     initial = [each.data for each in dense]
     tuned = {path: TuningLinear(layer, materialize=True) for path, layer in layers.items()}
-    held = max(1, math.ceil(options.held_out * len(sequences)))
-    text = _Text(model, sequences, targets, held)
+    text = _Text(model, sequences, targets, options.held_out)
     with evaluating(model), _float32(dense), replaced(model, tuned):
         deltas = [delta for layer in tuned.values() for delta in layer.deltas.values()]
         training = _Training([*dense, *deltas], [*map(relative_to, dense)], options, seed)
@@ -200,22 +211,15 @@ def _float32(dense: list[nn.Parameter]) -> Iterator[None]:
 class _Text:
     """Sequences with their targets: those to train on, and the held-out ones."""
 
-    def __init__(self, model: nn.Module, sequences: Sequence[Tensor], targets: Targets, held: int) -> None:
+    def __init__(self, model: nn.Module, sequences: Sequence[Tensor], targets: Targets, held_out: float) -> None:
         self.model, self.sequences, self.targets = model, sequences, targets
-        self.train = range(len(sequences) - min(held, len(sequences) - 1))
-        self.held_out = range(len(self.train), len(sequences))
+        self.train, self.held_out = divided(len(sequences), held_out)
 
     def kl_divergence(self, index: int) -> Tensor:
         return kl_divergence(_logits(self.model, self.sequences[index]), self.targets[index])
 
-    @torch.no_grad()
     def held_out_kl(self) -> float:
-        return sum(float(self.kl_divergence(index)) for index in self.held_out) / len(self.held_out)
-
-    def shuffled(self, seed: int) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield from torch.randperm(len(self.train), generator=generator).tolist()
+        return mean_kl_divergence(self.model, self.sequences, self.targets, self.held_out)
 
 
 class _Training:
@@ -244,7 +248,7 @@ class _Training:
             self._load(state)
         else:
             self.before = self.best = text.held_out_kl()
-        order, every = text.shuffled(self.seed), max(1, self.options.steps // self.options.evaluations)
+        order, every = shuffled(len(text.train), self.seed), max(1, self.options.steps // self.options.evaluations)
         for _ in range(self.step * self.options.batch):
             next(order)
         while self.step < self.options.steps and self.without_gain < self.options.patience:
@@ -288,10 +292,9 @@ class _Training:
         figures = {
             "step": self.step, "before": self.before, "best": self.best, "without_gain": self.without_gain,
         }  # fmt: skip
-        partial = file.with_suffix(".partial")
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}
-        save_file(tensors, partial, metadata={"figures": json.dumps(figures)})
-        os.replace(partial, file)
+        with whole_file(file) as partial:
+            save_file(tensors, partial, metadata={"figures": json.dumps(figures)})
 
     def _load(self, file: Path) -> None:
         for each in self.trained:

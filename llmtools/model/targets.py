@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..nn.swap import altered, computes_otherwise, quantized_linears
 from ..quant import Quantizer
 from ..quant import quantizer as named_quantizer
-from .blocks import Block, Stack, UnsupportedWeight, find_blocks, find_stacks, linears, unsupported_weights
+from .blocks import Block, Stack, UnsupportedWeight, find_blocks, find_stacks, linear_at, linears, unsupported_weights
 
 log = logging.getLogger(__name__)
 
@@ -187,9 +187,7 @@ def _disable_rescaling(model: nn.Module) -> None:
 def _refuse_altered(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
     """Raises InputError for linears whose weight is not a plain parameter: packing would silently undo that."""
     for path in quantizers:
-        linear = model.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
-        if (reason := altered(linear)) is not None:
+        if (reason := altered(linear_at(model, path))) is not None:
             raise InputError(
                 f"{path} cannot be packed as it is: {reason}; or leave it dense, overrides {{{path!r}: None}}"
             )

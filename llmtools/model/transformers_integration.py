@@ -44,6 +44,7 @@ from ..nn.packed import PackedWeight
 from ..nn.swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
 from ..options import fits, type_name
 from ..quant import Quantizer, TensorSpec, from_spec, quantizers
+from ..quant.base import layout_bytes
 from .blocks import text_config
 from .integrity import Header, check_values, read_headers
 from .targets import Plan, base_quantizer
@@ -257,8 +258,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
         layout = self.assigned[param_name.rpartition(".")[0]].layout(*param.shape)
-        stored = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in layout.values())
-        return stored / param.numel()
+        return layout_bytes(layout) / param.numel()
 
     def get_quantize_ops(self) -> Any:
         return _quantize_on_arrival(self)

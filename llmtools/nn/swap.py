@@ -152,6 +152,12 @@ def packed_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for layer in layers for t in layer.packed.values())
 
 
+def stored_bits(model: nn.Module) -> float | None:
+    """Bits stored per weight of the layers that own packed tensors, scales included; None without such a layer."""
+    weights = sum(rows * columns for rows, columns in (layer.shape for layer in packed_layers(model).values()))
+    return 8 * packed_bytes(model) / weights if weights else None
+
+
 class Parameters(NamedTuple):
     """Numbers of parameters of a model."""
 

@@ -10,7 +10,9 @@ Shapes: out, in — features of the linear layer; t — tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -35,6 +37,11 @@ class TensorSpec(NamedTuple):
     """Shape of the tensor."""
     dtype: torch.dtype
     """Dtype of the tensor."""
+
+
+def layout_bytes(layout: Mapping[str, TensorSpec]) -> int:
+    """Size of the tensors of a layout, in bytes."""
+    return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in layout.values())
 
 
 class Rows(ABC):

@@ -120,10 +120,10 @@ def trained(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, weight.shape[1], generator=generator)
     grad = torch.randn(3, 5, weight.shape[0], generator=generator)
-    whole_weight = quantizer.tuning_linear(x, packed | floats)
-    if not whole_weight.requires_grad:
+    output = quantizer.tuning_linear(x, packed | floats)
+    if not output.requires_grad:
         return  # codes alone decide; there is nothing to tune
-    whole = torch.autograd.grad(whole_weight, list(floats.values()), grad)
+    whole = torch.autograd.grad(output, list(floats.values()), grad)
     with materialize_budget(16 * weight.shape[1] * 3):  # three rows at a time
         rowwise = torch.autograd.grad(quantizer.linear(x, packed | floats), list(floats.values()), grad)
     for name, got, truth in zip(floats, rowwise, whole, strict=True):

@@ -8,7 +8,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..checkpoint.options import AdaptedModelOptions
 from ..errors import InputError, did_you_mean
@@ -137,7 +137,7 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
             model, lost = merge_into_packed(model)
         else:
             model = _requantized(recipe, model, tokenizer)
-        after = _compared(model, before)
+        after = _compared(model, before, recipe.max_length)
     out = Path(recipe.out).expanduser()
     error = sum(lost.values()) / len(lost) if lost else None
     result = MergeResult(recipe.out, recipe.how, adapted, error, *after, seconds=time.monotonic() - began)
@@ -182,48 +182,51 @@ def _requantized(recipe: Merge, model: Any, tokenizer: Any) -> Any:
     return dense
 
 
-def _measured(recipe: Merge, model: Any, tokenizer: Any, folder: Path) -> dict[str, Any] | None:
-    """The windows of the held-out text, the losses of base and base with adapter, and the latter's distributions."""
+class _Before(NamedTuple):
+    """The model before it is merged, on the held-out text."""
+
+    ids: Any
+    """Tokens of the windows, int64 [1, windows · max_length]."""
+    targets: Any
+    """Distributions of base with adapter, `model.recover.Targets`."""
+    nll: dict[str, float]
+    """Mean negative log-likelihood of base and adapter (base with adapter), in nats per token."""
+
+
+def _measured(recipe: Merge, model: Any, tokenizer: Any, folder: Path) -> _Before | None:
+    """The losses of base and base with adapter, and the latter's distributions; None without held-out text."""
     from ..data.calibration import text_ids
-    from ..data.metrics import mean_nll
+    from ..data.metrics import perplexity
     from ..model.recover import Targets
     from ..progress import progress
 
     if recipe.data is None:
         return None
+    context = recipe.max_length
     ids = text_ids(recipe.data, tokenizer)
-    count = min(recipe.windows, ids.shape[1] // recipe.max_length)
-    if not count:
-        raise InputError(f"{recipe.data} has {ids.shape[1]} tokens, fewer than one window of {recipe.max_length}")
-    windows = [ids[:, index * recipe.max_length : (index + 1) * recipe.max_length] for index in range(count)]
-    home = next(model.parameters()).device
-    with progress("base with adapter", unit="windows") as step:
-        targets = Targets.of(model, windows, folder, 64, on_step=step)
-    model.eval()
-    adapter = sum(mean_nll(model, each.to(home)) for each in windows) / count
+    if ids.shape[1] < context:
+        raise InputError(f"{recipe.data} has {ids.shape[1]} tokens, fewer than one window of {context}")
+    ids = ids[:, : min(recipe.windows, ids.shape[1] // context) * context]
+    nll = {"adapter": perplexity(model, ids, context=context).nll}
     with model.disable_adapter():
-        base = sum(mean_nll(model, each.to(home)) for each in windows) / count
-    return {"windows": windows, "targets": targets, "base": base, "adapter": adapter}
+        nll = {"base": perplexity(model, ids, context=context).nll, **nll}
+    with progress("base with adapter", unit="windows") as step:
+        targets = Targets.of(model, ids.split(context, dim=1), folder, 64, on_step=step)
+    return _Before(ids, targets, nll)
 
 
-def _compared(model: Any, before: dict[str, Any] | None) -> tuple[dict[str, float] | None, float | None, float | None]:
-    """(perplexities, recovered share, KL divergence) of the merged model."""
-    import torch
-
-    from ..data.metrics import mean_nll
-    from ..model.recover import kl_divergence
+def _compared(
+    model: Any, before: _Before | None, context: int
+) -> tuple[dict[str, float] | None, float | None, float | None]:
+    """(perplexities, recovered share, KL divergence) of the merged model; context: tokens in a window."""
+    from ..data.metrics import perplexity
+    from ..model.recover import mean_kl_divergence
 
     if before is None:
         return None, None, None
-    home = next(model.parameters()).device
     model.eval()
-    windows, losses = before["windows"], {name: before[name] for name in ("base", "adapter")}
-    losses["merged"] = sum(mean_nll(model, each.to(home)) for each in windows) / len(windows)
-    with torch.no_grad():
-        parts = [
-            float(kl_divergence(model(each.to(home), use_cache=False).logits[0].float(), before["targets"][index]))
-            for index, each in enumerate(windows)
-        ]
-    gain = losses["base"] - losses["adapter"]
-    recovered = (losses["base"] - losses["merged"]) / gain if gain > 0 else None
-    return {name: math.exp(value) for name, value in losses.items()}, recovered, sum(parts) / len(parts)
+    nll = {**before.nll, "merged": perplexity(model, before.ids, context=context).nll}
+    kl = mean_kl_divergence(model, before.ids.split(context, dim=1), before.targets)
+    gain = nll["base"] - nll["adapter"]
+    recovered = (nll["base"] - nll["merged"]) / gain if gain > 0 else None
+    return {name: math.exp(value) for name, value in nll.items()}, recovered, kl

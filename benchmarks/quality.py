@@ -375,13 +375,12 @@ def _encode_here(size: int) -> Row:
     del x
     weight = torch.randn(size, size, generator=generator)
     quantizer.quantize(weight[:64, :128], hessian[:128, :128])  # builds the kernels and the tables
-    before = _resident()
-    with open("/proc/self/clear_refs", "w") as marks:  # the peak is counted from here
-        marks.write("5")
+    before = resident()
+    reset_peak()
     started = time.perf_counter()
     packed = quantizer.quantize(weight, hessian)
     seconds = time.perf_counter() - started
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     loss = proxy_loss(weight[:64], quantizer.dequantize(packed, slice(64)), hessian) / proxy_loss(
         weight[:64], torch.zeros(64, size), hessian
     )
@@ -393,7 +392,14 @@ def _encode_here(size: int) -> Row:
     }  # fmt: skip
 
 
-def _resident(field: str = "VmRSS") -> int:
+def reset_peak() -> None:
+    """The peak of this process' memory is counted from here."""
+    with open("/proc/self/clear_refs", "w") as marks:
+        marks.write("5")
+
+
+def resident(field: str = "VmRSS") -> int:
+    """A field of /proc/self/status, in bytes: VmRSS, or its peak VmHWM."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
 

@@ -21,15 +21,20 @@ Row = dict[str, Any]
 def write(results: Path, page: Path = PAGE) -> str:
     """Puts the tables into the page; says what it did."""
     rows = newest([json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()])
+    names = fill(page, tables(rows))
+    return f"{page}: {len(rows)} rows in {len(names)} tables"
+
+
+def fill(page: Path, made: dict[str, str]) -> list[str]:
+    """Replaces what stands between ``<!-- NAME -->`` and ``<!-- end -->`` in a page; the names that it has."""
     text = page.read_text(encoding="utf-8")
-    made = tables(rows)
     names = [name for name in re.findall(r"<!-- (\w+) -->\n", text) if name != "end"]
     for name in names:
         table = made.get(name, "*Not measured yet.*")
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text = re.sub(pattern, lambda match, table=table: f"{match[1]}\n{table}\n\n{match[2]}", text, flags=re.DOTALL)
     page.write_text(text, encoding="utf-8")
-    return f"{page}: {len(rows)} rows in {len(names)} tables"
+    return names
 
 
 _SAME = (
@@ -41,20 +46,7 @@ def newest(rows: list[Row]) -> list[Row]:
     """The last of the rows that measure the same."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
-        keys = (
-            "section",
-            "model",
-            "by",
-            "label",
-            "method",
-            "bits",
-            "seed",
-            "linear",
-            "codebook",
-            "distinct_values",
-            "start",
-        )
-        found[tuple(str(row.get(key)) for key in keys)] = row
+        found[tuple(str(row.get(key)) for key in _SAME)] = row
     return list(found.values())
 
 

@@ -18,7 +18,6 @@ the dequantized weights of every library, so that nothing but the weights differ
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -36,8 +35,9 @@ from torch import Tensor
 import llmtools
 from benchmarks import baselines
 from benchmarks.baselines import Case, Source
-from benchmarks.quality import Row, _origin, note, window_nlls
+from benchmarks.quality import Row, _origin, note, reset_peak, resident, window_nlls
 from llmtools.data.calibration import documents_of
+from llmtools.files import sha256
 from llmtools.model.options import BlockTuning, Recovery
 from llmtools.nn.adapters import dequantize
 
@@ -87,15 +87,15 @@ def dense() -> Case:
 
 def measured(case: Case, source: Source, texts: dict[str, Tensor]) -> Row:
     """Quantizes and measures: CPU and wall seconds, peak memory above the start, perplexity and windows' losses."""
-    before, cpu, wall = _resident("VmRSS"), _cpu_seconds(), time.perf_counter()
-    _reset_peak()
+    before, cpu, wall = resident("VmRSS"), _cpu_seconds(), time.perf_counter()
+    reset_peak()
     with baselines.quiet():
         made = case.make(source)
     row: Row = {
         "bits_per_weight": made.bits_per_weight,
         "cpu_seconds": _cpu_seconds() - cpu,
         "seconds": time.perf_counter() - wall,
-        "peak_bytes": _resident("VmHWM") - before,
+        "peak_bytes": resident("VmHWM") - before,
         "perplexity": {},
         "nlls": {},
     }
@@ -112,16 +112,6 @@ def _cpu_seconds() -> float:
         usage.ru_utime + usage.ru_stime
         for usage in (resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN))
     )
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(field))
-
-
-def _reset_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as marks:
-        marks.write("5")
 
 
 def documents(file: Path, *, held_out: bool, shared: bool) -> list[str]:
@@ -174,17 +164,12 @@ def _setting(args: argparse.Namespace) -> Row:
     """What a row belongs to: rows of one setting can be compared."""
     return {
         "model": Path(args.model).name if Path(args.model).name != "hf" else Path(args.model).parent.name,
-        "weights": _digest(next(iter(sorted(Path(args.model).glob("*.safetensors"))))),
+        "weights": sha256(next(iter(sorted(Path(args.model).glob("*.safetensors")))))[:16],
         "calibration": f"{args.calibration.partition('=')[0]}, {args.samples} × {args.tokens} tokens",
         "windows": f"{args.windows} × {args.context} tokens",
         "texts": [text.partition("=")[0] for text in args.texts],
         "seed": args.seed,
     }
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def _key(row: Row) -> str:

@@ -5,12 +5,11 @@ A table stands between ``<!-- NAME -->`` and ``<!-- end -->`` and is replaced.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality_table import difference
+from benchmarks.quality_table import difference, fill
 from llmtools.document import markdown_table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "quality.md"
@@ -19,14 +18,7 @@ Row = dict[str, Any]
 
 def write(rows: list[Row], page: Path = PAGE) -> str:
     """Puts the tables into the page; says what it did."""
-    text = page.read_text(encoding="utf-8")
-    made = tables(rows)
-    names = [name for name in re.findall(r"<!-- (\w+) -->\n", text) if name != "end"]
-    for name in names:
-        body = made.get(name, "*Not measured yet.*")
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda match, body=body: f"{match[1]}\n{body}\n\n{match[2]}", text, flags=re.DOTALL)
-    page.write_text(text, encoding="utf-8")
+    names = fill(page, tables(rows))
     return f"{page}: {len(rows)} rows in {len(names)} tables"
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import llmtools
 from benchmarks.materialize import forward, seconds
 from benchmarks.memory import peak_growth
 from benchmarks.quality import _origin
+from benchmarks.quality_table import fill
 from llmtools.document import markdown_table
 from llmtools.nn.linear import QuantizedLinear
 
@@ -127,12 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
         newest = {(row["layer"], row["in"], row["out"], row["rows"]): row for row in rows}
-        body = table(list(newest.values()))
-        page = PAGE.read_text(encoding="utf-8")
-        page = re.sub(
-            r"(<!-- rows -->\n).*?(<!-- end -->)", lambda m: f"{m[1]}\n{body}\n\n{m[2]}", page, flags=re.DOTALL
-        )
-        PAGE.write_text(page, encoding="utf-8")
+        fill(PAGE, {"rows": table(list(newest.values()))})
         picture(list(newest.values()), PAGE.with_suffix(".png"))
         print(PAGE)
         return 0

@@ -144,8 +144,9 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
     if result.recovered is not None and result.recovered < ENOUGH:
         better = "--how requantize --calibration FILE keeps more; " if recipe.how == "round" else ""
         log.warning(
-            "only %.0f %% of the adapter's gain is left; %sserve the adapter beside the model, or export a dense one",
-            100 * result.recovered,
+            "%.2f of the adapter's gain is left (1 is all of it, below 0 is worse than the base); %sserve the adapter "
+            "beside the model, or export a dense one",
+            result.recovered,
             better,
         )
     with writing(out, overwrite=recipe.overwrite) as target:

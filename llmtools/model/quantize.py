@@ -33,10 +33,10 @@ from ..quant import HessianSum, Quantizer, proxy_loss
 from ..quant.base import BlockLearner, Learner
 from .blocks import Block, linear_at, text_config
 from .options import BlockTuning
+from .propagation import ErrorSum, OriginalStream, comparing, corrected
 from .reconstruct import (
     HELD_OUT,
     BlockLoss,
-    OriginalStream,
     Reconstruction,
     learn_rounding,
     learnable_linear,
@@ -59,6 +59,7 @@ def quantize(
     skip: Sequence[str] | None = None,
     sequential: bool = True,
     tuning: BlockTuning | None = None,
+    error_propagation: float = 0.0,
     adapter_rank: int = 0,
     on_step: OnStep | None = None,
     device: torch.device | str | None = None,
@@ -81,6 +82,8 @@ def quantize(
         together.
     tuning: block-wise reconstruction by `BlockTuning`. None, or 0 epochs: none. The errors of learned and tuned layers
         in the report are relative to the weight that was quantized, which earlier tuning of the block may have changed.
+    error_propagation: strength, from 0 to 1, of a correction of each weight for the errors of the layers before it, see
+        `propagation.py`; needs calibration text, about twice the time of the walk, and a copy of one block.
     adapter_rank: also computes the LoRA initialisation of this rank from the quantization error, for finetuning at
         that rank or a lower one (`Report.lora_init`).
     device: where blocks are quantized, one at a time, if the model as a whole is elsewhere.
@@ -99,15 +102,23 @@ def quantize(
         )
     if batches is None and tuning is not None and tuning.epochs:
         raise InputError("block tuning needs calibration text and none was given; pass `calibration`")
+    if not 0 <= error_propagation <= 1:
+        raise InputError(f"error_propagation={error_propagation}; give a strength from 0 (none) to 1 (full correction)")
+    if error_propagation and tuning is not None and tuning.epochs:
+        raise InputError(
+            "error propagation and block tuning both make up for the errors of the layers before; choose one of the two"
+        )
+    if batches is None and error_propagation:
+        raise InputError("error propagation needs calibration text and none was given; pass `calibration`")
     if adapter_rank < 0:
         raise InputError(f"adapter_rank={adapter_rank}; give the rank of the LoRA initialisation, or 0 for none")
     _check_weights(model, plan.quantizers)
-    work = _Quantization(model, plan, sequential, tuning, adapter_rank, on_step)
+    work = _Quantization(model, plan, sequential, tuning, error_propagation, adapter_rank, on_step)
     with _marked_incomplete(model, work), torch.no_grad():
         if batches is None:
             work.without_data(device)
         else:
-            if work.original is not None:
+            if work.reconstructs:
                 batches = stacked(batches, work.sequences)
             walk(model, batches, work.visit, device=device)
             work.outside_blocks(batches)
@@ -412,6 +423,7 @@ class _Quantization:
         plan: Plan,
         sequential: bool,
         tuning: BlockTuning | None,
+        error_propagation: float,
         adapter_rank: int,
         on_step: OnStep | None,
     ) -> None:
@@ -419,8 +431,9 @@ class _Quantization:
         self.tuning = tuning if tuning is not None and tuning.epochs else None
         self.adapter_rank = adapter_rank
         learners = [each for each in plan.quantizers.values() if isinstance(each, BlockLearner)]
-        reconstructs = bool(learners) or self.tuning is not None
-        self.original = OriginalStream(self.tuning.held_out if self.tuning else HELD_OUT) if reconstructs else None
+        self.reconstructs = bool(learners) or self.tuning is not None
+        self.error_propagation = error_propagation
+        self.original = OriginalStream()
         self.sequences = max(
             [each.block_batch for each in learners] + ([self.tuning.batch] if self.tuning else []) or [1]
         )
@@ -445,17 +458,28 @@ class _Quantization:
     def visit(self, block: Block, calls: Calls) -> None:
         """Quantizes one block of the walk, group by group."""
         self.reached.add(block.path)
-        target = self.original.reconstruction(calls) if self.original is not None else None
+        original = self.original.beside(calls) if self.error_propagation else None
+        target = self._targets(calls) if self.reconstructs else None
         groups = block.groups_among(self.plan.quantizers)
         for stage in [[group] for group in groups] if self.sequential else [groups] if groups else []:
             paths = [group.paths for group in stage]
-            with accumulating(self.model, paths, stop=len(stage) == 1 and stage[0].calls == 1) as sums:
-                calls.run()
-            self._replace_groups(paths, sums, target)
+            stop = len(stage) == 1 and stage[0].calls == 1
+            with (
+                _comparing(original, block, paths, stop) as errors,
+                accumulating(self.model, paths, stop=stop) as sums,  # the later hook: it stops the block
+            ):
+                for index in range(len(calls)):
+                    if original is not None:
+                        original.run_one(index)
+                    calls.run_one(index)
+            self._replace_groups(paths, sums, target, errors)
             if target is not None and not any(each.learner for each in self.pending.values()):
                 self._tune(block, target)
         if target is not None:
             self._learn_rounding(block, target)
+        elif original is not None:
+            for _ in self.original.advance(original):
+                pass
         self._finish()
         idle = [path for path in block.idle if path in self.plan.quantizers]
         if idle:
@@ -463,6 +487,12 @@ class _Quantization:
                         "text may reach them", len(idle), block.path, idle[0])  # fmt: skip
         for path in idle:
             self._replace(path, None)
+
+    def _targets(self, calls: Calls) -> Reconstruction:
+        """The outputs of the original block, which is not changed yet, for its reconstruction."""
+        return Reconstruction(
+            calls, list(self.original.advance(calls)), self.tuning.held_out if self.tuning else HELD_OUT
+        )
 
     def outside_blocks(self, batches: Sequence[Batch]) -> None:
         """Quantizes the head, and other linears outside the blocks, by forward passes through the whole model."""
@@ -503,14 +533,28 @@ class _Quantization:
                 )
 
     def _replace_groups(
-        self, groups: list[list[str]], sums: list[HessianSum], target: Reconstruction | None = None
+        self,
+        groups: list[list[str]],
+        sums: list[HessianSum],
+        target: Reconstruction | None = None,
+        errors: list[ErrorSum] | None = None,
     ) -> None:
-        for paths, total in zip(groups, sums, strict=True):
+        for number, (paths, total) in enumerate(zip(groups, sums, strict=True)):
             self._warn_if_few_tokens(total, paths[0])
             with within(paths[0]):
                 hessian = total.value() if total.tokens else None
+            if errors is not None and hessian is not None:
+                self._correct(paths, errors[number].correction(hessian, self.error_propagation))
             for path in paths:
                 self._replace(path, hessian, total.tokens, target)
+
+    def _correct(self, paths: list[str], correction: Tensor | None) -> None:
+        """Changes dense weights to make up for the errors of the layers before them."""
+        if correction is None:
+            return
+        for path in paths:
+            with within(path):
+                self._put(path, corrected(linear_at(self.model, path), correction))
 
     def _replace(
         self, path: str, hessian: Tensor | None, tokens: int = 0, target: Reconstruction | None = None
@@ -589,6 +633,19 @@ class _Quantization:
     def _put(self, path: str, module: nn.Module) -> None:
         """Replaces a linear at all its paths."""
         set_everywhere(self.model, path, module, self.aliases)
+
+
+@contextmanager
+def _comparing(
+    original: Calls | None, block: Block, groups: list[list[str]], stop: bool
+) -> Iterator[list[ErrorSum] | None]:
+    """`propagation.comparing`, where there is an original to compare with; groups: paths in the model."""
+    if original is None:
+        yield None
+        return
+    within_block = [[path.removeprefix(f"{block.path}.") for path in paths] for paths in groups]
+    with comparing(original, block.module, within_block, stop=stop) as sums:
+        yield sums
 
 
 @dataclass

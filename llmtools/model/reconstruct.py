@@ -13,8 +13,8 @@ errors. Two things are trained here, by the same means.
 The *inputs* are those of the network as it is quantized so far. The *targets* are the outputs of the original block on
 its inputs in the original network, so each block also learns to compensate for the errors of those before it (QuIP#
 takes original inputs as well, and so trains blocks independently). For the targets a second set of hidden states is
-carried along: `OriginalStream`. On a 2-layer model at 2 bits, targets on the quantized inputs gave a perplexity of
-63.7 where these gave 57.4.
+carried along: `propagation.OriginalStream`. On a 2-layer model at 2 bits, targets on the quantized inputs gave a
+perplexity of 63.7 where these gave 57.4.
 
 Some sequences are held out, and the iterate with the lowest loss on those is kept, the initial one included.
 
@@ -37,12 +37,11 @@ from ..nn.swap import quantized_linears, set_module
 from ..nn.tuning import TuningLinear
 from ..quant.base import Learner
 from .options import BlockTuning
-from .walk import Batch, Calls, Stream, copied
+from .walk import Batch, Calls
 
 __all__ = [
     "BlockLoss",
     "BlockTuning",
-    "OriginalStream",
     "Reconstruction",
     "learn_rounding",
     "learnable_linear",
@@ -118,28 +117,6 @@ def shuffled(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-class OriginalStream:
-    """The hidden states of the original network, carried from block to block.
-
-    `reconstruction` is called once for each block, before the block is changed.
-    """
-
-    def __init__(self, held_out: float = HELD_OUT) -> None:
-        self._share = held_out
-        self._stream: Stream = []  # what the original network feeds to the next block
-        self._segment: object = None
-
-    def reconstruction(self, calls: Calls) -> Reconstruction:
-        """The calls of the quantized network, with the outputs of the original block as targets.
-
-        Where a network computes something between blocks, the targets of the blocks behind it are computed from the
-        outputs of the quantized blocks before it.
-        """
-        if self._segment is not calls.segment:
-            self._segment, self._stream = calls.segment, copied(calls.stream)
-        return Reconstruction(calls, list(calls.advance(self._stream)), self._share)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

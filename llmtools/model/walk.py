@@ -87,6 +87,12 @@ class Calls:
         """Hidden states [batch, t, features] of each call: the first tensor among the arguments."""
         return [call.hidden(self.stream[call.batch]) for call in self._calls]
 
+    def on(self, block: nn.Module, stream: Stream) -> Calls:
+        """The same calls of another module, with the values of another stream."""
+        other = copy.copy(self)
+        other.block, other.stream = block, stream
+        return other
+
     def outputs(self) -> Iterator[Tensor]:
         """Runs the current block, one batch per step; yields its hidden states [batch, t, features]."""
         for index in range(len(self)):
@@ -95,8 +101,12 @@ class Calls:
     def run(self) -> None:
         """Runs the current block over all batches, for hooks; one that raises `Enough` ends the run of that batch."""
         for index in range(len(self)):
-            with suppress(Enough):
-                self.output(index)
+            self.run_one(index)
+
+    def run_one(self, index: int) -> None:
+        """`run` on one batch."""
+        with suppress(Enough):
+            self.output(index)
 
     def output(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Runs the block on one batch, floating arguments in `dtype`; returns its hidden states [batch, t,

@@ -274,7 +274,11 @@ def _bitsandbytes(source: Source, method: str, bits: int, group_size: int, optio
 
 
 def ours(
-    name: str, options: dict[str, Any], tuning: BlockTuning | None = None, recovery: Recovery = NO_RECOVERY
+    name: str,
+    options: dict[str, Any],
+    tuning: BlockTuning | None = None,
+    recovery: Recovery = NO_RECOVERY,
+    error_propagation: float = 0.0,
 ) -> Case:
     """Our quantizer `name` with these options; those it does not have are left out."""
     factory = llmtools.quantizers.get(name)
@@ -283,15 +287,17 @@ def ours(
 
     def make(source: Source) -> Made:
         model = source.model()
-        text = source.calibration if factory.needs_hessian or tuning is not None else None
+        text = source.calibration if factory.needs_hessian or tuning is not None or error_propagation else None
         with recovering(model, source.calibration, recovery, seed=0) as recover:
-            report = llmtools.quantize(model, name, text, tuning=tuning, **options)
+            report = llmtools.quantize(model, name, text, tuning=tuning, error_propagation=error_propagation, **options)
             recover()
         return Made(model, report.bits_per_weight)
 
     shown = {key: value for key, value in options.items() if key not in ("bits", "group_size")}
     if tuning is not None:
         shown["tuned"] = True
+    if error_propagation:
+        shown["error_propagation"] = error_propagation
     if recovery.steps:
         shown["recovered"] = True
     return Case("llmtools", name, options.get("bits", 4), options.get("group_size"), shown, make)

@@ -60,6 +60,13 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
         ("awq", {"group_size": 64}),
     ):
         yield baselines.ours(name, {"bits": bits} | options)
+    for name, options in (
+        ("quip_sharp", {"passes": 2}),
+        ("optq", {"group_size": 64, "act_order": True, "passes": 2}),
+        ("rtn", {"group_size": 64}),
+    ):
+        yield baselines.ours(name, {"bits": bits} | options, error_propagation=0.5)
+    yield baselines.ours("quip_sharp", {"bits": bits, "passes": 2})
     here = baselines.installed()
     if bits == 4:
         yield baselines.ours("nf4", {"double_quantization": True})
@@ -69,6 +76,7 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
     for name in ("quip_sharp", "optq"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, recovery=Recovery())
+    yield baselines.ours("quip_sharp", {"bits": bits, "passes": 2}, recovery=Recovery(), error_propagation=0.5)
     for name in ("quip_sharp", "optq", "quip"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, tuning=BlockTuning())
@@ -174,7 +182,7 @@ def _setting(args: argparse.Namespace) -> Row:
 
 def _key(row: Row) -> str:
     setting = {key: row[key] for key in ("model", "weights", "windows", "texts", "label")}
-    data_free = row["label"].startswith(DATA_FREE)
+    data_free = row["label"].startswith(DATA_FREE) and "error_propagation" not in row["label"]
     return json.dumps(setting | ({} if data_free else {"calibration": row["calibration"], "seed": row["seed"]}))
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # idle threads sleep soon, or on a busy machine they take all its time
 
 import torch
 from fetch import NAME, Unavailable, fetch

@@ -78,12 +78,13 @@ def _main(args: list[str]) -> int:
 
 
 def _threads(args: list[str]) -> dict[str, str]:
-    """What has idle threads sleep after a thousand turns of waiting, some hundredths of a millisecond, in `quantize`.
+    """What has idle threads sleep after a thousand turns of waiting, some hundredths of a millisecond, where models are
+    quantized or trained.
 
     GNU OpenMP's own default is some milliseconds after each parallel region, which on a busy machine take most of the
     processor's time. Commands that generate keep it: the products of a token are short, and waking threads costs more.
     """
-    return {"GOMP_SPINCOUNT": "1000"} if args[:1] == ["quantize"] else {}
+    return {"GOMP_SPINCOUNT": "1000"} if args[:1] in (["quantize"], ["finetune"], ["recover"], ["merge"]) else {}
 
 
 _DEBUG = {"LLMTOOLS_DEBUG": "1"}

@@ -10,7 +10,7 @@ memory of quantizing and then the perplexity on each text. Rows are appended to 
 versions, commit and machine, and those that are there already are not made again: the command goes on where it was
 stopped.
 
-Where the calibration and a held-out text are the same file of documents, every fourth document is held out. The model
+Of a file of documents (.jsonl), every fourth is held-out text and the others are calibration. The model
 is loaded in the dtype that it is stored in, by everyone, as users do; perplexity is computed in that dtype, too, from
 the dequantized weights of every library, so that nothing but the weights differs.
 """
@@ -122,10 +122,11 @@ def _cpu_seconds() -> float:
     )
 
 
-def documents(file: Path, *, held_out: bool, shared: bool) -> list[str]:
-    """The documents of a file; of one that is calibration and held-out text in one, every fourth is held out."""
+def documents(file: Path, *, held_out: bool) -> list[str]:
+    """The documents of a file; of a .jsonl file every fourth where held-out text is wanted, the others where it is
+    not."""
     found = documents_of(file, split="test")
-    if not shared:
+    if ".jsonl" not in file.suffixes:
         return found
     return [text for index, text in enumerate(found) if (index % HELD_OUT_EVERY == 0) == held_out]
 
@@ -149,12 +150,10 @@ def _one(args: argparse.Namespace) -> Row:
     bare = Source(Path(args.model), [], dtype="auto")
     tokenizer = bare.tokenizer()
     texts = {
-        key: spread_windows(
-            tokenizer, documents(Path(path), held_out=True, shared=path == file), args.windows, args.context
-        )
+        key: spread_windows(tokenizer, documents(Path(path), held_out=True), args.windows, args.context)
         for key, path in named.items()
     }
-    own = documents(Path(file), held_out=False, shared=file in named.values())
+    own = documents(Path(file), held_out=False)
     windows = llmtools.calibration(own, tokenizer, samples=args.samples, tokens=args.tokens, seed=args.seed)
     (case,) = [case for case in _all_cases(args) if case.label == args.one]
     return measured(case, Source(Path(args.model), windows, dtype="auto"), texts)

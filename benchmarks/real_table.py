@@ -23,17 +23,26 @@ def write(rows: list[Row], page: Path = PAGE) -> str:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """Name → Markdown. The main tables have the calibration that most rows were made with."""
-    calibrated = [row["calibration"] for row in rows if row["by"] != "torch"]
-    main, _ = Counter(calibrated).most_common(1)[0]
-    whole = [row for row in rows if row["by"] == "torch"][-1]
-    here = [row for row in rows if row["calibration"] == main or row["by"] == "torch"]
+    """Name → Markdown. The main tables have the held-out text and the calibration that most rows were made with."""
+    by_text: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        by_text.setdefault((row["windows"], *row["texts"]), []).append(row)
+    most, *others = sorted(by_text.values(), key=len, reverse=True)
+    (main, _), *_ = Counter(row["calibration"] for row in most if row["by"] != "torch").most_common()
+    whole = _whole(most)
+    here = [row for row in most if row["calibration"] == main or row["by"] == "torch"]
     made = {f"bits{bits}": _width([row for row in here if row["bits"] == bits], whole) for bits in (2, 3, 4)}
     made["best"] = _best(here)
-    made["calibration"] = _calibration(rows, whole)
+    made["calibration"] = _calibration(most, whole)
+    made["calibration_text"] = "\n\n".join(_calibration(found, _whole(found)) for found in others)
     made["dense"] = ", ".join(f"{name} {value:.2f}" for name, value in whole["perplexity"].items()) + "."
     made["versions"] = _versions(rows)
     return {name: body for name, body in made.items() if body}
+
+
+def _whole(rows: list[Row]) -> Row:
+    """The row of the model in 16 bits."""
+    return [row for row in rows if row["by"] == "torch"][-1]
 
 
 def _width(rows: list[Row], whole: Row) -> str:
@@ -103,14 +112,19 @@ def _calibration(rows: list[Row], whole: Row) -> str:
     for row in rows:
         if "nlls" in row and row["by"] != "torch" and row["seed"] == 0:
             by_label.setdefault(row["label"], []).append(row)
-    repeated = [row for found in by_label.values() if len(found) > 1 for row in found]
-    lines = []
+    repeated = [row for found in by_label.values() if len(found) > 1 for row in sorted(found, key=_sequences)]
+    lines = [["16 bits", "", *(f"{whole['perplexity'][text]:.2f}" for text in texts), ""]] if repeated else []
     for row in repeated:
         figures = [f"{row['perplexity'][text]:.2f}" for text in texts]
         label = row["label"].removeprefix("llmtools ")
         lines.append([label, row["calibration"], *figures, f"{row['cpu_seconds']:.0f}"])
     head = ["", "calibration", *(f"{text}: perplexity" for text in texts), "CPU seconds"]
     return markdown_table(head, lines) if lines else ""
+
+
+def _sequences(row: Row) -> int:
+    """Number of calibration sequences, of "c4, 16 × 1024 tokens"."""
+    return int(row["calibration"].split()[-4])
 
 
 def _versions(rows: list[Row]) -> str:

@@ -26,6 +26,7 @@ from ..formats.gguf_header import read_header
 from ..formats.gguf_reading import GGUFModel, find, gguf_config, joined, open_gguf, open_tokenizer
 from ..formats.gguf_reading import skeleton as gguf_skeleton
 from ..formats.reading import detect, left_to_transformers, naming_method, open_model
+from ..formats.rewriting import Rewriter
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
 from ..model.architectures import auto_class
@@ -129,6 +130,14 @@ def write(
         )
     sort_metadata(folder)
     info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
+    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
+
+
+def write_again(rewriter: Rewriter, model: nn.Module, folder: Path, *, run: Mapping[str, Any]) -> None:
+    """Writes a third-party checkpoint with the model's floating values into an existing folder, in its own format, and
+    ``llmtools.json``, as `write` does."""
+    rewriter.write(model, folder)
+    info = {"versions": versions(), **run, **_about(model, None), "files": files_of(folder)}
     write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
 
 

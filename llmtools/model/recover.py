@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, within
 from ..files import whole_file
-from ..nn.swap import quantized_linears
+from ..nn.swap import own_linears, packed_layers
 from ..nn.tuning import TuningLinear
 from .options import Recovery
 from .reconstruct import divided, relative_to, replaced, shuffled
@@ -151,9 +151,8 @@ def recover(
     if len(sequences) < 2 or len(targets) != len(sequences):
         raise InputError(f"{len(sequences)} sequences and {len(targets)} targets; at least two are expected")
     check_recoverable(model)
-    layers = quantized_linears(model)
-    packed = {id(tensor) for layer in layers.values() for tensor in layer.packed.values()}
-    dense = [p for p in model.parameters() if p.is_floating_point() and p.dim() <= 1 and id(p) not in packed]
+    layers = own_linears(model)
+    dense = list(trained_parameters(model).values())
     initial = [each.data for each in dense]
     tuned = {path: TuningLinear(layer, materialize=True) for path, layer in layers.items()}
     text = _Text(model, sequences, targets, options.held_out)
@@ -178,13 +177,23 @@ def recover(
     return RecoveryReport(before, after, steps, sum(each.numel() for each in training.trained))
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The dense parameters that recovery trains, by name: norms and biases, [n] or scalars."""
+    packed = {id(tensor) for layer in packed_layers(model).values() for tensor in layer.packed.values()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.dim() <= 1 and id(parameter) not in packed
+    }
+
+
 def check_recoverable(model: nn.Module) -> None:
     """Raises InputError for a model without quantized layers, or with one that has no floating tensors to train."""
-    layers = quantized_linears(model)
+    layers = own_linears(model)
     if not layers:
         raise InputError(f"{type(model).__name__} has no quantized layers; quantize it first")
     for path, layer in layers.items():
-        if not layer.quantizer.tunable(layer.packed):
+        if not layer.quantizer.tunable(layer.quantizer.unpacked(layer.packed)):
             raise InputError(
                 f"{path} ({layer.quantizer}) has no scales or other floating tensors that could be trained"
             )

@@ -23,10 +23,11 @@ class TuningLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear, *, materialize: bool = False) -> None:
         super().__init__()
-        self.quantizer, self.bias, self._packed = layer.quantizer, layer.bias, layer.packed
+        self.quantizer, self.bias = layer.quantizer, layer.bias
+        self._packed = layer.quantizer.unpacked(layer.packed)
         self.materialize, self.dtype = materialize, layer.dtype
-        names = layer.quantizer.tunable(layer.packed)
-        self._initial = {name: layer.packed[name].detach().float() for name in names}
+        names = layer.quantizer.tunable(self._packed)
+        self._initial = {name: self._packed[name].detach().float() for name in names}
         self.deltas = {name: torch.zeros_like(initial) for name, initial in self._initial.items()}
 
     def floats(self) -> Packed:
@@ -37,7 +38,8 @@ class TuningLinear(nn.Module):
     def packed(self) -> Packed:
         """All tensors, in the dtypes of the layout."""
         floats = self.floats()
-        return {name: floats.get(name, tensor).to(tensor.dtype) for name, tensor in self._packed.items()}
+        stored = {name: floats.get(name, tensor).to(tensor.dtype) for name, tensor in self._packed.items()}
+        return self.quantizer.repacked(stored)
 
     def forward(self, x: Tensor) -> Tensor:
         floats = self.floats()

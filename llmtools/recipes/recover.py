@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import RECOVERY, Recovery
-from ..signals import Stopped
+from ..signals import Stopped, interruptible
+
+if TYPE_CHECKING:
+    from ..formats.rewriting import Rewriter
+
+log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 LONGEST = 512
@@ -27,11 +34,13 @@ class Recover(ModelOptions):
     """Train the scales, zero points, sign vectors and norms of a quantized model on the original's distributions."""
 
     model: str
-    """Folder or hub name of the quantized model."""
+    """Folder or hub name of the quantized model, of llmtools, GPTQ, AWQ, compressed-tensors, HQQ or bitsandbytes, or a
+    GGUF file."""
     calibration: str
     """Text to train on: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
     out: str
-    """Folder to write the recovered model to."""
+    """Folder to write the recovered model to, in the format of the quantized one; of a GGUF file also a file, whose
+    name ends in .gguf."""
     original: str | None = None
     """Folder or hub name of the model that was quantized; by default the one that the checkpoint names."""
     num_samples: int = 128
@@ -62,13 +71,15 @@ class RecoverResult:
     """Number of training steps."""
     trained: int
     """Number of trained values."""
+    format: str
+    """Format of the checkpoint: llmtools, or the third-party format that the quantized model has."""
     seconds: float
     """Duration in seconds."""
 
     def __str__(self) -> str:
         return (
-            f"{self.out}: KL divergence from the original {self.kl_before:.4f} → {self.kl:.4f} nats per "
-            f"token on held-out text, after {self.steps} steps on {self.trained} values, in {self.seconds:.1f} s"
+            f"{self.out} ({self.format}): KL divergence from the original {self.kl_before:.4f} → {self.kl:.4f} nats "
+            f"per token on held-out text, after {self.steps} steps on {self.trained} values, in {self.seconds:.1f} s"
         )
 
 
@@ -78,8 +89,28 @@ def recover(recipe: Recover) -> RecoverResult:
 
     if not recipe.recover.steps:
         raise InputError("recover.steps=0; give a number of training steps")
-    with claim(recipe.out, overwrite=recipe.overwrite, reads=[recipe.model, recipe.original, recipe.calibration]):
+    reads = [recipe.model, recipe.original, recipe.calibration]
+    if _is_file(recipe):
+        _check_file(recipe, reads)
+        with interruptible():
+            return _recover(recipe)
+    with claim(recipe.out, overwrite=recipe.overwrite, reads=reads):
         return _recover(recipe)
+
+
+def _is_file(recipe: Recover) -> bool:
+    return recipe.out.endswith(".gguf")
+
+
+def _check_file(recipe: Recover, reads: list[str | None]) -> None:
+    """Raises InputError where no GGUF file may be written as `out`."""
+    from ..files import check_no_input
+    from ..formats.gguf_adapter import check_file_free
+
+    check_no_input(Path(recipe.out).expanduser(), reads)
+    check_file_free(recipe.out, overwrite=recipe.overwrite)
+    if not recipe.model.endswith(".gguf"):
+        raise InputError(f"{recipe.out}: {recipe.model} is no GGUF file; choose a folder, without .gguf")
 
 
 def _recover(recipe: Recover) -> RecoverResult:
@@ -103,17 +134,15 @@ def _recover(recipe: Recover) -> RecoverResult:
 
 
 def _recovered(recipe: Recover, original: str, work: Path, began: float) -> RecoverResult:
-    from ..checkpoint.folder import write
     from ..checkpoint.loading import open_model
-    from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record
     from ..data.calibration import calibration
-    from ..files import METADATA, json_or_empty, writing
     from ..model.recover import check_recoverable
     from ..nn.swap import quantized_linears
 
     model, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
     check_recoverable(model)  # before the long work; then one model at a time is in memory
+    rewriter = _rewriter(recipe, model)
     del model
     teacher, tokenizer = open_model(original, trust_remote_code=recipe.trust_remote_code)
     if quantized_linears(teacher):
@@ -125,15 +154,59 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
     del teacher
     model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     found = train(model, text, targets, recipe.recover, recipe.seed, work / "state.safetensors")
+    model.config.name_or_path = original  # type: ignore[union-attr]
+    _write(recipe, rewriter, model, tokenizer, record("recover", recipe, recovery=found._asdict()))
+    return RecoverResult(
+        recipe.out,
+        found.before,
+        found.after,
+        found.steps,
+        found.trained,
+        format="llmtools" if rewriter is None else rewriter.format,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _rewriter(recipe: Recover, model: Any) -> Rewriter | None:
+    """What writes a third-party checkpoint in its own format; None where the result is a folder of llmtools.
+
+    That is so, with a warning, where those files cannot hold what is trained. Raises InputError for a GGUF file that
+    cannot.
+    """
+    from ..formats.rewriting import rewriter
+
+    try:
+        return rewriter(recipe.model, model)
+    except InputError as error:
+        if _is_file(recipe):
+            raise
+        log.warning(
+            "%s; the result is written as a folder of llmtools, which `llmtools export` converts (--format gptq, "
+            "compressed-tensors, gguf or dense) where that format can hold it",
+            error,
+        )
+        return None
+
+
+def _write(recipe: Recover, rewriter: Rewriter | None, model: Any, tokenizer: Any, run: dict[str, Any]) -> None:
+    from ..checkpoint.folder import write, write_again
+    from ..checkpoint.model_card import write_card
+    from ..files import METADATA, json_or_empty, writing
+    from ..formats.gguf_adapter import write_file
+    from ..formats.rewriting import GGUFRewriter
+
     out = Path(recipe.out).expanduser()
+    if _is_file(recipe):
+        assert isinstance(rewriter, GGUFRewriter)
+        write_file(out, partial(rewriter.write_file, model), recipe.overwrite)
+        return
     report = json_or_empty(Path(recipe.model).expanduser() / METADATA).get("report")
     with writing(out, overwrite=recipe.overwrite) as folder:
-        model.config.name_or_path = original  # type: ignore[union-attr]
-        write(model, tokenizer, folder, report=report, run=record("recover", recipe, recovery=found._asdict()))
-        write_card(folder, name=out.resolve().name, former=out)
-    return RecoverResult(
-        recipe.out, found.before, found.after, found.steps, found.trained, seconds=time.monotonic() - began
-    )
+        if rewriter is not None:
+            write_again(rewriter, model, folder, run=run)
+        else:
+            write(model, tokenizer, folder, report=report, run=run)
+            write_card(folder, name=out.resolve().name, former=out)
 
 
 @contextmanager

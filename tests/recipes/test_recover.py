@@ -141,3 +141,81 @@ def test_the_flag_alone_means_the_defaults() -> None:
     assert read_recipe("llmtools quantize", Quantize, ["--recover", *words]).recover == RECOVERY
     longer = read_recipe("llmtools quantize", Quantize, [*words, "--recover", "--recover.batch", "2"])
     assert longer.recover == replace(RECOVERY, batch=2)
+
+
+def other(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """An original for a quantized model whose weights are random: the same weights, each norm a half larger."""
+    from llmtools.checkpoint.folder import save_dense
+    from llmtools.model.recover import trained_parameters
+
+    for parameter in trained_parameters(model).values():
+        parameter.data = parameter.data * 1.5
+    return save_dense(model, tokenizer, folder)
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """Text in the words of the tiny models."""
+    file = tmp_path / "letters.txt"
+    file.write_text(" ".join(f"w{3 + index * 7 % 500}" for index in range(2000)))
+    return file
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gptq_folder_stays_one(letters: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from tests.formats import test_gptq
+    from tests.formats.writers import tiny_tokenizer, write
+
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "q", test_gptq.writer(), test_gptq.config())
+    tiny_tokenizer().save_pretrained(tmp_path / "in" / "q")
+    original = other(*llmtools.load(tmp_path / "in" / "q"), tmp_path / "in" / "dense")
+    asked = Recover(
+        model=str(tmp_path / "in" / "q"), original=str(original), calibration=str(letters), out=str(tmp_path / "r"),
+        num_samples=8, max_length=24, recover=SHORT,
+    )  # fmt: skip
+    result = recover(asked)
+    assert result.kl < result.kl_before and result.format == "gptq"
+    before, after = (load_file(Path(each) / "model.safetensors") for each in (asked.model, asked.out))
+    differ = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert differ == {"scales", "weight"} and before.keys() == after.keys()
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    info = json.loads((tmp_path / "r" / "llmtools.json").read_text())
+    assert info["recovery"]["after"] == result.kl and info["base_model"] == str(original)
+    llmtools.load(asked.out, verify=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gguf_file_stays_one(tmp_path: Path, letters: Path) -> None:
+    pytest.importorskip("gguf")
+    from llmtools.formats.gguf_reading import GGUFModel
+    from llmtools.formats.rewriting import GGUFRewriter
+    from tests.formats.test_gguf_reading import write_gguf
+
+    torch.manual_seed(0)
+    wild, source = write_gguf(tmp_path, tie_word_embeddings=True), tmp_path / "in.gguf"
+    model, tokenizer = llmtools.load(wild)
+    model.model.norm.weight.data *= 0.01  # else one token has all the probability
+    GGUFRewriter(GGUFModel(str(wild), wild), model).write_file(model, source)
+    original = other(model, tokenizer, tmp_path / "dense")
+    asked = Recover(
+        model=str(source), original=str(original), calibration=str(letters), out=str(tmp_path / "r.gguf"),
+        num_samples=8, max_length=24, recover=SHORT,
+    )  # fmt: skip
+    result = recover(asked)
+    assert result.kl < result.kl_before and result.format == "gguf"
+    assert (tmp_path / "r.gguf").stat().st_size == source.stat().st_size
+    model, former = llmtools.load(tmp_path / "r.gguf")[0], llmtools.load(source)[0]
+    layer, before = model.model.layers[1].mlp.down_proj, former.model.layers[1].mlp.down_proj
+    assert layer.quantizer == before.quantizer and not torch.equal(layer.packed["blocks"], before.packed["blocks"])
+    with pytest.raises(InputError, match=r"r\.gguf exists; pass --overwrite"):
+        recover(asked)
+    with pytest.raises(InputError, match="is an input of this run"):
+        recover(replace(asked, out=asked.model, overwrite=True))
+    with pytest.raises(InputError, match="is no GGUF file; choose a folder"):
+        recover(replace(asked, model=asked.original or "", out=str(tmp_path / "s.gguf")))
+    into = recover(replace(asked, out=str(tmp_path / "folder")))
+    assert (tmp_path / "folder" / "in.gguf").read_bytes() == (tmp_path / "r.gguf").read_bytes()
+    assert into.kl == result.kl and (tmp_path / "folder" / "llmtools.json").exists()

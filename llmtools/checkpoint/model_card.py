@@ -103,7 +103,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
         }
     else:
         rows["weights"] = "dense, not quantized"
-    rows |= {"adapters": "none in this folder", "measured quality": _quality(results), "made with": _versions(info)}
+    adapters = (
+        "`adapter`, trained on the original's distributions" if (folder / "adapter").exists() else "none in this folder"
+    )
+    rows |= {"adapters": adapters, "measured quality": _quality(results), "made with": _versions(info)}
     what = "A language model with quantized linear layers." if quantizers else "A language model with dense weights."
     return _page(head, name, what, rows, use, results)
 

@@ -59,6 +59,8 @@ class Recovery:
     """Learning rate for the floating tensors of packed layers, relative to each value."""
     dense_learning_rate: float = 2e-3
     """Learning rate for norms and biases, relative to each tensor's RMS."""
+    adapter_learning_rate: float = 1e-3
+    """Learning rate for adapters (`adapter_rank`), which are trained after the rest, for as many steps."""
     top_k: int = 64
     """Number of most probable tokens per position that are kept of the original's distribution; the others count as
     one."""
@@ -74,7 +76,7 @@ class Recovery:
         for name, lowest in least.items():
             if getattr(self, name) < lowest:
                 raise InputError(f"recover: {name}={getattr(self, name)}; at least {lowest} is expected")
-        for name in ("learning_rate", "dense_learning_rate"):
+        for name in ("learning_rate", "dense_learning_rate", "adapter_learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"recover: {name}={getattr(self, name)}; a number of at least 0 is expected")
         if not 0 < self.held_out < 1:

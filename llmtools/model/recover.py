@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, within
 from ..files import whole_file
+from ..nn.linear import QuantizedLinear
+from ..nn.lora_init import LoraInit
 from ..nn.swap import own_linears, packed_layers
-from ..nn.tuning import TuningLinear
+from ..nn.tuning import AdaptedLinear, TuningLinear
 from .options import Recovery
 from .reconstruct import divided, relative_to, replaced, shuffled
 from .walk import evaluating
@@ -158,7 +160,9 @@ def recover(
     text = _Text(model, sequences, targets, options.held_out)
     with evaluating(model), _float32(dense), replaced(model, tuned):
         deltas = [delta for layer in tuned.values() for delta in layer.deltas.values()]
-        training = _Training([*dense, *deltas], [*map(relative_to, dense)], options, seed)
+        rates = [options.dense_learning_rate * relative_to(each) for each in dense]
+        rates += [options.learning_rate] * len(deltas)
+        training = _Training([*dense, *deltas], rates, options, seed)
         before, steps = training.run(text, state, on_step)
     former = {path: dict(layer.packed) for path, layer in layers.items()}
     with torch.no_grad():
@@ -175,6 +179,63 @@ def recover(
         for each, value in zip(dense, initial, strict=True):
             each.data = value
     return RecoveryReport(before, after, steps, sum(each.numel() for each in training.trained))
+
+
+class AdapterReport(NamedTuple):
+    """Adapters that were trained towards the original, and what they are worth."""
+
+    before: float
+    """KL divergence from the original on the held-out sequences without adapters, in nats per token."""
+    after: float
+    """The same with them."""
+    steps: int
+    """Number of training steps that were made."""
+    adapters: dict[str, LoraInit]
+    """Module → LoRA matrices with W ≈ Ŵ + b @ a; b is zero where adapters did not help."""
+
+
+def train_adapters(
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    targets: Targets,
+    options: Recovery,
+    rank: int,
+    *,
+    initial: Mapping[str, LoraInit] | None = None,
+    state: Path | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> AdapterReport:
+    """Trains low-rank updates of a quantized model's linears as `recover` trains its scales; the model is unchanged.
+
+    initial: LoRA matrices to begin with, such as the quantization error's (`nn/lora_init.py`), of any rank. Without,
+    and for further components, a is drawn at random and b zero, as in PEFT.
+    """
+    text, layers = _Text(model, sequences, targets, options.held_out), own_linears(model)
+    with evaluating(model):
+        before = text.held_out_kl()
+    generator = torch.Generator().manual_seed(seed)
+    begun = {path: _begun(layer, rank, (initial or {}).get(path), generator) for path, layer in layers.items()}
+    adapted = {path: AdaptedLinear(layer, begun[path]) for path, layer in layers.items()}
+    with evaluating(model), replaced(model, adapted):
+        matrices = [matrix for each in adapted.values() for matrix in (each.a, each.b)]
+        training = _Training(matrices, [options.adapter_learning_rate] * len(matrices), options, seed)
+        _, steps = training.run(text, state, on_step)
+        after = text.held_out_kl()
+    helped = after < before
+    found = {path: LoraInit(each.a.cpu(), (each.b if helped else 0 * each.b).cpu()) for path, each in adapted.items()}
+    return AdapterReport(before, min(before, after), steps, found)
+
+
+def _begun(layer: QuantizedLinear, rank: int, initial: LoraInit | None, generator: torch.Generator) -> LoraInit:
+    """The matrices that training begins with, [r, in] and [out, r], of rank `rank`, or less for a small layer."""
+    rank = min(rank, layer.in_features, layer.out_features)
+    a = (2 * torch.rand(rank, layer.in_features, generator=generator) - 1) / layer.in_features**0.5
+    b = torch.zeros(layer.out_features, rank)
+    if initial is not None:
+        known = min(rank, len(initial.a))
+        a[:known], b[:, :known] = initial.a[:known], initial.b[:, :known]
+    return LoraInit(a.to(layer.device), b.to(layer.device))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -234,10 +295,8 @@ class _Text:
 class _Training:
     """Adam with a warm-up and a cosine schedule; the iterate with the lowest held-out divergence is kept."""
 
-    def __init__(self, trained: list[Any], sizes: list[float], options: Recovery, seed: int) -> None:
+    def __init__(self, trained: list[Any], rates: list[float], options: Recovery, seed: int) -> None:
         self.trained, self.options, self.seed = trained, options, seed
-        rates = [options.dense_learning_rate * size for size in sizes]
-        rates += [options.learning_rate] * (len(trained) - len(sizes))
         for each in trained:
             each.requires_grad_(True)
         groups = [{"params": [each], "peak": rate} for each, rate in zip(trained, rates, strict=True)]

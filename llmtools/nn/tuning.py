@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..quant import Packed
 from .linear import QuantizedLinear
+from .lora_init import LoraInit
 
 
 class TuningLinear(nn.Module):
@@ -49,6 +51,22 @@ class TuningLinear(nn.Module):
         else:
             y = self.quantizer.tuning_linear(x, self._packed | floats)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class AdaptedLinear(nn.Module):
+    """A quantized layer with a low-rank update beside it, while that is trained: y = layer(x) + b a x.
+
+    x [..., in] -> [..., out]; a [r, in], b [out, r] float32, copies of `init`.
+    """
+
+    def __init__(self, layer: QuantizedLinear, init: LoraInit) -> None:
+        super().__init__()
+        self.layer, self.a, self.b = layer, init.a.clone(), init.b.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        update = F.linear(F.linear(x, self.a), self.b)  # cast by autocast, where x is half precision
+        return y + update.to(y.dtype)
 
 
 class _Stored(torch.autograd.Function):

@@ -69,7 +69,7 @@ class Quantize(QuantizerOptions, ModelOptions):
     place of --bits. The widths are written to allocation.yaml, to be edited and used by --config."""
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
-    --lora.init error; 0: none."""
+    --lora.init error; with --recover they are then trained, and written to the folder's adapter; 0: none."""
     overwrite: bool = False
     """Permission to replace the output folder."""
 
@@ -101,7 +101,9 @@ class QuantizeResult:
         recovered = ""
         if self.recovery:
             before, after = self.recovery["before"], self.recovery["after"]
-            recovered = f"recovery: KL divergence from the original {before:.4f} → {after:.4f} nats per token\n"
+            adapter = self.recovery.get("with_adapter")
+            recovered = f"recovery: KL divergence from the original {before:.4f} → {after:.4f} nats per token"
+            recovered += "\n" if adapter is None else f", with the adapter {adapter:.4f}\n"
         return (
             f"{self.table}\n{recovered}{self.out}: {self.modules} modules at {self.bits_per_weight:.2f} bits per "
             f"weight, {self.packed_bytes / 2**20:.2f} MiB, in {self.seconds:.1f} s"
@@ -117,7 +119,7 @@ def quantize(recipe: Quantize) -> QuantizeResult:
 
 
 def _quantize(recipe: Quantize) -> QuantizeResult:
-    from ..checkpoint.folder import write
+    from ..checkpoint.folder import ADAPTER, write, write_adapter
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record
@@ -158,7 +160,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
             )
         log.info("%s", allocation.table())
         overrides = {**overrides, **allocation.overrides}
-    with recovering(model, text or [], recipe.recover, recipe.seed) as recover:
+    with recovering(model, text or [], recipe.recover, recipe.seed, recipe.adapter_rank) as recover:
         with progress(f"quantize ({quantizer.name})", unit="modules") as step:
             report = quantize_model(
                 model,
@@ -171,12 +173,14 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
                 adapter_rank=recipe.adapter_rank,
                 on_step=step,
             )
-        recovered = recover()
-    recovery = None if recovered is None else recovered._asdict()
+        recovered = recover(report.lora_init)
+    recovery, adapters = recovered or (None, {})
     out = Path(recipe.out).expanduser()
     with writing(out, overwrite=recipe.overwrite) as folder:
         run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
-        write(model, tokenizer, folder, report=report, run=run)
+        write(model, tokenizer, folder, report=report, run=run, lora_init=adapters or None)
+        if adapters:
+            write_adapter(model, adapters, folder / ADAPTER, base=str(out.resolve()))
         write_card(folder, name=out.resolve().name, former=out)
         if allocation is not None:
             (folder / ALLOCATION).write_text(as_yaml({"overrides": overrides}), encoding="utf-8")
@@ -214,8 +218,6 @@ def checked_quantizer(recipe: Quantize) -> Any:
         raise InputError("--recover needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if not recipe.recover.steps and recipe.recover != NO_RECOVERY:
         raise InputError("--recover: options of recovery, and recover.steps is 0; pass --recover.steps, such as 60")
-    if recipe.recover.steps and recipe.adapter_rank:
-        raise InputError("--recover changes the weights that --adapter_rank starts from; pass one of the two")
     if recipe.calibration is not None and recipe.calibration not in HUB:
         existing_file(recipe.calibration)
     return quantizer

@@ -7,12 +7,12 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
@@ -51,6 +51,9 @@ class Recover(ModelOptions):
     """Seed of the choice of sequences and of their order."""
     recover: Recovery = RECOVERY
     """Options of the training; --recover.steps 200."""
+    adapter_rank: int = 0
+    """Rank of LoRA adapters to train afterwards, on the same distributions; they are written to the folder's adapter,
+    and are what finetune --lora.init error begins with; 0: none."""
     resume: bool = False
     """Whether to go on from the last saved state of a run that was stopped."""
     overwrite: bool = False
@@ -67,8 +70,10 @@ class RecoverResult:
     """KL divergence of the original from the model on held-out sequences before, in nats per token."""
     kl: float
     """The same after."""
+    kl_adapter: float | None
+    """The same with the adapter; None without one."""
     steps: int
-    """Number of training steps."""
+    """Number of training steps of the floating values."""
     trained: int
     """Number of trained values."""
     format: str
@@ -77,9 +82,11 @@ class RecoverResult:
     """Duration in seconds."""
 
     def __str__(self) -> str:
+        adapter = "" if self.kl_adapter is None else f", with the adapter {self.kl_adapter:.4f}"
         return (
             f"{self.out} ({self.format}): KL divergence from the original {self.kl_before:.4f} → {self.kl:.4f} nats "
-            f"per token on held-out text, after {self.steps} steps on {self.trained} values, in {self.seconds:.1f} s"
+            f"per token on held-out text, after {self.steps} steps on {self.trained} values{adapter}, in "
+            f"{self.seconds:.1f} s"
         )
 
 
@@ -89,6 +96,8 @@ def recover(recipe: Recover) -> RecoverResult:
 
     if not recipe.recover.steps:
         raise InputError("recover.steps=0; give a number of training steps")
+    if recipe.adapter_rank < 0:
+        raise InputError(f"adapter_rank={recipe.adapter_rank}; at least 0 is expected")
     reads = [recipe.model, recipe.original, recipe.calibration]
     if _is_file(recipe):
         _check_file(recipe, reads)
@@ -111,6 +120,10 @@ def _check_file(recipe: Recover, reads: list[str | None]) -> None:
     check_file_free(recipe.out, overwrite=recipe.overwrite)
     if not recipe.model.endswith(".gguf"):
         raise InputError(f"{recipe.out}: {recipe.model} is no GGUF file; choose a folder, without .gguf")
+    if recipe.adapter_rank:
+        raise InputError(
+            f"{recipe.out}: a GGUF file holds no adapter; choose a folder for --adapter_rank, without .gguf"
+        )
 
 
 def _recover(recipe: Recover) -> RecoverResult:
@@ -134,6 +147,7 @@ def _recover(recipe: Recover) -> RecoverResult:
 
 
 def _recovered(recipe: Recover, original: str, work: Path, began: float) -> RecoverResult:
+    from ..checkpoint.folder import LORA_INIT, load_lora_init
     from ..checkpoint.loading import open_model
     from ..checkpoint.run_info import record
     from ..data.calibration import calibration
@@ -154,12 +168,28 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
     del teacher
     model, tokenizer = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code)
     found = train(model, text, targets, recipe.recover, recipe.seed, work / "state.safetensors")
+    recovery, adapters = found._asdict(), None
+    if recipe.adapter_rank:
+        initial = load_lora_init(recipe.model) if (Path(recipe.model).expanduser() / LORA_INIT).exists() else {}
+        adapters = train_adapter(
+            model,
+            text,
+            targets,
+            recipe.recover,
+            recipe.adapter_rank,
+            initial,
+            recipe.seed,
+            work / "adapter.safetensors",
+        )
+        recovery["with_adapter"] = adapters.after
     model.config.name_or_path = original  # type: ignore[union-attr]
-    _write(recipe, rewriter, model, tokenizer, record("recover", recipe, recovery=found._asdict()))
+    run = record("recover", recipe, recovery=recovery)
+    _write(recipe, rewriter, model, tokenizer, run, adapters.adapters if adapters else {})
     return RecoverResult(
         recipe.out,
         found.before,
         found.after,
+        adapters.after if adapters else None,
         found.steps,
         found.trained,
         format="llmtools" if rewriter is None else rewriter.format,
@@ -188,8 +218,15 @@ def _rewriter(recipe: Recover, model: Any) -> Rewriter | None:
         return None
 
 
-def _write(recipe: Recover, rewriter: Rewriter | None, model: Any, tokenizer: Any, run: dict[str, Any]) -> None:
-    from ..checkpoint.folder import write, write_again
+def _write(
+    recipe: Recover,
+    rewriter: Rewriter | None,
+    model: Any,
+    tokenizer: Any,
+    run: dict[str, Any],
+    adapters: dict[str, Any],
+) -> None:
+    from ..checkpoint.folder import ADAPTER, write, write_adapter, write_again
     from ..checkpoint.model_card import write_card
     from ..files import METADATA, json_or_empty, writing
     from ..formats.gguf_adapter import write_file
@@ -203,10 +240,20 @@ def _write(recipe: Recover, rewriter: Rewriter | None, model: Any, tokenizer: An
     report = json_or_empty(Path(recipe.model).expanduser() / METADATA).get("report")
     with writing(out, overwrite=recipe.overwrite) as folder:
         if rewriter is not None:
-            write_again(rewriter, model, folder, run=run)
+            write_again(rewriter, model, folder, run=run, lora_init=adapters)
         else:
-            write(model, tokenizer, folder, report=report, run=run)
+            write(model, tokenizer, folder, report=report, run=run, lora_init=adapters)
+        if adapters:
+            write_adapter(model, adapters, folder / ADAPTER, base=_base(out, rewriter))
+        if rewriter is None:
             write_card(folder, name=out.resolve().name, former=out)
+
+
+def _base(out: Path, rewriter: Rewriter | None) -> str:
+    """The name by which the adapter's configuration knows the model in the folder `out`: its full path."""
+    from ..formats.rewriting import GGUFRewriter
+
+    return str(out.resolve() / (rewriter.file.path.name if isinstance(rewriter, GGUFRewriter) else ""))
 
 
 @contextmanager
@@ -254,20 +301,39 @@ def _work_folder(recipe: Recover, original: str) -> Iterator[Path]:
     shutil.rmtree(work, ignore_errors=True)
 
 
+class Recovered(NamedTuple):
+    """What recovery after quantizing found."""
+
+    report: dict[str, Any]
+    """`RecoveryReport` as JSON; ``with_adapter`` is the divergence with the adapters, if there are any."""
+    adapters: dict[str, Any]
+    """Module → trained LoRA matrices; {} without."""
+
+
 @contextmanager
-def recovering(model: Any, text: Sequence[Any], options: Recovery, seed: int) -> Iterator[Callable[[], Any]]:
+def recovering(
+    model: Any, text: Sequence[Any], options: Recovery, seed: int, adapter_rank: int = 0
+) -> Iterator[Callable[[Mapping[str, Any]], Recovered | None]]:
     """Keeps the distributions of a `model` that is about to be quantized; yields what recovers it afterwards.
 
-    text: token ids [b, t] each. The function that it yields returns a `RecoveryReport`; with 0 steps it does nothing
-    and returns None.
+    text: token ids [b, t] each. The function that it yields takes the LoRA matrices that adapters of that rank begin
+    with; with 0 steps it does nothing and returns None.
     """
     if not options.steps:
-        yield lambda: None
+        yield lambda initial: None
         return
     sequences = [piece for ids in text for row in ids.split(1) for piece in row.split(LONGEST, dim=1)]
     with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
         targets = distributions(model, sequences, options, Path(folder))
-        yield lambda: train(model, sequences, targets, options, seed)
+
+        def recovered(initial: Mapping[str, Any]) -> Recovered:
+            report = train(model, sequences, targets, options, seed)._asdict()
+            if not adapter_rank:
+                return Recovered(report, {})
+            found = train_adapter(model, sequences, targets, options, adapter_rank, initial, seed)
+            return Recovered({**report, "with_adapter": found.after}, found.adapters)
+
+        yield recovered
 
 
 def distributions(model: Any, sequences: Sequence[Any], options: Recovery, folder: Path) -> Any:
@@ -288,3 +354,23 @@ def train(
 
     with progress("recover", unit="steps") as step:
         return recover_model(model, sequences, targets, options, state=state, seed=seed, on_step=step)
+
+
+def train_adapter(
+    model: Any,
+    sequences: Sequence[Any],
+    targets: Any,
+    options: Recovery,
+    rank: int,
+    initial: Mapping[str, Any],
+    seed: int,
+    state: Path | None = None,
+) -> Any:
+    """`model.recover.train_adapters` with a progress bar."""
+    from ..model.recover import train_adapters
+    from ..progress import progress
+
+    with progress("adapter", unit="steps") as step:
+        return train_adapters(
+            model, sequences, targets, options, rank, initial=initial, state=state, seed=seed, on_step=step
+        )

@@ -124,14 +124,46 @@ def test_quantize_recovers_what_it_has_quantized(stories: Path, text: Path, tmp_
     assert any(not torch.equal(recovered[name], plain[name]) for name in plain if name.endswith("scales"))
 
 
+def divergence(model: Any, folder: Path, text: Path, original: Path) -> float:
+    from llmtools.data.calibration import calibration
+    from llmtools.model.recover import Targets, mean_kl_divergence
+
+    teacher, tokenizer = llmtools.load(original)
+    sequences = calibration(str(text), tokenizer, samples=8, tokens=48, seed=0)
+    return mean_kl_divergence(model, sequences, Targets.of(teacher, sequences, folder, 64), [len(sequences) - 1])
+
+
+@pytest.mark.parametrize("verb", ["quantize", "recover"])
+def test_an_adapter_is_trained_beside(verb: str, asked: Recover, stories: Path, text: Path, tmp_path: Path) -> None:
+    """It is PEFT's, on the checkpoint that it lies in, and what finetune --lora.init error begins with."""
+    from llmtools.checkpoint.folder import load_lora_init
+
+    if verb == "quantize":
+        done = quantize(Quantize(
+            model=str(stories), out=asked.out, quantizer="rtn", bits=2, group_size=32, calibration=str(text),
+            num_samples=8, max_length=48, recover=SHORT, adapter_rank=4,
+        ))  # fmt: skip
+        assert done.recovery is not None
+        base, both = done.recovery["after"], done.recovery["with_adapter"]
+        assert f"with the adapter {both:.4f}" in str(done)
+    else:
+        result = recover(replace(asked, adapter_rank=4))
+        base, both = result.kl, result.kl_adapter
+    assert both < base
+    adapted = llmtools.load(Path(asked.out) / "adapter")[0]
+    assert divergence(adapted, tmp_path / "targets", text, stories) == pytest.approx(both, rel=1e-3)
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    init = load_lora_init(asked.out)["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(layer.get_delta_weight("default"), init.b @ init.a, rtol=1e-3, atol=1e-5)
+    assert "`adapter`, trained" in (Path(asked.out) / "README.md").read_text()
+
+
 def test_quantize_names_options_of_recovery_that_cannot_be(stories: Path, text: Path, tmp_path: Path) -> None:
     asked = Quantize(model=str(stories), out=str(tmp_path / "q"), quantizer="rtn", recover=SHORT)
     with pytest.raises(InputError, match="--recover needs calibration text"):
         quantize(asked)
     with pytest.raises(InputError, match=r"recover\.steps is 0"):
         quantize(replace(asked, calibration=str(text), recover=Recovery(steps=0, batch=2)))
-    with pytest.raises(InputError, match="--adapter_rank"):
-        quantize(replace(asked, calibration=str(text), adapter_rank=4))
 
 
 def test_the_flag_alone_means_the_defaults() -> None:

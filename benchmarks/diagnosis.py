@@ -207,7 +207,8 @@ def _kinds(study: Study, variant: Variant) -> Iterator[tuple[Row, Callable[[], R
 def _calibrations(study: Study, variant: Variant) -> Iterator[tuple[Row, Callable[[], Row]]]:
     first, *others = study.calibrations
     for samples in study.args.sizes:
-        yield _whole(study, "calibration", variant._replace(samples=samples), {"text": first, "samples": samples})
+        sized = variant if samples == study.args.samples else variant._replace(samples=samples)  # quantized already
+        yield _whole(study, "calibration", sized, {"text": first, "samples": samples})
     for text in others:
         yield _whole(study, "calibration", variant._replace(text=text), {"text": text, "samples": study.args.samples})
 
@@ -311,8 +312,8 @@ def _kind_table(found: list[Row]) -> str:
         total = sum(here[kind, True]["parameters"] for kind in kinds)
         for kind in sorted(kinds, key=lambda kind: -here[kind, True]["kl"]):
             alone, without = here[kind, True], here.get((kind, False), {})
-            share = f"{100 * alone['parameters'] / total:.0f} %"
-            lines.append([label, kind, share, _figure(alone["kl"]), _figure(without.get("kl"))])
+            share = alone["parameters"] / total
+            lines.append([label, kind, f"{100 * share:.0f} %", _figure(alone["kl"]), _figure(without.get("kl"))])
     return markdown_table(["", "kind", "of the weights", "only it", "all but it"], lines) if lines else ""
 
 
@@ -355,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--group_size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16, help="calibration sequences")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in a calibration sequence")
-    parser.add_argument("--sizes", type=int, nargs="*", default=[8, 16, 32, 128, 512], help="numbers of sequences")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[16, 8, 32, 128, 512], help="numbers of sequences")
     parser.add_argument("--windows", type=int, default=8, help="windows of held-out text")
     parser.add_argument("--context", type=int, default=512, help="tokens in a window")
     parser.add_argument("--every", type=int, default=1, help="measure each such block of a prefix, and the last")

@@ -286,7 +286,7 @@ def ours(
         text = source.calibration if factory.needs_hessian or tuning is not None else None
         with recovering(model, source.calibration, recovery, seed=0) as recover:
             report = llmtools.quantize(model, name, text, tuning=tuning, **options)
-            recover()
+            recover({})
         return Made(model, report.bits_per_weight)
 
     shown = {key: value for key, value in options.items() if key not in ("bits", "group_size")}

@@ -297,6 +297,7 @@ class _Training:
 
     def __init__(self, trained: list[Any], rates: list[float], options: Recovery, seed: int) -> None:
         self.trained, self.options, self.seed = trained, options, seed
+        self.total = options.steps or 0
         for each in trained:
             each.requires_grad_(True)
         groups = [{"params": [each], "peak": rate} for each, rate in zip(trained, rates, strict=True)]
@@ -307,8 +308,8 @@ class _Training:
 
     def _share(self) -> float:
         """The share of its peak that a learning rate has at this step."""
-        warmup = max(1, self.options.steps // 20)
-        return min((self.step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.step / self.options.steps))
+        warmup = max(1, self.total // 20)
+        return min((self.step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.step / self.total))
 
     def run(self, text: _Text, state: Path | None, on_step: OnStep | None) -> tuple[float, int]:
         """Trains; the best iterate is in place afterwards. Returns the divergence before, and the number of steps."""
@@ -316,10 +317,10 @@ class _Training:
             self._load(state)
         else:
             self.before = self.best = text.held_out_kl()
-        order, every = shuffled(len(text.train), self.seed), max(1, self.options.steps // self.options.evaluations)
+        order, every = shuffled(len(text.train), self.seed), max(1, self.total // self.options.evaluations)
         for _ in range(self.step * self.options.batch):
             next(order)
-        while self.step < self.options.steps and self.without_gain < self.options.patience:
+        while self.step < self.total and self.without_gain < self.options.patience:
             for _ in range(self.options.batch):
                 (text.kl_divergence(next(order)) / self.options.batch).backward()
             for group in self.optimizer.param_groups:
@@ -327,12 +328,12 @@ class _Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
-            if self.step % every == 0 or self.step == self.options.steps:
+            if self.step % every == 0 or self.step == self.total:
                 self._evaluate(text)
                 if state is not None:
                     self._save(state)
             if on_step is not None:
-                on_step(self.step, self.options.steps, f"KL {self.before:.4f} → {self.best:.4f}")
+                on_step(self.step, self.total, f"KL {self.before:.4f} → {self.best:.4f}")
         with torch.no_grad():
             for each, value in zip(self.trained, self.kept, strict=True):
                 each.copy_(value)

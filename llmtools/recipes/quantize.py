@@ -10,7 +10,8 @@ from typing import Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
-from ..model.options import NO_RECOVERY, NO_TUNING, BlockTuning, Recovery
+from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery
+from .quality import expanded, with_quality
 
 log = logging.getLogger(__name__)
 
@@ -45,23 +46,28 @@ class Quantize(QuantizerOptions, ModelOptions):
     """Folder or hub name of the model."""
     out: str
     """Folder to write the quantized model to."""
-    quantizer: str | dict[str, Any] = field(default="optq", kw_only=True)
-    """Quantizer: rtn, optq, nf4, …, a plug-in's name, or module:Class; in a YAML also {name: …, bits: …, …}."""
+    quantizer: str | dict[str, Any] | None = field(default=None, kw_only=True)
+    """Quantizer: rtn, optq, nf4, …, a plug-in's name, or module:Class; in a YAML also {name: …, bits: …, …}; by default
+    that of --quality."""
+    quality: str | None = field(default=None, kw_only=True)
+    """Tested set of options for a width: fast (seconds, without text), balanced, or best (hours); options that are
+    given win. By default balanced where no quantizer is named; `llmtools list balanced` shows what it is."""
     calibration: str | None = None
     """Calibration text: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
-    num_samples: int = 128
-    """Number of calibration sequences."""
+    num_samples: int | None = None
+    """Number of calibration sequences; by default that of --quality, or 128."""
     max_length: int | None = None
-    """Length of a calibration sequence in tokens; by default the model's positions, at most 2048."""
+    """Length of a calibration sequence in tokens; by default that of --quality, or the model's positions, at most
+    2048."""
     seed: int = 0
     """Seed of the choice of calibration sequences."""
     sequential: bool = True
     """Hessians of each group of linears measured with the block's earlier groups quantized; without: faster, a little
     less accurate."""
-    finetune_blocks: BlockTuning = NO_TUNING
+    finetune_blocks: BlockTuning = OPEN_TUNING
     """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
     --finetune_blocks.epochs 5."""
-    recover: Recovery = NO_RECOVERY
+    recover: Recovery = OPEN_RECOVERY
     """End-to-end recovery: scales and norms of the quantized model trained on the original's distributions, over the
     calibration text; --recover with its defaults, or --recover.steps 200."""
     bits_per_weight: float | None = None
@@ -136,6 +142,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     check_model(recipe.model)
     import_plugins(recipe.plugin)
     quantizer = checked_quantizer(recipe)
+    recipe = with_quality(recipe)
 
     quiet_libraries()
     model, tokenizer = open_model(
@@ -144,6 +151,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     text = None
     if recipe.calibration is not None:
         length = recipe.max_length if recipe.max_length is not None else min(model_positions(model) or 2048, 2048)
+        assert recipe.num_samples is not None  # by `with_quality`
         text = calibration(recipe.calibration, tokenizer, samples=recipe.num_samples, tokens=length, seed=recipe.seed)
     overrides, allocation = recipe.overrides, None
     if recipe.bits_per_weight is not None:
@@ -178,6 +186,8 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     out = Path(recipe.out).expanduser()
     with writing(out, overwrite=recipe.overwrite) as folder:
         run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
+        if recipe.quality is not None:
+            run["quality"] = {"name": recipe.quality, "options": expanded(recipe)}
         write(model, tokenizer, folder, report=report, run=run, lora_init=adapters or None)
         if adapters:
             write_adapter(model, adapters, folder / ADAPTER, base=str(out.resolve()))
@@ -202,11 +212,19 @@ def checked_quantizer(recipe: Quantize) -> Any:
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
 
-    quantizer = resolve_quantizer(recipe)
+    asked, recipe = recipe, with_quality(recipe)
+    try:
+        quantizer = resolve_quantizer(recipe)
+    except InputError as error:
+        if asked.quantizer is not None:
+            raise
+        chosen = f"--quality {recipe.quality} chose {recipe.quantizer}; --quantizer NAME chooses another"
+        raise InputError(f"{error} ({chosen})") from error
     if quantizer.needs_hessian and recipe.calibration is None:
+        quality = "" if recipe.quality is None else f" (--quality {recipe.quality})"
         raise InputError(
-            f"{quantizer.name} needs calibration text: pass --calibration FILE (.txt or .jsonl), or a quantizer that "
-            f"needs none, such as --quantizer rtn"
+            f"{quantizer.name}{quality} needs calibration text: pass --calibration FILE (.txt or .jsonl), or take what "
+            f"needs none: --quality fast, or --quantizer rtn"
         )
     if recipe.finetune_blocks.epochs and recipe.calibration is None:
         raise InputError("--finetune_blocks needs calibration text: pass --calibration FILE (.txt or .jsonl)")

@@ -12,15 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import RECOVERY, Recovery
 from ..signals import Stopped, interruptible
-
-if TYPE_CHECKING:
-    from ..formats.rewriting import Rewriter
 
 log = logging.getLogger(__name__)
 
@@ -197,11 +194,11 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
     )
 
 
-def _rewriter(recipe: Recover, model: Any) -> Rewriter | None:
-    """What writes a third-party checkpoint in its own format; None where the result is a folder of llmtools.
+def _rewriter(recipe: Recover, model: Any) -> Any:
+    """The `formats.rewriting.Rewriter` of a third-party checkpoint; None where the result is a folder of llmtools.
 
-    That is so, with a warning, where those files cannot hold what is trained. Raises InputError for a GGUF file that
-    cannot.
+    Of a third-party one that is so, with a warning, where those files cannot hold what is trained. Raises InputError
+    for a GGUF file that cannot.
     """
     from ..formats.rewriting import rewriter
 
@@ -220,7 +217,7 @@ def _rewriter(recipe: Recover, model: Any) -> Rewriter | None:
 
 def _write(
     recipe: Recover,
-    rewriter: Rewriter | None,
+    rewriter: Any,
     model: Any,
     tokenizer: Any,
     run: dict[str, Any],
@@ -249,7 +246,7 @@ def _write(
             write_card(folder, name=out.resolve().name, former=out)
 
 
-def _base(out: Path, rewriter: Rewriter | None) -> str:
+def _base(out: Path, rewriter: Any) -> str:
     """The name by which the adapter's configuration knows the model in the folder `out`: its full path."""
     from ..formats.rewriting import GGUFRewriter
 

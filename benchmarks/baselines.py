@@ -290,7 +290,7 @@ def ours(
         text = source.calibration if factory.needs_hessian or tuning is not None or error_propagation else None
         with recovering(model, source.calibration, recovery, seed=0) as recover:
             report = llmtools.quantize(model, name, text, tuning=tuning, error_propagation=error_propagation, **options)
-            recover()
+            recover({})
         return Made(model, report.bits_per_weight)
 
     shown = {key: value for key, value in options.items() if key not in ("bits", "group_size")}

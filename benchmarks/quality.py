@@ -5,6 +5,7 @@
     python -m benchmarks.quality perplexity --models DIR …  held-out text, beside other libraries in the same run
     python -m benchmarks.quality finetune                   the same after a LoRA budget, on another kind of text
     python -m benchmarks.quality starts                     LoRA initialised with zero and from the quantization error
+    python -m benchmarks.quality propagate --help           where a whole model loses its quality: diagnosis.py
     python -m benchmarks.quality encode                     one large layer through quip_sharp: seconds and memory
     python -m benchmarks.quality table                      docs/results/toys.md, from the rows
 
@@ -439,8 +440,13 @@ def note(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["propagate"]:
+        from benchmarks import diagnosis
+
+        return diagnosis.main(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = ("mse", "layers", "perplexity", "finetune", "starts", "encode", "table", "_encode")
+    sections = ("mse", "layers", "perplexity", "finetune", "starts", "encode", "table", "propagate", "_encode")
     parser.add_argument("section", choices=sections, metavar="{" + ",".join(sections[:-1]) + "}")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file that rows are appended to")
     parser.add_argument("--models", type=Path, nargs="+", default=[ASSETS / "stories260K"], help="folders of models")
@@ -456,7 +462,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, help="layers: only the first linears")
     parser.add_argument("--size", type=int, default=4096, help="encode: rows and columns")
     parser.add_argument("--threads", type=int, default=2, help="encode: threads")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
 
     bits, groups = tuple(args.bits), tuple(args.group_sizes)
     wanted, unwanted = args.only.split(","), args.without.split(",") if args.without else []

@@ -26,9 +26,11 @@ from ..formats.gguf_header import read_header
 from ..formats.gguf_reading import GGUFModel, find, gguf_config, joined, open_gguf, open_tokenizer
 from ..formats.gguf_reading import skeleton as gguf_skeleton
 from ..formats.reading import detect, left_to_transformers, naming_method, open_model
+from ..formats.rewriting import Rewriter
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
 from ..model.architectures import auto_class
+from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
 from ..model.integrity import (
     check_checksums,
     check_config,
@@ -44,13 +46,15 @@ from ..model.integrity import (
 from ..model.quantize import INCOMPLETE, Report
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
-from ..nn.lora_init import LoraInit
+from ..nn.lora_init import LoraInit, initialize_lora
 from ..nn.swap import packed_layers, stored_bits
 from .gguf_base import is_verified
-from .model_card import write_card
+from .model_card import CARD, write_card
 from .run_info import versions, write_json
 
 LORA_INIT = "lora_start.safetensors"
+ADAPTER = "adapter"
+"""Folder, in that of a checkpoint, of an adapter that was trained with its recovery."""
 
 
 def save(
@@ -102,11 +106,12 @@ def write(
     *,
     report: Any = None,
     run: Mapping[str, Any] | None = None,
+    lora_init: Mapping[str, LoraInit] | None = None,
     max_shard_size: str | int = "5GB",
 ) -> None:
     """Writes the files of `save` without the card into an existing folder; for callers that write further files.
 
-    run: a record of `run_info.record`, for ``llmtools.json``.
+    run: a record of `run_info.record`, for ``llmtools.json``. lora_init: by default the report's.
 
     Raises InputError where the model has adapters or is half quantized.
     """
@@ -117,18 +122,59 @@ def write(
     saved.save_pretrained(folder, max_shard_size=max_shard_size)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if isinstance(report, Report) and report.lora_init:
-        save_file(
-            {
-                f"{path}.lora_{side.upper()}": tensor.contiguous()
-                for path, start in report.lora_init.items()
-                for side, tensor in start._asdict().items()
-            },
-            folder / LORA_INIT,
-            metadata={"format": "pt"},
-        )
+    if lora_init is None and isinstance(report, Report):
+        lora_init = report.lora_init
+    _write_lora_init(lora_init, folder)
     sort_metadata(folder)
     info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
+    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
+
+
+def _write_lora_init(lora_init: Mapping[str, LoraInit] | None, folder: Path) -> None:
+    if not lora_init:
+        return
+    tensors = {
+        f"{path}.lora_{side.upper()}": tensor.contiguous()
+        for path, start in lora_init.items()
+        for side, tensor in start._asdict().items()
+    }
+    save_file(tensors, folder / LORA_INIT, metadata={"format": "pt"})
+
+
+def write_adapter(model: Any, lora_init: Mapping[str, LoraInit], folder: Path, base: str) -> None:
+    """Writes a PEFT adapter with those matrices, and the fingerprint of its base, into a new folder.
+
+    model: the quantized model. base: the name that the adapter's configuration has for it.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    rank = max(len(each.a) for each in lora_init.values())
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=sorted(lora_init), task_type="CAUSAL_LM")
+    known = as_text(fingerprint(model))
+    adapted: Any = get_peft_model(model, config)
+    try:
+        initialize_lora(adapted, lora_init)
+        adapted.peft_config["default"].base_model_name_or_path = base
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+    finally:
+        adapted.unload()
+    (folder / CARD).unlink(missing_ok=True)  # PEFT's empty template
+    (folder / FINGERPRINT).write_text(known, encoding="utf-8")
+
+
+def write_again(
+    rewriter: Rewriter,
+    model: nn.Module,
+    folder: Path,
+    *,
+    run: Mapping[str, Any],
+    lora_init: Mapping[str, LoraInit] | None = None,
+) -> None:
+    """Writes a third-party checkpoint with the model's floating values into an existing folder, in its own format, and
+    ``llmtools.json``, as `write` does."""
+    rewriter.write(model, folder)
+    _write_lora_init(lora_init, folder)
+    info = {"versions": versions(), **run, **_about(model, None), "files": files_of(folder)}
     write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
 
 

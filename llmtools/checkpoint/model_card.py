@@ -97,15 +97,25 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
     if quantizers:
         rows |= {
             "quantizer": "; ".join(map(_spec, quantizers)),
+            **_chosen(info),
             "bits per weight": _bits(info),
             "calibration data": _calibration(info),
             "errors of the quantized layers": _errors(info),
         }
     else:
         rows["weights"] = "dense, not quantized"
-    rows |= {"adapters": "none in this folder", "measured quality": _quality(results), "made with": _versions(info)}
+    adapters = (
+        "`adapter`, trained on the original's distributions" if (folder / "adapter").exists() else "none in this folder"
+    )
+    rows |= {"adapters": adapters, "measured quality": _quality(results), "made with": _versions(info)}
     what = "A language model with quantized linear layers." if quantizers else "A language model with dense weights."
     return _page(head, name, what, rows, use, results)
+
+
+def _chosen(info: Mapping[str, Any]) -> dict[str, str]:
+    """The row of a quality, with the options that it stood for; {} where none was chosen."""
+    quality = info.get("quality")
+    return {"quality": f"{quality['name']}: `{quality['options']}`"} if isinstance(quality, Mapping) else {}
 
 
 def _adapter_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:

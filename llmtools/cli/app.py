@@ -242,7 +242,7 @@ def _parser(name: str, verb: Verb | None, options: type[Any]) -> Any:
     parser = ArgumentParser(
         prog=_command(name),
         description=(options.__doc__ or "").strip(),
-        epilog="examples:\n" + textwrap.indent(verb.example, "  ") if verb else None,
+        epilog=_epilog(verb) if verb else None,
         formatter_class=formatter(first, short=bool(first)),
         parser_mode="llmtools",
         exit_on_error=False,
@@ -277,6 +277,11 @@ def _parser(name: str, verb: Verb | None, options: type[Any]) -> Any:
     parser.add_argument("--json", action="store_true", help="Output of the result as JSON.")
     parser.add_argument("--debug", action="store_true", help="Output of the traceback of an error.")
     return parser
+
+
+def _epilog(verb: Verb) -> str:
+    examples = "examples:\n" + textwrap.indent(verb.example, "  ")
+    return f"{examples}\n\n{verb.further}" if verb.further else examples
 
 
 def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple
 
+from ..recipes.quality import table as quality_table
+
 
 class Verb(NamedTuple):
     """A recipe as a command."""
@@ -21,6 +23,8 @@ class Verb(NamedTuple):
     """Examples for the help, one per line."""
     first: tuple[str, ...] = ()
     """Names of the options that ``--help`` shows, in order; ``--help_all`` shows all. Empty: both show all."""
+    further: str = ""
+    """Further text of the help, as it is printed."""
     positional: str | None = None
     """Name of the option that may be given as a first argument without its flag."""
 
@@ -44,6 +48,8 @@ VERBS = {
         "quantize",
         "quantize a model and write a checkpoint",
         """\
+llmtools quantize --model DIR --bits 4 --calibration train.txt --out QDIR
+llmtools quantize --model DIR --bits 4 --quality fast --out QDIR
 llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibration train.txt \\
   --num_samples 64 --max_length 512 --out QDIR
 llmtools quantize --model DIR --quantizer quip_sharp --bits 2 --calibration train.txt --recover --out QDIR
@@ -53,15 +59,16 @@ llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
         first=(
             "model",
             "out",
+            "quality",
             "quantizer",
             "bits",
-            "group_size",
             "calibration",
             "num_samples",
             "max_length",
             "recover.steps",
             "options",
         ),
+        further=quality_table(),
     ),
     "recover": Verb(
         "recipes.recover",

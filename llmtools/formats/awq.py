@@ -74,6 +74,13 @@ class AWQ(Format):
             zeros = torch.full((groups, out_features), 8, dtype=torch.uint8)
         return affine(codes.T, scales.T, zeros.T, bits=4, group_size=group_size, in_features=in_features)
 
+    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+        if self.version == "gemm":
+            return {"scales": packed["scales"].T}
+        scales = stored.get("scales").clone()  # padded
+        scales[:, : packed["scales"].shape[1]] = packed["scales"]
+        return {"scales": scales}
+
 
 def _interleaved(stream: Tensor) -> Tensor:
     """[..., w] int32 -> nibbles [..., 8w] uint8 in the order of the outputs."""

@@ -32,11 +32,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..kernels.bits import pack
-from ..nn.embedding import QuantizedEmbedding, TiedLinear
-from ..nn.linear import QuantizedLinear
-from ..nn.swap import packed_layers, quantized_linears
+from ..nn.embedding import QuantizedEmbedding
+from ..nn.swap import own_linears, packed_layers
 from ..quant import Packed, Quantizer, UniformGrid
 from ..quant.grids.scalar import SCALE_TYPES
 from ..registry import Registry
@@ -106,6 +105,14 @@ class Format(ABC):
         (whole,) = out_features
         return [self.read(stored, whole, in_features)]
 
+    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+        """The module's tensors that hold floating values of `packed`, with those values: name → tensor of the file's
+        shape and dtype. All others of the module stay; `read` then gives `packed`.
+
+        Raises InputError where the module's tensors cannot hold any values of these; by default always.
+        """
+        raise InputError(f"{self.name} files cannot be written with other scales")
+
     def modules(self, names: Iterable[str]) -> list[str]:
         """Paths of the quantized modules, in the order of the tensors' names."""
         end = f".{self.marker}"
@@ -168,11 +175,6 @@ class Format(ABC):
         for name, contents in cls.files(config.quantization_config).items():
             write_json(folder / name, contents)
         return WriteResult(len(uniform), requantized, readers)
-
-
-def own_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantized linears by path, without a head that is tied to the embedding."""
-    return {path: layer for path, layer in quantized_linears(model).items() if not isinstance(layer, TiedLinear)}
 
 
 def _others(model: nn.Module) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..kernels.bits import pack, unpack
 from ..quant import Packed, Quantizer, TableGrid
 from ..quant.external import TABLES
@@ -78,6 +78,17 @@ class BitsAndBytes(Format):
         named = next((name for name, values in TABLES.items() if _float32(values) == table), None)
         quantizer = TableGrid(named or table, group_size=group, double_quantization=double)
         return quantizer, {name: packed[name] for name in quantizer.layout(out_features, in_features)}
+
+    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+        if "nested_scales" in packed:
+            name, state = _STATE + next(kind for kind in ("nf4", "fp4") if _STATE + kind in stored), _state(stored)
+            text = json.dumps({**state, "nested_offset": float(packed["nested_offset"])})
+            as_bytes = torch.tensor(list(text.encode()), dtype=torch.uint8)
+            return {"weight.nested_absmax": packed["nested_scales"], name: as_bytes}
+        blocks = stored.get("weight.absmax")
+        if blocks.dtype != torch.float32 or blocks.numel() != packed["scales"].numel():
+            raise InputError(f"{stored.path}: a scale of its file is that of several groups here")
+        return {"weight.absmax": packed["scales"].reshape(blocks.shape)}
 
 
 def _denest(stored: Module, state: Mapping[str, Any], codes: Tensor) -> tuple[Tensor, Packed | None]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from ..kernels.bits import pack, unpack, words
 from ..quant import Packed, Quantizer
 from .base import FLOATS, Format, affine, columns_by_group, formats, mapping, whole
@@ -106,6 +106,11 @@ class CompressedTensors(Format):
             qweight=stream if codes is None else None,
             group_of=group_of,
         )
+
+    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+        if stored.get("weight_scale").shape != packed["scales"].shape:
+            raise InputError(f"{stored.path} has one scale for all its rows in the file")
+        return {"weight_scale": packed["scales"]}
 
     def _width(self, stored: Module, width: int, in_features: int) -> tuple[int, bool]:
         """(bits, whether the stream is dense) for `width` words per row."""

@@ -77,7 +77,7 @@ def export_gguf_adapter(
         with writing(out, overwrite=overwrite) as folder:
             write(folder / FILE)
         return Path(out) / FILE
-    return _write_file(Path(out).expanduser(), write, overwrite)
+    return write_file(Path(out).expanduser(), write, overwrite)
 
 
 def check_file_free(out: str | PathLike[str], *, overwrite: bool) -> None:
@@ -91,7 +91,7 @@ def check_file_free(out: str | PathLike[str], *, overwrite: bool) -> None:
         raise InputError(f"{path} is no GGUF file, so it is not replaced; use another name")
 
 
-def _write_file(path: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
+def write_file(path: Path, write: Callable[[Path], None], overwrite: bool) -> Path:
     """Writes a file atomically: under a temporary name, which is renamed at the end."""
     check_file_free(path, overwrite=overwrite)
     partial = partial_of(path.resolve())

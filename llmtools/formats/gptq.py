@@ -112,6 +112,9 @@ class GPTQ(Format):
             group_of=group_of,
         )
 
+    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+        return {"scales": packed["scales"].T}
+
     def _options(self, path: str) -> dict[str, Any]:
         """The options of one module: the config with its overrides."""
         options = dict(self.config)

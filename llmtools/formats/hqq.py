@@ -85,6 +85,10 @@ class HQQ(Format):
             in_features=in_features,
         )
 
+    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+        found = {"scale": packed["scales"]} | ({"zero": packed["zeros"]} if "zeros" in packed else {})
+        return {name: tensor.reshape(stored.get(name).shape) for name, tensor in found.items()}
+
     def _group_size(self, stored: Module, in_features: int, axis: int, out_features: int) -> int:
         size = stored.get("group_size")
         group_size = int(size.flatten()[0]) if size.numel() else 0

@@ -16,8 +16,8 @@ class BlockTuning:
     learning rate of 2.5e-3 to 65.
     """
 
-    epochs: int = 5
-    """Number of epochs over the calibration text after each group of linears; 0 for no tuning."""
+    epochs: int | None = 5
+    """Number of epochs over the calibration text after each group of linears; 0 for no tuning, null by --quality."""
     learning_rate: float = 1e-2
     """Learning rate for weights that are not quantized yet, norms and biases, relative to each tensor's RMS."""
     packed_learning_rate: float = 2e-3
@@ -31,7 +31,7 @@ class BlockTuning:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch", 1), ("patience", 1), ("learning_rate", 0), ("held_out", 0)):
-            if getattr(self, name) < least:
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise InputError(f"block tuning: {name}={getattr(self, name)}; at least {least} is expected")
         if not self.packed_learning_rate >= 0:
             raise InputError(f"block tuning: packed_learning_rate={self.packed_learning_rate}; at least 0 is expected")
@@ -39,7 +39,7 @@ class BlockTuning:
             raise InputError(f"block tuning: held_out={self.held_out}; a share below 1 is expected, such as 0.125")
 
 
-NO_TUNING = BlockTuning(epochs=0)
+NO_TUNING, OPEN_TUNING = BlockTuning(epochs=0), BlockTuning(epochs=None)
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,16 @@ class Recovery:
     weights of the whole model.
     """
 
-    steps: int = 60
-    """Number of training steps; 0 for no recovery."""
+    steps: int | None = 60
+    """Number of training steps; 0 for no recovery, null by --quality."""
     batch: int = 4
     """Number of sequences per step."""
     learning_rate: float = 2e-3
     """Learning rate for the floating tensors of packed layers, relative to each value."""
     dense_learning_rate: float = 2e-3
     """Learning rate for norms and biases, relative to each tensor's RMS."""
+    adapter_learning_rate: float = 1e-3
+    """Learning rate for adapters (`adapter_rank`), which are trained after the rest, for as many steps."""
     top_k: int = 64
     """Number of most probable tokens per position that are kept of the original's distribution; the others count as
     one."""
@@ -72,13 +74,13 @@ class Recovery:
     def __post_init__(self) -> None:
         least = {"steps": 0, "batch": 1, "top_k": 1, "evaluations": 1, "patience": 1}
         for name, lowest in least.items():
-            if getattr(self, name) < lowest:
+            if getattr(self, name) is not None and getattr(self, name) < lowest:
                 raise InputError(f"recover: {name}={getattr(self, name)}; at least {lowest} is expected")
-        for name in ("learning_rate", "dense_learning_rate"):
+        for name in ("learning_rate", "dense_learning_rate", "adapter_learning_rate"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"recover: {name}={getattr(self, name)}; a number of at least 0 is expected")
         if not 0 < self.held_out < 1:
             raise InputError(f"recover: held_out={self.held_out}; a share between 0 and 1 is expected, such as 0.125")
 
 
-RECOVERY, NO_RECOVERY = Recovery(), Recovery(steps=0)
+RECOVERY, NO_RECOVERY, OPEN_RECOVERY = Recovery(), Recovery(steps=0), Recovery(steps=None)

@@ -220,7 +220,7 @@ def _descend(
     optimizer = torch.optim.Adam(groups)
     order = shuffled(len(target.train), seed)
     best, kept, without_gain = target.held_out_loss(), [each.detach().clone() for each in trained], 0
-    for _ in range(tuning.epochs):
+    for _ in range(tuning.epochs or 0):
         for _ in target.train:
             optimizer.zero_grad()
             target.loss(next(order)).backward()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, InputError, within
 from ..files import whole_file
-from ..nn.swap import quantized_linears
-from ..nn.tuning import TuningLinear
+from ..nn.linear import QuantizedLinear
+from ..nn.lora_init import LoraInit
+from ..nn.swap import own_linears, packed_layers
+from ..nn.tuning import AdaptedLinear, TuningLinear
 from .options import Recovery
 from .reconstruct import divided, relative_to, replaced, shuffled
 from .walk import evaluating
@@ -151,15 +153,16 @@ def recover(
     if len(sequences) < 2 or len(targets) != len(sequences):
         raise InputError(f"{len(sequences)} sequences and {len(targets)} targets; at least two are expected")
     check_recoverable(model)
-    layers = quantized_linears(model)
-    packed = {id(tensor) for layer in layers.values() for tensor in layer.packed.values()}
-    dense = [p for p in model.parameters() if p.is_floating_point() and p.dim() <= 1 and id(p) not in packed]
+    layers = own_linears(model)
+    dense = list(trained_parameters(model).values())
     initial = [each.data for each in dense]
     tuned = {path: TuningLinear(layer, materialize=True) for path, layer in layers.items()}
     text = _Text(model, sequences, targets, options.held_out)
     with evaluating(model), _float32(dense), replaced(model, tuned):
         deltas = [delta for layer in tuned.values() for delta in layer.deltas.values()]
-        training = _Training([*dense, *deltas], [*map(relative_to, dense)], options, seed)
+        rates = [options.dense_learning_rate * relative_to(each) for each in dense]
+        rates += [options.learning_rate] * len(deltas)
+        training = _Training([*dense, *deltas], rates, options, seed)
         before, steps = training.run(text, state, on_step)
     former = {path: dict(layer.packed) for path, layer in layers.items()}
     with torch.no_grad():
@@ -178,13 +181,80 @@ def recover(
     return RecoveryReport(before, after, steps, sum(each.numel() for each in training.trained))
 
 
+class AdapterReport(NamedTuple):
+    """Adapters that were trained towards the original, and what they are worth."""
+
+    before: float
+    """KL divergence from the original on the held-out sequences without adapters, in nats per token."""
+    after: float
+    """The same with them."""
+    steps: int
+    """Number of training steps that were made."""
+    adapters: dict[str, LoraInit]
+    """Module → LoRA matrices with W ≈ Ŵ + b @ a; b is zero where adapters did not help."""
+
+
+def train_adapters(
+    model: nn.Module,
+    sequences: Sequence[Tensor],
+    targets: Targets,
+    options: Recovery,
+    rank: int,
+    *,
+    initial: Mapping[str, LoraInit] | None = None,
+    state: Path | None = None,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> AdapterReport:
+    """Trains low-rank updates of a quantized model's linears as `recover` trains its scales; the model is unchanged.
+
+    initial: LoRA matrices to begin with, such as the quantization error's (`nn/lora_init.py`), of any rank. Without,
+    and for further components, a is drawn at random and b zero, as in PEFT.
+    """
+    text, layers = _Text(model, sequences, targets, options.held_out), own_linears(model)
+    with evaluating(model):
+        before = text.held_out_kl()
+    generator = torch.Generator().manual_seed(seed)
+    begun = {path: _begun(layer, rank, (initial or {}).get(path), generator) for path, layer in layers.items()}
+    adapted = {path: AdaptedLinear(layer, begun[path]) for path, layer in layers.items()}
+    with evaluating(model), replaced(model, adapted):
+        matrices = [matrix for each in adapted.values() for matrix in (each.a, each.b)]
+        training = _Training(matrices, [options.adapter_learning_rate] * len(matrices), options, seed)
+        _, steps = training.run(text, state, on_step)
+        after = text.held_out_kl()
+    helped = after < before
+    found = {path: LoraInit(each.a.cpu(), (each.b if helped else 0 * each.b).cpu()) for path, each in adapted.items()}
+    return AdapterReport(before, min(before, after), steps, found)
+
+
+def _begun(layer: QuantizedLinear, rank: int, initial: LoraInit | None, generator: torch.Generator) -> LoraInit:
+    """The matrices that training begins with, [r, in] and [out, r], of rank `rank`, or less for a small layer."""
+    rank = min(rank, layer.in_features, layer.out_features)
+    a = (2 * torch.rand(rank, layer.in_features, generator=generator) - 1) / layer.in_features**0.5
+    b = torch.zeros(layer.out_features, rank)
+    if initial is not None:
+        known = min(rank, len(initial.a))
+        a[:known], b[:, :known] = initial.a[:known], initial.b[:, :known]
+    return LoraInit(a.to(layer.device), b.to(layer.device))
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The dense parameters that recovery trains, by name: norms and biases, [n] or scalars."""
+    packed = {id(tensor) for layer in packed_layers(model).values() for tensor in layer.packed.values()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point() and parameter.dim() <= 1 and id(parameter) not in packed
+    }
+
+
 def check_recoverable(model: nn.Module) -> None:
     """Raises InputError for a model without quantized layers, or with one that has no floating tensors to train."""
-    layers = quantized_linears(model)
+    layers = own_linears(model)
     if not layers:
         raise InputError(f"{type(model).__name__} has no quantized layers; quantize it first")
     for path, layer in layers.items():
-        if not layer.quantizer.tunable(layer.packed):
+        if not layer.quantizer.tunable(layer.quantizer.unpacked(layer.packed)):
             raise InputError(
                 f"{path} ({layer.quantizer}) has no scales or other floating tensors that could be trained"
             )
@@ -225,10 +295,9 @@ class _Text:
 class _Training:
     """Adam with a warm-up and a cosine schedule; the iterate with the lowest held-out divergence is kept."""
 
-    def __init__(self, trained: list[Any], sizes: list[float], options: Recovery, seed: int) -> None:
+    def __init__(self, trained: list[Any], rates: list[float], options: Recovery, seed: int) -> None:
         self.trained, self.options, self.seed = trained, options, seed
-        rates = [options.dense_learning_rate * size for size in sizes]
-        rates += [options.learning_rate] * (len(trained) - len(sizes))
+        self.total = options.steps or 0
         for each in trained:
             each.requires_grad_(True)
         groups = [{"params": [each], "peak": rate} for each, rate in zip(trained, rates, strict=True)]
@@ -239,8 +308,8 @@ class _Training:
 
     def _share(self) -> float:
         """The share of its peak that a learning rate has at this step."""
-        warmup = max(1, self.options.steps // 20)
-        return min((self.step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.step / self.options.steps))
+        warmup = max(1, self.total // 20)
+        return min((self.step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * self.step / self.total))
 
     def run(self, text: _Text, state: Path | None, on_step: OnStep | None) -> tuple[float, int]:
         """Trains; the best iterate is in place afterwards. Returns the divergence before, and the number of steps."""
@@ -248,10 +317,10 @@ class _Training:
             self._load(state)
         else:
             self.before = self.best = text.held_out_kl()
-        order, every = shuffled(len(text.train), self.seed), max(1, self.options.steps // self.options.evaluations)
+        order, every = shuffled(len(text.train), self.seed), max(1, self.total // self.options.evaluations)
         for _ in range(self.step * self.options.batch):
             next(order)
-        while self.step < self.options.steps and self.without_gain < self.options.patience:
+        while self.step < self.total and self.without_gain < self.options.patience:
             for _ in range(self.options.batch):
                 (text.kl_divergence(next(order)) / self.options.batch).backward()
             for group in self.optimizer.param_groups:
@@ -259,12 +328,12 @@ class _Training:
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.step += 1
-            if self.step % every == 0 or self.step == self.options.steps:
+            if self.step % every == 0 or self.step == self.total:
                 self._evaluate(text)
                 if state is not None:
                     self._save(state)
             if on_step is not None:
-                on_step(self.step, self.options.steps, f"KL {self.before:.4f} → {self.best:.4f}")
+                on_step(self.step, self.total, f"KL {self.before:.4f} → {self.best:.4f}")
         with torch.no_grad():
             for each, value in zip(self.trained, self.kept, strict=True):
                 each.copy_(value)

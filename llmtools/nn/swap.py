@@ -137,6 +137,11 @@ def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
+def own_linears(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantized linears by path, without a head that is tied to the embedding."""
+    return {path: layer for path, layer in quantized_linears(model).items() if not isinstance(layer, TiedLinear)}
+
+
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
     """The layers that own packed tensors, by path: linears and embeddings, without heads that are tied to one."""
     return {

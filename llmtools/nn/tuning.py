@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..quant import Packed
 from .linear import QuantizedLinear
+from .lora_init import LoraInit
 
 
 class TuningLinear(nn.Module):
@@ -23,10 +25,11 @@ class TuningLinear(nn.Module):
 
     def __init__(self, layer: QuantizedLinear, *, materialize: bool = False) -> None:
         super().__init__()
-        self.quantizer, self.bias, self._packed = layer.quantizer, layer.bias, layer.packed
+        self.quantizer, self.bias = layer.quantizer, layer.bias
+        self._packed = layer.quantizer.unpacked(layer.packed)
         self.materialize, self.dtype = materialize, layer.dtype
-        names = layer.quantizer.tunable(layer.packed)
-        self._initial = {name: layer.packed[name].detach().float() for name in names}
+        names = layer.quantizer.tunable(self._packed)
+        self._initial = {name: self._packed[name].detach().float() for name in names}
         self.deltas = {name: torch.zeros_like(initial) for name, initial in self._initial.items()}
 
     def floats(self) -> Packed:
@@ -37,7 +40,8 @@ class TuningLinear(nn.Module):
     def packed(self) -> Packed:
         """All tensors, in the dtypes of the layout."""
         floats = self.floats()
-        return {name: floats.get(name, tensor).to(tensor.dtype) for name, tensor in self._packed.items()}
+        stored = {name: floats.get(name, tensor).to(tensor.dtype) for name, tensor in self._packed.items()}
+        return self.quantizer.repacked(stored)
 
     def forward(self, x: Tensor) -> Tensor:
         floats = self.floats()
@@ -47,6 +51,22 @@ class TuningLinear(nn.Module):
         else:
             y = self.quantizer.tuning_linear(x, self._packed | floats)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class AdaptedLinear(nn.Module):
+    """A quantized layer with a low-rank update beside it, while that is trained: y = layer(x) + b a x.
+
+    x [..., in] -> [..., out]; a [r, in], b [out, r] float32, copies of `init`.
+    """
+
+    def __init__(self, layer: QuantizedLinear, init: LoraInit) -> None:
+        super().__init__()
+        self.layer, self.a, self.b = layer, init.a.clone(), init.b.clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        update = F.linear(F.linear(x, self.a), self.b)  # cast by autocast, where x is half precision
+        return y + update.to(y.dtype)
 
 
 class _Stored(torch.autograd.Function):

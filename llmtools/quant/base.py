@@ -141,8 +141,22 @@ class Quantizer(Rows):
         )
 
     def tunable(self, packed: Packed) -> list[str]:
-        """Names of the tensors that block tuning may train: by default all floating ones, such as scales."""
+        """Names of the tensors that block tuning and recovery may train: by default all floating ones, such as scales.
+
+        packed: as `unpacked` gives it.
+        """
         return [name for name, tensor in packed.items() if tensor.is_floating_point()]
+
+    def unpacked(self, packed: Packed) -> Packed:
+        """`packed` and, as further tensors, the floating values that lie inside its bytes, of the dtypes there.
+
+        `dequantize` and `linear` decode with these instead, differentiably. By default there are none.
+        """
+        return packed
+
+    def repacked(self, packed: Packed) -> Packed:
+        """The tensors of `layout` again, with the values of the further tensors in their bytes: undoes `unpacked`."""
+        return packed
 
     def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:
         """`linear`, x [..., in] -> [..., out], also differentiable in the floating tensors of `packed`.

@@ -4,7 +4,10 @@ The packed tensor has the rows as in the file, [out, row_bytes] uint8: opening c
 independently. The simple types are rounded to nearest, with scales that are rounded to float16 first. The other types
 are decoded only; llama.cpp (`llama-quantize`) quantizes to them, with searches that are not implemented here.
 
-Shapes: out, in — features; n — blocks.
+While it is trained, the float16 scale and minimum of each block are tensors of their own (`unpacked`); the small scales
+within blocks of 256 are integers and stay.
+
+Shapes: out, in — features; n — blocks, of a row beside [out, …].
 """
 
 from __future__ import annotations
@@ -15,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, did_you_mean, where
-from ..kernels.ggml import TYPES, decodes, dequantize_ggml, iq1_m_scale, multiply_ggml
+from ..kernels.ggml import TYPES, decodes, dequantize_ggml, halves, multiply_ggml, with_halves
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
 
 _SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_HALVES = ("scales", "minima")
+"""Names of the float16 numbers of a block while they are trained, in the order of `kernels.ggml.halves`."""
 _TINY, _LARGEST = 2.0**-24, torch.finfo(torch.float16).max
 
 
@@ -60,7 +65,10 @@ class GGMLBlocks(Quantizer):
         return {"blocks": torch.cat(parts, 1).reshape(weight.shape[0], -1)}
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        return dequantize_ggml(packed["blocks"][rows], self.type, dtype)
+        taken = {name: tensor[rows] for name, tensor in packed.items()}
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in taken.values()):
+            return self._differentiable(taken).to(dtype)
+        return dequantize_ggml(self.repacked(taken)["blocks"], self.type, dtype)
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
         return dtype.itemsize if decodes(device, self.type) else 24
@@ -68,14 +76,34 @@ class GGMLBlocks(Quantizer):
     def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
         if not decodes(x.device, self.type):
             return None
-        return multiply_ggml(x, packed["blocks"], self.type, transposed)
+        return multiply_ggml(x, self.repacked(packed)["blocks"], self.type, transposed)
 
     def check(self, packed: Packed) -> None:
-        kind = TYPES[self.type]
-        blocks = packed["blocks"].reshape(-1, kind.bytes)
-        halves = [blocks[:, at : at + 2].contiguous().view(torch.float16) for at in kind.halves]
-        if not all(bool(torch.isfinite(each).all()) for each in halves or [iq1_m_scale(blocks)]):
+        if not bool(torch.isfinite(halves(packed["blocks"], self.type)).all()):
             raise InputError("blocks holds NaN or infinite scales")
+
+    def unpacked(self, packed: Packed) -> Packed:
+        """blocks, scales and (of the types that have them) minima [out, n] float16."""
+        values = halves(packed["blocks"], self.type)  # [out, n, h]
+        return {"blocks": packed["blocks"], **dict(zip(_HALVES, values.unbind(-1), strict=False))}
+
+    def repacked(self, packed: Packed) -> Packed:
+        values = [packed[name].detach() for name in _HALVES if name in packed]
+        if not values:
+            return packed
+        stored = torch.stack(values, -1).to(torch.float16)
+        return {"blocks": with_halves(packed["blocks"], self.type, stored)}
+
+    def _differentiable(self, packed: Packed) -> Tensor:
+        """The weight [out, in] float32 by the decoding's linearity in the float16 numbers of a block."""
+        given = [packed[name] for name in _HALVES if name in packed]
+        parts = []
+        for index, values in enumerate(given):
+            unit = torch.zeros(*values.shape, len(given), dtype=torch.float16, device=values.device)
+            unit[..., index] = 1
+            decoded = dequantize_ggml(with_halves(packed["blocks"], self.type, unit), self.type, torch.float32)
+            parts.append(decoded * values.float().repeat_interleave(TYPES[self.type].weights, 1))
+        return torch.stack(parts).sum(0)
 
 
 def _half(values: Tensor) -> Tensor:

@@ -113,7 +113,12 @@ def linear(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
 
 def trained(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
     """The gradients of `linear` in its tunable tensors equal autograd's through the whole weight of `tuning_linear`."""
-    packed = _quantize(quantizer, weight, hessian)
+    stored = _quantize(quantizer, weight, hessian)
+    packed = quantizer.unpacked(stored)
+    again = quantizer.repacked(packed)
+    _require(stored.keys() == again.keys() and all(map(torch.equal, stored.values(), again.values())),
+             "repacked(unpacked(packed)) is not packed")  # fmt: skip
+    _require(torch.equal(quantizer.dequantize(packed), quantizer.dequantize(stored)), "unpacked decodes differently")
     floats = {name: packed[name].float().requires_grad_() for name in quantizer.tunable(packed)}
     if not floats:
         return

@@ -13,10 +13,11 @@ from ..errors import InputError, did_you_mean
 
 @dataclass(frozen=True)
 class List:
-    """Show the quantizers, tasks and packaged recipes, plug-ins included; with a name, the options of that one."""
+    """Show the quantizers, qualities, tasks and packaged recipes, plug-ins included; with a name, the options of that
+    one."""
 
     name: str | None = None
-    """Quantizer, task (module:Class too) or recipe whose options are listed; by default all names."""
+    """Quantizer, quality, task (module:Class too) or recipe whose options are listed; by default all names."""
     plugin: str | list[str] | None = None
     """Quantizer of your own to register, as module:Class, or a list of them."""
 
@@ -37,14 +38,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Entry:
-    """A quantizer, a task or a packaged recipe."""
+    """A quantizer, a quality, a task or a packaged recipe."""
 
     kind: str
-    """Kind of the entry: quantizer, task or recipe."""
+    """Kind of the entry: quantizer, quality, task or recipe."""
     name: str
     """Name of the entry."""
     doc: str
-    """Docstring of the class; summary or contents of the recipe."""
+    """Docstring of the class; summary or contents of the recipe; the quality's sets of options."""
     options: list[Option]
     """Options of the class."""
 
@@ -72,6 +73,7 @@ def listing(recipe: List) -> Listing:
     from ..data.tasks import tasks
     from ..quant import quantizers
     from .configs import packaged
+    from .quality import BUNDLES, SUMMARIES, described
 
     import_plugins(recipe.plugin)
     registries: list[tuple[str, Any]] = [("quantizer", quantizers), ("task", tasks)]
@@ -82,6 +84,8 @@ def listing(recipe: List) -> Listing:
             for name in registry.names()
             if not _is_format(cls := registry.get(name))
         ]
+        at = sum(entry.kind == "quantizer" for entry in entries)
+        entries[at:at] = [Entry("quality", name, SUMMARIES[name], []) for name in BUNDLES]
         entries += [Entry("recipe", name, each.summary, []) for name, each in packaged().items()]
         return Listing(entries, detailed=False)
     if ":" in recipe.name:
@@ -95,11 +99,15 @@ def listing(recipe: List) -> Listing:
         for kind, registry in registries
         if recipe.name in registry.names()
     ]
+    if recipe.name in BUNDLES:
+        found.append(Entry("quality", recipe.name, f"{SUMMARIES[recipe.name]}\n{described(recipe.name)}", []))
     if recipe.name in packaged():
         found.append(Entry("recipe", recipe.name, str(packaged()[recipe.name]), []))
     if not found:
-        names = [name for _, registry in registries for name in registry.names()] + list(packaged())
-        raise InputError(f"there is no quantizer, task or recipe {recipe.name!r}; {did_you_mean(recipe.name, names)}")
+        names = [name for _, registry in registries for name in registry.names()] + [*BUNDLES, *packaged()]
+        raise InputError(
+            f"there is no quantizer, quality, task or recipe {recipe.name!r}; {did_you_mean(recipe.name, names)}"
+        )
     return Listing(found, detailed=True)
 
 
@@ -152,6 +160,7 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 USE = {
     "quantizer": "llmtools quantize --quantizer NAME",
+    "quality": "llmtools quantize --quality NAME",
     "task": "llmtools finetune | evaluate --task NAME",
     "recipe": "llmtools quantize | finetune | sweep --config NAME",
 }
@@ -161,7 +170,8 @@ USE = {
 def _table(kind: str, entries: list[Entry]) -> str:
     width = max(len(entry.name) for entry in entries)
     lines = (f"  {entry.name:<{width}}  {entry.doc.partition(chr(10))[0]}".rstrip() for entry in entries)
-    return "\n".join([f"{kind}s ({USE[kind]})", *lines])
+    plural = "qualities" if kind == "quality" else f"{kind}s"
+    return "\n".join([f"{plural} ({USE[kind]})", *lines])
 
 
 def _is_format(cls: type[Any]) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
-from ..model.options import NO_RECOVERY, NO_TUNING, BlockTuning, Recovery
+from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery
+from .quality import expanded, with_quality
 
 log = logging.getLogger(__name__)
 
@@ -45,26 +46,31 @@ class Quantize(QuantizerOptions, ModelOptions):
     """Folder or hub name of the model."""
     out: str
     """Folder to write the quantized model to."""
-    quantizer: str | dict[str, Any] = field(default="optq", kw_only=True)
-    """Quantizer: rtn, optq, nf4, …, a plug-in's name, or module:Class; in a YAML also {name: …, bits: …, …}."""
+    quantizer: str | dict[str, Any] | None = field(default=None, kw_only=True)
+    """Quantizer: rtn, optq, nf4, …, a plug-in's name, or module:Class; in a YAML also {name: …, bits: …, …}; by default
+    that of --quality."""
+    quality: str | None = field(default=None, kw_only=True)
+    """Tested set of options for a width: fast (seconds, without text), balanced, or best (hours); options that are
+    given win. By default balanced where no quantizer is named; `llmtools list balanced` shows what it is."""
     calibration: str | None = None
     """Calibration text: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
-    num_samples: int = 128
-    """Number of calibration sequences."""
+    num_samples: int | None = None
+    """Number of calibration sequences; by default that of --quality, or 128."""
     max_length: int | None = None
-    """Length of a calibration sequence in tokens; by default the model's positions, at most 2048."""
+    """Length of a calibration sequence in tokens; by default that of --quality, or the model's positions, at most
+    2048."""
     seed: int = 0
     """Seed of the choice of calibration sequences."""
     sequential: bool = True
     """Hessians of each group of linears measured with the block's earlier groups quantized; without: faster, a little
     less accurate."""
-    error_propagation: float = 0.0
+    error_propagation: float | None = None
     """Strength, from 0 to 1, of a correction of each weight, before it is quantized, for the errors of the layers
-    before it; --error_propagation 0.5. The walk takes about twice as long."""
-    finetune_blocks: BlockTuning = NO_TUNING
+    before it; --error_propagation 0.5. The walk takes about twice as long. By default 0, or what the quality says."""
+    finetune_blocks: BlockTuning = OPEN_TUNING
     """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
     --finetune_blocks.epochs 5."""
-    recover: Recovery = NO_RECOVERY
+    recover: Recovery = OPEN_RECOVERY
     """End-to-end recovery: scales and norms of the quantized model trained on the original's distributions, over the
     calibration text; --recover with its defaults, or --recover.steps 200."""
     bits_per_weight: float | None = None
@@ -72,7 +78,7 @@ class Quantize(QuantizerOptions, ModelOptions):
     place of --bits. The widths are written to allocation.yaml, to be edited and used by --config."""
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
-    --lora.init error; 0: none."""
+    --lora.init error; with --recover they are then trained, and written to the folder's adapter; 0: none."""
     overwrite: bool = False
     """Permission to replace the output folder."""
 
@@ -104,7 +110,9 @@ class QuantizeResult:
         recovered = ""
         if self.recovery:
             before, after = self.recovery["before"], self.recovery["after"]
-            recovered = f"recovery: KL divergence from the original {before:.4f} → {after:.4f} nats per token\n"
+            adapter = self.recovery.get("with_adapter")
+            recovered = f"recovery: KL divergence from the original {before:.4f} → {after:.4f} nats per token"
+            recovered += "\n" if adapter is None else f", with the adapter {adapter:.4f}\n"
         return (
             f"{self.table}\n{recovered}{self.out}: {self.modules} modules at {self.bits_per_weight:.2f} bits per "
             f"weight, {self.packed_bytes / 2**20:.2f} MiB, in {self.seconds:.1f} s"
@@ -120,7 +128,7 @@ def quantize(recipe: Quantize) -> QuantizeResult:
 
 
 def _quantize(recipe: Quantize) -> QuantizeResult:
-    from ..checkpoint.folder import write
+    from ..checkpoint.folder import ADAPTER, write, write_adapter
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record
@@ -137,6 +145,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     check_model(recipe.model)
     import_plugins(recipe.plugin)
     quantizer = checked_quantizer(recipe)
+    recipe = with_quality(recipe)
 
     quiet_libraries()
     model, tokenizer = open_model(
@@ -145,6 +154,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     text = None
     if recipe.calibration is not None:
         length = recipe.max_length if recipe.max_length is not None else min(model_positions(model) or 2048, 2048)
+        assert recipe.num_samples is not None  # by `with_quality`
         text = calibration(recipe.calibration, tokenizer, samples=recipe.num_samples, tokens=length, seed=recipe.seed)
     overrides, allocation = recipe.overrides, None
     if recipe.bits_per_weight is not None:
@@ -161,7 +171,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
             )
         log.info("%s", allocation.table())
         overrides = {**overrides, **allocation.overrides}
-    with recovering(model, text or [], recipe.recover, recipe.seed) as recover:
+    with recovering(model, text or [], recipe.recover, recipe.seed, recipe.adapter_rank) as recover:
         with progress(f"quantize ({quantizer.name})", unit="modules") as step:
             report = quantize_model(
                 model,
@@ -171,16 +181,20 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
                 skip=recipe.skip,
                 sequential=recipe.sequential,
                 tuning=recipe.finetune_blocks,
-                error_propagation=recipe.error_propagation,
+                error_propagation=recipe.error_propagation or 0.0,
                 adapter_rank=recipe.adapter_rank,
                 on_step=step,
             )
-        recovered = recover()
-    recovery = None if recovered is None else recovered._asdict()
+        recovered = recover(report.lora_init)
+    recovery, adapters = recovered or (None, {})
     out = Path(recipe.out).expanduser()
     with writing(out, overwrite=recipe.overwrite) as folder:
         run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
-        write(model, tokenizer, folder, report=report, run=run)
+        if recipe.quality is not None:
+            run["quality"] = {"name": recipe.quality, "options": expanded(recipe)}
+        write(model, tokenizer, folder, report=report, run=run, lora_init=adapters or None)
+        if adapters:
+            write_adapter(model, adapters, folder / ADAPTER, base=str(out.resolve()))
         write_card(folder, name=out.resolve().name, former=out)
         if allocation is not None:
             (folder / ALLOCATION).write_text(as_yaml({"overrides": overrides}), encoding="utf-8")
@@ -202,11 +216,19 @@ def checked_quantizer(recipe: Quantize) -> Any:
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
 
-    quantizer = resolve_quantizer(recipe)
+    asked, recipe = recipe, with_quality(recipe)
+    try:
+        quantizer = resolve_quantizer(recipe)
+    except InputError as error:
+        if asked.quantizer is not None:
+            raise
+        chosen = f"--quality {recipe.quality} chose {recipe.quantizer}; --quantizer NAME chooses another"
+        raise InputError(f"{error} ({chosen})") from error
     if quantizer.needs_hessian and recipe.calibration is None:
+        quality = "" if recipe.quality is None else f" (--quality {recipe.quality})"
         raise InputError(
-            f"{quantizer.name} needs calibration text: pass --calibration FILE (.txt or .jsonl), or a quantizer that "
-            f"needs none, such as --quantizer rtn"
+            f"{quantizer.name}{quality} needs calibration text: pass --calibration FILE (.txt or .jsonl), or take what "
+            f"needs none: --quality fast, or --quantizer rtn"
         )
     if recipe.finetune_blocks.epochs and recipe.calibration is None:
         raise InputError("--finetune_blocks needs calibration text: pass --calibration FILE (.txt or .jsonl)")
@@ -220,8 +242,6 @@ def checked_quantizer(recipe: Quantize) -> Any:
         raise InputError("--recover needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if not recipe.recover.steps and recipe.recover != NO_RECOVERY:
         raise InputError("--recover: options of recovery, and recover.steps is 0; pass --recover.steps, such as 60")
-    if recipe.recover.steps and recipe.adapter_rank:
-        raise InputError("--recover changes the weights that --adapter_rank starts from; pass one of the two")
     if recipe.calibration is not None and recipe.calibration not in HUB:
         existing_file(recipe.calibration)
     return quantizer

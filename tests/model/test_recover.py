@@ -13,8 +13,10 @@ from torch.nn import functional as F
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.options import Recovery
 from llmtools.model.quantize import quantize
-from llmtools.model.recover import Target, Targets, kl_divergence, recover
+from llmtools.model.recover import Target, Targets, kl_divergence, recover, train_adapters
 from llmtools.nn import QuantizedLinear, quantized_linears
+from llmtools.nn.adapters import dequantize
+from llmtools.nn.lora_init import LoraInit
 from llmtools.nn.tuning import TuningLinear
 from llmtools.quant import quantizer
 from tests.models import tiny_ids, tiny_model
@@ -166,3 +168,49 @@ def test_a_model_that_is_not_quantized_is_refused(targets: Targets) -> None:
 def test_one_sequence_is_too_few(targets: Targets) -> None:
     with pytest.raises(InputError, match="at least two"):
         recover(quantized(), SEQUENCES[:1], targets, SHORT)
+
+
+def test_adapters_are_trained_beside_the_model_that_stays(tmp_path: Path) -> None:
+    one = SEQUENCES[:1] * 3
+    model, targets = quantized(), Targets.of(tiny_model("llama"), one, tmp_path, 1000)
+    before = tensors(model)
+    report = train_adapters(model, one, targets, SHORT, 4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(model).items())
+    assert report.adapters.keys() == quantized_linears(model).keys()
+    for path, layer in quantized_linears(model).items():
+        found = report.adapters[path]
+        assert found.a.shape == (4, layer.in_features) and found.b.shape == (layer.out_features, 4)
+    merged = dequantize(model, torch.float32)  # independent: the updates in dense weights
+    for path, found in report.adapters.items():
+        merged.get_submodule(path).weight.data += found.b @ found.a  # type: ignore[operator]
+    with torch.no_grad():
+        expected = kl_divergence(merged(one[0]).logits[0], targets[0]).item()
+    assert report.after == pytest.approx(expected, rel=1e-3) and report.after < report.before
+
+
+def test_adapters_begin_with_what_they_are_given(targets: Targets) -> None:
+    model = quantized()
+    given = {path: LoraInit(torch.randn(2, each.in_features), torch.randn(each.out_features, 2)) for path, each in
+             quantized_linears(model).items()}  # fmt: skip
+    still = Recovery(steps=1, adapter_learning_rate=0.0)
+    report = train_adapters(model, SEQUENCES, targets, still, 3, initial=given)
+    assert report.after == report.before  # such updates do not help, and are not kept
+    for path, found in report.adapters.items():
+        assert torch.equal(found.a[:2], given[path].a) and len(found.a) == 3
+        assert not found.b.any()
+
+
+def test_adapters_of_a_stopped_run_end_as_those_of_an_unbroken_one(targets: Targets, tmp_path: Path) -> None:
+    model, state = quantized(), tmp_path / "adapter.safetensors"
+    expected = train_adapters(model, SEQUENCES, targets, SHORT, 2)
+
+    def stop(step: int, *_: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_adapters(model, SEQUENCES, targets, SHORT, 2, state=state, on_step=stop)
+    found = train_adapters(model, SEQUENCES, targets, SHORT, 2, state=state)
+    assert found[:3] == expected[:3]
+    for path, adapter in found.adapters.items():
+        assert all(map(torch.equal, adapter, expected.adapters[path]))

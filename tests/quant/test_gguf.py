@@ -78,3 +78,27 @@ def test_what_a_block_cannot_hold_is_said() -> None:
         quantizer("gguf", type="Q4_1").quantize(torch.full((1, 32), 1e6))
     with pytest.raises(InputError, match="NaN"):
         quantizer("gguf").quantize(torch.full((1, 32), float("nan")))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_scales_are_tensors_while_they_are_trained(kind: str) -> None:
+    chosen = quantizer("gguf", type=kind)
+    packed = {"blocks": blocks(kind, 4, 512)}
+    apart = chosen.unpacked(packed)
+    again = chosen.repacked(apart)
+    assert torch.equal(again["blocks"], packed["blocks"]) and again.keys() == packed.keys()
+    assert torch.equal(chosen.dequantize(apart), chosen.dequantize(packed))
+    names = chosen.tunable(apart)
+    assert len(names) == max(1, len(TYPES[kind].halves))
+    doubled = chosen.repacked(apart | {name: 2 * apart[name] for name in names})
+    assert torch.equal(chosen.dequantize(doubled), 2 * chosen.dequantize(packed))  # linear in them, in every type
+    floats = {name: apart[name].double().float().requires_grad_() for name in names}
+    x, grad = torch.randn(40, 512), torch.randn(40, 4)
+    found = torch.autograd.grad(chosen.linear(x, apart | floats), list(floats.values()), grad)
+    dense = grad.double().T @ x.double()  # the gradient of the weight
+    per_block = len(apart["scales"][0])
+    for name, got in zip(names, found, strict=True):
+        zeros = {each: torch.zeros_like(apart[each]) for each in names}
+        unit = chosen.dequantize(chosen.repacked(apart | zeros | {name: torch.ones_like(apart[name])}))
+        expected = (dense * unit).unflatten(1, (per_block, -1)).sum(-1)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

@@ -124,20 +124,130 @@ def test_quantize_recovers_what_it_has_quantized(stories: Path, text: Path, tmp_
     assert any(not torch.equal(recovered[name], plain[name]) for name in plain if name.endswith("scales"))
 
 
+def divergence(model: Any, folder: Path, text: Path, original: Path) -> float:
+    from llmtools.data.calibration import calibration
+    from llmtools.model.recover import Targets, mean_kl_divergence
+
+    teacher, tokenizer = llmtools.load(original)
+    sequences = calibration(str(text), tokenizer, samples=8, tokens=48, seed=0)
+    return mean_kl_divergence(model, sequences, Targets.of(teacher, sequences, folder, 64), [len(sequences) - 1])
+
+
+@pytest.mark.parametrize("verb", ["quantize", "recover"])
+def test_an_adapter_is_trained_beside(verb: str, asked: Recover, stories: Path, text: Path, tmp_path: Path) -> None:
+    """It is PEFT's, on the checkpoint that it lies in, and what finetune --lora.init error begins with."""
+    from llmtools.checkpoint.folder import load_lora_init
+
+    if verb == "quantize":
+        done = quantize(Quantize(
+            model=str(stories), out=asked.out, quantizer="rtn", bits=2, group_size=32, calibration=str(text),
+            num_samples=8, max_length=48, recover=SHORT, adapter_rank=4,
+        ))  # fmt: skip
+        assert done.recovery is not None
+        base, both = done.recovery["after"], done.recovery["with_adapter"]
+        assert f"with the adapter {both:.4f}" in str(done)
+    else:
+        result = recover(replace(asked, adapter_rank=4))
+        base, both = result.kl, result.kl_adapter
+    assert both < base
+    adapted = llmtools.load(Path(asked.out) / "adapter")[0]
+    assert divergence(adapted, tmp_path / "targets", text, stories) == pytest.approx(both, rel=1e-3)
+    layer = adapted.base_model.model.model.layers[0].mlp.up_proj
+    init = load_lora_init(asked.out)["model.layers.0.mlp.up_proj"]
+    torch.testing.assert_close(layer.get_delta_weight("default"), init.b @ init.a, rtol=1e-3, atol=1e-5)
+    assert "`adapter`, trained" in (Path(asked.out) / "README.md").read_text()
+
+
 def test_quantize_names_options_of_recovery_that_cannot_be(stories: Path, text: Path, tmp_path: Path) -> None:
     asked = Quantize(model=str(stories), out=str(tmp_path / "q"), quantizer="rtn", recover=SHORT)
     with pytest.raises(InputError, match="--recover needs calibration text"):
         quantize(asked)
     with pytest.raises(InputError, match=r"recover\.steps is 0"):
         quantize(replace(asked, calibration=str(text), recover=Recovery(steps=0, batch=2)))
-    with pytest.raises(InputError, match="--adapter_rank"):
-        quantize(replace(asked, calibration=str(text), adapter_rank=4))
 
 
 def test_the_flag_alone_means_the_defaults() -> None:
     words = ["--model", "m", "--out", "o", "--calibration", "t.txt"]
-    assert read_recipe("llmtools quantize", Quantize, words).recover == NO_RECOVERY
+    assert not read_recipe("llmtools quantize", Quantize, words).recover.steps
     assert read_recipe("llmtools quantize", Quantize, [*words, "--recover"]).recover == RECOVERY
     assert read_recipe("llmtools quantize", Quantize, ["--recover", *words]).recover == RECOVERY
     longer = read_recipe("llmtools quantize", Quantize, [*words, "--recover", "--recover.batch", "2"])
     assert longer.recover == replace(RECOVERY, batch=2)
+
+
+def other(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """An original for a quantized model whose weights are random: the same weights, each norm a half larger."""
+    from llmtools.checkpoint.folder import save_dense
+    from llmtools.model.recover import trained_parameters
+
+    for parameter in trained_parameters(model).values():
+        parameter.data = parameter.data * 1.5
+    return save_dense(model, tokenizer, folder)
+
+
+@pytest.fixture
+def letters(tmp_path: Path) -> Path:
+    """Text in the words of the tiny models."""
+    file = tmp_path / "letters.txt"
+    file.write_text(" ".join(f"w{3 + index * 7 % 500}" for index in range(2000)))
+    return file
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gptq_folder_stays_one(letters: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from tests.formats import test_gptq
+    from tests.formats.writers import tiny_tokenizer, write
+
+    (tmp_path / "in").mkdir()
+    write(tmp_path / "in" / "q", test_gptq.writer(), test_gptq.config())
+    tiny_tokenizer().save_pretrained(tmp_path / "in" / "q")
+    original = other(*llmtools.load(tmp_path / "in" / "q"), tmp_path / "in" / "dense")
+    asked = Recover(
+        model=str(tmp_path / "in" / "q"), original=str(original), calibration=str(letters), out=str(tmp_path / "r"),
+        num_samples=8, max_length=24, recover=SHORT,
+    )  # fmt: skip
+    result = recover(asked)
+    assert result.kl < result.kl_before and result.format == "gptq"
+    before, after = (load_file(Path(each) / "model.safetensors") for each in (asked.model, asked.out))
+    differ = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}
+    assert differ == {"scales", "weight"} and before.keys() == after.keys()
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    info = json.loads((tmp_path / "r" / "llmtools.json").read_text())
+    assert info["recovery"]["after"] == result.kl and info["base_model"] == str(original)
+    llmtools.load(asked.out, verify=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_gguf_file_stays_one(tmp_path: Path, letters: Path) -> None:
+    pytest.importorskip("gguf")
+    from llmtools.formats.gguf_reading import GGUFModel
+    from llmtools.formats.rewriting import GGUFRewriter
+    from tests.formats.test_gguf_reading import write_gguf
+
+    torch.manual_seed(0)
+    wild, source = write_gguf(tmp_path, tie_word_embeddings=True), tmp_path / "in.gguf"
+    model, tokenizer = llmtools.load(wild)
+    model.model.norm.weight.data *= 0.01  # else one token has all the probability
+    GGUFRewriter(GGUFModel(str(wild), wild), model).write_file(model, source)
+    original = other(model, tokenizer, tmp_path / "dense")
+    asked = Recover(
+        model=str(source), original=str(original), calibration=str(letters), out=str(tmp_path / "r.gguf"),
+        num_samples=8, max_length=24, recover=SHORT,
+    )  # fmt: skip
+    result = recover(asked)
+    assert result.kl < result.kl_before and result.format == "gguf"
+    assert (tmp_path / "r.gguf").stat().st_size == source.stat().st_size
+    model, former = llmtools.load(tmp_path / "r.gguf")[0], llmtools.load(source)[0]
+    layer, before = model.model.layers[1].mlp.down_proj, former.model.layers[1].mlp.down_proj
+    assert layer.quantizer == before.quantizer and not torch.equal(layer.packed["blocks"], before.packed["blocks"])
+    with pytest.raises(InputError, match=r"r\.gguf exists; pass --overwrite"):
+        recover(asked)
+    with pytest.raises(InputError, match="is an input of this run"):
+        recover(replace(asked, out=asked.model, overwrite=True))
+    with pytest.raises(InputError, match="is no GGUF file; choose a folder"):
+        recover(replace(asked, model=asked.original or "", out=str(tmp_path / "s.gguf")))
+    into = recover(replace(asked, out=str(tmp_path / "folder")))
+    assert (tmp_path / "folder" / "in.gguf").read_bytes() == (tmp_path / "r.gguf").read_bytes()
+    assert into.kl == result.kl and (tmp_path / "folder" / "llmtools.json").exists()

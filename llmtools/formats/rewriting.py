@@ -1,0 +1,183 @@
+"""A third-party checkpoint written again with other floating values, in its own format: what recovery makes of it.
+
+Codes stay, so the files stay as well: in a folder the tensors of scales, float zero points, norms and biases are
+replaced, in a GGUF file the float16 numbers in its blocks and the tensors of norms and biases. All other tensors, and
+in a GGUF file all other bytes, are those of the original. What replaces a module's tensors is `Format.replaced`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, InputError
+from ..files import METADATA, RUN
+from ..kernels.ggml import TYPES
+from ..model.integrity import read_headers, shards_of
+from ..model.recover import trained_parameters
+from ..model.transformers_integration import locate
+from ..nn.swap import own_linears
+from .gguf_header import StoredTensor, read_header
+from .gguf_reading import GGUFModel, Naming, Place, find, gguf_config, skeleton
+from .reading import External, detect
+from .tensors import Module, Tensors
+
+
+class Rewriter(ABC):
+    """Writes a recovered model in the files' own format.
+
+    It is made before the training, and then raises InputError, saying what the files cannot hold, for a model that has
+    to be written otherwise."""
+
+    format: str
+    """Name of the format."""
+
+    @abstractmethod
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """Writes the files into an existing folder; model: the one it was made with, or the same opened again."""
+
+
+def rewriter(name: str, model: nn.Module) -> Rewriter | None:
+    """What writes the third-party checkpoint of that name; None where it is ours. model: opened from it."""
+    if (file := find(name, {})) is not None:
+        return GGUFRewriter(file, model)
+    external = detect(name, {})
+    return None if external is None else FolderRewriter(external, model)
+
+
+class FolderRewriter(Rewriter):
+    """Writes a folder of safetensors; files of other kinds are copied."""
+
+    def __init__(self, found: External, model: nn.Module) -> None:
+        self.found, self.format = found, found.format.name
+        self.shards = shards_of(found.folder)
+        headers = read_headers(self.shards)
+        places = {name: self._parameter(model, name) for name, each in headers.items() if len(each.shape) <= 1}
+        self.dense = {name: place for name, place in places.items() if place in trained_parameters(model)}
+        if missing := trained_parameters(model).keys() - set(self.dense.values()):
+            raise InputError(f"{found.folder} has no tensor of its own for {min(missing)}")
+        self._packed(model)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        parameters = trained_parameters(model)
+        changed = self._packed(model) | {name: parameters[place].data for name, place in self.dense.items() if place}
+        kept = {METADATA, RUN, *(shard.name for shard in self.shards)}
+        for file in self.found.folder.iterdir():
+            if file.is_file() and file.name not in kept:
+                shutil.copyfile(file, folder / file.name)
+        for shard in self.shards:
+            with safe_open(shard, framework="pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+                metadata = opened.metadata()
+            for name in tensors.keys() & changed.keys():
+                tensors[name] = changed[name].detach().cpu().to(tensors[name].dtype).contiguous()
+            save_file(tensors, folder / shard.name, metadata=metadata)
+
+    def _packed(self, model: nn.Module) -> dict[str, Tensor]:
+        """Name in the files → tensor, of the floating values of the packed layers."""
+        tensors, reader = Tensors(self.found.folder), self.found.format
+        layers = own_linears(model)
+        changed: dict[str, Tensor] = {}
+        for stored_path in reader.modules(tensors):
+            paths = [locate(model, part) for part in reader.parts(stored_path)]
+            if len(paths) != 1:
+                raise InputError(f"{stored_path} holds several layers in one")
+            if paths[0] in layers:
+                replaced = reader.replaced(Module(tensors, stored_path), layers[paths[0]].packed)
+                changed |= {f"{stored_path}.{name}": tensor for name, tensor in replaced.items()}
+        return changed
+
+    def _parameter(self, model: nn.Module, name: str) -> str | None:
+        """Name of the model's parameter for a tensor of the files; None where there is none."""
+        path, _, last = name.rpartition(".")
+        try:
+            found = locate(model, path)
+        except CheckpointError:
+            return None
+        return None if found is None else f"{found}.{last}"
+
+
+class GGUFRewriter(Rewriter):
+    """Writes a file of the same name, byte by byte the same but for the trained numbers."""
+
+    format = "gguf"
+
+    def __init__(self, found: GGUFModel, model: nn.Module) -> None:
+        self.file = read_header(found.path)
+        config = gguf_config(self.file)
+        self.naming = Naming(self.file, config, skeleton(self.file, config))
+        self.places = {tensor: self.naming.place(tensor) for tensor in self.file.tensors.values()}
+        dense = trained_parameters(model)
+        self.maps = {
+            tensor: _affine_map(self.naming, tensor)
+            for tensor, place in self.places.items()
+            if place is not None and place.name in dense
+        }
+        held = {place.name for tensor, place in self.places.items() if place and tensor in self.maps}
+        if missing := dense.keys() - held:
+            raise InputError(f"{found.name} has no tensor of its own for {min(missing)}")
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        self.write_file(model, folder / self.file.path.name)
+
+    def write_file(self, model: nn.Module, target: Path) -> None:
+        """`write` to that file."""
+        shutil.copyfile(self.file.path, target)
+        layers, parameters = own_linears(model), trained_parameters(model)
+        with target.open("r+b") as stream:
+            for tensor, place in self.places.items():
+                if place is None:
+                    continue
+                path = place.name.removesuffix(".weight")
+                if place.packed and path in layers:
+                    data = _in_files_order(layers[path].packed["blocks"], place)
+                elif tensor in self.maps:
+                    data = self._dense(tensor, parameters[place.name])
+                else:
+                    continue
+                stream.seek(tensor.start)
+                stream.write(data.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def _dense(self, tensor: StoredTensor, parameter: Tensor) -> Tensor:
+        """The file's values [n] for a parameter [n]; those that are unchanged are the file's to the bit."""
+        stored, (order, shift) = self.file.read(tensor.name), self.maps[tensor]
+        wanted = parameter.detach().cpu().float()
+        changed = stored.float()[order] + shift != wanted
+        stored[order[changed]] = (wanted - shift)[changed].to(stored.dtype)
+        return stored
+
+
+def _in_files_order(rows: Tensor, place: Place) -> Tensor:
+    if place.order is None:
+        return rows
+    stored = torch.empty_like(rows)
+    stored[place.order] = rows.detach()
+    return stored
+
+
+def _affine_map(naming: Naming, tensor: StoredTensor) -> tuple[Tensor, Tensor]:
+    """(order int64 [n], shift float32 [n]) with parameter = stored[order] + shift, as transformers' reader has it.
+
+    It is determined on zeros and on 0, 1, 2, …. Raises InputError where the reader does something else.
+    """
+    count = tensor.shape[-1]
+    found = []
+    for cells in (np.zeros(count, dtype=np.float32), np.arange(count, dtype=np.float32)):
+        done: Any = naming.processor.process(
+            weights=cells, name=tensor.name, tensor_key_mapping=naming.names, parsed_parameters={"tensors": {}}
+        )
+        if done.name != tensor.name or np.shape(done.weights) != (count,):
+            raise InputError(f"{tensor.name} is put together with others by transformers' reader")
+        found.append(torch.from_numpy(np.array(done.weights, dtype=np.float32)))
+    order = (found[1] - found[0]).long()
+    if tensor.kind in TYPES or not torch.equal(order.sort().values, torch.arange(count)):
+        raise InputError(f"{tensor.name} is computed from the file's numbers, which cannot be undone")
+    return order, found[0]

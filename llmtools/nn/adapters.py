@@ -182,7 +182,7 @@ def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float
         merged = _merged_weight(path, layer)
         delta = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
         with within(path):
-            base.pack_(base.quantizer.requantize(merged.weight.detach(), base.packed))
+            base.pack_(base.packed | base.quantizer.requantize(merged.weight.detach(), base.packed))
         error = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
         lost[path.removeprefix("base_model.model.")] = error / delta if delta else 0.0
         if getattr(merged, "bias", None) is not None:

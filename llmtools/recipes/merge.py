@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ..errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-WAYS = ("round", "requantize")
+WAYS = ("exact", "round", "requantize")
 ENOUGH = 0.9
 """Recovered share below which a warning names the better way."""
 
@@ -26,9 +26,10 @@ class Merge(AdaptedModelOptions):
 
     out: str
     """Folder to write the merged model to."""
-    how: str = "round"
-    """Way of merging: round (each merged weight to the nearest values on the base's own scales), or requantize (the
-    base's own quantizer on the merged weights, with --calibration)."""
+    how: str | None = None
+    """Way of merging: exact (the codes that an adapter of finetune --merge exact was trained with, bit for bit), round
+    (each merged weight to the nearest values on the base's own scales), or requantize (the base's own quantizer on the
+    merged weights, with --calibration); by default exact for adapters that were trained so, else round."""
     calibration: str | None = None
     """Calibration text for --how requantize: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
     data: str | None = None
@@ -56,7 +57,7 @@ class MergeResult:
     modules: int
     """Number of quantized linears that an adapter was merged into."""
     rounding_error: float | None
-    """Mean over modules of |Ŵ − W| / |ΔW|, the rounding error beside the adapter's own size; None for requantize."""
+    """Mean over modules of |Ŵ − W| / |ΔW|, the rounding error beside the adapter's own size; for round only."""
     perplexity: dict[str, float] | None
     """Perplexity on the held-out text: of base, adapter (base with adapter), merged; None without text."""
     recovered: float | None
@@ -89,8 +90,9 @@ def merge(recipe: Merge) -> MergeResult:
     """
     from ..checkpoint.loading import model_and_adapter
     from ..files import claim
+    from ..model.adapter_files import merged_as
 
-    if recipe.how not in WAYS:
+    if recipe.how is not None and recipe.how not in WAYS:
         raise InputError(
             f"--how {recipe.how}: {did_you_mean(recipe.how, WAYS)}; a dense model is `llmtools export --format dense`"
         )
@@ -99,8 +101,28 @@ def merge(recipe: Merge) -> MergeResult:
     if recipe.adapter is None:
         raise InputError("no adapter: pass --adapter, a folder that `llmtools finetune --out` wrote")
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
+    recipe = replace(recipe, how=_way(recipe.how, merged_as(recipe.adapter), recipe.adapter))
     with claim(recipe.out, overwrite=recipe.overwrite, reads=[name, adapter, recipe.calibration, recipe.data]):
         return _merge(recipe, name)
+
+
+def _way(asked: str | None, trained: str | None, adapter: str) -> str:
+    """The way of merging: the one asked for, or that of the adapter's training.
+
+    Raises InputError for an adapter that was not trained to be merged in that way.
+    """
+    if asked is None:
+        return trained or "round"
+    if asked == "exact" and trained != "exact":
+        raise InputError(
+            f"--how exact: {adapter} was not trained with `finetune --merge exact`; merge it with --how round, or --how "
+            "requantize --calibration FILE, which keeps more"
+        )
+    if trained == "exact" and asked != "exact":
+        raise InputError(
+            f"--how {asked}: {adapter} was trained with --merge exact, and anything else would change it; leave --how out"
+        )
+    return asked
 
 
 def _merge(recipe: Merge, name: str) -> MergeResult:
@@ -133,14 +155,15 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
     with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
         before = _measured(recipe, model, tokenizer, Path(folder))
         lost: dict[str, float] = {}
-        if recipe.how == "round":
-            model, lost = merge_into_packed(model)
-        else:
+        if recipe.how == "requantize":
             model = _requantized(recipe, model, tokenizer)
+        else:
+            model, lost = merge_into_packed(model)
+            lost = {} if recipe.how == "exact" else lost
         after = _compared(model, before, recipe.max_length)
     out = Path(recipe.out).expanduser()
     error = sum(lost.values()) / len(lost) if lost else None
-    result = MergeResult(recipe.out, recipe.how, adapted, error, *after, seconds=time.monotonic() - began)
+    result = MergeResult(recipe.out, str(recipe.how), adapted, error, *after, seconds=time.monotonic() - began)
     if result.recovered is not None and result.recovered < ENOUGH:
         better = "--how requantize --calibration FILE keeps more; " if recipe.how == "round" else ""
         log.warning(

@@ -6,7 +6,7 @@ A row is a sequence of blocks of 32 or 256 weights with their scales. So a weigh
     blocks [out, row_bytes] uint8, kind: a name of `TYPES`
 
 `reference.py` is the specification, `native.py` with `native.c` the implementation in C for the CPU (`decode.h` rows,
-`integer.h` products by products of bytes), `triton.py` the GPU's kernel.
+`integer.h` products by products of bytes), `triton.py` the GPU's kernel. `encode.py` chooses codes on given scales.
 """
 
 from __future__ import annotations
@@ -15,10 +15,21 @@ import torch
 
 from ..ops import constant_result, define, has_triton
 from . import native, reference
+from .encode import ENCODINGS, encode_ggml
 from .reference import iq1_m_scale
 from .types import NUMBERS, TYPES, BlockType
 
-__all__ = ["NUMBERS", "TYPES", "BlockType", "decodes", "dequantize_ggml", "iq1_m_scale", "multiply_ggml"]
+__all__ = [
+    "ENCODINGS",
+    "NUMBERS",
+    "TYPES",
+    "BlockType",
+    "decodes",
+    "dequantize_ggml",
+    "encode_ggml",
+    "iq1_m_scale",
+    "multiply_ggml",
+]
 
 
 def _columns(blocks: torch.Tensor, kind: str) -> int:

@@ -9,7 +9,7 @@ quantization error, if requested, is in ``lora_start.safetensors``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..formats.gguf_header import read_header
 from ..formats.gguf_reading import GGUFModel, find, gguf_config, joined, open_gguf, open_tokenizer
 from ..formats.gguf_reading import skeleton as gguf_skeleton
 from ..formats.reading import detect, left_to_transformers, naming_method, open_model
+from ..formats.rewriting import writer
 from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
 from ..model.architectures import auto_class
@@ -130,6 +131,23 @@ def write(
     sort_metadata(folder)
     info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
     write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
+
+
+def write_back(
+    model: nn.Module, name: str, folder: Path, changed: Collection[str], *, run: Mapping[str, Any] | None = None
+) -> bool:
+    """Writes a model that was opened from a third-party checkpoint in that checkpoint's own format, with other codes.
+
+    name: the checkpoint that the model was opened from. changed: paths of the layers whose codes differ; everything
+    else is copied. run: as in `write`. Returns False, with nothing written, where the format cannot be written back.
+    """
+    rewrite = writer(name, model)
+    if rewrite is None:
+        return False
+    rewrite(folder, changed)
+    info = {"versions": versions(), **(run or {}), **_about(model, None), "files": files_of(folder, "README.md")}
+    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
+    return True
 
 
 def load(

@@ -95,6 +95,13 @@ class Format(ABC):
         stored: the module's tensors in the file. Raises CheckpointError for damaged tensors.
         """
 
+    def rewrite(self, stored: Module, quantizer: Quantizer, packed: Packed) -> dict[str, Tensor]:
+        """The tensors of a module that hold its codes, from the packed tensors of `read` with other codes.
+
+        stored: the module's former tensors. Optional: with it, a merged checkpoint is written in this format again.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.rewrite")
+
     def parts(self, path: str) -> tuple[str, ...]:
         """Paths of the model's linears whose weights, concatenated over outputs, are stored as the module `path`."""
         return (path,)

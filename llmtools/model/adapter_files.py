@@ -99,8 +99,8 @@ def merged_as(folder: str | PathLike[str]) -> str | None:
     how = read_info(Path(folder).expanduser(), CheckpointError).get("merge")
     if how is not None and how not in MERGES:
         raise CheckpointError(
-            f"adapter {str(folder)!r} was trained with --merge {str(how)[:20]}, which this version of llmtools does not "
-            "know; update it"
+            f"adapter {str(folder)!r} was trained with --merge {str(how)[:20]}, which this version does not know; "
+            "update llmtools"
         )
     return how
 

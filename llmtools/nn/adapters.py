@@ -189,7 +189,7 @@ def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float
             else:  # DoRA, for one
                 base.pack_(base.packed | base.quantizer.requantize(merged.weight.detach(), base.packed))
         error = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
-        lost[path.removeprefix("base_model.model.")] = error / delta if delta else 0.0
+        lost[own_path(path)] = error / delta if delta else 0.0
         if getattr(merged, "bias", None) is not None:
             base.bias = nn.Parameter(merged.bias.detach().to(base.dtype), requires_grad=False)
         set_module(peft_model, path, base)
@@ -243,6 +243,20 @@ def _untie_head(model: Any) -> None:
         config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
+
+
+def own_path(path: str) -> str:
+    """The path in the base model of a module of a PEFT model."""
+    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def adapted_modules(peft_model: nn.Module) -> set[str]:
+    """Paths, in the base model, of all modules that carry an adapter or were trained whole."""
+    return {
+        own_path(path)
+        for path, module in peft_model.named_modules()
+        if module._modules.keys() & {"base_layer", "modules_to_save", "original_module"}
+    }
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,8 @@
 """ggml's block types as a quantizer: the weights of an opened GGUF file.
 
 The packed tensor has the rows as in the file, [out, row_bytes] uint8: opening changes no bit, and rows decode
-independently. The simple types are rounded to nearest, with scales that are rounded to float16 first. To the other types
-nothing is quantized; llama.cpp (`llama-quantize`) quantizes to them, with searches that are not implemented here.
+independently. The simple types are rounded to nearest, with scales that are rounded to float16 first. Nothing is
+quantized to the others; llama.cpp (`llama-quantize`) does that, with searches that are not implemented here.
 
 Shapes: out, in — features; n — blocks.
 """
@@ -66,8 +66,8 @@ class GGMLBlocks(Quantizer):
         """As `Quantizer.requantize`. Raises InputError for types whose codes name vectors (IQ1 to IQ3)."""
         if not self.requantizes():
             raise InputError(
-                f"{where()}{self.type} cannot encode a weight on the scales that are there ({', '.join(ENCODINGS)} can); "
-                "merge with --how requantize, or dense"
+                f"{where()}{self.type} cannot encode a weight on the scales that are there ({', '.join(ENCODINGS)} "
+                "can); serve the adapter beside the file, or merge it with export --format dense"
             )
         return {"blocks": encode_ggml(weight, packed["blocks"][rows], self.type)}
 

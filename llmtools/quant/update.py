@@ -2,8 +2,8 @@
 
 Training with ``finetune --merge exact`` computes with these codes, and `merge` writes them: there is one function, so
 both have the same bits. Blocks of rows are decoded, updated and encoded one after the other, so no dense weight
-is ever held. A block's size depends on nothing but the weight's shape and the kind of device, since the sums of a matrix
-product may depend on it.
+is ever held. A block's size depends on nothing but the weight's shape and the kind of device, since the sums of a
+matrix product may depend on it.
 
 Shapes: out, in — features; r — rank.
 """

@@ -115,25 +115,25 @@ def _way(asked: str | None, trained: str | None, adapter: str) -> str:
         return trained or "round"
     if asked == "exact" and trained != "exact":
         raise InputError(
-            f"--how exact: {adapter} was not trained with `finetune --merge exact`; merge it with --how round, or --how "
-            "requantize --calibration FILE, which keeps more"
+            f"--how exact: {adapter} was not trained with `finetune --merge exact`; merge it with --how round, or with "
+            "--how requantize --calibration FILE, which keeps more"
         )
     if trained == "exact" and asked != "exact":
         raise InputError(
-            f"--how {asked}: {adapter} was trained with --merge exact, and anything else would change it; leave --how out"
+            f"--how {asked}: {adapter} was trained with --merge exact, and another way would change it; leave --how out"
         )
     return asked
 
 
 def _merge(recipe: Merge, name: str) -> MergeResult:
-    from ..checkpoint.folder import write
+    from ..checkpoint.folder import write, write_back
     from ..checkpoint.loading import import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
     from ..files import METADATA, json_or_empty, writing
-    from ..nn.adapters import merge_into_packed
+    from ..nn.adapters import adapted_modules, merge_into_packed, own_path
     from ..nn.swap import packed_layers
 
     began = time.monotonic()
@@ -149,7 +149,8 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
         verify=recipe.verify,
         allow_other_base=recipe.allow_other_base,
     )
-    adapted = sum(1 for path in packed_layers(model) if path.endswith(".base_layer"))
+    adapted = [own_path(path) for path in packed_layers(model) if path.endswith(".base_layer")]
+    others = adapted_modules(model) - {*adapted}
     if not adapted:
         raise InputError(f"{name}: no quantized layer carries the adapter; use llmtools export --format dense")
     with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
@@ -163,7 +164,7 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
         after = _compared(model, before, recipe.max_length)
     out = Path(recipe.out).expanduser()
     error = sum(lost.values()) / len(lost) if lost else None
-    result = MergeResult(recipe.out, str(recipe.how), adapted, error, *after, seconds=time.monotonic() - began)
+    result = MergeResult(recipe.out, str(recipe.how), len(adapted), error, *after, seconds=time.monotonic() - began)
     if result.recovered is not None and result.recovered < ENOUGH:
         better = "--how requantize --calibration FILE keeps more; " if recipe.how == "round" else ""
         log.warning(
@@ -177,7 +178,10 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
         if isinstance(base_model, str):
             model.config.name_or_path = base_model  # type: ignore[union-attr]
         merged = {"adapter": recipe.adapter, "how": recipe.how, "rounding errors": lost, "recovered": result.recovered}
-        write(model, tokenizer, target, run=record("merge", recipe, merged=merged))
+        run = record("merge", recipe, merged=merged)
+        kept = recipe.how != "requantize" and not others  # scales, and all that is not quantized
+        if not (kept and write_back(model, name, target, adapted, run=run)):
+            write(model, tokenizer, target, run=run)
         write_card(target, name=out.resolve().name, former=out)
     return result
 
@@ -188,13 +192,11 @@ def _requantized(recipe: Merge, model: Any, tokenizer: Any) -> Any:
     from ..model.blocks import linears
     from ..model.quantize import quantize
     from ..nn.adapters import merge as merge_dense
+    from ..nn.adapters import own_path
     from ..nn.swap import quantized_linears
     from ..progress import progress
 
-    def own(path: str) -> str:
-        return path.removeprefix("base_model.model.").removesuffix(".base_layer")
-
-    quantizers = {own(path): layer.quantizer for path, layer in quantized_linears(model).items()}
+    quantizers = {own_path(path): layer.quantizer for path, layer in quantized_linears(model).items()}
     dense = merge_dense(model)
     text = calibration(
         str(recipe.calibration), tokenizer, samples=recipe.num_samples, tokens=recipe.max_length, seed=recipe.seed

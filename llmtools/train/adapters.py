@@ -75,8 +75,8 @@ def check_merge(recipe: Finetune) -> None:
     if recipe.load or not is_quantized(recipe.model):
         what = f"is loaded with --load {recipe.load}" if recipe.load else "is not quantized"
         raise InputError(
-            f"--merge {recipe.merge} needs a base that llmtools opens quantized, and {recipe.model} {what}; quantize it "
-            "first (llmtools quantize)"
+            f"--merge {recipe.merge} needs a base that llmtools opens quantized, and {recipe.model} {what}; quantize "
+            "it first (llmtools quantize)"
         )
 
 

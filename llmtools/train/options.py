@@ -58,8 +58,8 @@ class Finetune(ModelOptions):
     """Arguments of trl.SFTConfig: --training.max_steps 200 --training.learning_rate 2e-4 --training.packing true
     --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig."""
     merge: str | None = None
-    """How the adapter will be merged: exact (trained through the rounding to the base's own codes, which `llmtools merge`
-    then writes, bit for bit); by default it is not merged without loss."""
+    """Merge without loss that the adapter is trained for: exact (trained through the rounding to the base's own codes,
+    which `llmtools merge` then writes, bit for bit); by default none."""
     merge_warmup: float = 0.0
     """Share of the steps before --merge exact begins to round."""
     load: str | None = None

@@ -19,7 +19,9 @@ from llmtools.quant.laws import problems
 from tests.models import tiny_ids, tiny_model
 from tests.quant.test_laws import BUILT_IN, OPTIONS, QUICK
 
-peft = pytest.importorskip("peft")
+pytest.importorskip("peft")
+
+import peft
 
 from llmtools.model.exact_lora import ExactLinear, exact_layers, register
 

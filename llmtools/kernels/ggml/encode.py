@@ -1,9 +1,9 @@
 """Encoders of ggml's blocks that keep their scales, in plain torch: each weight gets the code nearest to it.
 
-For all types of one value a weight: value = scale · level[code] + offset, with a scale and an offset for each group of a
-block, that are read from its bytes as in `reference.py`. Where no code is nearer than the former one, that one stays, so
-blocks that are encoded from their own values keep their bytes. Types whose codes name vectors (IQ1 to IQ3) have no such
-encoder here.
+For all types with a code per weight: value = scale · level[code] + offset, with a scale and an offset for each group of
+a block, which are read from its bytes as in `reference.py`. Where no code is nearer than the former one, that one
+stays, so blocks that are encoded from their own values keep their bytes. Types whose codes name vectors (IQ1 to IQ3)
+have no such encoder here.
 
 Shapes: n — blocks; w — weights in a block; g — groups in a block.
 """

@@ -34,7 +34,10 @@ def write_gguf(
     kinds: dict[str, str] | None = None,
     **changes: Any,
 ) -> Path:
-    """A tiny model of random blocks with a tokenizer of letters, as llama.cpp would lay it out; kinds: beside `KINDS`."""
+    """A tiny model of random blocks with a tokenizer of letters, as llama.cpp would lay it out.
+
+    kinds: types of weights beside `KINDS`.
+    """
     config = CONFIGS[family](**{"hidden_size": 256, "intermediate_size": 512} | changes)
     arch = {"llama": "LLAMA", "qwen3": "QWEN3", "gemma3": "GEMMA3"}[family]
     architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]]

@@ -50,15 +50,15 @@ def encode_ggml(values: Tensor, blocks: Tensor, kind: str) -> Tensor:
     target = values.float().reshape(len(flat), scale.shape[1], -1)  # [n, g, w / g]
     former = how.read(flat).view(target.shape)
     levels = iq4_levels(flat.device) if how.table else None
-    normal = (target - offset) / torch.where(scale == 0, 1.0, scale)
+    codes = (target - offset).div_(torch.where(scale == 0, 1.0, scale))
     if levels is None:
-        codes = torch.round(normal).add_(how.zero).clamp_(how.least, how.top)
+        codes = codes.round_().add_(how.zero).clamp_(how.least, how.top)
     else:
-        codes = torch.bucketize(normal, (levels[1:] + levels[:-1]) / 2)
+        codes = torch.bucketize(codes, (levels[1:] + levels[:-1]) / 2)
     errors = []
     for each in (codes, former):
-        level = each.float() - how.zero if levels is None else levels[each.long()]
-        errors.append((scale * level + offset - target).abs_())
+        level = torch.sub(each, float(how.zero)) if levels is None else levels[each.long()]
+        errors.append(level.mul_(scale).add_(offset).sub_(target).abs_())
     how.write(flat, torch.where(errors[0] < errors[1], codes.to(torch.uint8), former).flatten(1))
     return flat.view_as(blocks)
 

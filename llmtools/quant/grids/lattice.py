@@ -13,7 +13,7 @@ both stages, int64: E8P's in bits 0–15, the residual's above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -44,6 +44,8 @@ _RESIDUAL = {3: torch.uint8, 4: torch.int16}
 _BALL = 0.49
 """Squared radius within which a point of either codebook is the nearest: half their least distance, whose square is 2,
 with a margin for rounding."""
+_USUAL = 0.75
+"""Squared error of eight Gaussian weights on E8P."""
 
 
 @dataclass(frozen=True)
@@ -112,32 +114,41 @@ class Lattice(Grid):
         """Only blocks that have left the ball around their point are searched: within it no other point is nearer.
 
         Residuals make many points, which are not searched together: first the first stage's code stays and the
-        residual is chosen again, then both are chosen one after the other. Of these and the former ones the nearest
-        codes are taken.
+        residual is chosen again; where that leaves more than the usual error, both are chosen one after the other. Of
+        these and the former ones the nearest codes are taken.
         """
         codes = {name: packed[name][rows] for name in self.codes}
         target = F.pad(weight.float(), (0, -weight.shape[1] % 8)).unflatten(1, (-1, 8))  # [rows, b, 8]
         error = self._error(target, codes)
-        moved = (error > (_BALL if self.bits == 2 else _BALL / self._scale**2)).nonzero(as_tuple=True)
-        if not len(moved[0]):
-            return codes
-        target, error = target[moved], error[moved]  # [n, 8], [n]
-        best = {name: tensor[moved] for name, tensor in codes.items()}
-        for tried in self._proposals(target, best):
-            nearer = (made := self._error(target, tried)) < error
-            error = torch.where(nearer, made, error)
-            best = {name: torch.where(nearer, tried[name], best[name]) for name in best}
-        return {name: tensor.index_put(moved, best[name]) for name, tensor in codes.items()}
+        unit = 1.0 if self.bits == 2 else self._scale**-2
+        for proposal, limit in self._proposals():
+            left = (error > limit * unit).nonzero(as_tuple=True)
+            if not len(left[0]):
+                break
+            some, former = target[left], {name: tensor[left] for name, tensor in codes.items()}  # [n, 8], [n]
+            tried = proposal(some, former)
+            nearer = (made := self._error(some, tried)) < error[left]
+            error = error.index_put(left, torch.where(nearer, made, error[left]))
+            codes = {
+                name: tensor.index_put(left, torch.where(nearer, tried[name], former[name]))
+                for name, tensor in codes.items()
+            }
+        return codes
 
-    def _proposals(self, target: Tensor, former: Packed) -> Iterator[Packed]:
-        """Codes [n] for vectors [n, 8]: of the former first stage with another residual, and of two new stages."""
-        if self.bits > 2:
-            encode = encode_e81b if self.bits == 3 else encode_e8p
-            first = decode_e8p(former["codes"].to(torch.int64) & 0xFFFF)
-            yield {"codes": former["codes"], "residual": encode((target - first) * self._scale)}
+    def _proposals(self) -> list[tuple[Callable[[Tensor, Packed], Packed], float]]:
+        """Functions of vectors [n, 8] and their former codes [n] to other codes, and the squared error, in units of the
+        last stage, from which they are tried."""
+        return [(self._both, _BALL)] if self.bits == 2 else [(self._residual_again, _BALL), (self._both, _USUAL)]
+
+    def _residual_again(self, target: Tensor, former: Packed) -> Packed:
+        encode = encode_e81b if self.bits == 3 else encode_e8p
+        rest = target - decode_e8p(former["codes"].to(torch.int64) & 0xFFFF)
+        return {"codes": former["codes"], "residual": encode(rest * self._scale)}
+
+    def _both(self, target: Tensor, former: Packed) -> Packed:
         codes, residual = encode_lattice(target, self.bits, self._scale)
         made = {"codes": codes[:, 0]}
-        yield made if residual is None else made | {"residual": residual[:, 0]}
+        return made if residual is None else made | {"residual": residual[:, 0]}
 
     def _error(self, target: Tensor, codes: Packed) -> Tensor:
         """Squared distances [...] of vectors [..., 8] from the points of their codes [...]."""

@@ -12,11 +12,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...errors import InputError, did_you_mean, where
-from ...kernels.bits import pack, words
-from ...kernels.grouped import Weight, decodes, dequantize_grouped, multiplies, multiply_grouped
+from ...kernels.bits import words
+from ...kernels.grouped import Weight, decodes, dequantize_grouped, encode_grouped, multiplies, multiply_grouped
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
@@ -91,12 +90,17 @@ class Scalar(Grid):
         return qweight, scales, zeros, None, self.bits, group_size, in_features
 
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
-        """As `Grid.requantize`, all groups at once."""
-        values, group_size = weight, self.resolve_group_size(weight.shape[1])
-        params = self.params(packed, rows).to(values.dtype)  # [rows, G, p]
-        groups = F.pad(values, (0, -values.shape[1] % group_size)).unflatten(1, (-1, group_size))
-        codes = self.quantize_values(groups.flatten(0, 1), params.flatten(0, 1)).reshape(len(values), -1)
-        return {"qweight": pack(codes[:, : values.shape[1]], self.bits)}
+        """As `Grid.requantize`, all groups at once; groups of a scale of 0 are values of 0 whatever their codes."""
+        scales, *zeros = self.params(packed, rows).float().unbind(-1)  # [rows, G] each
+        table = self.grouped(packed, slice(0, 0))[3]
+        if table is None:
+            scales = torch.where(scales == 0, 1.0, scales)
+        sizes = self.bits, self.resolve_group_size(weight.shape[1])
+        return {
+            "qweight": encode_grouped(
+                weight.float(), scales, zeros[0] if zeros else None, table, *sizes, self.float_zeros
+            )
+        }
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize_grouped(*self.grouped(packed, rows), dtype)

@@ -9,7 +9,7 @@ quantization error, if requested, is in ``lora_start.safetensors``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
@@ -169,12 +169,13 @@ def write_again(
     *,
     run: Mapping[str, Any],
     lora_init: Mapping[str, LoraInit] | None = None,
+    changed: Collection[str] | None = None,
 ) -> None:
-    """Writes a third-party checkpoint with the model's floating values into an existing folder, in its own format, and
-    ``llmtools.json``, as `write` does."""
-    rewriter.write(model, folder)
+    """Writes a third-party checkpoint with the model's scales or codes into an existing folder, in its own format, and
+    ``llmtools.json``, as `write` does. changed: paths of the layers that differ; None for all."""
+    rewriter.write(model, folder, changed)
     _write_lora_init(lora_init, folder)
-    info = {"versions": versions(), **run, **_about(model, None), "files": files_of(folder)}
+    info = {"versions": versions(), **run, **_about(model, None), "files": files_of(folder, "README.md")}
     write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
 
 

@@ -79,6 +79,8 @@ def card(
             return _adapter_card(folder, name, base_name, results)
         if (folder / "config.json").exists():
             return _model_card(folder, name, base_name, results)
+        if files := sorted(folder.glob("*.gguf")):
+            return _gguf_card(folder, name, files[0].name, results)
     raise InputError(f"{folder} holds neither a model (config.json) nor an adapter (adapter_config.json)")
 
 
@@ -104,10 +106,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
         }
     else:
         rows["weights"] = "dense, not quantized"
-    adapters = (
-        "`adapter`, trained on the original's distributions" if (folder / "adapter").exists() else "none in this folder"
-    )
-    rows |= {"adapters": adapters, "measured quality": _quality(results), "made with": _versions(info)}
+    rows |= {"adapters": _beside(folder), "measured quality": _quality(results), "made with": _versions(info)}
     what = "A language model with quantized linear layers." if quantizers else "A language model with dense weights."
     return _page(head, name, what, rows, use, results)
 
@@ -116,6 +115,38 @@ def _chosen(info: Mapping[str, Any]) -> dict[str, str]:
     """The row of a quality, with the options that it stood for; {} where none was chosen."""
     quality = info.get("quality")
     return {"quality": f"{quality['name']}: `{quality['options']}`"} if isinstance(quality, Mapping) else {}
+
+
+def _beside(folder: Path) -> str:
+    """The adapter in a model's folder."""
+    recovered = (folder / "adapter").exists()
+    return "`adapter`, trained on the original's distributions" if recovered else "none in this folder"
+
+
+def _gguf_card(folder: Path, name: str, file: str, results: Sequence[Mapping[str, Any]]) -> str:
+    """The card of a folder with a model as one GGUF file, into which an adapter was merged, or that was recovered."""
+    info = read_info(folder)
+    base = str(info.get("base_model") or "")
+    merged = info.get("merged") or {}
+    types = sorted({str(spec.get("type")) for spec in info.get("quantizers") or ()})
+    repo = _hub_repo(base)
+    rows = {
+        "base model": f"[{repo}](https://huggingface.co/{repo})"
+        if repo
+        else f"a local file `{Path(base or file).name}`",
+        "quantizer": f"gguf (types {', '.join(types)})" if types else UNKNOWN,
+        "bits per weight": _bits(info),
+        "adapters": f"merged by {merged.get('how', UNKNOWN)}" if merged else _beside(folder),
+        "measured quality": _quality(results),
+        "made with": _versions(info),
+    }
+    use = f"""\
+import llmtools
+
+model, tokenizer = llmtools.load("{name}", gguf_file="{file}")  # its weights stay in their blocks"""
+    head = _head("gguf", repo, "quantized", ["gguf"])
+    commands = f'llama-cli -m {file} -p "…"   # llama.cpp'
+    return _page(head, name, "A language model as a GGUF file.", rows, use, results, commands=commands)
 
 
 def _adapter_card(folder: Path, name: str, base_name: str | None, results: Sequence[Mapping[str, Any]]) -> str:
@@ -148,6 +179,8 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{base_id}")  # the base model
 model = PeftModel.from_pretrained(model, "{name}")"""
+    if info.get("merge") == "exact":
+        use = _exact_use(name)
     rows = {
         "base model": _called(base),
         "quantizer of the base model": "; ".join(map(_spec, quantizers)) or dense,
@@ -159,6 +192,7 @@ model = PeftModel.from_pretrained(model, "{name}")"""
     return _page(head, name, _ADAPTER, rows, use, results, _plot(folder))
 
 
+_MERGES = {"exact": "; trained through the rounding to the base's codes (`--merge exact`)"}
 _ADAPTER = "An adapter for a language model; the base model is not included."
 
 
@@ -176,10 +210,16 @@ from peft import PeftModel
 
 model, tokenizer = llmtools.load({opened})  # the base model, whose weights stay in their blocks
 model = PeftModel.from_pretrained(model, "{name}")"""
+    if info.get("merge") == "exact":
+        use = _exact_use(name)
     commands = f"""\
 llmtools generate --model {model} --adapter {folder.name} --prompt "…"
 llmtools export --model {model} --adapter {folder.name} --format gguf --out adapter.gguf
 llama-cli -m {file} --lora adapter.gguf -p "…"   # llama.cpp, on the same file"""
+    if info.get("merge") == "exact":
+        commands = f"""\
+llmtools merge --model {model} --adapter {folder.name} --out MERGED
+llama-cli -m MERGED/{file} -p "…"   # llama.cpp, on the merged file"""
     bits = known.get("bits per weight")
     rows = {
         "base model": f"`{inside}` of [{repo}](https://huggingface.co/{repo})" if repo else f"a local file `{file}`",
@@ -193,12 +233,20 @@ llama-cli -m {file} --lora adapter.gguf -p "…"   # llama.cpp, on the same file
     return _page(head, name, _ADAPTER, rows, use, results, _plot(folder), commands)
 
 
+def _exact_use(name: str) -> str:
+    return f"""\
+import llmtools  # PEFT alone would open it as a plain LoRA, which is not what was trained
+
+model, tokenizer = llmtools.load("{name}")  # base and adapter, rounded to the base's own codes
+# llmtools merge --adapter {name} --out MERGED   writes these codes as an ordinary checkpoint"""
+
+
 def _trained(
     config: Mapping[str, Any], info: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
 ) -> dict[str, str]:
     """The rows about an adapter and its training."""
     return {
-        "adapters": _adapter(config),
+        "adapters": _adapter(config) + _MERGES.get(str(info.get("merge")), ""),
         "trained on": _training(info),
         "losses": _losses(info),
         "measured quality": _quality(results),

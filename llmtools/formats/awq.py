@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..kernels.bits import unpack
+from ..kernels.bits import pack, unpack
 from ..quant import Packed, Quantizer
 from .base import FLOATS, Format, affine, formats, whole
 from .tensors import Module
+from .uniform import natural_codes
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Output of each nibble of a word, from the lowest nibble up."""
@@ -74,12 +75,19 @@ class AWQ(Format):
             zeros = torch.full((groups, out_features), 8, dtype=torch.uint8)
         return affine(codes.T, scales.T, zeros.T, bits=4, group_size=group_size, in_features=in_features)
 
-    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+    def scales(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
         if self.version == "gemm":
             return {"scales": packed["scales"].T}
         scales = stored.get("scales").clone()  # padded
         scales[:, : packed["scales"].shape[1]] = packed["scales"]
         return {"scales": scales}
+
+    def codes(self, stored: Module, quantizer: Quantizer, packed: Packed) -> dict[str, Tensor]:
+        codes = natural_codes(quantizer, packed)
+        if self.version == "gemv":
+            return {"qweight": pack(codes, 4)}
+        nibbles = codes.T.unflatten(-1, (-1, 8))[..., torch.tensor(ORDER)]  # nibble i of a word is output ORDER[i]'s
+        return {"qweight": pack(nibbles.flatten(-2), 4)}
 
 
 def _interleaved(stream: Tensor) -> Tensor:

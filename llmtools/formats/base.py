@@ -105,13 +105,18 @@ class Format(ABC):
         (whole,) = out_features
         return [self.read(stored, whole, in_features)]
 
-    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+    def scales(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
         """The module's tensors that hold floating values of `packed`, with those values: name → tensor of the file's
         shape and dtype. All others of the module stay; `read` then gives `packed`.
 
         Raises InputError where the module's tensors cannot hold any values of these; by default always.
         """
         raise InputError(f"{self.name} files cannot be written with other scales")
+
+    def codes(self, stored: Module, quantizer: Quantizer, packed: Packed) -> dict[str, Tensor]:
+        """The module's tensors that hold the codes of `packed`: name → tensor of the file's shape and dtype; as
+        `scales`. With it, a merged checkpoint is written in this format again."""
+        raise InputError(f"{self.name} files cannot be written with other codes")
 
     def modules(self, names: Iterable[str]) -> list[str]:
         """Paths of the quantized modules, in the order of the tensors' names."""

@@ -79,7 +79,7 @@ class BitsAndBytes(Format):
         quantizer = TableGrid(named or table, group_size=group, double_quantization=double)
         return quantizer, {name: packed[name] for name in quantizer.layout(out_features, in_features)}
 
-    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+    def scales(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
         if "nested_scales" in packed:
             name, state = _STATE + next(kind for kind in ("nf4", "fp4") if _STATE + kind in stored), _state(stored)
             text = json.dumps({**state, "nested_offset": float(packed["nested_offset"])})

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CheckpointError, InputError
 from ..kernels.bits import pack, unpack, words
 from ..quant import Packed, Quantizer
 from .base import FLOATS, Format, affine, columns_by_group, formats, mapping, whole
 from .tensors import Module
-from .uniform import Limits, Uniform
+from .uniform import Limits, Uniform, natural_codes
 
 _VERSION = "0.18.0"
 """First version with a dense 3-bit stream, which we write."""
@@ -107,10 +108,15 @@ class CompressedTensors(Format):
             group_of=group_of,
         )
 
-    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+    def scales(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
         if stored.get("weight_scale").shape != packed["scales"].shape:
             raise InputError(f"{stored.path} has one scale for all its rows in the file")
         return {"weight_scale": packed["scales"]}
+
+    def codes(self, stored: Module, quantizer: Quantizer, packed: Packed) -> dict[str, Tensor]:
+        codes, former = natural_codes(quantizer, packed), stored.get("weight_packed")
+        bits, dense = self._width(stored, former.shape[1], codes.shape[1])
+        return {"weight_packed": pack(codes, bits) if dense else _padded(codes, bits)}
 
     def _width(self, stored: Module, width: int, in_features: int) -> tuple[int, bool]:
         """(bits, whether the stream is dense) for `width` words per row."""
@@ -184,6 +190,14 @@ def _codes(stream: Tensor, bits: int, count: int, dense: bool) -> Tensor:
     fields = (stream.unsqueeze(-1) >> shifts) & (2**bits - 1)
     codes: Tensor = fields.flatten(-2)[..., :count].to(torch.uint8)
     return codes
+
+
+def _padded(codes: Tensor, bits: int) -> Tensor:
+    """Codes [m, n] -> int32 [m, w] of whole codes per word, the first in the lowest bits."""
+    count = 32 // bits
+    runs = F.pad(codes.to(torch.int64), (0, -codes.shape[1] % count)).unflatten(1, (-1, count))
+    words = (runs << torch.arange(0, count * bits, bits)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
 
 
 def _before_dense(version: str) -> bool:

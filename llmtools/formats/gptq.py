@@ -26,6 +26,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import CheckpointError
 from ..kernels.bits import pack, unpack, words
@@ -33,7 +34,7 @@ from ..limits import PATTERN_SECONDS, match
 from ..quant import Packed, Quantizer
 from .base import FLOATS, Format, affine, columns_by_group, formats, mapping, whole
 from .tensors import Module
-from .uniform import Limits, Uniform
+from .uniform import Limits, Uniform, natural_codes
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ class GPTQ(Format):
 
     def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
         options = self._options(stored.path)
-        bits, group_size = whole(options, "bits"), whole(options, "group_size", _group_size(stored, in_features))
+        bits = whole(options, "bits")
+        group_size = whole(options, "group_size") if "group_size" in options else _group_size(stored, in_features)
         if bits not in range(2, 9):
             raise CheckpointError(f"{stored.path}: GPTQ with {bits} bits is not read; 2 to 8 are")
         group_size = in_features if group_size < 1 else min(group_size, in_features)
@@ -112,8 +114,13 @@ class GPTQ(Format):
             group_of=group_of,
         )
 
-    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+    def scales(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
         return {"scales": packed["scales"].T}
+
+    def codes(self, stored: Module, quantizer: Quantizer, packed: Packed) -> dict[str, Tensor]:
+        bits, codes = int(quantizer.spec()["bits"]), natural_codes(quantizer, packed)
+        planes = PLANES.get(bits) if self.version == "gptq_p" else None
+        return {"qweight": (_pack_planes(codes, planes) if planes else pack(codes, bits)).T}
 
     def _options(self, path: str) -> dict[str, Any]:
         """The options of one module: the config with its overrides."""
@@ -216,6 +223,15 @@ def _unpack_planes(stream: Tensor, planes: tuple[int, ...], count: int) -> Tenso
         codes |= unpack(plane.contiguous(), width, 32) << shift
         shift += width
     return codes.flatten(-2)[..., :count]
+
+
+def _pack_planes(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
+    """The inverse of `_unpack_planes`: codes [..., n] -> int32 [..., ceil(n / 32) · bits]."""
+    runs, shift, words = F.pad(codes, (0, -codes.shape[-1] % 32)).unflatten(-1, (-1, 32)), 0, []
+    for width in planes:
+        words.append(pack((runs >> shift) & (2**width - 1), width))
+        shift += width
+    return torch.cat(words, -1).flatten(-2)
 
 
 def _warn_of_carries(stored: Module, qzeros: Tensor, bits: int, out_features: int) -> None:

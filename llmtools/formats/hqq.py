@@ -85,7 +85,7 @@ class HQQ(Format):
             in_features=in_features,
         )
 
-    def replaced(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
+    def scales(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
         found = {"scale": packed["scales"]} | ({"zero": packed["zeros"]} if "zeros" in packed else {})
         return {name: tensor.reshape(stored.get(name).shape) for name, tensor in found.items()}
 

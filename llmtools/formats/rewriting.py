@@ -1,16 +1,20 @@
-"""A third-party checkpoint written again with other floating values, in its own format: what recovery makes of it.
+"""A third-party checkpoint written again with other scales or other codes, in its own format and bits.
 
-Codes stay, so the files stay as well: in a folder the tensors of scales, float zero points, norms and biases are
-replaced, in a GGUF file the float16 numbers in its blocks and the tensors of norms and biases. All other tensors, and
-in a GGUF file all other bytes, are those of the original. What replaces a module's tensors is `Format.replaced`.
+Recovery changes scales, float zero points, norms and biases; merging an adapter changes codes. In a folder the tensors
+that hold them are replaced, in a GGUF file the bytes of the blocks and the tensors of norms and biases. All other
+tensors, and in a GGUF file all other bytes, are those of the original, so the programs that read the original read the
+result. What replaces a module's tensors is `Format.scales` and `Format.codes`; codes are read again and compared before
+they are written.
 """
 
 from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
+from collections import ChainMap
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,76 +28,104 @@ from ..kernels.ggml import TYPES
 from ..model.integrity import read_headers, shards_of
 from ..model.recover import trained_parameters
 from ..model.transformers_integration import locate
-from ..nn.swap import own_linears
+from ..nn.embedding import TiedLinear
+from ..nn.linear import QuantizedLinear
+from ..nn.swap import own_linears, packed_layers
 from .gguf_header import StoredTensor, read_header
 from .gguf_reading import GGUFModel, Naming, Place, find, gguf_config, skeleton
 from .reading import External, detect
 from .tensors import Module, Tensors
 
+Part = Literal["scales", "codes"]
+"""What is written anew: scales, with norms and biases, or codes."""
+_OWN = (METADATA, RUN, "README.md")
+"""Files that are written anew, or not at all."""
+
 
 class Rewriter(ABC):
-    """Writes a recovered model in the files' own format.
+    """Writes a recovered or merged model in the files' own format.
 
-    It is made before the training, and then raises InputError, saying what the files cannot hold, for a model that has
-    to be written otherwise."""
+    Where it is made it raises InputError, saying what the files cannot hold, for a model that has to be written
+    otherwise.
+    """
 
     format: str
     """Name of the format."""
 
     @abstractmethod
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Writes the files into an existing folder; model: the one it was made with, or the same opened again."""
+    def write(self, model: nn.Module, folder: Path, changed: Collection[str] | None = None) -> None:
+        """Writes the files into an existing folder.
+
+        model: the one it was made with, or the same opened again. changed: paths of the layers that differ; None for
+        all. Raises CheckpointError where codes are not what was written, when they are read again.
+        """
 
 
-def rewriter(name: str, model: nn.Module) -> Rewriter | None:
+def rewriter(name: str, model: nn.Module, part: Part = "scales") -> Rewriter | None:
     """What writes the third-party checkpoint of that name; None where it is ours. model: opened from it."""
     if (file := find(name, {})) is not None:
-        return GGUFRewriter(file, model)
+        return GGUFRewriter(file, model, part)
     external = detect(name, {})
-    return None if external is None else FolderRewriter(external, model)
+    return None if external is None else FolderRewriter(external, model, part)
 
 
 class FolderRewriter(Rewriter):
     """Writes a folder of safetensors; files of other kinds are copied."""
 
-    def __init__(self, found: External, model: nn.Module) -> None:
-        self.found, self.format = found, found.format.name
+    def __init__(self, found: External, model: nn.Module, part: Part) -> None:
+        self.found, self.format, self.part = found, found.format.name, part
         self.shards = shards_of(found.folder)
-        headers = read_headers(self.shards)
-        places = {name: self._parameter(model, name) for name, each in headers.items() if len(each.shape) <= 1}
-        self.dense = {name: place for name, place in places.items() if place in trained_parameters(model)}
-        if missing := trained_parameters(model).keys() - set(self.dense.values()):
-            raise InputError(f"{found.folder} has no tensor of its own for {min(missing)}")
-        self._packed(model)
+        self.dense: dict[str, str] = {}
+        if part == "scales":
+            headers, trained = read_headers(self.shards), trained_parameters(model)
+            places = {name: self._parameter(model, name) for name, each in headers.items() if len(each.shape) <= 1}
+            self.dense = {name: place for name, place in places.items() if place in trained}
+            if missing := trained.keys() - set(self.dense.values()):
+                raise InputError(f"{found.folder} has no tensor of its own for {min(missing)}")
+        self._packed(model, None)
 
-    def write(self, model: nn.Module, folder: Path) -> None:
-        parameters = trained_parameters(model)
-        changed = self._packed(model) | {name: parameters[place].data for name, place in self.dense.items() if place}
-        kept = {METADATA, RUN, *(shard.name for shard in self.shards)}
+    def write(self, model: nn.Module, folder: Path, changed: Collection[str] | None = None) -> None:
+        parameters = trained_parameters(model) if self.dense else {}
+        made = self._packed(model, changed) | {name: parameters[place].data for name, place in self.dense.items()}
+        kept = {*_OWN, *(shard.name for shard in self.shards)}
         for file in self.found.folder.iterdir():
-            if file.is_file() and file.name not in kept:
+            if file.is_file() and file.name not in kept and not file.name.startswith("."):
                 shutil.copyfile(file, folder / file.name)
         for shard in self.shards:
             with safe_open(shard, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
                 metadata = opened.metadata()
-            for name in tensors.keys() & changed.keys():
-                tensors[name] = changed[name].detach().cpu().to(tensors[name].dtype).contiguous()
+            for name in tensors.keys() & made.keys():
+                tensors[name] = made[name].detach().cpu().to(tensors[name].dtype).contiguous()
             save_file(tensors, folder / shard.name, metadata=metadata)
 
-    def _packed(self, model: nn.Module) -> dict[str, Tensor]:
-        """Name in the files → tensor, of the floating values of the packed layers."""
+    def _packed(self, model: nn.Module, changed: Collection[str] | None) -> dict[str, Tensor]:
+        """Name in the files → tensor, of the packed layers' scales or codes."""
         tensors, reader = Tensors(self.found.folder), self.found.format
         layers = own_linears(model)
-        changed: dict[str, Tensor] = {}
+        made: dict[str, Tensor] = {}
         for stored_path in reader.modules(tensors):
             paths = [locate(model, part) for part in reader.parts(stored_path)]
             if len(paths) != 1:
                 raise InputError(f"{stored_path} holds several layers in one")
-            if paths[0] in layers:
-                replaced = reader.replaced(Module(tensors, stored_path), layers[paths[0]].packed)
-                changed |= {f"{stored_path}.{name}": tensor for name, tensor in replaced.items()}
-        return changed
+            if paths[0] in layers and (changed is None or paths[0] in changed):
+                made |= self._module(tensors, stored_path, layers[paths[0]])
+        return made
+
+    def _module(self, tensors: Tensors, stored_path: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+        """The tensors of one module, by their names in the files."""
+        reader, packed = self.found.format, {name: each.detach().cpu() for name, each in layer.packed.items()}
+        stored = Module(tensors, stored_path)
+        if self.part == "scales":
+            return {f"{stored_path}.{name}": each for name, each in reader.scales(stored, packed).items()}
+        made = {f"{stored_path}.{name}": each for name, each in reader.codes(stored, layer.quantizer, packed).items()}
+        for name, tensor in made.items():
+            if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
+                raise CheckpointError(f"{name} would be written as {list(tensor.shape)} {tensor.dtype}")
+        quantizer, again = reader.read(Module(ChainMap(made, tensors), stored_path), *layer.shape)  # type: ignore[arg-type]
+        if quantizer != layer.quantizer or any(not torch.equal(again[name], packed[name]) for name in packed):
+            raise CheckpointError(f"{stored_path} is not what was written, when it is read again")
+        return made
 
     def _parameter(self, model: nn.Module, name: str) -> str | None:
         """Name of the model's parameter for a tensor of the files; None where there is none."""
@@ -110,12 +142,12 @@ class GGUFRewriter(Rewriter):
 
     format = "gguf"
 
-    def __init__(self, found: GGUFModel, model: nn.Module) -> None:
+    def __init__(self, found: GGUFModel, model: nn.Module, part: Part = "scales") -> None:
         self.file = read_header(found.path)
         config = gguf_config(self.file)
         self.naming = Naming(self.file, config, skeleton(self.file, config))
         self.places = {tensor: self.naming.place(tensor) for tensor in self.file.tensors.values()}
-        dense = trained_parameters(model)
+        dense = trained_parameters(model) if part == "scales" else {}
         self.maps = {
             tensor: _affine_map(self.naming, tensor)
             for tensor, place in self.places.items()
@@ -125,13 +157,14 @@ class GGUFRewriter(Rewriter):
         if missing := dense.keys() - held:
             raise InputError(f"{found.name} has no tensor of its own for {min(missing)}")
 
-    def write(self, model: nn.Module, folder: Path) -> None:
+    def write(self, model: nn.Module, folder: Path, changed: Collection[str] | None = None) -> None:
         self.write_file(model, folder / self.file.path.name)
 
     def write_file(self, model: nn.Module, target: Path) -> None:
         """`write` to that file."""
         shutil.copyfile(self.file.path, target)
-        layers, parameters = own_linears(model), trained_parameters(model)
+        layers = {path: layer for path, layer in packed_layers(model).items() if not isinstance(layer, TiedLinear)}
+        parameters = trained_parameters(model) if self.maps else {}
         with target.open("r+b") as stream:
             for tensor, place in self.places.items():
                 if place is None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from ..errors import InputError
 from ..kernels.bits import unpack
 from ..nn.linear import QuantizedLinear
-from ..quant import RTN, Quantizer
+from ..quant import RTN, Packed, Quantizer
 from ..quant.bases import Permutation
 from ..quant.composed import Composed
 from ..quant.grids.affine import Affine
+from ..quant.grids.scalar import columns
 
 
 class Uniform(NamedTuple):
@@ -120,6 +121,14 @@ def uniform_of(layer: QuantizedLinear) -> Uniform | str:
         if torch.equal(group_of, torch.arange(n, device=perm.device) // group_size):
             group_of = None
     return Uniform(grid.bits, group_size, grid.symmetric, codes, scales, zeros, group_of)
+
+
+def natural_codes(quantizer: Quantizer, packed: Packed) -> Tensor:
+    """The codes of a uniform grid, [out, in] uint8, columns in natural order."""
+    grid, basis = _parts(quantizer)
+    assert grid is not None and (basis is None or isinstance(basis, Permutation)), quantizer
+    codes = unpack(packed["qweight"], grid.bits, columns(packed, grid.bits))
+    return codes if basis is None else basis.inverse_transform(codes, packed)
 
 
 def _parts(quantizer: Quantizer) -> tuple[Affine | None, object]:

@@ -19,13 +19,15 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, InputError, opening
-from ..files import read_json, unpickled
+from ..files import read_info, read_json, unpickled
 from ..limits import PATTERN_SECONDS, matching
 from ..options import fits
 from .fingerprint import check_base
 from .integrity import Header, check_checksums, integers, read_headers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+EXACT, ZEROS = MERGES = ("exact", "zeros")
+"""Ways of training an adapter so that it can be merged into a quantized base without loss."""
 _RUNS_CODE = {"megatron_config": (None,), "megatron_core": (None, "megatron.core"), "tokenizer_kwargs": (None,)}
 """Options with which PEFT imports a module, or opens a tokenizer with custom code → their harmless values."""
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -78,14 +80,40 @@ def open_adapter(
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # about missing and unexpected tensors: an error below
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = PeftModel.from_pretrained(model, str(folder), config=_layers(folder))
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         known = set(adapted.state_dict())  # embeddings that were saved whole are under their own names
     _check_tensors(stored, expected, known, folder)
+    if merged_as(folder) == EXACT:
+        from .exact_lora import exact_layers
+
+        exact_layers(adapted)
     for name, tensor in expected.items():
         if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{folder / WEIGHTS}: {name} holds NaN or infinite values; train the adapter again")
     return adapted
+
+
+def merged_as(folder: str | PathLike[str]) -> str | None:
+    """How an adapter was trained to be merged, by its metadata: exact, zeros, or None."""
+    how = read_info(Path(folder).expanduser(), CheckpointError).get("merge")
+    if how is not None and how not in MERGES:
+        raise CheckpointError(
+            f"adapter {str(folder)!r} was trained with --merge {str(how)[:20]}, which this version does not know; "
+            "update llmtools"
+        )
+    return how
+
+
+def _layers(folder: Path) -> Any:
+    """The adapter's PEFT configuration with the layers that it was trained with registered; None for PEFT's own."""
+    if merged_as(folder) != EXACT:
+        return None
+    from peft import LoraConfig
+
+    from .exact_lora import register
+
+    return register(LoraConfig.from_pretrained(str(folder)))
 
 
 def check_fits(skeleton: nn.Module, folder: str | PathLike[str]) -> dict[str, float]:

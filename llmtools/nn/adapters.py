@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import InputError, first_line, within
 from .embedding import QuantizedEmbedding, TiedLinear
+from .exact import active_adapters, update_of, updated_packed
 from .linear import QuantizedLinear
 from .packed import PackedWeight
 from .swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
@@ -158,7 +159,7 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         )
     _untie_head(peft_model)
     for path, layer in _adapted(peft_model):
-        merged_layer = _merged_weight(path, layer)
+        merged_layer = _dense(_baked(layer), torch.float32) if _is_exact(layer) else _merged_weight(path, layer)
         set_module(peft_model, path, merged_layer.to(dtype or layer.base_layer.dtype))
     merged: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
     return dequantize(merged, dtype)
@@ -167,9 +168,10 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
     """The quantized model with the active adapters merged into its codes, and what rounding lost of each adapter.
 
-    Each adapted weight is encoded again, to the nearest values on its own scales (`Quantizer.requantize`). The second
+    Each adapted weight is encoded again, to the nearest values on its own scales (`Quantizer.updated`). The second
     value is path → |Ŵ − W| / |ΔW|, Frobenius norms: the rounding error of the merged weight beside the adapter itself.
-    `peft_model` is modified and must not be reused.
+    Adapters of ``finetune --merge exact`` were trained with these very codes; of them nothing is lost, whatever that
+    number says. `peft_model` is modified and must not be reused.
 
     Raises InputError for adapters that PEFT cannot merge, and for a quantizer that cannot encode on given scales; where
     the first layer fails the model is unchanged.
@@ -182,14 +184,33 @@ def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float
         merged = _merged_weight(path, layer)
         delta = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
         with within(path):
-            base.pack_(base.quantizer.requantize(merged.weight.detach(), base.packed))
+            if update_of(layer) is not None:
+                base.pack_(updated_packed(layer))
+            else:  # DoRA, for one
+                base.pack_(base.packed | base.quantizer.requantize(merged.weight.detach(), base.packed))
         error = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
-        lost[path.removeprefix("base_model.model.")] = error / delta if delta else 0.0
+        lost[own_path(path)] = error / delta if delta else 0.0
         if getattr(merged, "bias", None) is not None:
             base.bias = nn.Parameter(merged.bias.detach().to(base.dtype), requires_grad=False)
         set_module(peft_model, path, base)
     model: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
     return model, lost
+
+
+def is_exact(peft_model: nn.Module) -> bool:
+    """Whether the adapters are those of ``finetune --merge exact``, trained with the codes that merging writes."""
+    return any(_is_exact(layer) for _, layer in _adapted(peft_model))
+
+
+def _is_exact(layer: Any) -> bool:
+    return hasattr(layer, "codes") and bool(active_adapters(layer))
+
+
+def _baked(layer: Any) -> QuantizedLinear:
+    """The quantized layer of an exact one, with the codes that it computes with, in place."""
+    base: QuantizedLinear = layer.base_layer
+    base.pack_(layer.codes())
+    return base
 
 
 def _merged_weight(path: str, layer: Any) -> Any:
@@ -222,6 +243,20 @@ def _untie_head(model: Any) -> None:
         config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
+
+
+def own_path(path: str) -> str:
+    """The path in the base model of a module of a PEFT model."""
+    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def adapted_modules(peft_model: nn.Module) -> set[str]:
+    """Paths, in the base model, of all modules that carry an adapter or were trained whole."""
+    return {
+        own_path(path)
+        for path, module in peft_model.named_modules()
+        if module._modules.keys() & {"base_layer", "modules_to_save", "original_module"}
+    }
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -78,7 +78,11 @@ class QuantizedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         return self.out_features, self.in_features
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.quantizer.linear(x, self.packed)
+        return self.product(x, self.packed)
+
+    def product(self, x: Tensor, packed: Packed) -> Tensor:
+        """The layer's output [..., out] with these packed tensors in place of its own."""
+        y = self.quantizer.linear(x, packed)
         bias = self._parameters["bias"]
         return y if bias is None else y + bias.to(y.dtype)
 

@@ -23,6 +23,7 @@ from ..errors import InputError, where
 from ..options import built
 from ..registry import Registry
 from .materialize import materialized_linear
+from .update import updated
 
 Packed = dict[str, Tensor]
 """Stored tensors of one weight. The names become parameters of the module and keys of the checkpoint."""
@@ -129,16 +130,31 @@ class Quantizer(Rows):
         """
         return self
 
-    def requantize(self, weight: Tensor, packed: Packed) -> Packed:
-        """`packed` with the codes of another weight [out, in] float, nearest on its own scales, which are kept.
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """The codes of other rows of the weight, [rows, in] float: the values nearest to them on the scales of
+        `packed`, which are kept.
 
-        That is how an adapter is merged without other tensors than the codes. Optional: raises InputError where the
-        quantizer has no such method.
+        Returns these rows of the tensors that hold codes, by name. The slice begins at a multiple of 16, or at one of
+        the rows that share a code. A weight on the grid keeps its values. That is how an adapter is trained and merged
+        without any other tensor than the codes (`update.py`). Optional: raises InputError where the quantizer has no
+        such method.
         """
         raise InputError(
-            f"{where()}{self.name} cannot encode a weight on the scales that are there; merge with --how requantize, "
-            f"or dense"
+            f"{where()}{self.name} cannot encode a weight on the scales that are there (Quantizer.requantize); merge "
+            f"with --how requantize, or dense"
         )
+
+    def requantizes(self) -> bool:
+        """Whether `requantize` is there."""
+        return type(self).requantize is not Quantizer.requantize
+
+    def updated(self, packed: Packed, b: Tensor, a: Tensor) -> Packed:
+        """`packed` with the codes of Ŵ + b a, the nearest on its own scales, block of rows by block of rows.
+
+        b [out, r], a [r, in] float. The default calls `requantize`. Raises InputError where there is none, and for NaN
+        or infinities.
+        """
+        return updated(self, packed, b, a)
 
     def tunable(self, packed: Packed) -> list[str]:
         """Names of the tensors that block tuning and recovery may train: by default all floating ones, such as scales.

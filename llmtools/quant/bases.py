@@ -57,6 +57,11 @@ class Basis(ABC):
     def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         """W [out, in], H [in, in] -> W' [out, in'], H' [in', in'] in the new coordinates."""
 
+    def transform_update(self, b: Tensor, a: Tensor, state: Packed) -> tuple[Tensor, Tensor]:
+        """The factors b [out, r], a [r, in] of a change of W -> those of the change of W', [out, r] and [r, in'];
+        float32. The default is for a basis that is `by_rows`."""
+        return b.float(), self.transform(a.float(), None, state)[0]
+
     @abstractmethod
     def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
         """W' [out, in'] -> W [out, in]. Where `by_rows`, the same of some rows."""
@@ -186,6 +191,14 @@ class SignedHadamard(Basis):
         for columns in _chunks(rotated.shape[1]):
             rotated[:, columns] = self._mix(rotated[:, columns].mT).mT
         return rotated, None if hessian is None else self.second_moment(hessian, state)
+
+    def transform_update(self, b: Tensor, a: Tensor, state: Packed) -> tuple[Tensor, Tensor]:
+        su, sv = state["su"].float(), state["sv"].float()
+        left = torch.where(
+            sv == 0, 0, sv.reciprocal()
+        )  # rows of zeros stay: they show nothing, and would disturb others
+        right = torch.where(su == 0, 0, su.reciprocal())
+        return self._mix((b.float() * left[:, None]).mT).mT.contiguous(), self._spread(a.float() * right)
 
     def second_moment(self, hessian: Tensor, state: Packed) -> Tensor:
         """H [in, in] of x -> that of x R [in', in'], a new tensor; the identity for a layer without input."""

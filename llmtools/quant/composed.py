@@ -22,6 +22,7 @@ from .grids.base import Grid
 from .hessian import check_hessian
 from .materialize import materialized_linear
 from .rounding import Rounding, split
+from .update import updated
 
 log = logging.getLogger(__name__)
 
@@ -68,16 +69,29 @@ class Composed(Quantizer):
         codes, params = self.rounding(weight, hessian, self.grid)
         return self.grid.pack(codes, params, weight.shape[1]) | state
 
-    def requantize(self, weight: Tensor, packed: Packed) -> Packed:
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """As `Quantizer.requantize`; where the basis mixes rows, of all rows only."""
         values = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
         if not torch.isfinite(values).all():
             raise InputError(f"{where()}NaN or inf in the weight; it cannot be encoded")
-        if (
-            self.basis is not None
-        ):  # the change alone is rotated: what padded columns hold stays, and nothing is rounded
-            change, _ = self.basis.transform(values - self.dequantize(packed, dtype=values.dtype), None, packed)
-            values = change + self.grid.dequantize(packed, dtype=values.dtype)[:, : change.shape[1]]
-        return self.grid.requantize(values, packed)
+        if self.basis is None:
+            return self.grid.requantize(values, packed, rows)
+        if not self.basis.by_rows and len(values) != self.out_features(packed):
+            raise ValueError(f"{self.name} mixes all rows of a weight; {rows} cannot be encoded by themselves")
+        # The change alone is rotated: what padded columns hold stays, and nothing is rounded.
+        change, _ = self.basis.transform(values - self.dequantize(packed, rows, values.dtype), None, packed)
+        former = self.grid.dequantize(packed, rows, values.dtype)[:, : change.shape[1]]
+        return self.grid.requantize(former + change, packed, rows)
+
+    def requantizes(self) -> bool:
+        return self.grid.requantizes()
+
+    def updated(self, packed: Packed, b: Tensor, a: Tensor) -> Packed:
+        """As `Quantizer.updated`, in the coordinates of the grid: a rotation is of the factors, not of the product."""
+        if self.basis is None:
+            return updated(self.grid, packed, b, a, self.grid.height)
+        b, a = self.basis.transform_update(b, a, packed)
+        return packed | updated(self.grid, self.basis.rotated(packed), b, a, self.grid.height)
 
     def _checked(self, weight: Tensor, hessian: Tensor | None) -> Tensor:
         """The weight [out, in] in float32 or wider; raises InputError where it cannot be quantized."""

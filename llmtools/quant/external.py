@@ -37,6 +37,7 @@ from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
 from .materialize import materialized_linear
 from .quip_sharp import QuIPSharp
 from .rounding import Nearest, Rounding
+from .update import updated
 
 _POSITIVE = (0, 1, 32, 48, 64, 96, 128, 192)
 FP4 = tuple(n / 192 for n in (*(-n for n in reversed(_POSITIVE)), *_POSITIVE))
@@ -160,9 +161,18 @@ class ColumnGrid(Quantizer):
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = unpack(packed["qweight"][rows], self.bits, columns(packed, self.bits))  # [r, in]
+        return shifted(codes, *self._shared(packed, rows), dtype)
+
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        zeros, scales = (each.float() for each in self._shared(packed, rows))
+        codes = torch.round(weight / scales + zeros).clamp_(0, 2**self.bits - 1)
+        return {"qweight": pack(codes, self.bits)}
+
+    def _shared(self, packed: Packed, rows: slice) -> tuple[Tensor, Tensor]:
+        """(zero points, scales) of the weights of these rows, [rows, in]."""
         first, last, _ = rows.indices(packed["qweight"].shape[0])
-        shared = torch.arange(first, last, device=codes.device) % packed["scales"].shape[0]
-        return shifted(codes, packed["zeros"][shared], packed["scales"][shared], dtype)
+        shared = torch.arange(first, last, device=packed["scales"].device) % packed["scales"].shape[0]
+        return packed["zeros"][shared], packed["scales"][shared]
 
 
 @quantizers.register("quip_sharp_rows")
@@ -217,6 +227,21 @@ class FusedLattice(Quantizer):
         wide = torch.promote_types(dtype, torch.float32)
         whole = SignedHadamard().inverse_transform(self._grid.dequantize(packed, ALL, wide), self._whole(packed))
         return whole[self._part(packed)][rows].to(dtype)
+
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """Of all rows of the part only: they are mixed, with those of the other parts, too."""
+        if len(weight) != self.out_features(packed):
+            raise ValueError(f"{self.name} mixes all rows of a weight; {rows} cannot be encoded by themselves")
+        change = (weight - self.dequantize(packed, dtype=weight.dtype)).float()
+        made = self.updated(packed, change, torch.eye(change.shape[1], device=change.device))
+        return {name: made[name] for name in self._grid.codes}
+
+    def updated(self, packed: Packed, b: Tensor, a: Tensor) -> Packed:
+        """As `Quantizer.updated`. The part has codes of its own then, of all rows."""
+        basis, whole = SignedHadamard(), self._whole(packed)
+        rest = packed["codes"].shape[0] - self._part(packed).stop
+        b, a = basis.transform_update(F.pad(b, (0, 0, self.first, rest)), a, whole)
+        return packed | updated(self._grid, basis.rotated(packed), b, a)
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         basis, whole = SignedHadamard(), self._whole(packed)

@@ -1,8 +1,8 @@
 """ggml's block types as a quantizer: the weights of an opened GGUF file.
 
 The packed tensor has the rows as in the file, [out, row_bytes] uint8: opening changes no bit, and rows decode
-independently. The simple types are rounded to nearest, with scales that are rounded to float16 first. The other types
-are decoded only; llama.cpp (`llama-quantize`) quantizes to them, with searches that are not implemented here.
+independently. The simple types are rounded to nearest, with scales that are rounded to float16 first. Nothing is
+quantized to the others; llama.cpp (`llama-quantize`) does that, with searches that are not implemented here.
 
 While it is trained, the float16 scale and minimum of each block are tensors of their own (`unpacked`); the small scales
 within blocks of 256 are integers and stay.
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, did_you_mean, where
-from ..kernels.ggml import TYPES, decodes, dequantize_ggml, halves, multiply_ggml, with_halves
+from ..kernels.ggml import (
+    ENCODINGS,
+    TYPES,
+    decodes,
+    dequantize_ggml,
+    encode_ggml,
+    halves,
+    multiply_ggml,
+    with_halves,
+)
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
 
 _SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -63,6 +72,18 @@ class GGMLBlocks(Quantizer):
         parts = [*(_half(each) for each in params), *(each.sum(-1).to(torch.uint8) for each in tops)]
         parts.append(_low_bits(codes, bits))
         return {"blocks": torch.cat(parts, 1).reshape(weight.shape[0], -1)}
+
+    def requantizes(self) -> bool:
+        return self.type in ENCODINGS
+
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """As `Quantizer.requantize`. Raises InputError for types whose codes name vectors (IQ1 to IQ3)."""
+        if not self.requantizes():
+            raise InputError(
+                f"{where()}{self.type} cannot encode a weight on the scales that are there ({', '.join(ENCODINGS)} "
+                "can); serve the adapter beside the file, or merge it with export --format dense"
+            )
+        return {"blocks": encode_ggml(weight, packed["blocks"][rows], self.type)}
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         taken = {name: tensor[rows] for name, tensor in packed.items()}

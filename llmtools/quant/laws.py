@@ -154,15 +154,46 @@ def in_place(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
 
 
 def requantized(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
-    """A weight on the grid keeps its values when it is encoded on its own scales."""
+    """A weight on the grid keeps its values when it is encoded on its own scales, alone and with an update of zeros."""
     packed = _quantize(quantizer, weight, hessian)
     dense = quantizer.dequantize(packed)
     try:
-        again = quantizer.requantize(dense, packed)
+        made = quantizer.requantize(dense, packed)
     except InputError:
         return  # the method is optional
-    _require(set(again) == set(packed), f"tensors {sorted(again)} instead of {sorted(packed)}")
-    _require(torch.equal(quantizer.dequantize(again), dense), "a weight on its own grid has changed")
+    _fits(made, packed)
+    _require(torch.equal(quantizer.dequantize(packed | made), dense), "a weight on its own grid has changed")
+    nothing = quantizer.updated(packed, weight.new_zeros(len(weight), 2).float(), torch.ones(2, weight.shape[1]))
+    _fits(nothing, packed)
+    _require(torch.equal(quantizer.dequantize(nothing), dense), "an update of zeros has changed the weight")
+
+
+def updated(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """An update b a gives codes that are no farther from Ŵ + b a than the former ones, and keeps all else; the same
+    codes for the same update."""
+    packed = _quantize(quantizer, weight, hessian)
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(len(weight), 2, generator=generator), torch.randn(2, weight.shape[1], generator=generator)
+    b *= 0.1 * (weight.float().norm(dim=1) / (b @ a).norm(dim=1).clamp_min(1e-30))[:, None]  # of the size of each row
+    try:
+        made = quantizer.updated(packed, b, a)
+    except InputError:
+        return  # the method is optional
+    _fits(made, packed)
+    target, former, now = quantizer.dequantize(packed) + b @ a, *(quantizer.dequantize(each) for each in (packed, made))
+    before, after = float((former - target).norm()), float((now - target).norm())
+    allowed = before * (1 + 1e-4) + 1e-6 * float(target.norm())
+    _require(after <= allowed, f"the updated weight is off by {after:.4g}, the former one by {before:.4g}")
+    again = quantizer.updated(packed, b, a)
+    _require(all(torch.equal(made[name], again[name]) for name in made), "the same update gives other codes")
+
+
+def _fits(made: Packed, packed: Packed) -> None:
+    """Whether tensors can stand in place of those of the same names."""
+    _require(set(made) <= set(packed), f"tensors {sorted(made)}; the weight has {sorted(packed)}")
+    for name, tensor in made.items():
+        got, want = (tensor.shape, tensor.dtype), (packed[name].shape, packed[name].dtype)
+        _require(got == want, f"{name} is {got}, the weight has {want}")
 
 
 def round_trip(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
@@ -240,13 +271,18 @@ LAWS: dict[str, Law] = {
         trained,
         in_place,
         requantized,
+        updated,
         round_trip,
         calibration_helps,
         monotone,
         degenerate,
     )
 }
-_STATISTICAL = ("calibration_helps", "monotone")  # hold over ordinary problems, not for every adversarial matrix
+_STATISTICAL = (
+    "calibration_helps",
+    "monotone",
+    "updated",
+)  # hold over ordinary problems, not for every adversarial matrix
 
 
 def problems(seed: int = 0) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -75,12 +75,15 @@ def export(recipe: Export) -> ExportResult:
     if recipe.verify and recipe.adapter is not None:
         check_adapter(recipe.adapter)
         check_checksums(Path(recipe.adapter).expanduser(), verify=True)
+    if recipe.adapter is not None and recipe.format in ("gguf", "lora"):
+        _warn_of_merge(recipe.adapter)
     if recipe.format == "gguf" and recipe.adapter is not None:
         return _export_gguf_adapter(recipe)
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
         raise InputError(
-            f"an adapter cannot be merged into packed weights (format {recipe.format}); use --format dense for a "
-            "merged model, or serve the adapter beside the quantized model: --format lora (or gguf, for llama.cpp)"
+            f"an adapter is not merged into packed weights by export (format {recipe.format}); merge it first "
+            "(llmtools merge), use --format dense, or serve it beside the quantized model: --format lora (or gguf, for "
+            "llama.cpp)"
         )
     name: str | None
     adapter: str | None
@@ -97,6 +100,19 @@ def export(recipe: Export) -> ExportResult:
         if name is None or recipe.format == "lora":
             return _export_lora(recipe)
         return _export_model(recipe, name, adapter, recipe.allow_other_base)
+
+
+def _warn_of_merge(adapter: str) -> None:
+    """Says that a plain LoRA computes something else than an adapter that was trained through rounding."""
+    from ..model.adapter_files import EXACT, merged_as
+
+    if merged_as(adapter) == EXACT:
+        log.warning(
+            "%s was trained with --merge exact; as a plain LoRA beside the base it is not rounded, as it was in "
+            "training; llmtools merge --adapter %s writes what was trained",
+            adapter,
+            adapter,
+        )
 
 
 def _check_format(recipe: Export) -> None:

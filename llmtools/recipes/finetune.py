@@ -20,9 +20,16 @@ from typing import Any
 from ..errors import InputError
 from ..ranks import is_first
 from ..signals import Request, Stopped, deferred, interruptible
-from ..train.adapters import check_initialisation, fit_config, lora_config, warn_without_adapter
+from ..train.adapters import check_initialisation, check_merge, fit_config, lora_config, warn_without_adapter
 from ..train.arguments import arguments_of, check_fsdp, check_training, check_validation_use, unbooled
-from ..train.callbacks import checkpoint_interval, early_stopping, log_pending_stop, metrics_callback, spaced_validation
+from ..train.callbacks import (
+    checkpoint_interval,
+    early_stopping,
+    log_pending_stop,
+    metrics_callback,
+    spaced_validation,
+    warmup,
+)
 from ..train.options import Finetune, FinetuneResult, Lora, facts
 from ..train.rows import examples_of, rows_of, shortened
 from ..train.run_folder import TENSORS, base_model_name, clear, run_folder, wait_for_all
@@ -59,9 +66,10 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..checkpoint.gguf_base import facts_of_base
     from ..checkpoint.inputs import content_of_model
     from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
-    from ..checkpoint.run_info import record
+    from ..checkpoint.run_info import as_json, record
     from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
+    from ..files import METADATA
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
     from ..nn.lora_init import initialize_lora
     from ..nn.swap import count_parameters
@@ -76,7 +84,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     check_fsdp(recipe.training)
     check_validation_use(recipe, validation)
     check_initialisation(recipe.lora, recipe.model, recipe.load)
-    config = lora_config(recipe.lora)
+    check_merge(recipe)
+    config = lora_config(recipe.lora, merge=recipe.merge)
     initial = load_lora_init(recipe.model) if recipe.lora.init == "error" else None
 
     import_plugins(recipe.plugin)
@@ -88,7 +97,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
     file = facts_of_base(recipe.model, model) if is_first() else {}
-    fit_config(config, model, recipe.lora)
+    fit_config(config, model, recipe.lora, merge=recipe.merge)
     if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)
         prompt_format["chat_template"] = content_of_template(tokenizer.chat_template)
@@ -104,10 +113,13 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     run = record(
         "finetune", recipe, prompt_format=prompt_format, training=arguments, base_model=base_model_name(recipe.model)
     )
+    run |= {"merge": recipe.merge} if recipe.merge else {}
     run |= {"inputs": inputs, "facts": {"base": file}}
     with run_folder(recipe, out, work, run, base) as checkpoint:
         request = Request()
         notes = {FINGERPRINT: as_text(base)}
+        if recipe.merge:
+            notes[METADATA] = as_json({"merge": recipe.merge})
         keeper = checkpoints.keeper(
             request, checkpoint_interval(recipe.training), also=[work / "metrics.jsonl"], notes=notes
         )
@@ -115,6 +127,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         listeners = [metrics, keeper, learning_check(), *spaced_validation(recipe), *early_stopping(recipe), *callbacks]
         trainer = make_trainer(model, tokenizer, arguments, config, train, validation, listeners)
         warn_without_adapter(trainer.model, recipe.lora)
+        if recipe.merge == "exact":
+            trainer.add_callback(warmup(trainer.model, recipe.merge_warmup))
         if initial is not None and checkpoint is None:
             initialize_lora(trainer.model, initial)
         for adapter in trainer.model.peft_config.values():

@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from ..errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-WAYS = ("round", "requantize")
+WAYS = ("exact", "round", "requantize")
 ENOUGH = 0.9
 """Recovered share below which a warning names the better way."""
 
@@ -26,9 +26,10 @@ class Merge(AdaptedModelOptions):
 
     out: str
     """Folder to write the merged model to."""
-    how: str = "round"
-    """Way of merging: round (each merged weight to the nearest values on the base's own scales), or requantize (the
-    base's own quantizer on the merged weights, with --calibration)."""
+    how: str | None = None
+    """Way of merging: exact (the codes that an adapter of finetune --merge exact was trained with, bit for bit), round
+    (each merged weight to the nearest values on the base's own scales), or requantize (the base's own quantizer on the
+    merged weights, with --calibration); by default exact for adapters that were trained so, else round."""
     calibration: str | None = None
     """Calibration text for --how requantize: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
     data: str | None = None
@@ -56,7 +57,7 @@ class MergeResult:
     modules: int
     """Number of quantized linears that an adapter was merged into."""
     rounding_error: float | None
-    """Mean over modules of |Ŵ − W| / |ΔW|, the rounding error beside the adapter's own size; None for requantize."""
+    """Mean over modules of |Ŵ − W| / |ΔW|, the rounding error beside the adapter's own size; for round only."""
     perplexity: dict[str, float] | None
     """Perplexity on the held-out text: of base, adapter (base with adapter), merged; None without text."""
     recovered: float | None
@@ -89,8 +90,9 @@ def merge(recipe: Merge) -> MergeResult:
     """
     from ..checkpoint.loading import model_and_adapter
     from ..files import claim
+    from ..model.adapter_files import merged_as
 
-    if recipe.how not in WAYS:
+    if recipe.how is not None and recipe.how not in WAYS:
         raise InputError(
             f"--how {recipe.how}: {did_you_mean(recipe.how, WAYS)}; a dense model is `llmtools export --format dense`"
         )
@@ -99,19 +101,39 @@ def merge(recipe: Merge) -> MergeResult:
     if recipe.adapter is None:
         raise InputError("no adapter: pass --adapter, a folder that `llmtools finetune --out` wrote")
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
+    recipe = replace(recipe, how=_way(recipe.how, merged_as(recipe.adapter), recipe.adapter))
     with claim(recipe.out, overwrite=recipe.overwrite, reads=[name, adapter, recipe.calibration, recipe.data]):
         return _merge(recipe, name)
 
 
+def _way(asked: str | None, trained: str | None, adapter: str) -> str:
+    """The way of merging: the one asked for, or that of the adapter's training.
+
+    Raises InputError for an adapter that was not trained to be merged in that way.
+    """
+    if asked is None:
+        return trained or "round"
+    if asked == "exact" and trained != "exact":
+        raise InputError(
+            f"--how exact: {adapter} was not trained with `finetune --merge exact`; merge it with --how round, or with "
+            "--how requantize --calibration FILE, which keeps more"
+        )
+    if trained == "exact" and asked != "exact":
+        raise InputError(
+            f"--how {asked}: {adapter} was trained with --merge exact, and another way would change it; leave --how out"
+        )
+    return asked
+
+
 def _merge(recipe: Merge, name: str) -> MergeResult:
-    from ..checkpoint.folder import write
+    from ..checkpoint.folder import write, write_again
     from ..checkpoint.loading import import_plugins, open_model, quiet_libraries
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
     from ..files import METADATA, json_or_empty, writing
-    from ..nn.adapters import merge_into_packed
+    from ..nn.adapters import adapted_modules, merge_into_packed, own_path
     from ..nn.swap import packed_layers
 
     began = time.monotonic()
@@ -127,20 +149,22 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
         verify=recipe.verify,
         allow_other_base=recipe.allow_other_base,
     )
-    adapted = sum(1 for path in packed_layers(model) if path.endswith(".base_layer"))
+    adapted = [own_path(path) for path in packed_layers(model) if path.endswith(".base_layer")]
+    others = adapted_modules(model) - {*adapted}
     if not adapted:
         raise InputError(f"{name}: no quantized layer carries the adapter; use llmtools export --format dense")
     with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
         before = _measured(recipe, model, tokenizer, Path(folder))
         lost: dict[str, float] = {}
-        if recipe.how == "round":
-            model, lost = merge_into_packed(model)
-        else:
+        if recipe.how == "requantize":
             model = _requantized(recipe, model, tokenizer)
+        else:
+            model, lost = merge_into_packed(model)
+            lost = {} if recipe.how == "exact" else lost
         after = _compared(model, before, recipe.max_length)
     out = Path(recipe.out).expanduser()
     error = sum(lost.values()) / len(lost) if lost else None
-    result = MergeResult(recipe.out, recipe.how, adapted, error, *after, seconds=time.monotonic() - began)
+    result = MergeResult(recipe.out, str(recipe.how), len(adapted), error, *after, seconds=time.monotonic() - began)
     if result.recovered is not None and result.recovered < ENOUGH:
         better = "--how requantize --calibration FILE keeps more; " if recipe.how == "round" else ""
         log.warning(
@@ -154,9 +178,26 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
         if isinstance(base_model, str):
             model.config.name_or_path = base_model  # type: ignore[union-attr]
         merged = {"adapter": recipe.adapter, "how": recipe.how, "rounding errors": lost, "recovered": result.recovered}
-        write(model, tokenizer, target, run=record("merge", recipe, merged=merged))
+        run = record("merge", recipe, merged=merged)
+        kept = recipe.how != "requantize" and not others  # scales, and all that is not quantized
+        if kept and (rewriter := _rewriter(name, model)) is not None:
+            write_again(rewriter, model, target, run=run, changed=adapted)
+        else:
+            write(model, tokenizer, target, run=run)
         write_card(target, name=out.resolve().name, former=out)
     return result
+
+
+def _rewriter(name: str, model: Any) -> Any:
+    """The `formats.rewriting.Rewriter` of the codes of a third-party base; None where the result is a folder of
+    llmtools: of our own base, and, with a warning, where those files cannot hold it."""
+    from ..formats.rewriting import rewriter
+
+    try:
+        return rewriter(name, model, "codes")
+    except InputError as error:
+        log.warning("%s; the result is written as a folder of llmtools, which `llmtools export` converts", error)
+        return None
 
 
 def _requantized(recipe: Merge, model: Any, tokenizer: Any) -> Any:
@@ -165,13 +206,11 @@ def _requantized(recipe: Merge, model: Any, tokenizer: Any) -> Any:
     from ..model.blocks import linears
     from ..model.quantize import quantize
     from ..nn.adapters import merge as merge_dense
+    from ..nn.adapters import own_path
     from ..nn.swap import quantized_linears
     from ..progress import progress
 
-    def own(path: str) -> str:
-        return path.removeprefix("base_model.model.").removesuffix(".base_layer")
-
-    quantizers = {own(path): layer.quantizer for path, layer in quantized_linears(model).items()}
+    quantizers = {own_path(path): layer.quantizer for path, layer in quantized_linears(model).items()}
     dense = merge_dense(model)
     text = calibration(
         str(recipe.calibration), tokenizer, samples=recipe.num_samples, tokens=recipe.max_length, seed=recipe.seed

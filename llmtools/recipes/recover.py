@@ -242,8 +242,7 @@ def _write(
             write(model, tokenizer, folder, report=report, run=run, lora_init=adapters)
         if adapters:
             write_adapter(model, adapters, folder / ADAPTER, base=_base(out, rewriter))
-        if rewriter is None:
-            write_card(folder, name=out.resolve().name, former=out)
+        write_card(folder, name=out.resolve().name, former=out)
 
 
 def _base(out: Path, rewriter: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import InputError, did_you_mean
-from .options import Lora
+from .options import Finetune, Lora
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +15,11 @@ DROPOUT = 0.05
 """Probability of dropping an input of the update, by default."""
 
 
-def lora_config(lora: Lora) -> Any:
-    """The options as a peft.LoraConfig. Raises InputError for values and arguments that it does not take."""
+def lora_config(lora: Lora, merge: str | None = None) -> Any:
+    """The options as a peft.LoraConfig; merge: as in `Finetune`.
+
+    Raises InputError for values and arguments that it does not take.
+    """
     from peft import LoraConfig
 
     own = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "target_modules"}
@@ -26,7 +29,7 @@ def lora_config(lora: Lora) -> Any:
             raise InputError(f"lora.options.{key}: this is --lora.{own[key]}")
         if key not in known:
             raise InputError(f"lora.options: no argument {key!r} in peft.LoraConfig; {did_you_mean(key, known)}")
-    dropout = DROPOUT if lora.dropout is None else lora.dropout
+    dropout = (0.0 if merge else DROPOUT) if lora.dropout is None else lora.dropout
     if lora.r < 1 or not 0 <= dropout < 1 or lora.alpha <= 0:
         raise InputError(
             f"lora: r={lora.r}, alpha={lora.alpha}, dropout={dropout}; r at least 1, alpha above 0, dropout from "
@@ -35,7 +38,7 @@ def lora_config(lora: Lora) -> Any:
     if lora.init not in ("zero", "error"):
         raise InputError(f"lora.init={lora.init!r}; {did_you_mean(lora.init, ('zero', 'error'))}")
     try:
-        return LoraConfig(
+        config = LoraConfig(
             r=lora.r,
             lora_alpha=int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
             lora_dropout=dropout,
@@ -44,6 +47,37 @@ def lora_config(lora: Lora) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: {error}") from error
+    if merge == "exact":
+        from ..model.exact_lora import register
+
+        register(config)
+    return config
+
+
+def check_merge(recipe: Finetune) -> None:
+    """Raises InputError for an unknown way of merging, and options that do not go with it."""
+    from ..checkpoint.loading import is_quantized
+    from ..model.adapter_files import EXACT
+
+    if not 0 <= recipe.merge_warmup < 1:
+        raise InputError(f"merge_warmup={recipe.merge_warmup}: a share of the steps from 0 to below 1 is expected")
+    if recipe.merge is None:
+        if recipe.merge_warmup:
+            raise InputError("merge_warmup goes with --merge exact")
+        return
+    if recipe.merge != EXACT:
+        raise InputError(f"--merge {recipe.merge}: {did_you_mean(recipe.merge, (EXACT,))}")
+    if recipe.lora.dropout:
+        raise InputError(
+            f"lora.dropout={recipe.lora.dropout}: --merge {recipe.merge} trains the merged weight, which knows no "
+            "dropout; leave it out"
+        )
+    if recipe.load or not is_quantized(recipe.model):
+        what = f"is loaded with --load {recipe.load}" if recipe.load else "is not quantized"
+        raise InputError(
+            f"--merge {recipe.merge} needs a base that llmtools opens quantized, and {recipe.model} {what}; quantize "
+            "it first (llmtools quantize)"
+        )
 
 
 _PREPARED = {"corda": "preprocess_corda", "eva": "initialize_lora_eva_weights", "lora_ga": "preprocess_loraga"}
@@ -75,14 +109,29 @@ def check_initialisation(lora: Lora, model: str, load: str | None) -> None:
         )
 
 
-def fit_config(config: Any, model: Any, lora: Lora) -> None:
-    """Excludes from PEFT's "all-linear" what it cannot adapt, and dropout where experts are fused, in place."""
+def fit_config(config: Any, model: Any, lora: Lora, merge: str | None = None) -> None:
+    """Excludes from PEFT's "all-linear" what it cannot adapt, and dropout where experts are fused, in place.
+
+    merge: as in `Finetune`; with it linears that are not quantized are left out, too.
+    """
     from ..nn.adapters import has_fused_experts, not_adaptable
 
+    excluded = _not_merged(model) if merge else []
     if config.target_modules == "all-linear" and not config.exclude_modules:
-        config.exclude_modules = not_adaptable(model) or None
+        config.exclude_modules = list(dict.fromkeys([*not_adaptable(model), *excluded])) or None
     if lora.dropout is None and has_fused_experts(model):
         config.lora_dropout = 0.0
+
+
+def _not_merged(model: Any) -> list[str]:
+    """Paths of the linears that --merge does not train, named in the log: dense ones, and a tied head."""
+    from ..model.exact_lora import check_base
+
+    left = check_base(model)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if named := [path for path in left if model.get_submodule(path) is not head]:
+        log.warning("%d linears are not quantized and get no adapter (--merge): %s", len(named), ", ".join(named[:4]))
+    return left
 
 
 def warn_without_adapter(adapted: Any, lora: Lora) -> None:

@@ -140,3 +140,22 @@ def early_stopping(recipe: Finetune) -> list[Any]:
     from transformers import EarlyStoppingCallback
 
     return [EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping)]
+
+
+def warmup(model: Any, share: float) -> Any:
+    """The callback that begins to round the adapters of --merge exact after that share of the steps.
+
+    Raises InputError where an adapter is on anything but a quantized linear.
+    """
+    from transformers import TrainerCallback
+
+    from ..model.exact_lora import exact_layers
+
+    layers = exact_layers(model)
+
+    class Warmup(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for layer in layers.values():
+                layer.rounds = state.global_step >= round(share * state.max_steps)
+
+    return Warmup()

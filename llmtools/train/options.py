@@ -57,6 +57,11 @@ class Finetune(ModelOptions):
     training: dict[str, Any] = field(default_factory=dict)
     """Arguments of trl.SFTConfig: --training.max_steps 200 --training.learning_rate 2e-4 --training.packing true
     --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig."""
+    merge: str | None = None
+    """Merge without loss that the adapter is trained for: exact (trained through the rounding to the base's own codes,
+    which `llmtools merge` then writes, bit for bit); by default none."""
+    merge_warmup: float = 0.0
+    """Share of the steps before --merge exact begins to round."""
     load: str | None = None
     """Quantization by bitsandbytes while an unquantized model loads: nf4 or int8, for QLoRA and LLM.int8() as
     baselines."""

@@ -101,6 +101,7 @@ def _prepare(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base:
 
 def _resumed(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base: dict[str, Any] | None) -> Path:
     """The checkpoint to resume from, in `work`; those of a finished run are copied there."""
+    from ..checkpoint.run_info import as_json
     from ..files import write_whole
     from ..model.fingerprint import FINGERPRINT, as_text
     from .checkpoints import SEAL, last_intact, seal, set_aside, steps_of
@@ -132,6 +133,8 @@ def _resumed(recipe: Finetune, out: Path, work: Path, run: dict[str, Any], base:
     if not (checkpoint / SEAL).exists():  # the run was killed before it was sealed
         if base is not None:
             write_whole(checkpoint / FINGERPRINT, as_text(base))
+        if run.get("merge"):
+            write_whole(checkpoint / METADATA, as_json({"merge": run["merge"]}))
         seal(checkpoint)
     set_aside(work / "checkpoints", steps_of(checkpoint))
     log.info("resuming from %s", checkpoint)
@@ -197,6 +200,10 @@ MODEL = (
 )  # names of the hashes of the model
 
 
+_LATER = {"merge_warmup": 0.0}
+"""Defaults of options that runs of earlier versions lack, other than None."""
+
+
 TENSORS = "model's tensors"
 """Name of the hash that does not depend on how the weights are sharded."""
 
@@ -227,8 +234,20 @@ def _check_same(recipe: Finetune, former: dict[str, Any], run: dict[str, Any]) -
         "model": not {*changed} - {*ROWS},
     }
     moved |= {key: True for key in ("model", "load") if recipe.allow_other_base}
-    for key in ("model", "load", "data", "validation", "num_samples", "lora", "task", "options", "seed"):
-        if before.get(key) != now[key] and not moved.get(key):
+    for key in (
+        "model",
+        "load",
+        "merge",
+        "merge_warmup",
+        "data",
+        "validation",
+        "num_samples",
+        "lora",
+        "task",
+        "options",
+        "seed",
+    ):
+        if before.get(key, _LATER.get(key)) != now[key] and not moved.get(key):
             raise InputError(f"--resume: {key} was {before.get(key)!r} and is {now[key]!r}; {remedy}")
     if not inputs:
         log.warning("run.json has no hashes of the data and the model, so it was not checked whether they are the same")

@@ -26,8 +26,18 @@ KINDS = {"attn_q": "Q4_K", "attn_k": "Q6_K", "attn_v": "Q5_0", "attn_output": "Q
 """Types of some weights; the others are Q4_1."""
 
 
-def write_gguf(folder: Path, family: str = "llama", *, embedding: str = "Q8_0", **changes: Any) -> Path:
-    """A tiny model of random blocks with a tokenizer of letters, as llama.cpp would lay it out."""
+def write_gguf(
+    folder: Path,
+    family: str = "llama",
+    *,
+    embedding: str = "Q8_0",
+    kinds: dict[str, str] | None = None,
+    **changes: Any,
+) -> Path:
+    """A tiny model of random blocks with a tokenizer of letters, as llama.cpp would lay it out.
+
+    kinds: types of weights beside `KINDS`.
+    """
     config = CONFIGS[family](**{"hidden_size": 256, "intermediate_size": 512} | changes)
     arch = {"llama": "LLAMA", "qwen3": "QWEN3", "gemma3": "GEMMA3"}[family]
     architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]]
@@ -65,7 +75,7 @@ def write_gguf(folder: Path, family: str = "llama", *, embedding: str = "Q8_0", 
         if parameter.ndim == 1:
             writer.add_tensor(target, (1 + 0.1 * torch.randn(parameter.shape)).numpy())
             continue
-        kind = KINDS.get(target.split(".")[-2], "Q4_1")
+        kind = (KINDS | (kinds or {})).get(target.split(".")[-2], "Q4_1")
         kind = embedding if target.startswith(("token_embd", "output.")) else kind
         if kind == "F16":
             writer.add_tensor(target, torch.randn(parameter.shape).half().numpy())

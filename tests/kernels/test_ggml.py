@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from llmtools.errors import InputError
-from llmtools.kernels.ggml import NUMBERS, TYPES, dequantize_ggml, multiply_ggml, reference
+from llmtools.kernels.ggml import (
+    ENCODINGS,
+    NUMBERS,
+    TYPES,
+    dequantize_ggml,
+    encode_ggml,
+    multiply_ggml,
+    reference,
+)
 from llmtools.kernels.ggml.native import KINDS
 
 
@@ -134,3 +142,32 @@ def test_threads_do_not_matter() -> None:
 def test_an_input_of_another_width_is_refused() -> None:
     with pytest.raises(InputError, match=r"do not fit a weight; \[t, 512\] is expected"):
         multiply_ggml(torch.randn(2, 511), blocks("Q4_1", 4, 512), "Q4_1", False)
+
+
+@pytest.mark.parametrize("kind", ENCODINGS)
+def test_blocks_encoded_from_their_own_values_keep_their_bytes(kind: str) -> None:
+    packed = blocks(kind, 12, 512)
+    assert torch.equal(encode_ggml(dequantize_ggml(packed, kind), packed, kind), packed)
+
+
+@pytest.mark.parametrize("kind", ENCODINGS)
+def test_encoding_gives_the_nearest_value_and_leaves_the_scales(kind: str) -> None:
+    """Against a search over all codes, each of them written everywhere."""
+    packed, size = blocks(kind, 6, 512), TYPES[kind].bytes
+    values = dequantize_ggml(packed, kind)
+    values = values + 0.2 * values.abs().mean() * torch.randn(values.shape)
+    made = encode_ggml(values, packed, kind)
+    how = ENCODINGS[kind]
+
+    def with_code(source: Tensor, code: int) -> Tensor:
+        flat = source.reshape(-1, size).clone()
+        how.write(flat, torch.full((len(flat), TYPES[kind].weights), code, dtype=torch.uint8))
+        return flat.view_as(source)
+
+    assert torch.equal(with_code(made, 0), with_code(packed, 0))  # all but the codes
+    least = (dequantize_ggml(packed, kind) - values).abs()
+    for code in range(how.least, how.top + 1):
+        least = torch.minimum(least, (dequantize_ggml(with_code(packed, code), kind) - values).abs())
+    error = (dequantize_ggml(made, kind) - values).abs()
+    torch.testing.assert_close(error, least, rtol=1e-3, atol=1e-6 * float(values.abs().max()))
+    assert not torch.equal(made, packed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from llmtools.errors import InputError
 from llmtools.kernels import ops
 from llmtools.kernels.bits import pack
-from llmtools.kernels.grouped import dequantize_grouped, multiply_grouped, reference
+from llmtools.kernels.grouped import dequantize_grouped, encode_grouped, multiply_grouped, reference
 from llmtools.quant.grids.codebook import NF4
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -270,3 +270,33 @@ def test_the_shortcut_past_the_dispatcher_is_for_plain_tensors_only() -> None:
     assert ops.direct(frozen) and not ops.direct(trained)
     with torch.no_grad():
         assert ops.direct(trained)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "shifted", "codebook"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("out, n, group_size", SHAPES)
+def test_encoding_gives_the_bits_of_the_reference(kind: str, bits: int, out: int, n: int, group_size: int) -> None:
+    if kind == "codebook" and bits > 4:
+        pytest.skip("codebooks have 16 levels at most")
+    groups = -(-n // group_size)
+    values, scales = 3 * torch.randn(out, n), torch.randn(out, groups) * 0.2
+    values[:, ::5] = (values[:, ::5] * 8).round() / 16  # half-way between two codes, for some scales
+    scales[:, ::3] = 0.125
+    values[0, 0] = 1e30
+    if kind != "codebook":
+        values[-1, -1] = float("nan")
+    table = torch.randn(2**bits).sort().values if kind == "codebook" else None
+    zeros = None if table is not None else torch.rand(out, groups) * 2**bits
+    if zeros is not None and kind == "uniform":
+        zeros = zeros.floor()
+    given = (values, scales, zeros, table, bits, group_size, kind == "shifted")
+    got = encode_grouped(*given)
+    assert torch.equal(got, reference.encode_grouped(*given))
+    if table is not None:
+        scales.abs_()  # with a negative scale levels fall
+    packed = (encode_grouped(*given), scales, None, table, bits, group_size, n)
+    if table is not None:  # the nearest of all levels
+        decoded = reference.dequantize_grouped(*packed)
+        spread = scales.repeat_interleave(group_size, 1)[:, :n]
+        least = (spread[..., None] * table - values[..., None]).abs().amin(-1)
+        torch.testing.assert_close((decoded - values).abs(), least)

@@ -10,6 +10,7 @@ from itertools import islice
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from llmtools.quant import ALL, Packed, TensorSpec, proxy_loss
 from llmtools.quant.composed import Composed
@@ -32,6 +33,7 @@ def points(size: int) -> Tensor:
 class Tiles(Grid):
     """A byte for a tile of height × width weights, a scale for each row of a group."""
 
+    codes = ("codes",)
     height: int = 2  # type: ignore[misc]
     width: int = 1  # type: ignore[misc]
     group_size: int = 16
@@ -66,6 +68,22 @@ class Tiles(Grid):
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
         columns = torch.empty((0, in_features), dtype=torch.uint8)
         return {"scales": params[..., 0].half(), "codes": codes.to(torch.uint8), "columns": columns}
+
+    def params(self, packed: Packed, rows: slice = ALL) -> Tensor:
+        return packed["scales"][rows].float()[..., None]
+
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """Where the weight ends within a tile, the tile is not one of zeros there: the former stays if as near."""
+        made, out_features = super().requantize(weight, packed, rows)["codes"], len(packed["scales"])
+        strips = tile_rows(rows, out_features, self.height)[0]
+        former, errors = packed["codes"][strips], []
+        for codes in (made, former):
+            whole = packed["codes"].clone()
+            whole[strips] = codes
+            error = (self.dequantize(packed | {"codes": whole}, rows) - weight).square()
+            error = F.pad(error, (0, -error.shape[1] % self.width, 0, -len(error) % self.height))
+            errors.append(error.unflatten(0, (-1, self.height)).sum(1).unflatten(1, (-1, self.width)).sum(2))
+        return {"codes": torch.where(errors[0] < errors[1], made, former)}
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         (out_features, _), in_features = packed["scales"].shape, packed["columns"].shape[1]

@@ -5,9 +5,9 @@ A row is a sequence of blocks of 32 or 256 weights with their scales. So a weigh
 
     blocks [out, row_bytes] uint8, kind: a name of `TYPES`
 
-`halves.py` reads and writes the float16 numbers of blocks. `reference.py` is the specification, `native.py` with
-`native.c` the implementation in C for the CPU (`decode.h` rows, `integer.h` products by products of bytes), `triton.py`
-the GPU's kernel.
+`reference.py` is the specification, `native.py` with `native.c` the implementation in C for the CPU (`decode.h` rows,
+`integer.h` products by products of bytes), `triton.py` the GPU's kernel. `halves.py` reads and writes the float16
+numbers of blocks, `encode.py` chooses codes on given scales.
 """
 
 from __future__ import annotations
@@ -16,10 +16,22 @@ import torch
 
 from ..ops import constant_result, define, has_triton
 from . import native, reference
+from .encode import ENCODINGS, encode_ggml
 from .halves import halves, with_halves
 from .types import NUMBERS, TYPES, BlockType
 
-__all__ = ["NUMBERS", "TYPES", "BlockType", "decodes", "dequantize_ggml", "halves", "multiply_ggml", "with_halves"]
+__all__ = [
+    "ENCODINGS",
+    "NUMBERS",
+    "TYPES",
+    "BlockType",
+    "decodes",
+    "dequantize_ggml",
+    "encode_ggml",
+    "halves",
+    "multiply_ggml",
+    "with_halves",
+]
 
 
 def _columns(blocks: torch.Tensor, kind: str) -> int:

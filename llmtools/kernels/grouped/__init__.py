@@ -23,7 +23,7 @@ from torch import Tensor
 from ..ops import constant_result, define, has_triton
 from . import native, reference
 
-__all__ = ["Weight", "decodes", "dequantize_grouped", "multiplies", "multiply_grouped"]
+__all__ = ["Weight", "decodes", "dequantize_grouped", "encode_grouped", "multiplies", "multiply_grouped"]
 
 
 Weight = tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, int]
@@ -78,3 +78,21 @@ def decodes(device: torch.device, bits: int) -> bool:
 def multiplies(device: torch.device, bits: int) -> bool:
     """Whether `multiply_grouped` is a kernel of its own on that device."""
     return device.type == "cuda" or (device.type == "cpu" and bits in native.BITS and native.library() is not None)
+
+
+def encode_grouped(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group_size: int,
+    shifted: bool = False,
+) -> Tensor:
+    """The codes nearest to the values [out, in] float32 on the grids of their groups, packed: qweight [out, w] int32.
+
+    scales, zeros [out, G] float32; table as in a packed weight, zeros None with it. A value half-way between two codes
+    of a uniform grid gets the even one before the zero point is added, one of a codebook the lower. shifted: zero
+    points are no integers, and are added before rounding.
+    """
+    return native.encode_grouped(values, scales, zeros, table, bits, group_size, shifted)

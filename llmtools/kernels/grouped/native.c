@@ -1,4 +1,5 @@
 /* The functions that __init__.py calls. */
+#include "encode.h"
 #include "multiply.h"
 
 /* out [rows, columns] of `type`, contiguous. Returns 1. */

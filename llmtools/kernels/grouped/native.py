@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from .. import build
+from ..bits import words
 from ..build import TYPES
 from . import reference
 
@@ -53,6 +54,35 @@ def multiply_grouped(x: Tensor, qweight: Tensor, *weight: Any) -> Tensor:
     if not product(given, rows, x.data_ptr(), tokens, TYPES[x.dtype], y.data_ptr(), threads):
         raise MemoryError(f"no memory for {tokens} rows of {summed} activations")
     return y
+
+
+def encode_grouped(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group_size: int,
+    shifted: bool,
+) -> Tensor:
+    """The codes [out, w] int32 nearest to values [out, in]; arguments as in the package's docstring."""
+    given = [each for each in (values, scales, zeros, table) if each is not None]
+    if library() is None or bits not in BITS or not all(each.is_cpu and each.dtype == torch.float32 for each in given):
+        return reference.encode_grouped(values, scales, zeros, table, bits, group_size, shifted)
+    values, scales = values.contiguous(), scales.contiguous()
+    zeros = None if zeros is None else zeros.contiguous()
+    midpoints = None if table is None else (table[1:] + table[:-1]) / 2
+    (rows, columns), width = values.shape, words(values.shape[1], bits)
+    out = torch.empty((rows, width), dtype=torch.int32)
+    pointers = [None if each is None else each.data_ptr() for each in (zeros, midpoints)]
+    threads = torch.get_num_threads() if values.numel() > _SMALL else 1
+    done = library().encode(
+        *(values.data_ptr(), rows, columns, scales.data_ptr(), pointers[0], group_size, pointers[1]),
+        *(bits, int(shifted), out.data_ptr(), width, threads),
+    )
+    if not done:
+        raise MemoryError(f"no memory for the codes of {columns} columns")
+    return out
 
 
 class _Weight(ctypes.Structure):
@@ -123,4 +153,20 @@ def _weight(
 @functools.cache
 def library() -> Any:
     """The library with its argument types declared, or None."""
-    return build.weight_library("grouped", _Weight)
+    found = build.weight_library("grouped", _Weight)
+    if found is not None:
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        found.encode.argtypes = [
+            *(
+                pointer,
+                size,
+                size,
+                pointer,
+                pointer,
+                size,
+                pointer,
+            ),  # values, rows, columns, scales, zeros, group, midpoints
+            *(number, number, pointer, size, number),  # bits, shifted, out, words, threads
+        ]
+        found.encode.restype = number
+    return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..bits import unpack
+from ..bits import pack, unpack
 
 ROWS = 256  # decoded at a time by the product
 
@@ -33,6 +33,30 @@ def dequantize_grouped(
         weight = weight - 2.0 ** (bits - 1)
     weight = weight * scales.to(torch.float32).unsqueeze(-1)
     return weight.flatten(-2)[..., :in_features].to(dtype)
+
+
+def encode_grouped(
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    bits: int,
+    group_size: int,
+    shifted: bool,
+) -> Tensor:
+    """The codes nearest to values, qweight [out, w] int32; arguments as in the package's docstring."""
+    columns, groups = values.shape[1], scales.shape[1]
+    parts = F.pad(values, (0, groups * group_size - columns)).unflatten(1, (groups, group_size))  # [out, G, g]
+    scale = scales[..., None]
+    if table is not None:
+        normal = parts * torch.where(scale == 0, 0.0, 1 / scale)
+        codes = torch.bucketize(normal, (table[1:] + table[:-1]) / 2)
+    else:
+        assert zeros is not None
+        zero = zeros[..., None]
+        codes = torch.round(parts / scale + zero) if shifted else torch.round(parts / scale) + zero
+        codes = codes.nan_to_num(0).clamp(0, 2**bits - 1)
+    return pack(codes.flatten(1)[:, :columns], bits)
 
 
 def multiply_grouped(

@@ -143,14 +143,14 @@ class Affine(Scalar):
             packed["columns"] = codes.new_empty(layout["columns"].shape, dtype=torch.uint8)
         return {name: packed[name] for name in layout}
 
-    def params(self, packed: Packed) -> Tensor:
-        scales = packed["scales"].float()  # [out, G]
+    def params(self, packed: Packed, rows: slice = ALL) -> Tensor:
+        scales = packed["scales"][rows].float()  # [rows, G]
         if self.float_zeros:
-            zeros = packed["zeros"].float()
+            zeros = packed["zeros"][rows].float()
         elif self.symmetric:
             zeros = torch.full_like(scales, 2.0 ** (self.bits - 1))
         else:
-            zeros = unpack(packed["qzeros"], self.bits, scales.shape[1]).float()
+            zeros = unpack(packed["qzeros"][rows], self.bits, scales.shape[1]).float()
         return torch.stack([scales, zeros], -1)
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:

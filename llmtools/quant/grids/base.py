@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import InputError, where
-from ..base import Packed, Rows, TensorSpec
+from ..base import ALL, Packed, Rows, TensorSpec
 
 
 class Grid(Rows):
@@ -61,20 +61,28 @@ class Grid(Rows):
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
         """codes [ceil(out / h), ceil(in / w)], params [out, G, p] -> the tensors of `layout`."""
 
-    def params(self, packed: Packed) -> Tensor:
-        """The parameters of a packed weight, [out, G, p] float32, as `fit` gives them; optional, for `requantize`."""
+    def params(self, packed: Packed, rows: slice = ALL) -> Tensor:
+        """The parameters of rows of a packed weight, [rows, G, p] float32, as `fit` gives them; optional, for
+        `requantize`."""
         raise InputError(f"{where()}{type(self).__name__} does not read the parameters of a packed weight")
 
-    def requantize(self, values: Tensor, packed: Packed) -> Packed:
-        """Codes of the values [out, in] nearest on the grid of `packed`, whose parameters are kept."""
-        in_features = values.shape[1]
-        values = F.pad(values, (0, -in_features % self.width, 0, -len(values) % self.height))
-        params = self.params(packed).to(values.dtype)
+    def requantizes(self) -> bool:
+        """Whether `requantize` is there: it needs `params`."""
+        return type(self).params is not Grid.params or type(self).requantize is not Grid.requantize
+
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """The codes of these rows, [rows, in] float, nearest on the grid of `packed`; as `Quantizer.requantize`.
+
+        Tiles are padded with zeros; a grid whose codes hold anything else there overrides it.
+        """
+        in_features = weight.shape[1]
+        values = F.pad(weight, (0, -in_features % self.width, 0, -len(weight) % self.height))
+        params = self.params(packed, rows).to(values.dtype)
         params = F.pad(params, (0, 0, 0, 0, 0, len(values) - len(params)))
         groups = values.split(self.resolve_group_size(values.shape[1]), dim=1)
         codes = torch.cat([self.quantize_values(group, params[:, g]) for g, group in enumerate(groups)], 1)
         made = self.pack(codes, params, in_features)
-        return packed | {name: made[name] for name in self.codes}
+        return {name: made[name] for name in self.codes}
 
 
 def tile_rows(rows: slice, out_features: int, height: int) -> tuple[slice, slice]:

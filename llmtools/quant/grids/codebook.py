@@ -76,8 +76,8 @@ class Codebook(Scalar):
             packed |= _nest(packed["scales"])
         return {name: packed[name] for name in layout}
 
-    def params(self, packed: Packed) -> Tensor:
-        return (self._maxima(packed, ALL) if self.double_quantization else packed["scales"])[..., None]
+    def params(self, packed: Packed, rows: slice = ALL) -> Tensor:
+        return (self._maxima(packed, rows) if self.double_quantization else packed["scales"][rows])[..., None]
 
     def grouped(self, packed: Packed, rows: slice = ALL) -> Weight:
         qweight, scales, zeros, _, bits, group_size, in_features = super().grouped(packed, rows)

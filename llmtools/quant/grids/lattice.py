@@ -13,6 +13,7 @@ both stages, int64: E8P's in bits 0–15, the residual's above.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,6 +29,8 @@ from ...kernels.lattice import (
     decode_e81b,
     decodes,
     dequantize_lattice,
+    encode_e8p,
+    encode_e81b,
     encode_lattice,
     multiplies,
     multiply_lattice,
@@ -38,6 +41,11 @@ from .base import Grid
 __all__ = ["SCALE", "Lattice"]
 
 _RESIDUAL = {3: torch.uint8, 4: torch.int16}
+_BALL = 0.49
+"""Squared radius within which a point of either codebook is the nearest: half their least distance, whose square is 2,
+with a margin for rounding."""
+_USUAL = 0.75
+"""Squared error of eight Gaussian weights on E8P."""
 
 
 @dataclass(frozen=True)
@@ -98,21 +106,54 @@ class Lattice(Grid):
             packed["residual"] = (codes >> 16).to(_RESIDUAL[self.bits])
         return packed
 
-    def params(self, packed: Packed) -> Tensor:
-        return packed["codes"].new_empty((len(packed["codes"]), 1, 0), dtype=torch.float32)
+    def params(self, packed: Packed, rows: slice = ALL) -> Tensor:
+        codes = packed["codes"][rows]
+        return codes.new_empty((len(codes), 1, 0), dtype=torch.float32)
 
-    def requantize(self, values: Tensor, packed: Packed) -> Packed:
-        """Residual codes are chosen one after the other, not together: where the former ones are nearer, they stay."""
-        made = super().requantize(values, packed)
-        if self.bits == 2:
-            return made
-        target = F.pad(values, (0, -values.shape[1] % 8)).unflatten(1, (-1, 8))  # [out, b, 8]
-        errors = [
-            (self.dequantize(each, dtype=values.dtype).unflatten(1, (-1, 8)) - target).square().sum(-1)
-            for each in (made, packed)
-        ]
-        nearer = errors[0] < errors[1]
-        return packed | {name: torch.where(nearer, made[name], packed[name]) for name in self.codes}
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """Only blocks that have left the ball around their point are searched: within it no other point is nearer.
+
+        Residuals make many points, which are not searched together: first the first stage's code stays and the
+        residual is chosen again; where that leaves more than the usual error, both are chosen one after the other. Of
+        these and the former ones the nearest codes are taken.
+        """
+        codes = {name: packed[name][rows] for name in self.codes}
+        target = F.pad(weight.float(), (0, -weight.shape[1] % 8)).unflatten(1, (-1, 8))  # [rows, b, 8]
+        error = self._error(target, codes)
+        unit = 1.0 if self.bits == 2 else self._scale**-2
+        for proposal, limit in self._proposals():
+            left = (error > limit * unit).nonzero(as_tuple=True)
+            if not len(left[0]):
+                break
+            some, former = target[left], {name: tensor[left] for name, tensor in codes.items()}  # [n, 8], [n]
+            tried = proposal(some, former)
+            nearer = (made := self._error(some, tried)) < error[left]
+            error = error.index_put(left, torch.where(nearer, made, error[left]))
+            codes = {
+                name: tensor.index_put(left, torch.where(nearer, tried[name], former[name]))
+                for name, tensor in codes.items()
+            }
+        return codes
+
+    def _proposals(self) -> list[tuple[Callable[[Tensor, Packed], Packed], float]]:
+        """Functions of vectors [n, 8] and their former codes [n] to other codes, and the squared error, in units of the
+        last stage, from which they are tried."""
+        return [(self._both, _BALL)] if self.bits == 2 else [(self._residual_again, _BALL), (self._both, _USUAL)]
+
+    def _residual_again(self, target: Tensor, former: Packed) -> Packed:
+        encode = encode_e81b if self.bits == 3 else encode_e8p
+        rest = target - decode_e8p(former["codes"].to(torch.int64) & 0xFFFF)
+        return {"codes": former["codes"], "residual": encode(rest * self._scale)}
+
+    def _both(self, target: Tensor, former: Packed) -> Packed:
+        codes, residual = encode_lattice(target, self.bits, self._scale)
+        made = {"codes": codes[:, 0]}
+        return made if residual is None else made | {"residual": residual[:, 0]}
+
+    def _error(self, target: Tensor, codes: Packed) -> Tensor:
+        """Squared distances [...] of vectors [..., 8] from the points of their codes [...]."""
+        points = dequantize_lattice(codes["codes"], codes.get("residual"), self._scale)
+        return (points.view_as(target) - target).square_().sum(-1)
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, 8·b]."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...errors import InputError, did_you_mean, where
 from ...kernels.bits import words
-from ...kernels.grouped import Weight, decodes, dequantize_grouped, multiplies, multiply_grouped
+from ...kernels.grouped import Weight, decodes, dequantize_grouped, encode_grouped, multiplies, multiply_grouped
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
@@ -88,6 +88,19 @@ class Scalar(Grid):
         if rows is not ALL:
             qweight, scales, zeros = qweight[rows], scales[rows], None if zeros is None else zeros[rows]
         return qweight, scales, zeros, None, self.bits, group_size, in_features
+
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """As `Grid.requantize`, all groups at once; groups of a scale of 0 are values of 0 whatever their codes."""
+        scales, *zeros = self.params(packed, rows).float().unbind(-1)  # [rows, G] each
+        table = self.grouped(packed, slice(0, 0))[3]
+        if table is None:
+            scales = torch.where(scales == 0, 1.0, scales)
+        sizes = self.bits, self.resolve_group_size(weight.shape[1])
+        return {
+            "qweight": encode_grouped(
+                weight.float(), scales, zeros[0] if zeros else None, table, *sizes, self.float_zeros
+            )
+        }
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize_grouped(*self.grouped(packed, rows), dtype)

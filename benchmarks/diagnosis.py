@@ -271,6 +271,7 @@ def run(args: argparse.Namespace) -> None:
                 continue
             began = time.perf_counter()
             row |= measure() | {"seconds": time.perf_counter() - began}
+            row |= {"checkpoint": True} if what.get("label") in study.kept else {}
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | _origin()) + "\n")
             print(json.dumps(what | {"kl": row["kl"]}), flush=True)

@@ -42,7 +42,7 @@ BUNDLES: dict[str, dict[int, Bundle]] = {
         8: RTN8,
     },
     "balanced": {
-        2: Bundle({**LATTICE, **SHORT, "recover": {"steps": 60}}, "27 min, × 2.18 (10 passes)"),
+        2: Bundle({**LATTICE, **SHORT, "recover": {"steps": 60}}, "25 min, × 2.18"),
         3: Bundle({**LATTICE, **SHORT}, "7 min, × 1.39 (10 passes, 16 sequences of 1024)"),
         4: Bundle({**LATTICE, **SHORT}, "7 min, × 1.10 (10 passes, 16 sequences of 1024)"),
         8: RTN8,

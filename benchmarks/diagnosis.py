@@ -122,7 +122,7 @@ class Study:
 
     def _weights(self, variant: Variant) -> Weights:
         """The quantized weights, from a finished checkpoint if there is one."""
-        if variant.label in self.kept:
+        if self.is_kept(variant):
             model, _ = llmtools.load(self.kept[variant.label], dtype=torch.float32)
         else:
             model = self.source.model()
@@ -134,6 +134,10 @@ class Study:
                 **_grouped(variant, self.args.group_size),
             )
         return {path: layer.dequantize(dtype=torch.float32) for path, layer in own_linears(model).items()}
+
+    def is_kept(self, variant: Variant) -> bool:
+        """Whether there is a finished checkpoint of it: of the label alone, whose calibration is its own."""
+        return variant.label in self.kept and not variant.text and not variant.samples
 
     def kl(self, weights: Weights) -> Row:
         """The divergence of the original with these weights in place."""
@@ -207,7 +211,8 @@ def _kinds(study: Study, variant: Variant) -> Iterator[tuple[Row, Callable[[], R
 def _calibrations(study: Study, variant: Variant) -> Iterator[tuple[Row, Callable[[], Row]]]:
     first, *others = study.calibrations
     for samples in study.args.sizes:
-        sized = variant if samples == study.args.samples else variant._replace(samples=samples)  # quantized already
+        known = samples == study.args.samples and not study.is_kept(variant)  # quantized already
+        sized = variant if known else variant._replace(samples=samples)
         yield _whole(study, "calibration", sized, {"text": first, "samples": samples})
     for text in others:
         yield _whole(study, "calibration", variant._replace(text=text), {"text": text, "samples": study.args.samples})
@@ -271,6 +276,8 @@ def run(args: argparse.Namespace) -> None:
                 continue
             began = time.perf_counter()
             row |= measure() | {"seconds": time.perf_counter() - began}
+            if row["experiment"] in ("prefix", "kind") and row["label"] in study.kept:
+                row["checkpoint"] = True
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | _origin()) + "\n")
             print(json.dumps(what | {"kl": row["kl"]}), flush=True)

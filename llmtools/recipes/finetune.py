@@ -20,7 +20,14 @@ from typing import Any
 from ..errors import InputError
 from ..ranks import is_first
 from ..signals import Request, Stopped, deferred, interruptible
-from ..train.adapters import check_initialisation, check_merge, fit_config, lora_config, warn_without_adapter
+from ..train.adapters import (
+    check_initialisation,
+    check_merge,
+    fit_config,
+    lora_config,
+    recommend_initialisation,
+    warn_without_adapter,
+)
 from ..train.arguments import arguments_of, check_fsdp, check_training, check_validation_use, unbooled
 from ..train.callbacks import (
     checkpoint_interval,
@@ -92,6 +99,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     model, tokenizer = open_model(
         recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
     )
+    recommend_initialisation(recipe.lora, recipe.model, model)
     if is_first():
         inputs |= content_of_model(recipe.model)
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}

@@ -43,9 +43,11 @@ BUNDLES: dict[str, dict[int, Bundle]] = {
         8: RTN8,
     },
     "balanced": {
-        2: Bundle({**PROPAGATED, "recover": {"steps": 60}}, "27 min, × 2.18 (10 passes)"),
-        3: Bundle(PROPAGATED, "7 min, × 1.39 (10 passes, 16 sequences of 1024)"),
-        4: Bundle(PROPAGATED, "7 min, × 1.10 (10 passes, 16 sequences of 1024)"),
+        2: Bundle(
+            {**PROPAGATED, "recover": {"steps": 60}}, "without the recovery 6 min, × 2.82 (16 sequences of 1024)"
+        ),
+        3: Bundle(PROPAGATED, "6 min, × 1.34 (16 sequences of 1024)"),
+        4: Bundle(PROPAGATED, "6 min, × 1.09 (16 sequences of 1024)"),
         8: RTN8,
     },
     "best": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, did_you_mean
@@ -106,6 +107,28 @@ def check_initialisation(lora: Lora, model: str, load: str | None) -> None:
         raise InputError(
             f"lora.options.init_lora_weights={method!r} {why}; to initialise adapters from the "
             "quantization error: llmtools quantize --adapter_rank R, then finetune --lora.init error"
+        )
+
+
+FEW_BITS = 3.75
+"""Stored bits per weight up to which adapters gain from the quantization error; 3 bits and their scales are fewer."""
+
+
+def recommend_initialisation(lora: Lora, name: str, model: Any) -> None:
+    """Says in a line that a base of 2 or 3 bits has LoRA matrices to begin with, where they are not used.
+
+    name: folder of the base `model`.
+    """
+    from ..checkpoint.folder import LORA_INIT
+    from ..nn.swap import stored_bits
+
+    bits = stored_bits(model)
+    if lora.init == "zero" and bits is not None and bits <= FEW_BITS and (Path(name).expanduser() / LORA_INIT).exists():
+        log.info(
+            "%s has adapters that make up for part of its quantization error, at %.2f bits per weight; "
+            "--lora.init error begins with them",
+            name,
+            bits,
         )
 
 

@@ -58,6 +58,18 @@ def test_kinds_divide_the_weights(made: Path) -> None:
     assert {row["text"] for row in rows(made) if row["experiment"] == "calibration"} == {"stories", "wiki"}
 
 
+def test_a_finished_checkpoint_stands_for_its_own_calibration_only(made: Path, tmp_path: Path) -> None:
+    model, tokenizer = llmtools.load(MODEL)
+    llmtools.quantize(model, "rtn", bits=4, group_size=32)
+    llmtools.save(model, tokenizer, tmp_path / "q")
+    out = tmp_path / "rows.jsonl"
+    quality.main([*COMMAND, "--out", str(out), "--every", "9", "--checkpoints", f"rtn 2-bit={tmp_path / 'q'}"])
+    found, former = ({diagnosis.identity(row): row for row in rows(each)} for each in (out, made))
+    for key, row in found.items():
+        assert (row["kl"] == former[key]["kl"]) == (row["experiment"] not in ("prefix", "kind")), row
+        assert row.get("checkpoint", False) == (row["experiment"] in ("prefix", "kind"))
+
+
 def test_rows_are_not_made_twice_and_become_a_page(made: Path, tmp_path: Path) -> None:
     before = made.read_text()
     lines = before.splitlines()

@@ -177,11 +177,33 @@ def test_finetuning_can_start_from_the_error(
     for path, init in inits.items():
         a, b = (adapter[f"base_model.model.{path}.lora_{side}.weight"] for side in "AB")
         torch.testing.assert_close(b @ a * 4, init.b @ init.a, rtol=1e-4, atol=1e-5)  # r = 8, alpha = 32
-    capsys.readouterr()
+    assert "--lora.init error begins with them" not in capsys.readouterr().err
+    assert run("finetune", *arguments, "--out", tmp_path / "c") == 0
+    assert "--lora.init error begins with them" in capsys.readouterr().err
     assert run("finetune", *arguments, "--lora.init", "eror", "--out", tmp_path / "b") == 2
     assert "lora.init='eror'; did you mean 'error'?" in capsys.readouterr().err
     assert run("finetune", *arguments[2:], "--model", stories, "--lora.init", "error", "--out", tmp_path / "b") == 2
     assert "quantize the model with --adapter_rank" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bits", "said"), [(2, True), (3, True), (4, False)])
+def test_few_bits_alone_are_reason_to_begin_with_the_error(
+    bits: int, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from llmtools.train.adapters import recommend_initialisation
+    from llmtools.train.options import Lora
+
+    model = tiny_model("llama")
+    llmtools.quantize(model, "rtn", bits=bits, group_size=64)
+    (tmp_path / "lora_start.safetensors").touch()
+    with caplog.at_level("INFO", logger="llmtools"):
+        recommend_initialisation(Lora(), str(tmp_path), model)
+        assert ("begins with them" in caplog.text) == said
+        caplog.clear()
+        recommend_initialisation(Lora(init="error"), str(tmp_path), model)
+        recommend_initialisation(Lora(), str(tmp_path / "elsewhere"), model)
+        recommend_initialisation(Lora(), str(tmp_path), tiny_model("llama"))
+    assert not caplog.text
 
 
 def run(*args: object) -> int:

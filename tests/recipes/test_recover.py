@@ -194,9 +194,13 @@ def letters(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_gptq_folder_stays_one(letters: Path, tmp_path: Path) -> None:
+def test_a_gptq_folder_stays_one(
+    letters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from safetensors.torch import load_file
 
+    from llmtools.formats import Format
+    from llmtools.formats.gptq import GPTQ
     from tests.formats import test_gptq
     from tests.formats.writers import tiny_tokenizer, write
 
@@ -217,6 +221,13 @@ def test_a_gptq_folder_stays_one(letters: Path, tmp_path: Path) -> None:
     info = json.loads((tmp_path / "r" / "llmtools.json").read_text())
     assert info["recovery"]["after"] == result.kl and info["base_model"] == str(original)
     llmtools.load(asked.out, verify=True)
+
+    monkeypatch.setattr(GPTQ, "replaced", Format.replaced)  # as of a format that cannot say where its scales are
+    ours = recover(replace(asked, out=str(tmp_path / "ours")))
+    assert ours.format == "llmtools" and ours.kl == result.kl
+    assert "gptq files cannot be written with other scales" in caplog.text and "`llmtools export`" in caplog.text
+    one, again = weights(asked.out), weights(ours.out)
+    assert all(torch.equal(one[name], again[name]) for name in again)
 
 
 @pytest.mark.filterwarnings("ignore")

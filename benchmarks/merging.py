@@ -129,7 +129,9 @@ def cost(base: Base, args: argparse.Namespace, work: Path) -> Row:
     import llmtools
     from llmtools.data.calibration import text_ids
     from llmtools.model.exact_lora import exact_layers, register
+    from llmtools.train.heap import map_large_blocks
 
+    map_large_blocks()  # as finetune does: freed memory is given back, so that a peak is one
     model, tokenizer = llmtools.load(_quantized(base, args, work))
     model = llmtools.prepare_for_training(model, gradient_checkpointing=args.gradient_checkpointing)
     config = register(peft.LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear"))

@@ -82,8 +82,8 @@ def export(recipe: Export) -> ExportResult:
     if recipe.adapter is not None and recipe.format not in ("dense", "lora"):
         raise InputError(
             f"an adapter is not merged into packed weights by export (format {recipe.format}); merge it first "
-            "(llmtools merge), use --format dense, or serve it beside the quantized model: --format lora (or gguf, for "
-            "llama.cpp)"
+            "(llmtools merge), use --format dense for a merged model, or serve it beside the quantized model: --format "
+            "lora (or gguf, for llama.cpp)"
         )
     name: str | None
     adapter: str | None

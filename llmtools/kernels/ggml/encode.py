@@ -67,7 +67,8 @@ def _joined(codes: Tensor, bits: int, run: int) -> Tensor:
     """The inverse of `_planes`: codes [n, m] uint8 of `bits` bits -> [n, m · bits / 8] uint8."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
     planes = codes.unflatten(1, (-1, 8 // bits, run)) << shifts[:, None]
-    return planes.sum(2, dtype=torch.uint8).flatten(1)
+    joined: Tensor = planes.sum(2, dtype=torch.uint8).flatten(1)
+    return joined
 
 
 def _in_planes(start: int, bits: int, run: int, shift: int = 0, weights: int = 256) -> Callable[[Tensor, Tensor], None]:

@@ -234,8 +234,8 @@ class Run:
             "num_samples": self.subject.calibration_windows,
             "max_length": 256,
         }
-        if not rtn:  # fewer sweeps than by default lose little here; adapters then start from the error that is left
-            calibration |= {"options": {"passes": 2}, "adapter_rank": self.subject.rank}
+        if not rtn:  # adapters then start from the error that is left
+            calibration |= {"error_propagation": 0.5, "adapter_rank": self.subject.rank}
         folder = self.models / f"{quantizer}-{self.demo.bits}-bit"
         recipe = Quantize(
             model=str(base),

@@ -81,7 +81,7 @@ def with_quality(recipe: Quantize) -> Quantize:
     options = dict(bundle_of(quality, _width(recipe)).options)
     name = recipe.quantizer["name"] if isinstance(recipe.quantizer, dict) else recipe.quantizer
     if name not in (None, options["quantizer"]):  # another's options are not this one's
-        options.pop("options", None), options.pop("group_size", None)
+        options = {key: value for key, value in options.items() if key not in ("options", "group_size")}
     return _filled(replace(recipe, quality=quality), options)
 
 

@@ -32,6 +32,16 @@ DAMPING = 0.01
 """λ, as a fraction of the mean of the Hessian's diagonal, at first; where the matrix is not positive definite, more."""
 
 
+def check_strength(strength: float, *, tuned: bool) -> None:
+    """Raises InputError for a strength that is not from 0 to 1, and beside block tuning."""
+    if not 0 <= strength <= 1:
+        raise InputError(f"error_propagation={strength}; give a strength from 0 (none) to 1 (full correction)")
+    if strength and tuned:
+        raise InputError(
+            "error propagation and block tuning both make up for the errors of the layers before; choose one of the two"
+        )
+
+
 class OriginalStream:
     """The hidden states of the original network, carried from block to block.
 

@@ -33,7 +33,7 @@ from ..quant import HessianSum, Quantizer, proxy_loss
 from ..quant.base import BlockLearner, Learner
 from .blocks import Block, linear_at, text_config
 from .options import BlockTuning
-from .propagation import ErrorSum, OriginalStream, comparing, corrected
+from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
 from .reconstruct import (
     HELD_OUT,
     BlockLoss,
@@ -102,12 +102,7 @@ def quantize(
         )
     if batches is None and tuning is not None and tuning.epochs:
         raise InputError("block tuning needs calibration text and none was given; pass `calibration`")
-    if not 0 <= error_propagation <= 1:
-        raise InputError(f"error_propagation={error_propagation}; give a strength from 0 (none) to 1 (full correction)")
-    if error_propagation and tuning is not None and tuning.epochs:
-        raise InputError(
-            "error propagation and block tuning both make up for the errors of the layers before; choose one of the two"
-        )
+    check_strength(error_propagation, tuned=tuning is not None and bool(tuning.epochs))
     if batches is None and error_propagation:
         raise InputError("error propagation needs calibration text and none was given; pass `calibration`")
     if adapter_rank < 0:

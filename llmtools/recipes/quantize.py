@@ -215,6 +215,7 @@ def checked_quantizer(recipe: Quantize) -> Any:
     """The recipe's quantizer. Raises InputError for wrong options, and where the calibration text is missing."""
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
+    from ..model.propagation import check_strength
 
     asked, recipe = recipe, with_quality(recipe)
     try:
@@ -232,6 +233,7 @@ def checked_quantizer(recipe: Quantize) -> Any:
         )
     if recipe.finetune_blocks.epochs and recipe.calibration is None:
         raise InputError("--finetune_blocks needs calibration text: pass --calibration FILE (.txt or .jsonl)")
+    check_strength(recipe.error_propagation or 0.0, tuned=bool(recipe.finetune_blocks.epochs))
     if recipe.error_propagation and recipe.calibration is None:
         raise InputError("--error_propagation needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if recipe.bits_per_weight is not None and recipe.calibration is None:

@@ -98,8 +98,7 @@ class Study:
 
     @cached_property
     def windows(self) -> list[Tensor]:
-        shared = self.held_out in self.calibrations.values()
-        text = documents(Path(self.held_out), held_out=True, shared=shared)
+        text = documents(Path(self.held_out), held_out=True)
         return list(spread_windows(self.source.tokenizer(), text, self.args.windows, self.args.context).split(1))
 
     @cached_property
@@ -115,7 +114,7 @@ class Study:
 
     def calibration(self, variant: Variant) -> list[Tensor]:
         file = self.calibrations[variant.text or next(iter(self.calibrations))]
-        text = documents(Path(file), held_out=False, shared=file == self.held_out)
+        text = documents(Path(file), held_out=False)
         count = variant.samples or self.args.samples
         tokenizer = self.source.tokenizer()
         return llmtools.calibration(text, tokenizer, samples=count, tokens=self.args.tokens, seed=self.args.seed)

@@ -29,7 +29,7 @@ from ..errors import InputError, where
 from .walk import Calls, Enough, Stream, copied
 
 DAMPING = 0.01
-"""λ, as a fraction of the mean of the Hessian's diagonal, at first; where the matrix is not positive definite, more."""
+"""Damping λ as a fraction of the mean of the Hessian's diagonal; more where that is not positive definite."""
 
 
 def check_strength(strength: float, *, tuned: bool) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import llmtools
 from llmtools.errors import InputError
 from llmtools.model.options import NO_TUNING, BlockTuning
+from llmtools.model.propagation import OriginalStream
 from llmtools.model.quantize import INCOMPLETE, Report, quantize
-from llmtools.model.reconstruct import OriginalStream, Reconstruction, stacked
+from llmtools.model.reconstruct import Reconstruction, stacked
 from llmtools.model.walk import walk
 from llmtools.nn import QuantizedLinear, quantized_linears
 from llmtools.quant import ALL, Packed, Quantizer, TensorSpec
@@ -78,13 +79,13 @@ def test_the_targets_are_the_original_network_whatever_happens_to_its_blocks() -
         hidden = [model(ids, output_hidden_states=True).hidden_states for ids in BATCHES]
 
     def damage(block: Any, calls: Any) -> None:
-        parts.append(original_stream.reconstruction(calls))
+        parts.append(list(original_stream.advance(calls)))
         inputs.append(calls.hidden)
         for parameter in block.module.parameters():
             parameter.mul_(0.5)
 
     walk(model, BATCHES, damage)
-    assert all(torch.equal(target, states[1]) for target, states in zip(parts[0].targets, hidden, strict=True))
+    assert all(torch.equal(target, states[1]) for target, states in zip(parts[0], hidden, strict=True))
     inputs_changed = any(not torch.equal(a, s[1]) for a, s in zip(inputs[1], hidden, strict=True))
     assert inputs_changed
 

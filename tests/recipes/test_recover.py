@@ -222,7 +222,7 @@ def test_a_gptq_folder_stays_one(
     assert info["recovery"]["after"] == result.kl and info["base_model"] == str(original)
     llmtools.load(asked.out, verify=True)
 
-    monkeypatch.setattr(GPTQ, "replaced", Format.replaced)  # as of a format that cannot say where its scales are
+    monkeypatch.setattr(GPTQ, "scales", Format.scales)  # as of a format that cannot say where its scales are
     ours = recover(replace(asked, out=str(tmp_path / "ours")))
     assert ours.format == "llmtools" and ours.kl == result.kl
     assert "gptq files cannot be written with other scales" in caplog.text and "`llmtools export`" in caplog.text

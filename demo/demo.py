@@ -235,7 +235,7 @@ class Run:
             "max_length": 256,
         }
         if not rtn:  # adapters then start from the error that is left
-            calibration |= {"error_propagation": 0.5, "adapter_rank": self.subject.rank}
+            calibration |= {"adapter_rank": self.subject.rank}
         folder = self.models / f"{quantizer}-{self.demo.bits}-bit"
         recipe = Quantize(
             model=str(base),

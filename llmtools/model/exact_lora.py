@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..nn.adapters import own_path
 from ..nn.embedding import TiedLinear
 from ..nn.exact import active_adapters, straight_through, update_of, updated_packed
 from ..nn.linear import QuantizedLinear
@@ -137,7 +138,7 @@ def exact_layers(model: nn.Module) -> Mapping[str, Any]:
         elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             kind = type(getattr(module, "base_layer", module)).__name__
             raise InputError(
-                f"{path.removeprefix('base_model.model.')}: --merge exact trains quantized linears only, and this is a "
+                f"{own_path(path)}: --merge exact trains quantized linears only, and this is a "
                 f"{kind}; leave it out of lora.target_modules (or name it in lora.options.exclude_modules)"
             )
     return found

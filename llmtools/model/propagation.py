@@ -18,15 +18,15 @@ Shapes: in, out — features; t — tokens.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, where
-from .walk import Calls, Enough, Stream, copied
+from .blocks import linear_at
+from .walk import Calls, Enough, Stream, copied, on_inputs
 
 DAMPING = 0.01
 """Damping λ as a fraction of the mean of the Hessian's diagonal; more where that is not positive definite."""
@@ -115,38 +115,31 @@ def comparing(
     Within the context, each run of `original` on a batch must be followed by one of `block` on the same batch.
     stop: what comes after that linear in the original is not run, see `Calls.run`.
     """
-    sums, hooks = [], []
+    sums: list[ErrorSum] = []
+    watched: list[tuple[nn.Module, Callable[[Tensor], None]]] = []
     for first, *_ in groups:
-        linear = original.block.get_submodule(first)
-        assert isinstance(linear.weight, Tensor)
-        sums.append(ErrorSum(linear.weight.shape[1], linear.weight.device))
-        waiting: list[Tensor] = []
-        hooks.append(linear.register_forward_pre_hook(_keep(waiting, stop), with_kwargs=True))
-        hooks.append(
-            block.get_submodule(first).register_forward_pre_hook(_compare(waiting, sums[-1]), with_kwargs=True)
-        )
-    try:
+        linear = linear_at(original.block, first)
+        sums.append(ErrorSum(linear.in_features, linear.weight.device))
+        keep, compare = _pairing(sums[-1], stop)
+        watched += [(linear, keep), (linear_at(block, first), compare)]
+    with on_inputs(watched):
         yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _keep(waiting: list[Tensor], stop: bool) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        waiting.append(args[0] if args else kwargs["input"])
+def _pairing(total: ErrorSum, stop: bool) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+    """What takes the original's input, and what adds the pair when it gets the quantized network's."""
+    waiting: list[Tensor] = []
+
+    def keep(x: Tensor) -> None:
+        waiting.append(x)
         if stop:
             raise Enough
 
-    return hook
-
-
-def _compare(waiting: list[Tensor], total: ErrorSum) -> Any:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def compare(x: Tensor) -> None:
         if waiting:
-            total.add(waiting.pop(0), args[0] if args else kwargs["input"])
+            total.add(waiting.pop(0), x)
 
-    return hook
+    return keep, compare
 
 
 def corrected(linear: nn.Linear, correction: Tensor) -> nn.Linear:

@@ -45,7 +45,7 @@ from .reconstruct import (
 )
 from .targets import NotQuantized, Overrides, Plan, any_index, base_quantizer
 from .transformers_integration import attach
-from .walk import Batch, Calls, Enough, OnStep, evaluating, run_network, walk
+from .walk import Batch, Calls, Enough, OnStep, evaluating, on_inputs, run_network, walk
 
 log = logging.getLogger(__name__)
 
@@ -667,28 +667,21 @@ def accumulating(
 
     stop: what comes after that linear in its block is not run, see `Calls.run`.
     """
-    sums, hooks = [], []
-    for paths in groups:
-        linear = linear_at(model, paths[0])
-        sums.append(HessianSum(linear.in_features, linear.weight.device))
-        hooks.append(linear.register_forward_pre_hook(_accumulate(sums[-1], paths[0], stop), with_kwargs=True))
-    try:
+    linears = [linear_at(model, paths[0]) for paths in groups]
+    sums = [HessianSum(linear.in_features, linear.weight.device) for linear in linears]
+    adders = [_adder(total, paths[0], stop) for total, paths in zip(sums, groups, strict=True)]
+    with on_inputs(zip(linears, adders, strict=True)):
         yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _accumulate(
-    total: HessianSum, path: str, stop: bool
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _adder(total: HessianSum, path: str, stop: bool) -> Callable[[Tensor], None]:
+    def add(x: Tensor) -> None:
         with within(path):
-            total.add(args[0] if args else kwargs["input"])
+            total.add(x)
         if stop:
             raise Enough
 
-    return hook
+    return add
 
 
 def _module_report(

@@ -27,8 +27,8 @@ import dataclasses
 import inspect
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -135,6 +135,25 @@ class Calls:
 
 
 Visit = Callable[[Block, Calls], None]
+
+
+@contextmanager
+def on_inputs(watched: Iterable[tuple[nn.Module, Callable[[Tensor], None]]]) -> Iterator[None]:
+    """Calls a function with the input of its linear, [..., in], before each run of it; for the length of the context.
+
+    The functions of one linear are called in their order; one that raises `Enough` ends the block's run (`Calls.run`).
+    """
+    with ExitStack() as stack:
+        for linear, function in watched:
+            stack.callback(linear.register_forward_pre_hook(_with_input(function), with_kwargs=True).remove)
+        yield
+
+
+def _with_input(function: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        function(args[0] if args else kwargs["input"])
+
+    return hook
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import iq1_m_scale
 from .types import TYPES
 
 _NIBBLES = (49, 51, 53, 55)
@@ -21,9 +22,7 @@ def halves(blocks: Tensor, kind: str) -> Tensor:
     each = TYPES[kind]
     split = blocks.unflatten(1, (-1, each.bytes))  # [out, n, bytes]
     if not each.halves:
-        nibbles = split[..., _NIBBLES].to(torch.int32) >> 4
-        bits = (nibbles << 4 * torch.arange(4, dtype=torch.int32, device=blocks.device)).sum(-1, keepdim=True)
-        return torch.where(bits >= 2**15, bits - 2**16, bits).to(torch.int16).view(torch.float16)
+        return iq1_m_scale(split.flatten(0, 1)).view(*split.shape[:2], 1)
     return torch.stack([split[..., at : at + 2].contiguous().view(torch.float16)[..., 0] for at in each.halves], -1)
 
 

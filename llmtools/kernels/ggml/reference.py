@@ -11,6 +11,7 @@ Source: llama.cpp, ggml/src/ggml-quants.c (dequantize_row_*).
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,51 +87,65 @@ def _scaled(scale: Tensor, values: Tensor) -> Tensor:
     return (scale[..., None] * _split(values, scale.shape[1], -1)).flatten(1)
 
 
-# ---- blocks of 32: one scale, perhaps one minimum --------------------------------------------------------------------
+# ---- a code per weight: value = scale · level + offset ------------------------------------------------------------
 
 
-def _q4_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * (_planes(b[:, 2:], 4, 16).float() - 8)
+class Codes(NamedTuple):
+    """Where a block [n, bytes] uint8 of a type with a code per weight holds what; g — groups of a block."""
+
+    scale: Callable[[Tensor], Tensor]
+    """Scales of the groups, [n, g] float32."""
+    read: Callable[[Tensor], Tensor]
+    """Codes, [n, weights] uint8."""
+    zero: int = 0
+    """Code of the level 0: level = code − zero."""
+    offset: Callable[[Tensor], Tensor] | None = None
+    """Offsets of the groups, [n, g] float32; None for none."""
+    table: bool = False
+    """Whether the levels are those of `tables.iq4_levels`, at the code, instead."""
+
+    def values(self, scale: Tensor, codes: Tensor, offset: Tensor | None) -> Tensor:
+        """Weights [n, g, w / g] float32 of codes of that shape, of any type; scale, offset [n, g]."""
+        level = iq4_levels(codes.device)[codes.long()] if self.table else codes.float() - self.zero
+        value = scale[..., None] * level
+        return value if offset is None else value + offset[..., None]
+
+    def decode(self, b: Tensor) -> Tensor:
+        """[n, bytes] -> [n, weights] float32."""
+        scale = self.scale(b)
+        offset = None if self.offset is None else self.offset(b)
+        return self.values(scale, _split(self.read(b), scale.shape[1], -1), offset).flatten(1)
 
 
-def _q4_1(b: Tensor) -> Tensor:
-    return _half(b, 0) * _planes(b[:, 4:], 4, 16).float() + _half(b, 2)
+def _nibbles(start: int) -> Callable[[Tensor], Tensor]:
+    """32 codes of 4 bits from byte `start`."""
+    return lambda b: _planes(b[:, start:], 4, 16)
 
 
-def _fives(low: Tensor, high: Tensor) -> Tensor:
-    """Codes [n, 32] float32 of 5 bits: nibbles [n, 16], and the tops [n, 4], bit i for code i."""
-    return (_planes(low, 4, 16) | _fields(high, 1, 8) << 4).float()
+def _fives(start: int) -> Callable[[Tensor], Tensor]:
+    """32 codes of 5 bits: nibbles from byte `start`, and the tops in the four bytes before, bit i for code i."""
+    return lambda b: _planes(b[:, start:], 4, 16) | _fields(b[:, start - 4 : start], 1, 8) << 4
 
 
-def _q5_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * (_fives(b[:, 6:], b[:, 2:6]) - 16)
+def _first(b: Tensor) -> Tensor:
+    return _half(b, 0)
 
 
-def _q5_1(b: Tensor) -> Tensor:
-    return _half(b, 0) * _fives(b[:, 8:], b[:, 4:8]) + _half(b, 2)
+def _second(b: Tensor) -> Tensor:
+    return _half(b, 2)
 
 
-def _q8_0(b: Tensor) -> Tensor:
-    return _half(b, 0) * b[:, 2:].contiguous().view(torch.int8).float()
+def _q3_scale(b: Tensor) -> Tensor:
+    return _half(b, 108) * ((_planes(b[:, 96:104], 4, 8) | _planes(b[:, 104:108], 2, 4) << 4).float() - 32)
 
 
-def _iq4_nl(b: Tensor) -> Tensor:
-    return _half(b, 0) * iq4_levels(b.device)[_planes(b[:, 2:], 4, 16).long()]
+def _q6_scale(b: Tensor) -> Tensor:
+    return _half(b, 208) * b[:, 192:208].contiguous().view(torch.int8).float()
 
 
-# ---- blocks of 256: groups within groups -----------------------------------------------------------------------------
-
-
-def _q2_k(b: Tensor) -> Tensor:
-    scale = _half(b, 80) * (b[:, :16] & 15).float()  # [n, 16], of 16 weights each
-    least = _half(b, 82) * (b[:, :16] >> 4).float()
-    return (_split(_scaled(scale, _planes(b[:, 16:80], 2, 32).float()), 16, 16) - least[..., None]).flatten(1)
-
-
-def _q3_k(b: Tensor) -> Tensor:
-    scale = (_planes(b[:, 96:104], 4, 8) | _planes(b[:, 104:108], 2, 4) << 4).float() - 32  # [n, 16]
-    codes = _planes(b[:, 32:96], 2, 32) | _planes(b[:, :32], 1, 32) << 2
-    return _scaled(_half(b, 108) * scale, codes.float() - 4)
+def _iq4_xs_scale(b: Tensor) -> Tensor:
+    scale = _fields(b[:, 4:8], 4, 2).long() | _fields(_words(b[:, 2:4], torch.int16), 2, 8) << 4  # [n, 8]
+    return _half(b, 0) * (scale.float() - 32)
 
 
 def _sixes(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,30 +160,34 @@ def _sixes(b: Tensor) -> tuple[Tensor, Tensor]:
     return scale.float(), least.float()
 
 
-def _shifted(b: Tensor, codes: Tensor) -> Tensor:
-    """The end of Q4_K and Q5_K: codes [n, 256], eight scales and minima."""
-    scale, least = _sixes(b[:, 4:16])
-    scale, least = _half(b, 0) * scale, _half(b, 2) * least
-    return (_split(_scaled(scale, codes.float()), 8, 32) - least[..., None]).flatten(1)
+def _k(read: Callable[[Tensor], Tensor]) -> Codes:
+    """Q4_K and Q5_K: eight scales and minima of 6 bits."""
+    return Codes(
+        scale=lambda b: _half(b, 0) * _sixes(b[:, 4:16])[0],
+        read=read,
+        offset=lambda b: -(_half(b, 2) * _sixes(b[:, 4:16])[1]),
+    )
 
 
-def _q4_k(b: Tensor) -> Tensor:
-    return _shifted(b, _planes(b[:, 16:], 4, 32))
-
-
-def _q5_k(b: Tensor) -> Tensor:
-    return _shifted(b, _planes(b[:, 48:], 4, 32) | _planes(b[:, 16:48], 1, 32) << 4)
-
-
-def _q6_k(b: Tensor) -> Tensor:
-    scale = _half(b, 208) * b[:, 192:208].contiguous().view(torch.int8).float()  # [n, 16]
-    codes = _planes(b[:, :128], 4, 64) | _planes(b[:, 128:192], 2, 32) << 4
-    return _scaled(scale, codes.float() - 32)
-
-
-def _iq4_xs(b: Tensor) -> Tensor:
-    scale = _fields(b[:, 4:8], 4, 2).long() | _fields(_words(b[:, 2:4], torch.int16), 2, 8) << 4  # [n, 8]
-    return _scaled(_half(b, 0) * (scale.float() - 32), iq4_levels(b.device)[_planes(b[:, 8:], 4, 16).long()])
+CODES: dict[str, Codes] = {
+    "Q4_0": Codes(_first, _nibbles(2), zero=8),
+    "Q4_1": Codes(_first, _nibbles(4), offset=_second),
+    "Q5_0": Codes(_first, _fives(6), zero=16),
+    "Q5_1": Codes(_first, _fives(8), offset=_second),
+    "Q8_0": Codes(_first, lambda b: b[:, 2:] ^ 128, zero=128),  # the signed byte and 128
+    "Q2_K": Codes(
+        scale=lambda b: _half(b, 80) * (b[:, :16] & 15).float(),
+        read=lambda b: _planes(b[:, 16:80], 2, 32),
+        offset=lambda b: -(_half(b, 82) * (b[:, :16] >> 4).float()),
+    ),
+    "Q3_K": Codes(_q3_scale, lambda b: _planes(b[:, 32:96], 2, 32) | _planes(b[:, :32], 1, 32) << 2, zero=4),
+    "Q4_K": _k(lambda b: _planes(b[:, 16:], 4, 32)),
+    "Q5_K": _k(lambda b: _planes(b[:, 48:], 4, 32) | _planes(b[:, 16:48], 1, 32) << 4),
+    "Q6_K": Codes(_q6_scale, lambda b: _planes(b[:, :128], 4, 64) | _planes(b[:, 128:192], 2, 32) << 4, zero=32),
+    "IQ4_NL": Codes(_first, _nibbles(2), table=True),
+    "IQ4_XS": Codes(_iq4_xs_scale, _nibbles(8), table=True),
+}
+"""The types with a code per weight, by name."""
 
 
 # ---- codebooks of whole vectors --------------------------------------------------------------------------------------
@@ -239,23 +258,12 @@ def _iq1_m(b: Tensor) -> Tensor:
 
 
 DECODERS: dict[str, Decoder] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q8_0": _q8_0,
-    "Q2_K": _q2_k,
-    "Q3_K": _q3_k,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
+    **{name: codes.decode for name, codes in CODES.items()},
     "IQ2_XXS": _iq2_xxs,
     "IQ2_XS": _iq2_xs,
     "IQ3_XXS": _iq3_xxs,
     "IQ1_S": _iq1_s,
-    "IQ4_NL": _iq4_nl,
     "IQ3_S": _iq3_s,
     "IQ2_S": _iq2_s,
-    "IQ4_XS": _iq4_xs,
     "IQ1_M": _iq1_m,
 }

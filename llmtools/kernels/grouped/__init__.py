@@ -17,6 +17,8 @@ Shapes: out, in — features; G = ceil(in / group_size); w = ceil(in·bits / 32)
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,19 +82,11 @@ def multiplies(device: torch.device, bits: int) -> bool:
     return device.type == "cuda" or (device.type == "cpu" and bits in native.BITS and native.library() is not None)
 
 
-def encode_grouped(
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group_size: int,
-    shifted: bool = False,
-) -> Tensor:
+def encode_grouped(values: Tensor, *grid: Any) -> Tensor:
     """The codes nearest to the values [out, in] float32 on the grids of their groups, packed: qweight [out, w] int32.
 
-    scales, zeros [out, G] float32; table as in a packed weight, zeros None with it. A value half-way between two codes
-    of a uniform grid gets the even one before the zero point is added, one of a codebook the lower. shifted: zero
-    points are no integers, and are added before rounding.
+    grid: scales [out, G] float32, zeros likewise or None with a table, the table as in a packed weight, bits, group
+    size, and whether zero points are *shifted*: no integers, and added before rounding. A value half-way between two
+    codes of a uniform grid gets the even one before the zero point is added, one of a codebook the lower.
     """
-    return native.encode_grouped(values, scales, zeros, table, bits, group_size, shifted)
+    return native.encode_grouped(values, *grid)

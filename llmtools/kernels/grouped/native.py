@@ -56,19 +56,12 @@ def multiply_grouped(x: Tensor, qweight: Tensor, *weight: Any) -> Tensor:
     return y
 
 
-def encode_grouped(
-    values: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    bits: int,
-    group_size: int,
-    shifted: bool,
-) -> Tensor:
+def encode_grouped(values: Tensor, *grid: Any) -> Tensor:
     """The codes [out, w] int32 nearest to values [out, in]; arguments as in the package's docstring."""
+    scales, zeros, table, bits, group_size, shifted = grid
     given = [each for each in (values, scales, zeros, table) if each is not None]
     if library() is None or bits not in BITS or not all(each.is_cpu and each.dtype == torch.float32 for each in given):
-        return reference.encode_grouped(values, scales, zeros, table, bits, group_size, shifted)
+        return reference.encode_grouped(values, *grid)
     values, scales = values.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
     midpoints = None if table is None else (table[1:] + table[:-1]) / 2
@@ -156,17 +149,7 @@ def library() -> Any:
     found = build.weight_library("grouped", _Weight)
     if found is not None:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        found.encode.argtypes = [
-            *(
-                pointer,
-                size,
-                size,
-                pointer,
-                pointer,
-                size,
-                pointer,
-            ),  # values, rows, columns, scales, zeros, group, midpoints
-            *(number, number, pointer, size, number),  # bits, shifted, out, words, threads
-        ]
+        weight = pointer, size, size, pointer, pointer, size, pointer  # values, rows, columns, …, group, midpoints
+        found.encode.argtypes = [*weight, number, number, pointer, size, number]  # bits, shifted, out, words, threads
         found.encode.restype = number
     return found

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..nn.adapters import own_path
 from ..nn.embedding import TiedLinear
-from ..nn.exact import active_adapters, straight_through, update_of, updated_packed
+from ..nn.exact import active_adapters, is_low_rank, straight_through, updated_packed
 from ..nn.linear import QuantizedLinear
 from ..quant import Packed
 
@@ -64,7 +64,7 @@ def exact_linear() -> type[Any]:
 
         def codes(self) -> Packed:
             """The packed tensors of Q(Ŵ + s B A); in inference those of the last call, if nothing changed since."""
-            if update_of(self) is None:
+            if not is_low_rank(self):
                 raise InputError("--merge exact is for plain LoRA adapters: no DoRA, no other variant, no bias")
             factors = [each[name].weight for name in active_adapters(self) for each in (self.lora_A, self.lora_B)]
             if self.training or (torch.is_grad_enabled() and any(each.requires_grad for each in factors)):

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import InputError, first_line, within
 from .embedding import QuantizedEmbedding, TiedLinear
-from .exact import active_adapters, update_of, updated_packed
+from .exact import active_adapters, is_low_rank, updated_packed
 from .linear import QuantizedLinear
 from .packed import PackedWeight
 from .swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
@@ -170,8 +170,8 @@ def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float
 
     Each adapted weight is encoded again, to the nearest values on its own scales (`Quantizer.updated`). The second
     value is path → |Ŵ − W| / |ΔW|, Frobenius norms: the rounding error of the merged weight beside the adapter itself.
-    Adapters of ``finetune --merge exact`` were trained with these very codes; of them nothing is lost, whatever that
-    number says. `peft_model` is modified and must not be reused.
+    Adapters of ``finetune --merge exact`` are not in it: they were trained with these very codes, and nothing of them
+    is lost. `peft_model` is modified and must not be reused.
 
     Raises InputError for adapters that PEFT cannot merge, and for a quantizer that cannot encode on given scales; where
     the first layer fails the model is unchanged.
@@ -180,29 +180,34 @@ def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float
     lost: dict[str, float] = {}
     _untie_head(peft_model)
     for path, layer in _adapted(peft_model):
-        base = layer.base_layer
-        merged = _merged_weight(path, layer)
-        delta = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
-        with within(path):
-            if update_of(layer) is not None:
-                base.pack_(updated_packed(layer))
-            else:  # DoRA, for one
-                base.pack_(base.packed | base.quantizer.requantize(merged.weight.detach(), base.packed))
-        error = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
-        lost[own_path(path)] = error / delta if delta else 0.0
-        if getattr(merged, "bias", None) is not None:
-            base.bias = nn.Parameter(merged.bias.detach().to(base.dtype), requires_grad=False)
-        set_module(peft_model, path, base)
+        if _is_exact(layer):
+            set_module(peft_model, path, _baked(layer))
+        else:
+            lost[own_path(path)] = _rounded(path, layer)
+            set_module(peft_model, path, layer.base_layer)
     model: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
     return model, lost
 
 
-def is_exact(peft_model: nn.Module) -> bool:
-    """Whether the adapters are those of ``finetune --merge exact``, trained with the codes that merging writes."""
-    return any(_is_exact(layer) for _, layer in _adapted(peft_model))
+def _rounded(path: str, layer: Any) -> float:
+    """Merges an adapter into the codes of its quantized base, in place; returns what rounding lost, |Ŵ − W| / |ΔW|."""
+    base = layer.base_layer
+    merged = _merged_weight(path, layer)
+    delta = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
+    with within(path):
+        if is_low_rank(layer):
+            base.pack_(updated_packed(layer))
+        else:  # DoRA, for one
+            base.pack_(base.packed | base.quantizer.requantize(merged.weight.detach(), base.packed))
+    error = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
+    if getattr(merged, "bias", None) is not None:
+        base.bias = nn.Parameter(merged.bias.detach().to(base.dtype), requires_grad=False)
+    return error / delta if delta else 0.0
 
 
 def _is_exact(layer: Any) -> bool:
+    """Whether the layer's adapters are those of ``finetune --merge exact``, trained with the codes that merging
+    writes."""
     return hasattr(layer, "codes") and bool(active_adapters(layer))
 
 

@@ -28,25 +28,24 @@ def active_adapters(layer: Any) -> list[str]:
     return [name for name in getattr(layer, "active_adapters", ()) if name in held]
 
 
-def update_of(layer: Any) -> tuple[Tensor, Tensor] | None:
-    """The factors (s B [out, r], A [r, in]) of what a PEFT layer's active adapters add to the weight, float32.
+def is_low_rank(layer: Any) -> bool:
+    """Whether a PEFT layer's active adapters add s B A to the weight, and nothing else.
 
-    None for adapters that add anything else: other kinds than LoRA, DoRA, biases, embeddings.
+    It is not so for other kinds than LoRA, for DoRA, biases and embeddings.
     """
     names = active_adapters(layer)
-    if not names or any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names):
-        return None
-    b = [layer.lora_B[name].weight.float() * layer.scaling[name] for name in names]
-    a = [layer.lora_A[name].weight.float() for name in names]
-    return torch.cat(b, 1), torch.cat(a, 0)
+    return bool(names) and not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in names)
 
 
 def updated_packed(layer: Any) -> Packed:
-    """The packed tensors of a PEFT layer's quantized base with its active LoRA adapters merged: Q(Ŵ + s B A)."""
-    factors = update_of(layer)
-    assert factors is not None
-    base = layer.base_layer
-    made: Packed = base.quantizer.updated(base.packed, *factors)
+    """The packed tensors of a PEFT layer's quantized base with its active adapters merged: Q(Ŵ + s B A).
+
+    The adapters are such that `is_low_rank`.
+    """
+    names, base = active_adapters(layer), layer.base_layer
+    b = torch.cat([layer.lora_B[name].weight.float() * layer.scaling[name] for name in names], 1)  # [out, r]
+    a = torch.cat([layer.lora_A[name].weight.float() for name in names], 0)  # [r, in]
+    made: Packed = base.quantizer.updated(base.packed, b, a)
     return made
 
 

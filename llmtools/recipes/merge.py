@@ -160,7 +160,6 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
             model = _requantized(recipe, model, tokenizer)
         else:
             model, lost = merge_into_packed(model)
-            lost = {} if recipe.how == "exact" else lost
         after = _compared(model, before, recipe.max_length)
     out = Path(recipe.out).expanduser()
     error = sum(lost.values()) / len(lost) if lost else None

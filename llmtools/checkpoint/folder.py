@@ -126,7 +126,11 @@ def write(
         lora_init = report.lora_init
     _write_lora_init(lora_init, folder)
     sort_metadata(folder)
-    info = {"versions": versions(), **(run or {}), **_about(model, report), "files": files_of(folder, "README.md")}
+    _write_metadata(model, folder, report, run or {})
+
+
+def _write_metadata(model: nn.Module, folder: Path, report: Any, run: Mapping[str, Any]) -> None:
+    info = {"versions": versions(), **run, **_about(model, report), "files": files_of(folder, "README.md")}
     write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
 
 
@@ -175,8 +179,7 @@ def write_again(
     ``llmtools.json``, as `write` does. changed: paths of the layers that differ; None for all."""
     rewriter.write(model, folder, changed)
     _write_lora_init(lora_init, folder)
-    info = {"versions": versions(), **run, **_about(model, None), "files": files_of(folder, "README.md")}
-    write_json(folder / METADATA, {**info, "checksums": record_checksums(folder, info)})
+    _write_metadata(model, folder, None, run)
 
 
 def load(

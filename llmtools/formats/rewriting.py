@@ -9,10 +9,12 @@ they are written.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections import ChainMap
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +37,8 @@ from .gguf_header import StoredTensor, read_header
 from .gguf_reading import GGUFModel, Naming, Place, find, gguf_config, skeleton
 from .reading import External, detect
 from .tensors import Module, Tensors
+
+log = logging.getLogger(__name__)
 
 Part = Literal["scales", "codes"]
 """What is written anew: scales, with norms and biases, or codes."""
@@ -69,6 +73,19 @@ def rewriter(name: str, model: nn.Module, part: Part = "scales") -> Rewriter | N
     return None if external is None else FolderRewriter(external, model, part)
 
 
+def rewriter_if_any(name: str, model: nn.Module, part: Part = "scales") -> Rewriter | None:
+    """As `rewriter`; None, with a warning, also where those files cannot hold the result, which llmtools' own can."""
+    try:
+        return rewriter(name, model, part)
+    except InputError as error:
+        log.warning(
+            "%s; the result is written as a folder of llmtools, which `llmtools export` converts (--format gptq, "
+            "compressed-tensors, gguf or dense) where that format can hold it",
+            error,
+        )
+        return None
+
+
 class FolderRewriter(Rewriter):
     """Writes a folder of safetensors; files of other kinds are copied."""
 
@@ -82,11 +99,14 @@ class FolderRewriter(Rewriter):
             self.dense = {name: place for name, place in places.items() if place in trained}
             if missing := trained.keys() - set(self.dense.values()):
                 raise InputError(f"{found.folder} has no tensor of its own for {min(missing)}")
-        self._packed(model, None)
+        for _ in islice(self._modules(model, None), None if part == "scales" else 1):  # codes: all or none can be
+            pass
 
     def write(self, model: nn.Module, folder: Path, changed: Collection[str] | None = None) -> None:
         parameters = trained_parameters(model) if self.dense else {}
-        made = self._packed(model, changed) | {name: parameters[place].data for name, place in self.dense.items()}
+        made = {name: parameters[place].data for name, place in self.dense.items()}
+        for module in self._modules(model, changed):
+            made |= module
         kept = {*_OWN, *(shard.name for shard in self.shards)}
         for file in self.found.folder.iterdir():
             if file.is_file() and file.name not in kept and not file.name.startswith("."):
@@ -99,18 +119,16 @@ class FolderRewriter(Rewriter):
                 tensors[name] = made[name].detach().cpu().to(tensors[name].dtype).contiguous()
             save_file(tensors, folder / shard.name, metadata=metadata)
 
-    def _packed(self, model: nn.Module, changed: Collection[str] | None) -> dict[str, Tensor]:
-        """Name in the files → tensor, of the packed layers' scales or codes."""
+    def _modules(self, model: nn.Module, changed: Collection[str] | None) -> Iterator[dict[str, Tensor]]:
+        """For each packed layer, name in the files → tensor, of its scales or codes."""
         tensors, reader = Tensors(self.found.folder), self.found.format
         layers = own_linears(model)
-        made: dict[str, Tensor] = {}
         for stored_path in reader.modules(tensors):
             paths = [locate(model, part) for part in reader.parts(stored_path)]
             if len(paths) != 1:
                 raise InputError(f"{stored_path} holds several layers in one")
             if paths[0] in layers and (changed is None or paths[0] in changed):
-                made |= self._module(tensors, stored_path, layers[paths[0]])
-        return made
+                yield self._module(tensors, stored_path, layers[paths[0]])
 
     def _module(self, tensors: Tensors, stored_path: str, layer: QuantizedLinear) -> dict[str, Tensor]:
         """The tensors of one module, by their names in the files."""

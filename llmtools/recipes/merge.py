@@ -133,6 +133,7 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
     from ..files import METADATA, json_or_empty, writing
+    from ..formats.rewriting import rewriter_if_any
     from ..nn.adapters import adapted_modules, merge_into_packed, own_path
     from ..nn.swap import packed_layers
 
@@ -179,24 +180,12 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
         merged = {"adapter": recipe.adapter, "how": recipe.how, "rounding errors": lost, "recovered": result.recovered}
         run = record("merge", recipe, merged=merged)
         kept = recipe.how != "requantize" and not others  # scales, and all that is not quantized
-        if kept and (rewriter := _rewriter(name, model)) is not None:
+        if kept and (rewriter := rewriter_if_any(name, model, "codes")) is not None:
             write_again(rewriter, model, target, run=run, changed=adapted)
         else:
             write(model, tokenizer, target, run=run)
         write_card(target, name=out.resolve().name, former=out)
     return result
-
-
-def _rewriter(name: str, model: Any) -> Any:
-    """The `formats.rewriting.Rewriter` of the codes of a third-party base; None where the result is a folder of
-    llmtools: of our own base, and, with a warning, where those files cannot hold it."""
-    from ..formats.rewriting import rewriter
-
-    try:
-        return rewriter(name, model, "codes")
-    except InputError as error:
-        log.warning("%s; the result is written as a folder of llmtools, which `llmtools export` converts", error)
-        return None
 
 
 def _requantized(recipe: Merge, model: Any, tokenizer: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import time
@@ -18,8 +17,6 @@ from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import RECOVERY, Recovery
 from ..signals import Stopped, interruptible
-
-log = logging.getLogger(__name__)
 
 SETTINGS = "settings.json"
 LONGEST = 512
@@ -148,12 +145,14 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
     from ..checkpoint.loading import open_model
     from ..checkpoint.run_info import record
     from ..data.calibration import calibration
+    from ..formats.rewriting import rewriter as rewriter_of
+    from ..formats.rewriting import rewriter_if_any
     from ..model.recover import check_recoverable
     from ..nn.swap import quantized_linears
 
     model, _ = open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify)
     check_recoverable(model)  # before the long work; then one model at a time is in memory
-    rewriter = _rewriter(recipe, model)
+    rewriter = (rewriter_of if _is_file(recipe) else rewriter_if_any)(recipe.model, model)
     del model
     teacher, tokenizer = open_model(original, trust_remote_code=recipe.trust_remote_code)
     if quantized_linears(teacher):
@@ -192,27 +191,6 @@ def _recovered(recipe: Recover, original: str, work: Path, began: float) -> Reco
         format="llmtools" if rewriter is None else rewriter.format,
         seconds=time.monotonic() - began,
     )
-
-
-def _rewriter(recipe: Recover, model: Any) -> Any:
-    """The `formats.rewriting.Rewriter` of a third-party checkpoint; None where the result is a folder of llmtools.
-
-    Of a third-party one that is so, with a warning, where those files cannot hold what is trained. Raises InputError
-    for a GGUF file that cannot.
-    """
-    from ..formats.rewriting import rewriter
-
-    try:
-        return rewriter(recipe.model, model)
-    except InputError as error:
-        if _is_file(recipe):
-            raise
-        log.warning(
-            "%s; the result is written as a folder of llmtools, which `llmtools export` converts (--format gptq, "
-            "compressed-tensors, gguf or dense) where that format can hold it",
-            error,
-        )
-        return None
 
 
 def _write(

@@ -281,7 +281,7 @@ def _parser(name: str, verb: Verb | None, options: type[Any]) -> Any:
 
 def _epilog(verb: Verb) -> str:
     examples = "examples:\n" + textwrap.indent(verb.example, "  ")
-    return f"{examples}\n\n{verb.further}" if verb.further else examples
+    return f"{examples}\n\n{verb.further()}" if verb.further else examples
 
 
 def _parse(parser: Any, name: str, options: type[Any], args: list[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..recipes.quality import table as quality_table
@@ -23,8 +24,8 @@ class Verb(NamedTuple):
     """Examples for the help, one per line."""
     first: tuple[str, ...] = ()
     """Names of the options that ``--help`` shows, in order; ``--help_all`` shows all. Empty: both show all."""
-    further: str = ""
-    """Further text of the help, as it is printed."""
+    further: Callable[[], str] | None = None
+    """What makes further text of the help, as it is printed."""
     positional: str | None = None
     """Name of the option that may be given as a first argument without its flag."""
 
@@ -68,7 +69,7 @@ llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
             "recover.steps",
             "options",
         ),
-        further=quality_table(),
+        further=quality_table,
     ),
     "recover": Verb(
         "recipes.recover",

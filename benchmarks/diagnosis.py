@@ -35,11 +35,10 @@ from torch import Tensor
 
 import llmtools
 from benchmarks.baselines import Source, shown
-from benchmarks.quality import Row, _options, _origin
+from benchmarks.quality import Row, _options, append, hash_of_weights, rows_of
 from benchmarks.quality_table import fill
 from benchmarks.real import documents, spread_windows
 from llmtools.document import markdown_table
-from llmtools.files import sha256
 from llmtools.model.blocks import find_blocks
 from llmtools.model.recover import Targets, mean_kl_divergence
 from llmtools.nn.swap import own_linears
@@ -241,7 +240,7 @@ def _embedding(study: Study) -> Row:
 def _setting(args: argparse.Namespace) -> Row:
     return {
         "model": Path(args.model).name,
-        "weights": sha256(next(iter(sorted(Path(args.model).glob("*.safetensors")))))[:16],
+        "weights": hash_of_weights(args.model),
         "windows": f"{args.windows} × {args.context} tokens of {args.text.partition('=')[0]}",
         "calibration": f"{args.calibration[0].partition('=')[0]}, {args.samples} × {args.tokens} tokens",
         "group_size": args.group_size,
@@ -261,8 +260,7 @@ def identity(row: Row) -> str:
 
 def rows(file: Path) -> list[Row]:
     """The rows of the file, the newest of each kind."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return list({identity(row): row for row in map(json.loads, lines)}.values())
+    return list({identity(row): row for row in rows_of(file)}.values())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -277,8 +275,7 @@ def run(args: argparse.Namespace) -> None:
             row |= measure() | {"seconds": time.perf_counter() - began}
             if row["experiment"] in ("prefix", "kind") and row["label"] in study.kept:
                 row["checkpoint"] = True
-            with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row | _origin()) + "\n")
+            append(row, args.out)
             print(json.dumps(what | {"kl": row["kl"]}), flush=True)
 
 

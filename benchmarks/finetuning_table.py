@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import HERE
+from benchmarks.quality import HERE, rows_of
 from benchmarks.quality_table import fill
 from llmtools.document import markdown_table
 
@@ -93,7 +93,7 @@ def tables(rows: list[Row]) -> dict[str, str]:
 def main(words: list[str]) -> int:
     if words:
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in collected(Path(words[0]))), encoding="utf-8")
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    rows = rows_of(RESULTS)
     print(f"{PAGE}: {len(rows)} runs in {len(fill(PAGE, tables(rows)))} tables")
     return 0
 

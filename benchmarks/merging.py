@@ -34,9 +34,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.quality import ASSETS, HERE, Row, _origin, reset_peak, resident
+from benchmarks.quality import ASSETS, HERE, Row, append, hash_of_weights, reset_peak, resident, rows_of
 from llmtools.document import markdown_table
-from llmtools.files import sha256
 
 RESULTS = HERE / "results" / "merging.jsonl"
 WAYS = ("exact", "round", "requantize")
@@ -168,9 +167,8 @@ def cost(base: Base, args: argparse.Namespace, work: Path) -> Row:
 
 def settings(args: argparse.Namespace) -> Iterator[tuple[Base, Row]]:
     """What would be measured: bases, and what rows of them differ in."""
-    weights = next(iter(sorted(Path(args.model).glob("*.safetensors"))))
     common = {
-        "model": Path(args.model).name, "weights": sha256(weights)[:16],
+        "model": Path(args.model).name, "weights": hash_of_weights(args.model),
         "data": Path(args.data).name, "held_out": Path(args.held_out).name, "steps": args.steps, "rank": args.rank,
         "batch": f"{args.batch} × {args.tokens} tokens", "windows": args.windows,
     }  # fmt: skip
@@ -187,18 +185,13 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[Base, Row]]:
                     }  # fmt: skip
 
 
-def rows(file: Path) -> list[Row]:
-    """The rows of a file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-
-
 def run(args: argparse.Namespace) -> None:
     wanted = [part for part in args.only.split(",") if part]
     chosen = [
         (base, setting) for base, setting in settings(args) if not wanted or any(part in base.label for part in wanted)
     ]
     for number, (base, setting) in enumerate(chosen, 1):
-        there = any(setting.items() <= row.items() and "failed" not in row for row in rows(args.out))
+        there = any(setting.items() <= row.items() and "failed" not in row for row in rows_of(args.out))
         shown = f"{number}/{len(chosen)}  {base.label}, {setting['kind']}"
         shown += "".join(f", {key} {setting[key]}" for key in ("learning_rate", "warmup", "seed") if key in setting)
         if there or args.list:
@@ -210,9 +203,7 @@ def run(args: argparse.Namespace) -> None:
                 row = cost(base, args, Path(work)) if args.cost else measured(base, setting, args, Path(work))
             except Exception as error:  # a row that fails says why
                 row = {"failed": f"{type(error).__name__}: {error}"[:300]}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(setting | row | _origin()) + "\n")
+        append(setting | row, args.out)
         kept = {key: row[key] for key in ("failed", "share", "time_ratio", "memory_ratio") if key in row}
         print(f"{shown}: {json.dumps(kept)}", flush=True)
 
@@ -284,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the rows as Markdown")
     args = parser.parse_args(argv)
     if args.table:
-        print(table(rows(args.out)))
+        print(table(rows_of(args.out)))
         return 0
     if args.quick:
         text = ASSETS / "wikitext2"

@@ -35,6 +35,7 @@ import llmtools
 from benchmarks import baselines
 from benchmarks.baselines import Case, Made, Source
 from llmtools.data.metrics import mean_nll
+from llmtools.files import sha256
 from llmtools.model.options import BlockTuning
 from llmtools.quant import proxy_loss
 
@@ -409,12 +410,26 @@ def resident(field: str = "VmRSS") -> int:
 # Rows: written down, and made into tables
 
 
-def record(section: str, row: Row, out: Path) -> None:
-    """Appends a row with what it belongs to, and shows it."""
-    whole = {"section": section, **row, **_origin()}
+def append(row: Row, out: Path) -> None:
+    """Appends a row to a file of JSON lines, with its origin: versions, commit, machine, time."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(whole) + "\n")
+        file.write(json.dumps(row | _origin()) + "\n")
+
+
+def rows_of(file: Path) -> list[Row]:
+    """The rows of a file of JSON lines; none where there is no file yet."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def hash_of_weights(model: str) -> str:
+    """What tells the weights of a model's folder from others': 16 digits of the first file's SHA-256."""
+    return sha256(next(iter(sorted(Path(model).glob("*.safetensors")))))[:16]
+
+
+def record(section: str, row: Row, out: Path) -> None:
+    """Appends a row with what it belongs to, and shows it."""
+    append({"section": section, **row}, out)
     print(json.dumps({key: value for key, value in row.items() if key not in ("nlls", "options")}), flush=True)
 
 

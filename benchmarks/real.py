@@ -35,9 +35,8 @@ from torch import Tensor
 import llmtools
 from benchmarks import baselines
 from benchmarks.baselines import Case, Source
-from benchmarks.quality import Row, _origin, note, reset_peak, resident, window_nlls
+from benchmarks.quality import Row, append, hash_of_weights, note, reset_peak, resident, rows_of, window_nlls
 from llmtools.data.calibration import documents_of
-from llmtools.files import sha256
 from llmtools.model.options import BlockTuning, Recovery
 from llmtools.nn.adapters import dequantize
 
@@ -171,7 +170,7 @@ def _setting(args: argparse.Namespace) -> Row:
     """What a row belongs to: rows of one setting can be compared."""
     return {
         "model": Path(args.model).name if Path(args.model).name != "hf" else Path(args.model).parent.name,
-        "weights": sha256(next(iter(sorted(Path(args.model).glob("*.safetensors")))))[:16],
+        "weights": hash_of_weights(args.model),
         "calibration": f"{args.calibration.partition('=')[0]}, {args.samples} × {args.tokens} tokens",
         "windows": f"{args.windows} × {args.context} tokens",
         "texts": [text.partition("=")[0] for text in args.texts],
@@ -191,8 +190,7 @@ DATA_FREE = ("torch", "llmtools rtn", "llmtools hqq", "llmtools nf4", "HQQ", "bi
 
 def rows(file: Path) -> list[Row]:
     """The rows of the file, the newest of each kind."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return list({_key(row): row for row in map(json.loads, lines)}.values())
+    return list({_key(row): row for row in rows_of(file)}.values())
 
 
 def run(args: argparse.Namespace) -> None:
@@ -221,8 +219,7 @@ def run(args: argparse.Namespace) -> None:
         except (IndexError, ValueError):
             reason = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
             row["failed"] = reason[-1][:300]
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row | _origin()) + "\n")
+        append(row, args.out)
         shown = row.get("failed") or ", ".join(f"{name} {value:.2f}" for name, value in row["perplexity"].items())
         print(f"{number}/{len(chosen)}  {case.label}: {shown}; {row.get('cpu_seconds', 0):.0f} CPU s", flush=True)
 

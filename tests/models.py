@@ -6,6 +6,8 @@ grouped keys, fused projections, biases, tied embeddings, sliding windows, learn
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,6 +147,28 @@ def tiny_mixture(family: str, *, seed: int = 0) -> PreTrainedModel:
 def tiny_ids(sequences: int = 2, tokens: int = 24, *, seed: int = 0) -> torch.Tensor:
     """Token ids [sequences, tokens], without the special ones."""
     return torch.randint(3, VOCABULARY, (sequences, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def training_rows(path: Path, count: int = 8) -> str:
+    """Writes a few prompts with completions to train on, as JSON lines; returns the path as text."""
+    rows = ({"prompt": f"Tom had {n} cats.", "completion": f" He gave {n} balls to them."} for n in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+ENCODABLE: list[tuple[str, dict[str, Any]]] = [
+    ("rtn", {"bits": 3, "group_size": 16}),
+    ("hqq", {"bits": 4}),
+    ("awq", {"bits": 4}),
+    ("quip_sharp", {"bits": 2}),
+    ("quip_sharp", {"bits": 3}),
+    ("quip_sharp", {"bits": 4}),
+    ("quip", {"bits": 4}),
+    ("nf4", {}),
+    ("nf4", {"double_quantization": True}),
+    ("optq", {"bits": 4, "act_order": True}),
+]
+"""Quantizers with options that encode a weight on its own scales, one of each kind."""
 
 
 def other_model(kind: str, *, seed: int = 0) -> PreTrainedModel:

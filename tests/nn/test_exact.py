@@ -16,7 +16,7 @@ from llmtools.nn.adapters import merge as merge_dense
 from llmtools.nn.adapters import merge_into_packed
 from llmtools.quant import quantizer
 from llmtools.quant.laws import problems
-from tests.models import tiny_ids, tiny_model
+from tests.models import ENCODABLE, tiny_ids, tiny_model
 from tests.quant.test_laws import BUILT_IN, OPTIONS, QUICK
 
 pytest.importorskip("peft")
@@ -149,20 +149,7 @@ def test_an_adapter_on_a_dense_linear_is_refused() -> None:
         exact_layers(adapted)
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("rtn", {"bits": 3, "group_size": 16}),
-        ("hqq", {"bits": 4}),
-        ("awq", {"bits": 4}),
-        ("quip_sharp", {"bits": 2}),
-        ("quip_sharp", {"bits": 3}),
-        ("quip", {"bits": 4}),
-        ("nf4", {"double_quantization": True}),
-        ("optq", {"bits": 4, "act_order": True}),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("name", "options"), ENCODABLE, ids=str)
 def test_a_merged_model_has_the_logits_of_base_and_adapter(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Bit for bit, through a folder on the disk; and a dense merge is of the same weight."""
     model, ids = tiny_model("llama"), tiny_ids()

@@ -30,7 +30,7 @@ from llmtools.recipes.quantize import Quantize, quantize
 from llmtools.train.adapters import fit_config, lora_config
 from tests.formats import test_awq, test_compressed_tensors, test_gptq, test_hqq
 from tests.formats.writers import write
-from tests.models import tiny_ids
+from tests.models import tiny_ids, training_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRAINING = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 48, "learning_rate": 2e-2}
@@ -38,10 +38,7 @@ TRAINING = {"max_steps": 4, "per_device_train_batch_size": 2, "max_length": 48, 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = ({"prompt": f"Tom had {n} cats.", "completion": f" He gave {n} balls to them."} for n in range(8))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return training_rows(tmp_path_factory.mktemp("data") / "train.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ pytest.importorskip("trl")
 
 from llmtools.errors import InputError
 from llmtools.recipes.finetune import Finetune, FinetuneResult, Lora, finetune
+from tests.models import training_rows
 
 TRAINING = {
     "max_steps": 4,
@@ -30,10 +31,7 @@ TRAINING = {
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    path = tmp_path / "train.jsonl"
-    rows = ({"prompt": f"Tom had {n} cats.", "completion": f" He gave {n} balls to them."} for n in range(8))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
+    return training_rows(tmp_path / "train.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -246,9 +244,7 @@ def test_a_run_that_is_asked_to_end_saves_its_step_and_says_how_to_go_on(
 def stopped(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with data, an unbroken run of four steps in `whole`, and in `a.training` one killed at its end."""
     place = tmp_path_factory.mktemp("stopped")
-    rows = ({"prompt": f"Tom had {n} cats.", "completion": f" He gave {n} balls to them."} for n in range(8))
-    (place / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    finetune(recipe(stories, str(place / "train.jsonl"), place / "whole", training=SAVED))
+    finetune(recipe(stories, training_rows(place / "train.jsonl"), place / "whole", training=SAVED))
     (place / "a.training").mkdir()
     for name in ("checkpoints", "metrics.jsonl"):
         copy(place / "whole" / name, place / "a.training" / name)

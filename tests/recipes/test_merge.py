@@ -17,7 +17,7 @@ from llmtools.nn.adapters import merge_into_packed
 from llmtools.recipes.finetune import Finetune, Lora, finetune
 from llmtools.recipes.merge import Merge, merge
 from llmtools.recipes.quantize import Quantize, quantize
-from tests.models import tiny_ids, tiny_model
+from tests.models import ENCODABLE, tiny_ids, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -85,20 +85,7 @@ def test_requantizing_keeps_the_quantizers(asked: Merge, trained: tuple[Path, Pa
     assert specs(asked.out) == specs(trained[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("rtn", {"bits": 3, "group_size": 16}),
-        ("hqq", {"bits": 4}),
-        ("awq", {"bits": 4}),
-        ("quip_sharp", {"bits": 2}),
-        ("quip_sharp", {"bits": 4}),
-        ("quip", {"bits": 4}),
-        ("nf4", {}),
-        ("nf4", {"double_quantization": True}),
-        ("optq", {"bits": 4, "act_order": True}),
-    ],
-)
+@pytest.mark.parametrize(("name", "options"), ENCODABLE, ids=str)
 def test_an_adapter_of_nothing_changes_nothing(name: str, options: dict[str, Any]) -> None:
     """B is zero at the start: each code is the nearest to its own value."""
     import peft

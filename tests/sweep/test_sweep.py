@@ -30,6 +30,7 @@ from llmtools.sweep import plots, report
 from llmtools.sweep import runner as module
 from llmtools.sweep.memory import meter
 from llmtools.sweep.runner import Sweep, sweep
+from tests.models import training_rows
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -38,8 +39,7 @@ ASSETS = Path(__file__).parent.parent / "assets"
 def data(tmp_path_factory: pytest.TempPathFactory, tinystories: Path) -> Path:
     """A few rows to train on, and a little text."""
     folder = tmp_path_factory.mktemp("data")
-    rows = ({"prompt": f"Tom had {n} cats.", "completion": f" He gave {n} balls to them."} for n in range(8))
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    training_rows(folder / "train.jsonl")
     (folder / "text.txt").write_text((tinystories / "held_out.txt").read_text()[:3000])
     return folder
 

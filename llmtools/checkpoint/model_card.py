@@ -192,7 +192,10 @@ model = PeftModel.from_pretrained(model, "{name}")"""
     return _page(head, name, _ADAPTER, rows, use, results, _plot(folder))
 
 
-_MERGES = {"exact": "; trained through the rounding to the base's codes (`--merge exact`)"}
+_MERGES = {
+    "exact": "; trained through the rounding to the base's codes (`--merge exact`)",
+    "zeros": "; constant in each quantization group, `llmtools merge` puts it into zero points (`--merge zeros`)",
+}
 _ADAPTER = "An adapter for a language model; the base model is not included."
 
 

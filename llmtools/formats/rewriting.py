@@ -1,10 +1,10 @@
-"""A third-party checkpoint written again with other scales or other codes, in its own format and bits.
+"""A third-party checkpoint written again with other scales, zero points or codes, in its own format and bits.
 
-Recovery changes scales, float zero points, norms and biases; merging an adapter changes codes. In a folder the tensors
-that hold them are replaced, in a GGUF file the bytes of the blocks and the tensors of norms and biases. All other
-tensors, and in a GGUF file all other bytes, are those of the original, so the programs that read the original read the
-result. What replaces a module's tensors is `Format.scales` and `Format.codes`; codes are read again and compared before
-they are written.
+Recovery changes scales, float zero points, norms and biases; merging an adapter changes codes or zero points. In a
+folder the tensors that hold them are replaced, in a GGUF file the bytes of the blocks and the tensors of norms and
+biases. All other tensors, and in a GGUF file all other bytes, are those of the original, so the programs that read the
+original read the result. What replaces a module's tensors is `Format.scales` and `Format.codes`; what is merged is
+read again and compared before it is written.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from .tensors import Module, Tensors
 
 log = logging.getLogger(__name__)
 
-Part = Literal["scales", "codes"]
-"""What is written anew: scales, with norms and biases, or codes."""
+Part = Literal["scales", "codes", "zeros"]
+"""What is written anew: scales, with norms and biases; codes; or zero points."""
 _OWN = (METADATA, RUN, "README.md")
 """Files that are written anew, or not at all."""
 
@@ -136,7 +136,10 @@ class FolderRewriter(Rewriter):
         stored = Module(tensors, stored_path)
         if self.part == "scales":
             return {f"{stored_path}.{name}": each for name, each in reader.scales(stored, packed).items()}
-        made = {f"{stored_path}.{name}": each for name, each in reader.codes(stored, layer.quantizer, packed).items()}
+        changed = (
+            reader.scales(stored, packed) if self.part == "zeros" else reader.codes(stored, layer.quantizer, packed)
+        )
+        made = {f"{stored_path}.{name}": each for name, each in changed.items()}
         for name, tensor in made.items():
             if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
                 raise CheckpointError(f"{name} would be written as {list(tensor.shape)} {tensor.dtype}")

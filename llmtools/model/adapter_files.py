@@ -26,8 +26,10 @@ from .fingerprint import check_base
 from .integrity import Header, check_checksums, integers, read_headers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-EXACT = "exact"
-"""Way of training an adapter so that it can be merged into a quantized base without loss (`finetune --merge`)."""
+EXACT, ZEROS = "exact", "zeros"
+"""Ways of training an adapter so that it can be merged into a quantized base without loss (`finetune --merge`): through
+the rounding to the base's codes, and as plain LoRA that fits into the base's zero points."""
+WAYS = (EXACT, ZEROS)
 _RUNS_CODE = {"megatron_config": (None,), "megatron_core": (None, "megatron.core"), "tokenizer_kwargs": (None,)}
 """Options with which PEFT imports a module, or opens a tokenizer with custom code → their harmless values."""
 _PATTERNS = ("target_modules", "exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -95,9 +97,9 @@ def open_adapter(
 
 
 def merged_as(folder: str | PathLike[str]) -> str | None:
-    """How an adapter was trained to be merged, by its metadata: exact, or None."""
+    """How an adapter was trained to be merged, by its metadata: exact, zeros, or None."""
     how = read_info(Path(folder).expanduser(), CheckpointError).get("merge")
-    if how not in (None, EXACT):
+    if how is not None and how not in WAYS:
         raise CheckpointError(
             f"adapter {str(folder)!r} was trained with --merge {str(how)[:20]}, which this version does not know; "
             "update llmtools"

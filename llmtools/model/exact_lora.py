@@ -92,17 +92,22 @@ def register(config: Any) -> Any:
 
     Raises InputError for options with which an adapter is no plain LoRA.
     """
+    check_plain(config, "exact")
+    config._register_custom_module({QuantizedLinear: exact_linear()})
+    return config
+
+
+def check_plain(config: Any, how: str) -> None:
+    """Raises InputError for a PEFT configuration of more than updates B A; how: the value of --merge."""
     from peft import LoraConfig
 
     if not isinstance(config, LoraConfig):
-        raise InputError(f"--merge exact is for LoRA adapters, not {getattr(config, 'peft_type', config)}")
+        raise InputError(f"--merge {how} is for LoRA adapters, not {getattr(config, 'peft_type', config)}")
     for key in REFUSED:
         if getattr(config, key, None):
-            raise InputError(f"--merge exact is for plain LoRA adapters on quantized linears; leave out {key}")
+            raise InputError(f"--merge {how} is for plain LoRA adapters on quantized linears; leave out {key}")
     if getattr(config, "bias", "none") != "none":
-        raise InputError(f"--merge exact does not train biases (bias={config.bias!r}); leave out bias")
-    config._register_custom_module({QuantizedLinear: exact_linear()})
-    return config
+        raise InputError(f"--merge {how} does not train biases (bias={config.bias!r}); leave out bias")
 
 
 def check_base(model: nn.Module) -> list[str]:
@@ -128,17 +133,26 @@ def exact_layers(model: nn.Module) -> Mapping[str, Any]:
 
     Raises InputError where an adapter is on anything else.
     """
+    return layers_on_linears(model, exact_linear(), "exact")
+
+
+def layers_on_linears(model: nn.Module, kind: type[Any], how: str) -> Mapping[str, Any]:
+    """PEFT's layers of this kind on quantized linears, by path; how: the value of --merge.
+
+    Raises InputError where an adapter is on anything else.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
-        if isinstance(module, exact_linear()) and not isinstance(module.base_layer, TiedLinear):
+        base = getattr(module, "base_layer", module)
+        if isinstance(module, kind) and isinstance(base, QuantizedLinear) and not isinstance(base, TiedLinear):
             found[path] = module
         elif isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            kind = type(getattr(module, "base_layer", module)).__name__
             raise InputError(
-                f"{own_path(path)}: --merge exact trains quantized linears only, and this is a "
-                f"{kind}; leave it out of lora.target_modules (or name it in lora.options.exclude_modules)"
+                f"{own_path(path)}: --merge {how} trains quantized linears only, and this is a "
+                f"{type(base).__name__}; leave it out of lora.target_modules (or name it in "
+                "lora.options.exclude_modules)"
             )
     return found

@@ -19,6 +19,7 @@ from .exact import active_adapters, is_low_rank, updated_packed
 from .linear import QuantizedLinear
 from .packed import PackedWeight
 from .swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
+from .zeros import shifted_packed
 
 
 def prepare_for_training(
@@ -165,16 +166,17 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return dequantize(merged, dtype)
 
 
-def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float]]:
+def merge_into_packed(peft_model: nn.Module, *, zeros: bool = False) -> tuple[nn.Module, dict[str, float]]:
     """The quantized model with the active adapters merged into its codes, and what rounding lost of each adapter.
 
     Each adapted weight is encoded again, to the nearest values on its own scales (`Quantizer.updated`). The second
     value is path → |Ŵ − W| / |ΔW|, Frobenius norms: the rounding error of the merged weight beside the adapter itself.
     Adapters of ``finetune --merge exact`` are not in it: they were trained with these very codes, and nothing of them
-    is lost. `peft_model` is modified and must not be reused.
+    is lost. zeros: adapters of ``finetune --merge zeros`` go into zero points or minima instead, and the codes stay
+    (`nn/zeros.py`). `peft_model` is modified and must not be reused.
 
-    Raises InputError for adapters that PEFT cannot merge, and for a quantizer that cannot encode on given scales; where
-    the first layer fails the model is unchanged.
+    Raises InputError for adapters that PEFT cannot merge, and for a quantizer that cannot encode on given scales, or
+    with `zeros` has none in floating point; where the first layer fails the model is unchanged.
     """
     network: Any = peft_model
     lost: dict[str, float] = {}
@@ -183,19 +185,22 @@ def merge_into_packed(peft_model: nn.Module) -> tuple[nn.Module, dict[str, float
         if _is_exact(layer):
             set_module(peft_model, path, _baked(layer))
         else:
-            lost[own_path(path)] = _rounded(path, layer)
+            lost[own_path(path)] = _encoded(path, layer, zeros=zeros)
             set_module(peft_model, path, layer.base_layer)
     model: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
     return model, lost
 
 
-def _rounded(path: str, layer: Any) -> float:
-    """Merges an adapter into the codes of its quantized base, in place; returns what rounding lost, |Ŵ − W| / |ΔW|."""
+def _encoded(path: str, layer: Any, *, zeros: bool) -> float:
+    """Merges an adapter into the codes, or the zero points, of its quantized base, in place; returns what rounding
+    lost, |Ŵ − W| / |ΔW|."""
     base = layer.base_layer
     merged = _merged_weight(path, layer)
     delta = float((merged.weight - base.dequantize(dtype=torch.float32)).norm())
     with within(path):
-        if is_low_rank(layer):
+        if zeros:
+            base.pack_(shifted_packed(layer))
+        elif is_low_rank(layer):
             base.pack_(updated_packed(layer))
         else:  # DoRA, for one
             base.pack_(base.packed | base.quantizer.requantize(merged.weight.detach(), base.packed))

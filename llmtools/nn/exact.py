@@ -42,11 +42,16 @@ def updated_packed(layer: Any) -> Packed:
 
     The adapters are such that `is_low_rank`.
     """
-    names, base = active_adapters(layer), layer.base_layer
-    b = torch.cat([layer.lora_B[name].weight.float() * layer.scaling[name] for name in names], 1)  # [out, r]
-    a = torch.cat([layer.lora_A[name].weight.float() for name in names], 0)  # [r, in]
-    made: Packed = base.quantizer.updated(base.packed, b, a)
+    made: Packed = layer.base_layer.quantizer.updated(layer.base_layer.packed, *factors(layer))
     return made
+
+
+def factors(layer: Any) -> tuple[Tensor, Tensor]:
+    """s B [out, r] and A [r, in], float32, of a PEFT layer's active adapters, which are such that `is_low_rank`."""
+    names = active_adapters(layer)
+    b = torch.cat([layer.lora_B[name].weight.float() * layer.scaling[name] for name in names], 1)
+    a = torch.cat([layer.lora_A[name].weight.float() for name in names], 0)
+    return b, a
 
 
 def straight_through(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

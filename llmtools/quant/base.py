@@ -156,6 +156,22 @@ class Quantizer(Rows):
         """
         return updated(self, packed, b, a)
 
+    def shift_group(self, in_features: int) -> int | None:
+        """Number of consecutive columns that share a zero point or minimum which `shift` moves; None: there is none."""
+        return None
+
+    def shift(self, packed: Packed, change: Tensor) -> Packed:
+        """`packed` with change [out, G] float added to the weight, one value for each row and group of `shift_group`
+        columns, of which the last may be shorter.
+
+        Only zero points or minima differ, and are rounded to their dtype. Optional: raises InputError where the
+        quantizer has no such method, and for values that the dtype cannot hold.
+        """
+        raise InputError(
+            f"{where()}{self.name} has no floating zero points or minima to move (Quantizer.shift); merge with --how "
+            "round or requantize, or dense"
+        )
+
     def tunable(self, packed: Packed) -> list[str]:
         """Names of the tensors that block tuning and recovery may train: by default all floating ones, such as scales.
 

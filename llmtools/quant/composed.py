@@ -86,6 +86,13 @@ class Composed(Quantizer):
     def requantizes(self) -> bool:
         return self.grid.requantizes()
 
+    def shift_group(self, in_features: int) -> int | None:
+        """As `Quantizer.shift_group`; a basis mixes or reorders the columns of a group."""
+        return self.grid.shift_group(in_features) if self.basis is None else None
+
+    def shift(self, packed: Packed, change: Tensor) -> Packed:
+        return self.grid.shift(packed, change) if self.basis is None else super().shift(packed, change)
+
     def updated(self, packed: Packed, b: Tensor, a: Tensor) -> Packed:
         """As `Quantizer.updated`, in the coordinates of the grid: a rotation is of the factors, not of the product."""
         if self.basis is None:

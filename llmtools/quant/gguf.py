@@ -29,8 +29,11 @@ from ..kernels.ggml import (
     with_halves,
 )
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
+from .shift import stored
 
 _SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+_MINIMA = ("Q4_1", "Q5_1")
+"""Types whose value is scale · code + minimum, with a float16 minimum for each block."""
 _HALVES = ("scales", "minima")
 """Names of the float16 numbers of a block while they are trained, in the order of `kernels.ggml.halves`."""
 _TINY, _LARGEST = 2.0**-24, torch.finfo(torch.float16).max
@@ -84,6 +87,20 @@ class GGMLBlocks(Quantizer):
                 "can); serve the adapter beside the file, or merge it with export --format dense"
             )
         return {"blocks": encode_ggml(weight, packed["blocks"][rows], self.type)}
+
+    def shift_group(self, in_features: int) -> int | None:
+        """As `Quantizer.shift_group`; the minima within blocks of 256 are small integers."""
+        return TYPES[self.type].weights if self.type in _MINIMA else None
+
+    def shift(self, packed: Packed, change: Tensor) -> Packed:
+        if self.type not in _MINIMA:
+            raise InputError(
+                f"{where()}{self.type} has no minima in floating point to move ({', '.join(_MINIMA)} have); merge with "
+                "--how round, or export --format dense"
+            )
+        parts = self.unpacked(packed)
+        minima = stored(parts["minima"].float() + change.to(parts["minima"].device).float(), torch.float16)
+        return self.repacked(parts | {"minima": minima})
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         taken = {name: tensor[rows] for name, tensor in packed.items()}

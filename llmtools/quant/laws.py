@@ -21,6 +21,7 @@ from ..errors import InputError
 from .base import Packed, Quantizer
 from .hessian import proxy_loss
 from .materialize import materialize_budget
+from .shift import group_means
 
 Law = Callable[[Quantizer, Tensor, Tensor], None]
 
@@ -168,6 +169,25 @@ def requantized(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
     _require(torch.equal(quantizer.dequantize(nothing), dense), "an update of zeros has changed the weight")
 
 
+def shifted(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
+    """A change that is constant in each row and group of columns is added to the weight, up to the rounding of its zero
+    points or minima; a change of nothing changes nothing."""
+    if (size := quantizer.shift_group(weight.shape[1])) is None:
+        return  # the method is optional
+    packed = _quantize(quantizer, weight, hessian)
+    dense = quantizer.dequantize(packed)
+    groups = group_means(dense.abs(), size)
+    nothing = quantizer.shift(packed, torch.zeros_like(groups))
+    _fits(nothing, packed)
+    _require(torch.equal(quantizer.dequantize(nothing), dense), "a change of nothing has changed the weight")
+    change = groups * torch.randn(groups.shape, generator=torch.Generator().manual_seed(0))
+    made = quantizer.shift(packed, change)
+    _fits(made, packed)
+    error = quantizer.dequantize(made) - dense - change.repeat_interleave(size, 1)[:, : weight.shape[1]]
+    largest = dense.abs().amax(1, keepdim=True) + change.abs().amax(1, keepdim=True)
+    _require(bool((error.abs() <= largest * 2**-7).all()), f"the change of a group is off by {error.abs().max():.4g}")
+
+
 def updated(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> None:
     """An update b a gives codes that are no farther from Ŵ + b a than the former ones, and keeps all else; the same
     codes for the same update."""
@@ -272,6 +292,7 @@ LAWS: dict[str, Law] = {
         in_place,
         requantized,
         updated,
+        shifted,
         round_trip,
         calibration_helps,
         monotone,

@@ -78,6 +78,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..data.tasks.base import needs_chat_template
     from ..files import METADATA
     from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
+    from ..model.zeros_lora import keep_pooled
     from ..nn.lora_init import initialize_lora
     from ..nn.swap import count_parameters
     from ..train import checkpoints
@@ -139,6 +140,8 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             trainer.add_callback(warmup(trainer.model, recipe.merge_warmup))
         if initial is not None and checkpoint is None:
             initialize_lora(trainer.model, initial)
+        if recipe.merge == "zeros":
+            trainer.add_callback(keep_pooled(trainer.model))
         for adapter in trainer.model.peft_config.values():
             adapter.base_model_name_or_path = run["base_model"]
             for names in ("target_modules", "exclude_modules"):  # sets, whose order would change from run to run

@@ -15,7 +15,7 @@ from ..errors import InputError, did_you_mean
 
 log = logging.getLogger(__name__)
 
-WAYS = ("exact", "round", "requantize")
+WAYS = ("exact", "zeros", "round", "requantize")
 ENOUGH = 0.9
 """Recovered share below which a warning names the better way."""
 
@@ -27,9 +27,10 @@ class Merge(AdaptedModelOptions):
     out: str
     """Folder to write the merged model to."""
     how: str | None = None
-    """Way of merging: exact (the codes that an adapter of finetune --merge exact was trained with, bit for bit), round
-    (each merged weight to the nearest values on the base's own scales), or requantize (the base's own quantizer on the
-    merged weights, with --calibration); by default exact for adapters that were trained so, else round."""
+    """Way of merging: exact (the codes that an adapter of finetune --merge exact was trained with, bit for bit), zeros
+    (an adapter of finetune --merge zeros into the base's floating zero points or minima), round (each merged weight to
+    the nearest values on the base's own scales), or requantize (the base's own quantizer on the merged weights, with
+    --calibration); by default exact or zeros for adapters that were trained so, else round."""
     calibration: str | None = None
     """Calibration text for --how requantize: a .txt or .jsonl file (.gz too), or wikitext2 | c4 from the hub."""
     data: str | None = None
@@ -57,7 +58,7 @@ class MergeResult:
     modules: int
     """Number of quantized linears that an adapter was merged into."""
     rounding_error: float | None
-    """Mean over modules of |Ŵ − W| / |ΔW|, the rounding error beside the adapter's own size; for round only."""
+    """Mean over modules of |Ŵ − W| / |ΔW|, the rounding error beside the adapter's own size; for round and zeros."""
     perplexity: dict[str, float] | None
     """Perplexity on the held-out text: of base, adapter (base with adapter), merged; None without text."""
     recovered: float | None
@@ -113,10 +114,10 @@ def _way(asked: str | None, trained: str | None, adapter: str) -> str:
     """
     if asked is None:
         return trained or "round"
-    if asked == "exact" and trained != "exact":
+    if asked in ("exact", "zeros") and trained != asked:
         raise InputError(
-            f"--how exact: {adapter} was not trained with `finetune --merge exact`; merge it with --how round, or with "
-            "--how requantize --calibration FILE, which keeps more"
+            f"--how {asked}: {adapter} was not trained with `finetune --merge {asked}`; merge it with --how round, or "
+            "with --how requantize --calibration FILE, which keeps more"
         )
     if trained == "exact" and asked != "exact":
         raise InputError(
@@ -133,7 +134,8 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
     from ..data.calibration import HUB
     from ..data.text_io import existing_file
     from ..files import METADATA, json_or_empty, writing
-    from ..formats.rewriting import rewriter_if_any
+    from ..formats.rewriting import Part, rewriter_if_any
+    from ..model.zeros_lora import check_mergeable
     from ..nn.adapters import adapted_modules, merge_into_packed, own_path
     from ..nn.swap import packed_layers
 
@@ -154,13 +156,15 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
     others = adapted_modules(model) - {*adapted}
     if not adapted:
         raise InputError(f"{name}: no quantized layer carries the adapter; use llmtools export --format dense")
+    if recipe.how == "zeros":
+        check_mergeable(model)
     with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
         before = _measured(recipe, model, tokenizer, Path(folder))
         lost: dict[str, float] = {}
         if recipe.how == "requantize":
             model = _requantized(recipe, model, tokenizer)
         else:
-            model, lost = merge_into_packed(model)
+            model, lost = merge_into_packed(model, zeros=recipe.how == "zeros")
         after = _compared(model, before, recipe.max_length)
     out = Path(recipe.out).expanduser()
     error = sum(lost.values()) / len(lost) if lost else None
@@ -180,7 +184,8 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
         merged = {"adapter": recipe.adapter, "how": recipe.how, "rounding errors": lost, "recovered": result.recovered}
         run = record("merge", recipe, merged=merged)
         kept = recipe.how != "requantize" and not others  # scales, and all that is not quantized
-        if kept and (rewriter := rewriter_if_any(name, model, "codes")) is not None:
+        part: Part = "zeros" if recipe.how == "zeros" else "codes"
+        if kept and (rewriter := rewriter_if_any(name, model, part)) is not None:
             write_again(rewriter, model, target, run=run, changed=adapted)
         else:
             write(model, tokenizer, target, run=run)

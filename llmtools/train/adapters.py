@@ -30,7 +30,7 @@ def lora_config(lora: Lora, merge: str | None = None) -> Any:
             raise InputError(f"lora.options.{key}: this is --lora.{own[key]}")
         if key not in known:
             raise InputError(f"lora.options: no argument {key!r} in peft.LoraConfig; {did_you_mean(key, known)}")
-    dropout = (0.0 if merge else DROPOUT) if lora.dropout is None else lora.dropout
+    dropout = (0.0 if merge == "exact" else DROPOUT) if lora.dropout is None else lora.dropout
     if lora.r < 1 or not 0 <= dropout < 1 or lora.alpha <= 0:
         raise InputError(
             f"lora: r={lora.r}, alpha={lora.alpha}, dropout={dropout}; r at least 1, alpha above 0, dropout from "
@@ -48,27 +48,34 @@ def lora_config(lora: Lora, merge: str | None = None) -> Any:
         )
     except (TypeError, ValueError) as error:
         raise InputError(f"lora: {error}") from error
-    if merge == "exact":
-        from ..model.exact_lora import register
+    if merge is not None:
+        from ..model.exact_lora import check_plain, register
 
-        register(config)
+        check_plain(config, merge)
+        if merge == "exact":
+            register(config)
     return config
 
 
 def check_merge(recipe: Finetune) -> None:
     """Raises InputError for an unknown way of merging, and options that do not go with it."""
     from ..checkpoint.loading import is_quantized
-    from ..model.adapter_files import EXACT
+    from ..model.adapter_files import EXACT, WAYS, ZEROS
 
     if not 0 <= recipe.merge_warmup < 1:
         raise InputError(f"merge_warmup={recipe.merge_warmup}: a share of the steps from 0 to below 1 is expected")
+    if recipe.merge is not None and recipe.merge not in WAYS:
+        raise InputError(f"--merge {recipe.merge}: {did_you_mean(recipe.merge, WAYS)}")
+    if recipe.merge != EXACT and recipe.merge_warmup:
+        raise InputError("merge_warmup goes with --merge exact")
     if recipe.merge is None:
-        if recipe.merge_warmup:
-            raise InputError("merge_warmup goes with --merge exact")
         return
-    if recipe.merge != EXACT:
-        raise InputError(f"--merge {recipe.merge}: {did_you_mean(recipe.merge, (EXACT,))}")
-    if recipe.lora.dropout:
+    if recipe.merge == ZEROS and recipe.lora.init == "error":
+        raise InputError(
+            f"lora.init={recipe.lora.init}: --merge zeros keeps A constant in each group, and those matrices are not; "
+            "leave it out"
+        )
+    if recipe.lora.dropout and recipe.merge == EXACT:
         raise InputError(
             f"lora.dropout={recipe.lora.dropout}: --merge {recipe.merge} trains the merged weight, which knows no "
             "dropout; leave it out"
@@ -139,18 +146,23 @@ def fit_config(config: Any, model: Any, lora: Lora, merge: str | None = None) ->
     """
     from ..nn.adapters import has_fused_experts, not_adaptable
 
-    excluded = _not_merged(model) if merge else []
-    if config.target_modules == "all-linear" and not config.exclude_modules:
+    every = config.target_modules == "all-linear" and not config.exclude_modules
+    excluded = _not_merged(model, merge, every) if merge else []
+    if every:
         config.exclude_modules = list(dict.fromkeys([*not_adaptable(model), *excluded])) or None
     if lora.dropout is None and has_fused_experts(model):
         config.lora_dropout = 0.0
 
 
-def _not_merged(model: Any) -> list[str]:
-    """Paths of the linears that --merge does not train, named in the log: dense ones, and a tied head."""
-    from ..model.exact_lora import check_base
+def _not_merged(model: Any, merge: str, every: bool) -> list[str]:
+    """Paths of the linears that --merge does not train, named in the log: dense ones, and a tied head.
 
-    left = check_base(model)
+    every: whether adapters go on all the others.
+    """
+    from ..model.exact_lora import check_base
+    from ..model.zeros_lora import check_zeros_base
+
+    left = check_zeros_base(model, every=every) if merge == "zeros" else check_base(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if named := [path for path in left if model.get_submodule(path) is not head]:
         log.warning("%d linears are not quantized and get no adapter (--merge): %s", len(named), ", ".join(named[:4]))

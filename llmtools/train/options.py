@@ -59,7 +59,9 @@ class Finetune(ModelOptions):
     --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig."""
     merge: str | None = None
     """Merge without loss that the adapter is trained for: exact (trained through the rounding to the base's own codes,
-    which `llmtools merge` then writes, bit for bit); by default none."""
+    which `llmtools merge` then writes, bit for bit), or zeros (QA-LoRA: a plain LoRA that is constant in each
+    quantization group, for bases with floating zero points or minima, into which `llmtools merge` puts it); by default
+    none."""
     merge_warmup: float = 0.0
     """Share of the steps before --merge exact begins to round."""
     load: str | None = None

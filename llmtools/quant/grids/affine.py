@@ -20,6 +20,7 @@ from ...kernels.bits import pack, unpack, words
 from ...kernels.build import TYPES
 from ...kernels.ranges import Kind, best_shares, searches
 from ..base import ALL, Packed, TensorSpec
+from ..shift import stored
 from .scalar import SCALE_TYPES, Scalar, check_group_size, check_scale_type, columns, scale_range, stream_layout
 
 BITS = (2, 3, 4, 8)
@@ -152,6 +153,16 @@ class Affine(Scalar):
         else:
             zeros = unpack(packed["qzeros"][rows], self.bits, scales.shape[1]).float()
         return torch.stack([scales, zeros], -1)
+
+    def shift_group(self, in_features: int) -> int | None:
+        return self.resolve_group_size(in_features) if self.float_zeros else None
+
+    def shift(self, packed: Packed, change: Tensor) -> Packed:
+        if not self.float_zeros:
+            return super().shift(packed, change)
+        scales, zeros = packed["scales"].float(), packed["zeros"].float()
+        moved = torch.where(change == 0, zeros, zeros - change.to(scales) / scales)  # a scale of 0 holds no change
+        return packed | {"zeros": stored(moved, packed["zeros"].dtype)}
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         if not self.float_zeros:

@@ -70,6 +70,17 @@ class Grid(Rows):
         """Whether `requantize` is there: it needs `params`."""
         return type(self).params is not Grid.params or type(self).requantize is not Grid.requantize
 
+    def shift_group(self, in_features: int) -> int | None:
+        """As `Quantizer.shift_group`."""
+        return None
+
+    def shift(self, packed: Packed, change: Tensor) -> Packed:
+        """As `Quantizer.shift`."""
+        raise InputError(
+            f"{where()}this {type(self).__name__} grid has no floating zero points to move; merge with --how round or "
+            "requantize, or dense"
+        )
+
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
         """The codes of these rows, [rows, in] float, nearest on the grid of `packed`; as `Quantizer.requantize`.
 

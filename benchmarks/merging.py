@@ -2,6 +2,7 @@
 
     python -m benchmarks.merging --model DIR --data train.txt --held_out test.txt
     python -m benchmarks.merging --model DIR --gguf FILE.gguf --data train.jsonl --held_out test.txt --only FILE.gguf
+    python -m benchmarks.merging … --task json --data train.jsonl --test test.jsonl --calibration train.txt
     python -m benchmarks.merging … --bits 2 --learning_rates 1e-3 2e-3 --warmups 0 0.25 --seeds 0 1 2
     python -m benchmarks.merging --quick              everything on the model that ships with the demo, in minutes
     python -m benchmarks.merging … --cost             step time and memory of exact beside plain, in one run
@@ -11,7 +12,8 @@
 A row is a base (a quantizer at a width, or a GGUF file) with a learning rate, a warm-up and a seed. Two adapters are
 trained on it with the same data and steps: a plain one, and one with ``finetune --merge exact``. The plain one is
 merged by rounding and by re-quantizing. Perplexity on held-out text is of base, plain adapter, and all merged models; a
-share is (base − merged) / (base − plain adapter) in nats per token. Rows are appended to
+share is (base − merged) / (base − plain adapter) in nats per token. With --task the adapters are trained on a task's
+examples, and the shares are of its score on held-out ones. Rows are appended to
 benchmarks/results/merging.jsonl with versions, commit and machine; those that are there are not made again.
 
 `--cost` trains one model whose layers switch between both ways at every step, so that other load on the machine meets
@@ -75,7 +77,10 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
         "learning_rate": setting["learning_rate"], "lr_scheduler_type": "cosine",
     }  # fmt: skip
     lora = Lora(r=args.rank, alpha=2 * args.rank, dropout=0.0)
-    common = {"model": model, "data": args.data, "training": training, "lora": lora, "seed": setting["seed"]}
+    common = {
+        "model": model, "data": args.data, "task": args.task, "training": training, "lora": lora,
+        "seed": setting["seed"],
+    }  # fmt: skip
     row: Row = {"perplexity": {}, "kl": {}, "seconds": {}}
     for name, more in (("plain", {}), ("exact", {"merge": "exact", "merge_warmup": setting["warmup"]})):
         row["seconds"][name] = finetune(Finetune(out=str(work / name), **common, **more)).seconds
@@ -86,7 +91,7 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
                 adapter=str(work / ("exact" if way == "exact" else "plain")),
                 out=str(work / f"merged-{way}"),
                 how=way,
-                calibration=args.data if way == "requantize" else None,
+                calibration=(args.calibration or args.data) if way == "requantize" else None,
                 data=args.held_out,
                 max_length=args.tokens,
                 windows=args.windows,
@@ -96,10 +101,32 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
         row["perplexity"] |= {"base": done.perplexity["base"], way: done.perplexity["merged"]}
         row["perplexity"]["exact, unmerged" if way == "exact" else "plain"] = done.perplexity["adapter"]
         row["kl"][way] = done.kl
-    logs = {name: math.log(value) for name, value in row["perplexity"].items()}
-    gain = logs["base"] - logs["plain"]
-    row["share"] = {way: (logs["base"] - logs[way]) / gain for way in WAYS} if gain > 0 else {}
+    scores = {name: -math.log(value) for name, value in row["perplexity"].items()}
+    if args.test:
+        folders = {"base": (model, None), "plain": (model, str(work / "plain"))}
+        folders |= {way: (_merged(work / f"merged-{way}"), None) for way in WAYS}
+        scores = row["score"] = {name: _score(*where, args) for name, where in folders.items()}
+    gain = scores["plain"] - scores["base"]
+    row["share"] = {way: (scores[way] - scores["base"]) / gain for way in WAYS} if gain > 0 else {}
     return row
+
+
+def _merged(folder: Path) -> str:
+    """What `merge` wrote: a folder, or the GGUF file in it."""
+    return str(next(folder.glob("*.gguf"), folder))
+
+
+def _score(model: str, adapter: str | None, args: argparse.Namespace) -> float:
+    """The task's score of the held-out examples: the share of fields that are right for json, else its own measure."""
+    from llmtools.recipes.evaluate import Evaluate, evaluate
+
+    done = evaluate(
+        Evaluate(
+            model=model, adapter=adapter, task=args.task, data=args.test, num_samples=args.examples, batch_size=20,
+            options={"max_new_tokens": 48},
+        )
+    )  # fmt: skip
+    return float(done.details.get("fields", done.value))
 
 
 def _quantized(base: Base, args: argparse.Namespace, work: Path) -> str:
@@ -170,7 +197,8 @@ def settings(args: argparse.Namespace) -> Iterator[tuple[Base, Row]]:
     common = {
         "model": Path(args.model).name, "weights": hash_of_weights(args.model),
         "data": Path(args.data).name, "held_out": Path(args.held_out).name, "steps": args.steps, "rank": args.rank,
-        "batch": f"{args.batch} × {args.tokens} tokens", "windows": args.windows,
+        "batch": f"{args.batch} × {args.tokens} tokens", "windows": args.windows, "task": args.task,
+        **({"test": Path(args.test).name, "examples": args.examples} if args.test else {}),
     }  # fmt: skip
     for base in bases(args):
         if args.cost:
@@ -216,12 +244,11 @@ def table(found: list[Row]) -> str:
             key = tuple(row[name] for name in ("model", "label", "learning_rate", "warmup"))
             quality.setdefault(key, []).append(row)
     lines = [
-        [*map(str, key), _spread(each["perplexity"]["base"] for each in group),
-         _spread(each["perplexity"]["plain"] for each in group),
+        [*map(str, key), *(_spread(_values(each)[name] for each in group) for name in ("base", "plain", "exact")),
          *(_spread(each["share"][way] for each in group) for way in WAYS), str(len(group))]
         for key, group in quality.items()
     ]  # fmt: skip
-    head = ["model", "base", "learning rate", "warm-up", "perplexity: base", "adapter beside it"]
+    head = ["model", "base", "learning rate", "warm-up", "score or perplexity: base", "adapter beside it", "exact"]
     parts = [markdown_table([*head, *(f"share kept: {way}" for way in WAYS), "seeds"], lines)] if lines else []
     costs = [
         [
@@ -240,6 +267,11 @@ def table(found: list[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def _values(row: Row) -> dict[str, float]:
+    found: dict[str, float] = row.get("score") or row["perplexity"]
+    return found
+
+
 def _spread(values: Iterator[float]) -> str:
     """The mean, and half the spread where there are several."""
     every = list(values)
@@ -253,6 +285,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gguf", nargs="*", default=[], help="GGUF files of the same model, further bases")
     parser.add_argument("--data", help="training data")
     parser.add_argument("--held_out", help="held-out text")
+    parser.add_argument("--task", default="text", help="task of the training data (llmtools list tasks)")
+    parser.add_argument("--test", help="held-out examples of the task; shares are then of its score")
+    parser.add_argument("--examples", type=int, default=60, help="number of them")
     parser.add_argument("--calibration", help="calibration text; by default the training data")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -63,6 +63,15 @@ class Rows(ABC):
         """Peak memory of `dequantize` in bytes per weight, its result included: bounds a block of rows."""
         return 16
 
+    def dither(self, packed: Packed, rows: slice) -> Tensor | None:
+        """Offsets of the weights of rows start … stop, [rows, in] float32, uniform in the cells of their codes: the
+        values that round to these (`dither.py`).
+
+        With them an update that is smaller than a step is not lost when it is encoded. Optional: with None codes are
+        the nearest.
+        """
+        return None
+
     def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
         """x [t, in] @ W.T -> [t, out], or x [t, out] @ W -> [t, in], in one pass over the packed tensors, of x's dtype.
 
@@ -149,10 +158,10 @@ class Quantizer(Rows):
         return type(self).requantize is not Quantizer.requantize
 
     def updated(self, packed: Packed, b: Tensor, a: Tensor) -> Packed:
-        """`packed` with the codes of Ŵ + b a, the nearest on its own scales, block of rows by block of rows.
+        """`packed` with the codes of Ŵ + b a on its own scales, block of rows by block of rows.
 
-        b [out, r], a [r, in] float. The default calls `requantize`. Raises InputError where there is none, and for NaN
-        or infinities.
+        b [out, r], a [r, in] float. The default calls `requantize`, of the values moved by `dither`. Raises InputError
+        where there is none, and for NaN or infinities.
         """
         return updated(self, packed, b, a)
 

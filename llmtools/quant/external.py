@@ -29,6 +29,7 @@ from ..kernels.bits import pack, unpack
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
 from .bases import Basis, Permutation, SignedHadamard
 from .composed import Composed
+from .dither import offsets
 from .grids.affine import Affine, shifted
 from .grids.base import Grid
 from .grids.codebook import NF4, Codebook
@@ -167,6 +168,9 @@ class ColumnGrid(Quantizer):
         zeros, scales = (each.float() for each in self._shared(packed, rows))
         codes = torch.round(weight / scales + zeros).clamp_(0, 2**self.bits - 1)
         return {"qweight": pack(codes, self.bits)}
+
+    def dither(self, packed: Packed, rows: slice) -> Tensor:
+        return offsets(rows, self._shared(packed, rows)[1].float())
 
     def _shared(self, packed: Packed, rows: slice) -> tuple[Tensor, Tensor]:
         """(zero points, scales) of the weights of these rows, [rows, in]."""

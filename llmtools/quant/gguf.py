@@ -21,6 +21,7 @@ from ..errors import InputError, did_you_mean, where
 from ..kernels.ggml import (
     ENCODINGS,
     TYPES,
+    codes_ggml,
     decodes,
     dequantize_ggml,
     encode_ggml,
@@ -29,6 +30,7 @@ from ..kernels.ggml import (
     with_halves,
 )
 from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
+from .dither import offsets
 from .shift import stored
 
 _SIMPLE = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
@@ -87,6 +89,9 @@ class GGMLBlocks(Quantizer):
                 "can); serve the adapter beside the file, or merge it with export --format dense"
             )
         return {"blocks": encode_ggml(weight, packed["blocks"][rows], self.type)}
+
+    def dither(self, packed: Packed, rows: slice) -> Tensor | None:
+        return offsets(rows, *codes_ggml(packed["blocks"][rows], self.type)) if self.requantizes() else None
 
     def shift_group(self, in_features: int) -> int | None:
         """As `Quantizer.shift_group`; the minima within blocks of 256 are small integers."""

@@ -1,4 +1,4 @@
-"""A low-rank update of a packed weight, encoded on the weight's own grid: the codes of Q(Ŵ + b a).
+"""A low-rank update of a packed weight, encoded on the weight's own grid: the codes of Q(Ŵ + b a), dithered.
 
 Training with ``finetune --merge exact`` computes with these codes, and `merge` writes them: there is one function, so
 both have the same bits. Blocks of rows are decoded, updated and encoded one after the other, so no dense weight
@@ -33,12 +33,15 @@ class Encodes(Protocol):
 
     def out_features(self, packed: Packed) -> int: ...
 
+    def dither(self, packed: Packed, rows: slice) -> Tensor | None: ...
+
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ...) -> Packed: ...
 
 
 @torch.no_grad()
 def updated(source: Encodes, packed: Packed, b: Tensor, a: Tensor, height: int = 1) -> Packed:
-    """`packed` with the codes of Ŵ + b a, b [out, r] and a [r, in], nearest on its own scales.
+    """`packed` with the codes of Ŵ + b a, b [out, r] and a [r, in], on its own scales: nearest to that value moved by
+    the quantizer's `dither`.
 
     height: number of rows that share a code. Raises InputError for NaN and infinities.
     """
@@ -50,6 +53,8 @@ def updated(source: Encodes, packed: Packed, b: Tensor, a: Tensor, height: int =
     with torch.autocast(b.device.type, enabled=False):
         for rows in row_blocks(source.out_features(packed), a.shape[1], b.device, height):
             values = torch.addmm(source.dequantize(packed, rows, torch.float32), b[rows], a)
+            if (offsets := source.dither(packed, rows)) is not None:
+                values += offsets
             for name, codes in source.requantize(values, packed, rows).items():
                 first = written.get(name, 0)
                 written[name] = first + len(codes)

@@ -68,7 +68,7 @@ def test_the_forward_is_that_of_the_merged_layer(name: str, options: dict[str, A
     b, a = adapted.lora_B["default"].weight, adapted.lora_A["default"].weight
     target = former + adapted.scaling["default"] * (b @ a).detach()
     now = merged.dequantize(dtype=torch.float32)
-    assert (now - target).norm() < (former - target).norm()  # some of the update is there, at any width
+    assert ((now - former) * (target - former)).sum() > 0  # some of the update is there, at any width
 
 
 def test_gradients_are_straight_through() -> None:

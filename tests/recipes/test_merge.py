@@ -48,7 +48,7 @@ def specs(folder: str | Path) -> dict[str, dict[str, Any]]:
     return {path: layer.quantizer.spec() for path, layer in quantized_linears(llmtools.load(folder)[0]).items()}
 
 
-def test_rounding_keeps_scales_and_gives_the_nearest_codes(asked: Merge, trained: tuple[Path, Path]) -> None:
+def test_rounding_keeps_scales_and_gives_codes_within_a_step(asked: Merge, trained: tuple[Path, Path]) -> None:
     result = merge(asked)
     base, merged = llmtools.load(trained[0])[0], llmtools.load(asked.out)[0]
     target = merge_dense(llmtools.load(trained[1])[0], torch.float32)
@@ -61,7 +61,7 @@ def test_rounding_keeps_scales_and_gives_the_nearest_codes(asked: Merge, trained
         wanted = target.get_submodule(path).weight
         scales = layer.packed["scales"].float().repeat_interleave(32, 1)[:, : wanted.shape[1]]
         low, high = (layer.dequantize(dtype=torch.float32) - wanted).aminmax()
-        inside = (layer.dequantize(dtype=torch.float32) - wanted).abs() <= 0.5001 * scales
+        inside = (layer.dequantize(dtype=torch.float32) - wanted).abs() <= 1.0001 * scales
         assert inside.float().mean() > 0.95, (path, float(low), float(high))  # the rest is cut off at a group's ends
         changed += int((layer.packed["qweight"] != former.packed["qweight"]).sum())
     assert changed > 0

@@ -16,7 +16,7 @@ import torch
 
 from ..ops import constant_result, define, has_triton
 from . import native, reference
-from .encode import ENCODINGS, encode_ggml
+from .encode import ENCODINGS, codes_ggml, encode_ggml
 from .halves import halves, with_halves
 from .types import NUMBERS, TYPES, BlockType
 
@@ -25,6 +25,7 @@ __all__ = [
     "NUMBERS",
     "TYPES",
     "BlockType",
+    "codes_ggml",
     "decodes",
     "dequantize_ggml",
     "encode_ggml",

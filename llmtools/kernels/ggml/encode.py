@@ -52,6 +52,16 @@ def encode_ggml(values: Tensor, blocks: Tensor, kind: str) -> Tensor:
     return flat.view_as(blocks)
 
 
+def codes_ggml(blocks: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of blocks [out, row_bytes] uint8: scales [out, in] float32 and codes [out, in] uint8 of the weights, and the
+    levels of the codes, rising, float32; None where they are the whole numbers."""
+    held, flat = CODES[kind], blocks.reshape(-1, TYPES[kind].bytes)
+    codes, scale = held.read(flat), held.scale(flat)
+    scales = scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+    levels = iq4_levels(flat.device) if held.table else None
+    return scales.view(len(blocks), -1), codes.reshape(len(blocks), -1), levels
+
+
 def _joined(codes: Tensor, bits: int, run: int) -> Tensor:
     """The inverse of `_planes`: codes [n, m] uint8 of `bits` bits -> [n, m · bits / 8] uint8."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)

@@ -13,6 +13,7 @@ both stages, int64: E8P's in bits 0–15, the residual's above.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,14 +37,14 @@ from ...kernels.lattice import (
     multiply_lattice,
 )
 from ..base import ALL, Packed, TensorSpec
+from ..dither import MARGIN, length, sequence, windows
 from .base import Grid
 
 __all__ = ["SCALE", "Lattice"]
 
 _RESIDUAL = {3: torch.uint8, 4: torch.int16}
-_BALL = 0.49
-"""Squared radius within which a point of either codebook is the nearest: half their least distance, whose square is 2,
-with a margin for rounding."""
+_INSIDE = 1 - 2.0**-10
+"""Largest product with a root of E8 at which a vector is in the cell of 0, less a margin for rounding."""
 _USUAL = 0.75
 """Squared error of eight Gaussian weights on E8P."""
 
@@ -111,7 +112,8 @@ class Lattice(Grid):
         return codes.new_empty((len(codes), 1, 0), dtype=torch.float32)
 
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
-        """Only blocks that have left the ball around their point are searched: within it no other point is nearer.
+        """Only blocks that have left the cell of E8 around their point are searched: within it no point of a codebook
+        is nearer.
 
         Residuals make many points, which are not searched together: first the first stage's code stays and the
         residual is chosen again; where that leaves more than the usual error, both are chosen one after the other. Of
@@ -119,10 +121,10 @@ class Lattice(Grid):
         """
         codes = {name: packed[name][rows] for name in self.codes}
         target = F.pad(weight.float(), (0, -weight.shape[1] % 8)).unflatten(1, (-1, 8))  # [rows, b, 8]
+        outside = _outside((target - self._points(codes).view_as(target)).mul_(self._unit))
         error = self._error(target, codes)
-        unit = 1.0 if self.bits == 2 else self._scale**-2
         for proposal, limit in self._proposals():
-            left = (error > limit * unit).nonzero(as_tuple=True)
+            left = (outside & (error > limit * self._unit**-2)).nonzero(as_tuple=True)
             if not len(left[0]):
                 break
             some, former = target[left], {name: tensor[left] for name, tensor in codes.items()}  # [n, 8], [n]
@@ -135,10 +137,21 @@ class Lattice(Grid):
             }
         return codes
 
+    def dither(self, packed: Packed, rows: slice) -> Tensor:
+        """Uniform in the cell of E8, the least of any point of the codebooks, of the last stage's scale."""
+        in_features = packed["codes"].shape[1] * 8
+        cells = _cells(length(in_features), packed["codes"].device)
+        return windows(cells, rows, in_features).div_(self._unit)
+
+    @property
+    def _unit(self) -> float:
+        """Factor of the last stage's coordinates."""
+        return 1.0 if self.bits == 2 else self._scale
+
     def _proposals(self) -> list[tuple[Callable[[Tensor, Packed], Packed], float]]:
         """Functions of vectors [n, 8] and their former codes [n] to other codes, and the squared error, in units of the
         last stage, from which they are tried."""
-        return [(self._both, _BALL)] if self.bits == 2 else [(self._residual_again, _BALL), (self._both, _USUAL)]
+        return [(self._both, 0.0)] if self.bits == 2 else [(self._residual_again, 0.0), (self._both, _USUAL)]
 
     def _residual_again(self, target: Tensor, former: Packed) -> Packed:
         encode = encode_e81b if self.bits == 3 else encode_e8p
@@ -152,8 +165,10 @@ class Lattice(Grid):
 
     def _error(self, target: Tensor, codes: Packed) -> Tensor:
         """Squared distances [...] of vectors [..., 8] from the points of their codes [...]."""
-        points = dequantize_lattice(codes["codes"], codes.get("residual"), self._scale)
-        return (points.view_as(target) - target).square_().sum(-1)
+        return (self._points(codes).view_as(target) - target).square_().sum(-1)
+
+    def _points(self, codes: Packed) -> Tensor:
+        return dequantize_lattice(codes["codes"], codes.get("residual"), self._scale)
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, 8·b]."""
@@ -167,3 +182,41 @@ class Lattice(Grid):
         if not multiplies(x.device, x.dtype, transposed):
             return None
         return multiply_lattice(x, packed["codes"], packed.get("residual"), self._scale, transposed)
+
+
+def _outside(x: Tensor) -> Tensor:
+    """Whether vectors [..., 8] are outside the cell of E8 around 0: [...] bool.
+
+    They are where a product with one of its 240 roots exceeds 1, half a root's squared length. The roots have two
+    entries of ±1, or eight of ±1/2, of which an even number is negative.
+    """
+    entries = x.movedim(-1, 0).abs()  # [8, ...]
+    odd = (x < 0).sum(-1) & 1 == 1
+    first, second = entries[0], torch.zeros_like(entries[0])
+    for entry in entries[1:]:
+        second = torch.maximum(second, torch.minimum(first, entry))
+        first = torch.maximum(first, entry)
+    halves = entries.sum(0) / 2 - torch.where(odd, entries.amin(0), 0.0)
+    return torch.maximum(first + second, halves) > _INSIDE
+
+
+@functools.lru_cache(maxsize=8)
+def _cells(count: int, device: torch.device) -> Tensor:
+    """[count] float32: vectors of eight, uniform in the cell of E8 around 0, a fixed sequence (`dither.sequence`).
+
+    A cube of side 2 is a period of E8, so a uniform vector of it less the nearest point is uniform in the cell. That
+    point is the nearer one of D8 and D8 + ½ (Conway and Sloane, "Fast quantizing and decoding algorithms", 1982).
+    """
+    x = sequence(count, device).view(-1, 8) * 2
+    whole, half = _nearest_d8(x), _nearest_d8(x - 0.5) + 0.5
+    nearer = (x - half).square().sum(-1, keepdim=True) < (x - whole).square().sum(-1, keepdim=True)
+    return (x - torch.where(nearer, half, whole)).mul_(MARGIN).flatten()
+
+
+def _nearest_d8(x: Tensor) -> Tensor:
+    """The nearest whole numbers of an even sum to vectors [n, 8]: of an odd one the worst is rounded the other way."""
+    rounded = torch.round(x)
+    odd = rounded.sum(-1, keepdim=True) % 2 != 0
+    worst = (x - rounded).abs().argmax(-1, keepdim=True)
+    step = torch.where((x - rounded).gather(-1, worst) < 0, -1.0, 1.0)
+    return rounded.scatter_add(-1, worst, torch.where(odd, step, 0.0))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError, did_you_mean, where
-from ...kernels.bits import words
+from ...kernels.bits import unpack, words
 from ...kernels.grouped import Weight, decodes, dequantize_grouped, encode_grouped, multiplies, multiply_grouped
 from ..base import ALL, Packed, TensorSpec
+from ..dither import offsets
 from .base import Grid
 
 SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -101,6 +102,11 @@ class Scalar(Grid):
                 weight.float(), scales, zeros[0] if zeros else None, table, *sizes, self.float_zeros
             )
         }
+
+    def dither(self, packed: Packed, rows: slice) -> Tensor:
+        qweight, _, _, table, bits, group_size, in_features = self.grouped(packed, rows)
+        scales = self.params(packed, rows)[..., 0].float().repeat_interleave(group_size, 1)[:, :in_features]
+        return offsets(rows, scales, None if table is None else unpack(qweight, bits, in_features), table)
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         return dequantize_grouped(*self.grouped(packed, rows), dtype)

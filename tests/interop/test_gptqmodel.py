@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import llmtools
+from llmtools.checkpoint.folder import load_model
 from llmtools.formats.awq import AWQ
 from llmtools.formats.gptq import GPTQ
 from llmtools.formats.writing import export
+from llmtools.model.exact_lora import exact_layers, register
 from llmtools.nn.swap import quantized_linears
+from llmtools.recipes.merge import Merge, merge
 from tests.interop.peers import linear, opened
 from tests.models import tiny_ids, tiny_model
 
@@ -91,6 +94,33 @@ def test_the_whole_folder_opens_in_transformers(form: str, bits: int, symmetric:
     with torch.no_grad():
         expected, got = model(input_ids=tiny_ids()).logits, theirs(input_ids=tiny_ids()).logits
     torch.testing.assert_close(got.float(), expected, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", [3, 4])
+def test_a_merged_folder_gives_them_the_answers_of_base_and_adapter(bits: int, stories: Path, tmp_path: Path) -> None:
+    """An exact adapter merged into a GPTQ folder, opened by transformers with GPTQModel."""
+    pytest.importorskip("optimum")
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, adapter, out = (tmp_path / name for name in ("base", "adapter", "out"))
+    model = tiny_model()
+    llmtools.quantize(model, "rtn", bits=bits, group_size=32)
+    export(model, AutoTokenizer.from_pretrained(stories), base, "gptq_v2")
+    adapted: Any = peft.get_peft_model(
+        load_model(base), register(peft.LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"]))
+    )
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    for layer in exact_layers(adapted).values():
+        layer.lora_B["default"].weight.normal_(0, 0.05)
+    adapted.save_pretrained(adapter)
+    (adapter / "llmtools.json").write_text('{"merge": "exact"}')
+    merge(Merge(model=str(base), adapter=str(adapter), out=str(out)))
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float16)
+    before, expected, got = (each(input_ids=tiny_ids()).logits.float() for each in (model, adapted.eval(), theirs))
+    assert (expected - before).abs().max() > 0.2
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05)
 
 
 def test_awq_as_they_pack_it() -> None:

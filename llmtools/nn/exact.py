@@ -2,9 +2,9 @@
 
 An adapter that is rounded into a quantized base after training loses most of what it learned at 2 to 4 bits. Here it is
 trained through the rounding instead: the forward multiplies with the codes of the updated weight, on the base's own
-scales and dithered (`quant/update.py`), and the adapter's gradient goes straight through the rounding, as that of a plain LoRA
-branch. So no gradient of the weight, [out, in], is formed: dB = s · gradᵀ (x Aᵀ), dA = s · (grad B)ᵀ x, and the
-gradient of x is grad Q(Ŵ + s B A). Kept for backward are x, as by any LoRA layer, and the layer's codes.
+scales and dithered (`quant/update.py`), and the adapter's gradient goes straight through the rounding, as that of a
+plain LoRA branch. So no gradient of the weight, [out, in], is formed: dB = s · gradᵀ (x Aᵀ), dA = s · (grad B)ᵀ x, and
+the gradient of x is grad Q(Ŵ + s B A). Kept for backward are x, as by any LoRA layer, and the layer's codes.
 
 PEFT is not imported: its layers are recognised by their attributes. The layer itself is `model/exact_lora.py`.
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files import json_or_empty
+from ..ranks import processes
 from .options import NEEDS_TRAIN, Finetune, Row
 
 
@@ -118,6 +119,23 @@ def _aligned(training: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def shared_accumulation(steps: int) -> int:
+    """A process's gradient_accumulation_steps, so that the effective batch is that of one process.
+
+    It is not where `steps` is 1: then every process adds a batch. Raises InputError where they cannot share the steps
+    equally.
+    """
+    count = processes()
+    if count == 1 or steps == 1:
+        return steps
+    if steps % count:
+        raise InputError(
+            f"training.gradient_accumulation_steps={steps} cannot be shared by {count} processes; choose a multiple of "
+            f"{count}, or 1"
+        )
+    return steps // count
+
+
 def _near(key: str, known: dict[str, str]) -> str:
     """The nearest names of the about 150."""
     import difflib
@@ -135,7 +153,8 @@ def arguments_of(
     Adapters are float32. "bf16" computes with them in bfloat16 (autocast) on a GPU that supports it, and on a CPU only
     for a bfloat16 model: then no precision is lost, and PEFT keeps no float32 copy of each layer's input.
     Checkpointing recomputes activations to save memory, which on a CPU is worth less than its time.
-    Raises InputError for sequences longer than the model's positions.
+    Raises InputError for sequences longer than the model's positions, and for gradient accumulation that the processes
+    cannot share.
     """
     import torch
 
@@ -173,6 +192,7 @@ def arguments_of(
     if 0 < recipe.training.get("max_steps", 0) < 100:
         defaults["logging_steps"] = max(1, recipe.training["max_steps"] // 10)
     arguments = defaults | recipe.training
+    arguments["gradient_accumulation_steps"] = shared_accumulation(arguments.get("gradient_accumulation_steps", 1))
     if record_format == "text" and arguments["packing"]:
         arguments.setdefault("packing_strategy", "wrapped")  # cuts anywhere; no token is lost
     elif arguments["packing"]:

@@ -56,7 +56,8 @@ class Finetune(ModelOptions):
     """LoRA adapter."""
     training: dict[str, Any] = field(default_factory=dict)
     """Arguments of trl.SFTConfig: --training.max_steps 200 --training.learning_rate 2e-4 --training.packing true
-    --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig."""
+    --training.report_to tensorboard …; https://huggingface.co/docs/trl/sft_trainer#trl.SFTConfig. Several processes
+    (torchrun, accelerate launch) share gradient_accumulation_steps, so that the effective batch is that of one."""
     merge: str | None = None
     """Merge without loss that the adapter is trained for: exact (trained through the rounding to the base's own codes,
     which `llmtools merge` then writes, bit for bit), or zeros (QA-LoRA: a plain LoRA that is constant in each

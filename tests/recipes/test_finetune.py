@@ -783,19 +783,34 @@ def test_of_several_processes_only_the_first_makes_and_clears_folders(
 
 
 @pytest.mark.slow
-def test_two_processes_write_one_adapter(packed: str, data: str, tmp_path: Path) -> None:
+def test_two_processes_train_the_adapter_of_one(packed: str, data: str, tmp_path: Path) -> None:
+    """They share the gradient accumulation: the same examples in each step, up to the order of sums."""
     import subprocess
     import sys
 
     out = tmp_path / "a"
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    command = [sys.executable, *launcher, "-m", "llmtools"]
-    words = ["finetune", "--model", packed, "--data", data, "--out", str(out), "--lora.r", "2"]
-    words += [word for key, value in TRAINING.items() for word in (f"--training.{key}", str(value))]
+    training = {**TRAINING, "gradient_accumulation_steps": 2, "max_steps": 3}
+    words = ["--model", packed, "--data", data, "--out", str(out), "--lora.r", "2", "--lora.dropout", "0"]
+    words += [word for key, value in training.items() for word in (f"--training.{key}", str(value))]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # a group of CPU processes
-    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, timeout=300, env=environment)
+    command = [sys.executable, *launcher, "-m", "llmtools", "finetune", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4]
-    assert adapter(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "train.jsonl"]
+    alone = tmp_path / "alone"
+    finetune(replace(recipe(packed, data, alone), lora=Lora(r=2, dropout=0.0), training=training))
+    (steps, found), (_, expected) = (tuple(zip(*losses(folder), strict=True)) for folder in (out, alone))
+    assert steps == (1, 2, 3)
+    assert found == pytest.approx(expected, rel=1e-4)
+    for name, tensor in adapter(alone).items():
+        torch.testing.assert_close(adapter(out)[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+def test_processes_share_the_accumulation_or_say_that_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmtools.train.arguments import shared_accumulation
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (shared_accumulation(16), shared_accumulation(1)) == (4, 1)
+    with pytest.raises(InputError, match="6 cannot be shared by 4 processes; choose a multiple of 4, or 1"):
+        shared_accumulation(6)

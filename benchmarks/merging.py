@@ -97,10 +97,11 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
                 windows=args.windows,
             )
         )
-        assert done.perplexity is not None
-        row["perplexity"] |= {"base": done.perplexity["base"], way: done.perplexity["merged"]}
-        row["perplexity"]["exact, unmerged" if way == "exact" else "plain"] = done.perplexity["adapter"]
-        row["kl"][way] = done.kl
+        assert done.comparison is not None
+        found = done.comparison.values
+        row["perplexity"] |= {"base": found["base"], way: found["merged"]}
+        row["perplexity"]["exact, unmerged" if way == "exact" else "plain"] = found["adapter"]
+        row["kl"][way] = done.comparison.kl
     scores = {name: -math.log(value) for name, value in row["perplexity"].items()}
     if args.test:
         folders = {"base": (model, None), "plain": (model, str(work / "plain"))}

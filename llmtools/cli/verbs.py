@@ -111,8 +111,9 @@ llmtools finetune --config samsum_optq_3bit --model QDIR --out ADAPTER""",
         "merge an adapter into its quantized base, in the base's own bits",
         """\
 llmtools merge --model QDIR --adapter ADAPTER --data test.txt --out QDIR2
+llmtools merge --adapter ADAPTER --task json --data test.jsonl --options.max_new_tokens 48 --out QDIR2
 llmtools merge --adapter ADAPTER --how requantize --calibration train.txt --data test.txt --out QDIR2""",
-        first=("model", "adapter", "out", "how", "calibration", "data", "num_samples", "max_length"),
+        first=("model", "adapter", "out", "how", "data", "task", "calibration", "num_samples", "max_length"),
     ),
     "evaluate": Verb(
         "recipes.evaluate",

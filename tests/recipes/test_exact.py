@@ -103,8 +103,9 @@ def test_what_was_trained_is_what_is_merged(trained: Path, base: Path, tmp_path:
     text.write_text("One day Tom had a red ball. " * 60)
     result = merge(Merge(adapter=str(trained), out=str(tmp_path / "m"), data=str(text), max_length=64))
     assert result.how == "exact" and result.rounding_error is None
-    assert result.kl == pytest.approx(0, abs=1e-6)
-    assert result.perplexity is not None and result.perplexity["merged"] == result.perplexity["adapter"]
+    found = result.comparison
+    assert found is not None and found.kl == pytest.approx(0, abs=1e-6)
+    assert found.values["merged"] == found.values["adapter"]
     merged, adapted = load_model(tmp_path / "m"), load_model(trained)
     assert torch.equal(logits(merged), logits(adapted))
     assert not torch.equal(logits(merged), logits(load_model(base)))

@@ -14,6 +14,7 @@ from llmtools.errors import InputError
 from llmtools.nn import quantized_linears
 from llmtools.nn.adapters import merge as merge_dense
 from llmtools.nn.adapters import merge_into_packed
+from llmtools.recipes.evaluate import Evaluate, evaluate
 from llmtools.recipes.finetune import Finetune, Lora, finetune
 from llmtools.recipes.merge import Merge, merge
 from llmtools.recipes.quantize import Quantize, quantize
@@ -70,14 +71,37 @@ def test_rounding_keeps_scales_and_gives_codes_within_a_step(asked: Merge, train
 
 def test_the_report_is_of_the_models_that_are_written(asked: Merge, trained: tuple[Path, Path]) -> None:
     result = merge(asked)
-    assert result.perplexity is not None and result.recovered is not None and result.kl is not None
+    found = result.comparison
+    assert found is not None and found.recovered is not None and found.kl is not None
     for name, folder in (("base", trained[0]), ("adapter", trained[1]), ("merged", asked.out)):
         model, tokenizer = llmtools.load(folder)
         ids = tokenizer(Path(str(asked.data)).read_text(), return_tensors="pt").input_ids[0][: 8 * 128]
-        assert llmtools.perplexity(model, ids, context=128).value == pytest.approx(result.perplexity[name], rel=1e-4)
-    logs = {name: torch.tensor(value).log().item() for name, value in result.perplexity.items()}
+        assert llmtools.perplexity(model, ids, context=128).value == pytest.approx(found.values[name], rel=1e-4)
+    logs = {name: torch.tensor(value).log().item() for name, value in found.values.items()}
     share = (logs["base"] - logs["merged"]) / (logs["base"] - logs["adapter"])
-    assert result.recovered == pytest.approx(share, abs=1e-4)
+    assert found.recovered == pytest.approx(share, abs=1e-4)
+
+
+def test_a_task_is_scored_as_evaluate_scores_it(asked: Merge, trained: tuple[Path, Path]) -> None:
+    found = merge(replace(asked, task="perplexity", batch_size=1)).comparison
+    assert found is not None and found.measure == "perplexity" and found.kl is None
+    alone = {"base": (trained[0], None), "adapter": (trained[0], str(trained[1])), "merged": (asked.out, None)}
+    for name, (model, adapter) in alone.items():
+        done = evaluate(Evaluate(model=str(model), adapter=adapter, task="perplexity", data=asked.data))
+        assert found.values[name] == pytest.approx(done.value, rel=1e-3), name
+    logs = {name: -torch.tensor(value).log().item() for name, value in found.values.items()}
+    assert found.recovered == pytest.approx(
+        (logs["merged"] - logs["base"]) / (logs["adapter"] - logs["base"]), abs=1e-3
+    )
+
+
+def test_a_dense_merge_is_the_16_bit_model(asked: Merge, trained: tuple[Path, Path]) -> None:
+    found = merge(replace(asked, how="dense")).comparison
+    assert found is not None and found.recovered == pytest.approx(1, abs=0.02)
+    made, expected = llmtools.load(asked.out)[0], merge_dense(llmtools.load(trained[1])[0])
+    assert not quantized_linears(made)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(made.state_dict()[name], tensor), name
 
 
 def test_requantizing_keeps_the_quantizers(asked: Merge, trained: tuple[Path, Path], wikitext2: Path) -> None:
@@ -87,7 +111,7 @@ def test_requantizing_keeps_the_quantizers(asked: Merge, trained: tuple[Path, Pa
 
 @pytest.mark.parametrize(("name", "options"), ENCODABLE, ids=str)
 def test_an_adapter_of_nothing_changes_nothing(name: str, options: dict[str, Any]) -> None:
-    """B is zero at the start: each code is the nearest to its own value."""
+    """B is zero at the start: dithered values stay in the cells of their codes."""
     import peft
 
     model, ids = tiny_model("llama"), tiny_ids()
@@ -108,6 +132,8 @@ def test_an_adapter_of_nothing_changes_nothing(name: str, options: dict[str, Any
         ({"how": "exactly"}, "--how exactly"),
         ({"how": "requantize"}, "needs calibration text"),
         ({"adapter": None}, "no adapter"),
+        ({"task": "jsn"}, "did you mean 'json'"),
+        ({"task": "json", "data": None}, "needs held-out examples"),
         ({"data": "nowhere.txt"}, r"nowhere\.txt"),
         ({"max_length": 100_000}, "fewer than one window"),
     ],

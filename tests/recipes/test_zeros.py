@@ -185,7 +185,7 @@ def test_what_was_trained_is_merged_into_zero_points(trained: Path, base: Path, 
     text.write_text("One day Tom had a red ball. " * 60)
     result = merge(Merge(adapter=str(trained), out=str(tmp_path / "m"), data=str(text), max_length=64))
     assert result.how == "zeros" and result.rounding_error is not None and result.rounding_error < 0.05
-    assert result.kl is not None and result.kl < 1e-3
+    assert result.comparison is not None and result.comparison.kl is not None and result.comparison.kl < 1e-3
     before, after = quantized_linears(load_model(base)), quantized_linears(load_model(tmp_path / "m", verify=True))
     assert all(before[path].quantizer == after[path].quantizer for path in before)
     for path, layer in before.items():
@@ -298,7 +298,7 @@ def test_ways_that_do_not_fit_the_training_are_refused(trained: Path, base: Path
 def test_an_adapter_of_other_groups_is_refused_before_any_work(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmtools.recipes.merge._measured", lambda *args: pytest.fail("it was measured first"))
+    monkeypatch.setattr("llmtools.recipes.merge._merged", lambda *args: pytest.fail("it was measured first"))
     saved(str(base), tmp_path / "a")
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     name = next(name for name in tensors if ".lora_A." in name)

@@ -43,6 +43,7 @@ from ..model.integrity import (
     refuse_pickles,
     shards_of,
 )
+from ..model.offload import Keep, Spill, Watch, check_offload, keep_in_files, stream
 from ..model.quantize import INCOMPLETE, Report
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
@@ -183,7 +184,12 @@ def write_again(
 
 
 def load(
-    folder: str | PathLike[str], *, verify: bool = False, allow_other_base: bool = False, **options: Any
+    folder: str | PathLike[str],
+    *,
+    verify: bool = False,
+    allow_other_base: bool = False,
+    offload: str | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
     """Opens a folder that `save` wrote, any Hugging Face model, or a third-party quantized checkpoint (`formats`).
 
@@ -191,6 +197,8 @@ def load(
 
     verify: compare every byte with the checksums in ``llmtools.json``; without it, small files and headers alone.
     allow_other_base: accept an adapter whose base model has changed since it was trained.
+    offload: "disk" for a model that does not fit into memory: its weights stay in the checkpoint's files and are read
+    a block ahead of the computation, on the CPU (see `model.offload`).
     The folder of an adapter is opened on the base model that it names, with the base's tokenizer if it has none.
     options: arguments of ``from_pretrained`` (``dtype``, ``device_map``, …).
 
@@ -202,7 +210,7 @@ def load(
     """
     from transformers import AutoTokenizer
 
-    model = load_model(folder, verify=verify, allow_other_base=allow_other_base, **options)
+    model = load_model(folder, verify=verify, allow_other_base=allow_other_base, offload=offload, **options)
     name = joined(_name_of(folder), options.get("gguf_file"))
     if _is_adapter(Path(name)) and not (Path(name) / "tokenizer_config.json").exists():
         name = _base_of(Path(name))
@@ -222,7 +230,12 @@ def load(
 
 
 def load_model(
-    folder: str | PathLike[str], *, verify: bool = False, allow_other_base: bool = False, **options: Any
+    folder: str | PathLike[str],
+    *,
+    verify: bool = False,
+    allow_other_base: bool = False,
+    offload: str | None = None,
+    **options: Any,
 ) -> Any:
     """The model alone, as `load` opens it: for a folder without a tokenizer.
 
@@ -230,21 +243,38 @@ def load_model(
 
     Raises CheckpointError for a missing, damaged or unsupported checkpoint.
     """
+    check_offload(offload, device_map=options.get("device_map"))
+    keep = None if offload is None else Spill()
     name = joined(_name_of(folder), options.pop("gguf_file", None))
     if (found := find(name, options)) is not None:
-        return _load_gguf(found, options, verify=verify)
+        watch = Watch([found.path])
+        model = _load_gguf(found, options, keep, verify=verify)
+        return model if keep is None else _streamed(model, keep, watch)
     _check_loadable(name)
     given = set(options)
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
     options.pop("output_loading_info", None)
     if _is_adapter(Path(name)):
+        options["offload"] = offload
         return _load_with_adapter(Path(name), options, verify=verify, allow_other_base=allow_other_base)
     config = _check_before(name, options, verify=verify)
+    watch = Watch(shards_of(Path(name)) if Path(name).exists() else ())
     with naming_method(config, name), opening(name):
-        return _checked(name, config, options, given)
+        model = _checked(name, config, options, given, keep)
+    return model if keep is None else _streamed(model, keep, watch)
 
 
-def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], given: set[str]) -> Any:
+def _streamed(model: Any, keep: Spill, watch: Watch) -> Any:
+    """The model with all weights in files, which are read ahead of the computation; `watch` has seen them before."""
+    keep_in_files(model, keep)
+    watch()
+    stream(model, watch)
+    return model
+
+
+def _checked(
+    name: str, config: Mapping[str, Any], options: dict[str, Any], given: set[str], keep: Keep | None = None
+) -> Any:
     """The model of a folder or hub name, its tensors checked. given: names of the options that the caller gave.
 
     Raises CheckpointError for missing, misshapen or unexpected tensors.
@@ -252,7 +282,7 @@ def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], give
     where = name if Path(name).exists() else f"{name} is no folder here, and from the hub"
     lenient = bool(options.setdefault("ignore_mismatched_sizes", True)) and "ignore_mismatched_sizes" in given
     with opening(where), _named(name):
-        model, info, strict = _opened(name, config, options)
+        model, info, strict = _opened(name, config, options, keep)
     if info.get("mismatched_keys") and not lenient:
         raise CheckpointError(f"{name} does not fit its config.json: {_misshapen(info['mismatched_keys'])}")
     lacking = sorted(info["missing_keys"])
@@ -268,14 +298,14 @@ def _checked(name: str, config: Mapping[str, Any], options: dict[str, Any], give
     return model
 
 
-def _load_gguf(found: GGUFModel, options: Mapping[str, Any], *, verify: bool) -> Any:
+def _load_gguf(found: GGUFModel, options: Mapping[str, Any], keep: Keep | None, *, verify: bool) -> Any:
     if verify and not is_verified(found.name):
         raise CheckpointError(
             f"{found.name} has no checksums to verify; the SHA-256 of a GGUF file is known from an adapter that "
             "llmtools trained on it, or from the hub's cache"
         )
     with _named(found.name):
-        model, info = open_gguf(found, options)
+        model, info = open_gguf(found, options, keep)
     if lacking := sorted(info["missing_keys"]):
         more = " and more" if len(lacking) > 4 else ""
         raise CheckpointError(f"{found.name}: the weights of {', '.join(lacking[:4])}{more} are missing")
@@ -283,11 +313,13 @@ def _load_gguf(found: GGUFModel, options: Mapping[str, Any], *, verify: bool) ->
     return model
 
 
-def _opened(name: str, config: Mapping[str, Any], options: dict[str, Any]) -> tuple[Any, dict[str, Any], bool]:
+def _opened(
+    name: str, config: Mapping[str, Any], options: dict[str, Any], keep: Keep | None
+) -> tuple[Any, dict[str, Any], bool]:
     """(model, transformers' loading info, whether llmtools wrote the files, for this very architecture)."""
     external = detect(name, options)
     if external is not None:
-        return (*open_model(external, options), False)
+        return (*open_model(external, options, keep), False)
     model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
     own = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
     return model, info, bool(own) and type(model).__name__ in (model.config.architectures or ())

@@ -38,11 +38,13 @@ def open_model(
     verify: bool = False,
     any_task: bool = False,
     allow_other_base: bool | None = False,
+    offload: str | None = None,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """(model, tokenizer) of a folder or hub name, dense or quantized, with the adapter on the model if one is named.
 
     With `verify` all bytes of both are compared with their checksums. Weights keep the type of the checkpoint, unless
-    bitsandbytes quantizes them while loading (`load`: nf4 or int8). The model is moved to the GPU if there is one.
+    bitsandbytes quantizes them while loading (`load`: nf4 or int8). The model is moved to the GPU if there is one. With
+    `offload` the weights stay there: "disk".
 
     Raises InputError for a model that is not a causal language model, unless `any_task`, and for one that is not the
     base model of the adapter, unless `allow_other_base` (None: checked before).
@@ -51,8 +53,10 @@ def open_model(
 
     from ..checkpoint.folder import load as load_checkpoint
     from ..model.adapter_files import check_adapter, open_adapter
+    from ..model.offload import check_offload
     from .gguf_base import is_verified
 
+    check_offload(offload, load=load)
     check_model(name)
     if adapter is not None:
         check_adapter(adapter)
@@ -61,7 +65,7 @@ def open_model(
     if load is not None:
         options["quantization_config"] = bitsandbytes_config(name, load)
     try:
-        model, tokenizer = load_checkpoint(name, dtype="auto", **options)
+        model, tokenizer = load_checkpoint(name, dtype="auto", offload=offload, **options)
     except ValueError as error:
         raise _unreadable(name, error) from error
     if not any_task:
@@ -89,6 +93,7 @@ def open_recipe(recipe: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, str, s
         trust_remote_code=recipe.trust_remote_code,
         verify=recipe.verify,
         allow_other_base=recipe.allow_other_base,
+        offload=recipe.offload,
     )
     return model, tokenizer, name, adapter
 

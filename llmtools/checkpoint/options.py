@@ -27,6 +27,15 @@ class ModelOptions(CodeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OffloadOptions:
+    """A model that does not fit into memory."""
+
+    offload: str | None = None
+    """Place of the weights of a model that does not fit into memory: disk (in the checkpoint's own files, read a block
+    ahead of the computation, on the CPU); by default in memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AdaptedModelOptions(ModelOptions):
     """A model, an adapter, or both."""
 

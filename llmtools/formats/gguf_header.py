@@ -102,12 +102,18 @@ class GGUFFile(NamedTuple):
         start, end = self.spans[key]
         return key == "general.alignment" or (not isinstance(value, str) and end - start > _LONG)
 
-    def read(self, name: str) -> Tensor:
-        """A tensor as it is stored: floats of its shape, or bytes [..., row_bytes] uint8 of a block type."""
+    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+        """A tensor as it is stored: floats of its shape, or bytes [..., row_bytes] uint8 of a block type.
+
+        mapped: as a view of the file, whose pages are read when they are used; else read into memory.
+        """
         tensor = self.tensors[name]
-        data = np.fromfile(self.path, dtype=np.uint8, count=tensor.size, offset=tensor.start)
-        if len(data) != tensor.size:
+        if self.path.stat().st_size < tensor.start + tensor.size:
             raise CheckpointError(f"{self.path} was truncated while it was read; copy or download it again")
+        if mapped:
+            data = np.asarray(np.memmap(self.path, mode="c", offset=tensor.start, shape=(tensor.size,)))
+        else:
+            data = np.fromfile(self.path, dtype=np.uint8, count=tensor.size, offset=tensor.start)
         stored = torch.from_numpy(data)
         if tensor.kind in TYPES:
             return stored.reshape(*tensor.shape[:-1], -1)

@@ -23,6 +23,7 @@ from ..errors import CheckpointError, opening
 from ..kernels.ggml import TYPES, dequantize_ggml
 from ..model.architectures import auto_class
 from ..model.integrity import Header, check_config
+from ..model.offload import Keep
 from ..model.transformers_integration import LLMToolsConfig
 from ..nn.swap import computes_otherwise
 from ..quant import GGMLBlocks, Quantizer
@@ -134,15 +135,19 @@ def open_tokenizer(found: GGUFModel) -> Any:
         return AutoTokenizer.from_pretrained(found.path.parent, gguf_file=found.path.name)
 
 
-def open_gguf(found: GGUFModel, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """(model in eval mode, transformers' loading info) of a GGUF file. options: as for ``from_pretrained``."""
+def open_gguf(found: GGUFModel, options: Mapping[str, Any], keep: Keep | None = None) -> tuple[Any, dict[str, Any]]:
+    """(model in eval mode, transformers' loading info) of a GGUF file. options: as for ``from_pretrained``.
+
+    keep: where packed weights stay whose rows are in another order in the file, the others being views of it; by
+    default all are read into memory.
+    """
     file = read_header(found.path)
     config = gguf_config(file)
     empty = skeleton(file, config)
     dropped = (*_HUB_OPTIONS, "use_safetensors", "trust_remote_code", "gguf_file")
     options = {key: value for key, value in options.items() if key not in dropped}
     dtype = _dtype(options.pop("torch_dtype", options.pop("dtype", None)), file)
-    state, assigned = translate(file, config, empty, dtype)
+    state, assigned = translate(file, config, empty, dtype, keep)
     _quantized(config, assigned, found)
     with opening(f"{found.name} does not fit its metadata"):
         model, info = type(empty).from_pretrained(
@@ -168,7 +173,7 @@ def _assigned(file: GGUFFile, naming: Naming) -> dict[str, Quantizer]:
 
 
 def translate(
-    file: GGUFFile, config: Any, empty: nn.Module, dtype: torch.dtype
+    file: GGUFFile, config: Any, empty: nn.Module, dtype: torch.dtype, keep: Keep | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """(tensors by name as in a checkpoint of llmtools, quantizers by path); empty: the model on the meta device."""
     naming = Naming(file, config, empty)
@@ -181,8 +186,9 @@ def translate(
         if place.packed:
             path = place.name.removesuffix(".weight")
             assigned[path] = GGMLBlocks(tensor.kind)
-            rows = file.read(tensor.name)
-            state[f"{path}.blocks"] = rows if place.order is None else rows[place.order]
+            rows = file.read(tensor.name, mapped=keep is not None)
+            read = {f"{path}.blocks": rows if place.order is None else rows[place.order]}
+            state |= read if keep is None else keep(read)
         else:
             naming.decode(tensor, state)
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}

@@ -24,6 +24,7 @@ from ..errors import CheckpointError, opening, within
 from ..files import read_json
 from ..model.architectures import auto_class
 from ..model.integrity import config_of, read_headers, shards_of
+from ..model.offload import Keep
 from ..model.transformers_integration import METHOD, LLMToolsConfig, locate
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import computes_otherwise, quantized_linears
@@ -177,8 +178,10 @@ def _writers(kind: type[Format]) -> str:
     )
 
 
-def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def open_model(found: External, options: Mapping[str, Any], keep: Keep | None = None) -> tuple[Any, dict[str, Any]]:
     """(model in eval mode, transformers' loading info). options as for ``AutoModelForCausalLM.from_pretrained``.
+
+    keep: where the packed tensors of each module stay once they are read; by default in memory.
 
     Raises CheckpointError for damaged files, or ones that do not fit config.json.
     """
@@ -192,7 +195,7 @@ def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[s
             delattr(config, key)
     with torch.device("meta"):
         skeleton = auto_class(config.to_dict()).from_config(config, **trust)
-    state, assigned = translate(found.format, Tensors(found.folder), skeleton)
+    state, assigned = translate(found.format, Tensors(found.folder), skeleton, keep)
     if "lm_head" in assigned:
         config.tie_word_embeddings = False
     config.quantization_config = LLMToolsConfig.of(assigned, origin=found.format.config).to_dict()
@@ -208,12 +211,12 @@ def open_model(found: External, options: Mapping[str, Any]) -> tuple[Any, dict[s
 
 
 def translate(
-    reader: Format, tensors: Mapping[str, Tensor], skeleton: nn.Module
+    reader: Format, tensors: Mapping[str, Tensor], skeleton: nn.Module, keep: Keep | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """(name → tensor of an llmtools checkpoint, path → quantizer).
 
     tensors: name → tensor in the file, shapes and dtypes as in the format's module. skeleton: the model on the meta
-    device, with linears [out, in].
+    device, with linears [out, in]. keep: where the tensors of a module stay.
 
     Raises CheckpointError for damaged, missing or surplus tensors.
     """
@@ -235,10 +238,12 @@ def translate(
             converted = reader.read_parts(
                 stored, [linear.out_features for linear in linears.values()], next(iter(linears.values())).in_features
             )
+        read: dict[str, Tensor] = {}
         for (path, linear), (quantizer, packed) in zip(linears.items(), converted, strict=True):
             _check(quantizer, packed, linear)
             assigned[path] = quantizer
-            state |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
+            read |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
+        state |= read if keep is None else keep(read)
         if "bias" in stored:
             state |= _bias(stored, linears)
         _refuse_unread(stored, reader, names_below.get(stored_path, []))

@@ -7,13 +7,14 @@ recognised by their attributes `base_layer` and `merge`.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import InputError, first_line, within
+from ..quant import Packed
 from .embedding import QuantizedEmbedding, TiedLinear
 from .exact import active_adapters, is_low_rank, updated_packed
 from .linear import QuantizedLinear
@@ -166,14 +167,17 @@ def merge(peft_model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     return dequantize(merged, dtype)
 
 
-def merge_into_packed(peft_model: nn.Module, *, zeros: bool = False) -> tuple[nn.Module, dict[str, float]]:
+def merge_into_packed(
+    peft_model: nn.Module, *, zeros: bool = False, keep: Callable[[Packed], Packed] | None = None
+) -> tuple[nn.Module, dict[str, float]]:
     """The quantized model with the active adapters merged into its codes, and what rounding lost of each adapter.
 
     Each adapted weight is encoded again, to the nearest values on its own scales (`Quantizer.updated`). The second
     value is path → |Ŵ − W| / |ΔW|, Frobenius norms: the rounding error of the merged weight beside the adapter itself.
     Adapters of ``finetune --merge exact`` are not in it: they were trained with these very codes, and nothing of them
     is lost. zeros: adapters of ``finetune --merge zeros`` go into zero points or minima instead, and the codes stay
-    (`nn/zeros.py`). `peft_model` is modified and must not be reused.
+    (`nn/zeros.py`). keep: where the packed tensors of a merged layer stay, by default in memory. `peft_model` is modified
+    and must not be reused.
 
     Raises InputError for adapters that PEFT cannot merge, and for a quantizer that cannot encode on given scales, or
     with `zeros` has none in floating point; where the first layer fails the model is unchanged.
@@ -183,10 +187,12 @@ def merge_into_packed(peft_model: nn.Module, *, zeros: bool = False) -> tuple[nn
     _untie_head(peft_model)
     for path, layer in _adapted(peft_model):
         if _is_exact(layer):
-            set_module(peft_model, path, _baked(layer))
+            _baked(layer)
         else:
             lost[own_path(path)] = _encoded(path, layer, zeros=zeros)
-            set_module(peft_model, path, layer.base_layer)
+        if keep is not None:
+            layer.base_layer.pack_(keep(layer.base_layer.packed))
+        set_module(peft_model, path, layer.base_layer)
     model: nn.Module = network.merge_and_unload(safe_merge=True)  # adapted layers that are not quantized
     return model, lost
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..checkpoint.options import CodeOptions
 from ..errors import InputError, did_you_mean, opening
+from ..pages import free_memory
 from ..train.options import Lora
 from .quantize import QuantizerOptions, resolve_quantizer
 
@@ -389,22 +389,7 @@ def _available(recipe: Plan) -> tuple[int | None, str]:
             return None, ""
         free, _ = torch.cuda.mem_get_info()
         return int(free), f"free on {torch.cuda.get_device_name()}"
-    return _free_here(), "free on this machine"
-
-
-def _free_here(root: Path = Path("/")) -> int | None:
-    """Bytes that programs may still allocate, a container's limit included; None where the system does not say."""
-    try:
-        meminfo = (root / "proc/meminfo").read_text()
-        free = int(re.findall(r"^MemAvailable:\s+(\d+) kB", meminfo, flags=re.MULTILINE)[0]) * 1024
-    except (OSError, IndexError):
-        return None
-    try:
-        group = root / "sys/fs/cgroup"
-        limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-    except (OSError, ValueError):  # no such file, or "max"
-        return free
-    return min(free, limit)
+    return free_memory(), "free on this machine"
 
 
 def _remedies(config: Any, recipe: Plan, available: int) -> list[str]:

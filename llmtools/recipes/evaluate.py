@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checkpoint.options import AdaptedModelOptions
+from ..checkpoint.options import AdaptedModelOptions, OffloadOptions
 from ..errors import InputError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Evaluate(AdaptedModelOptions):
+class Evaluate(AdaptedModelOptions, OffloadOptions):
     """Evaluate a model on a task: perplexity of a text, or its answers against the references."""
 
     load: str | None = None

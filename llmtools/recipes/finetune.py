@@ -98,7 +98,11 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
 
     import_plugins(recipe.plugin)
     model, tokenizer = open_model(
-        recipe.model, load=recipe.load, trust_remote_code=recipe.trust_remote_code, verify=recipe.verify
+        recipe.model,
+        load=recipe.load,
+        trust_remote_code=recipe.trust_remote_code,
+        verify=recipe.verify,
+        offload=recipe.offload,
     )
     recommend_initialisation(recipe.lora, recipe.model, model)
     if is_first():

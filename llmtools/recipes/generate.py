@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.options import AdaptedModelOptions
+from ..checkpoint.options import AdaptedModelOptions, OffloadOptions
 from ..errors import InputError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Generate(AdaptedModelOptions):
+class Generate(AdaptedModelOptions, OffloadOptions):
     """Generate text from a prompt, with or without an adapter; a chat model answers in its chat template."""
 
     load: str | None = None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.options import AdaptedModelOptions
+from ..checkpoint.options import AdaptedModelOptions, OffloadOptions
 from ..errors import InputError, did_you_mean
 from .merge_report import Comparison
 from .merge_report import comparing as comparing_by
@@ -22,7 +22,7 @@ ENOUGH = 0.9
 
 
 @dataclass(frozen=True)
-class Merge(AdaptedModelOptions):
+class Merge(AdaptedModelOptions, OffloadOptions):
     """Merge an adapter into its quantized base model, keeping the base's bits, and say what that lost."""
 
     out: str
@@ -101,6 +101,11 @@ def merge(recipe: Merge) -> MergeResult:
         raise InputError("--how requantize needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if recipe.task is not None and recipe.data is None:
         raise InputError(f"--task {recipe.task} needs held-out examples: pass --data FILE")
+    if recipe.how in ("requantize", "dense") and recipe.offload is not None:
+        raise InputError(
+            f"--offload {recipe.offload} does not go with --how {recipe.how}, which merges dense weights in memory; omit "
+            "one of the two"
+        )
     if recipe.adapter is None:
         raise InputError("no adapter: pass --adapter, a folder that `llmtools finetune --out` wrote")
     name, adapter = model_and_adapter(recipe.model, recipe.adapter)
@@ -149,6 +154,7 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
             trust_remote_code=recipe.trust_remote_code,
             verify=recipe.verify,
             allow_other_base=recipe.allow_other_base,
+            offload=recipe.offload,
         )
         adapted = [own_path(path) for path in packed_layers(model) if path.endswith(".base_layer")]
         beside = bool(adapted_modules(model) - {*adapted})
@@ -177,6 +183,7 @@ def _merge(recipe: Merge, name: str) -> MergeResult:
 
 def _merged(recipe: Merge, model: Any, tokenizer: Any) -> tuple[Any, dict[str, float]]:
     """(the merged model; path → rounding error beside the adapter's own size, of the ways that round)"""
+    from ..model.offload import Spill
     from ..nn.adapters import merge as merge_dense
     from ..nn.adapters import merge_into_packed
 
@@ -184,7 +191,9 @@ def _merged(recipe: Merge, model: Any, tokenizer: Any) -> tuple[Any, dict[str, f
         return _requantized(recipe, model, tokenizer), {}
     if recipe.how == "dense":
         return merge_dense(model), {}
-    return merge_into_packed(model, zeros=recipe.how == "zeros")
+    return merge_into_packed(
+        model, zeros=recipe.how == "zeros", keep=None if recipe.offload is None else Spill()
+    )
 
 
 def _write(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..checkpoint.options import ModelOptions
+from ..checkpoint.options import ModelOptions, OffloadOptions
 
 Row = dict[str, Any]
 """A training example: ``text``, ``prompt`` and ``completion``, or ``messages``."""
@@ -34,7 +34,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Finetune(ModelOptions):
+class Finetune(ModelOptions, OffloadOptions):
     """Train LoRA adapters on a model, quantized or not, on your own text, question/answer pairs or chats."""
 
     model: str

@@ -17,7 +17,7 @@ from llmtools.cli.app import main
 from llmtools.errors import InputError
 from llmtools.model import memory
 from llmtools.nn.loss import chunked_loss
-from llmtools.recipes.estimate import Plan, _free_here, plan, plan_for
+from llmtools.recipes.estimate import Plan, plan, plan_for
 from llmtools.recipes.finetune import Lora
 from tests.models import CONFIGS, llama_config, tiny_model
 
@@ -213,20 +213,6 @@ def test_files_that_are_no_configuration_are_refused(tmp_path: Path) -> None:
             plan(Plan(str(bad)))
     with pytest.raises(InputError, match="there is no folder"):
         plan(Plan("./nowhere"))
-
-
-def test_a_containers_limit_counts(tmp_path: Path) -> None:
-    assert _free_here(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    4 kB\n")
-    assert _free_here(tmp_path) == 4096
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("3000\n")
-    (group / "memory.current").write_text("1000\n")
-    assert _free_here(tmp_path) == 2000
-    (group / "memory.max").write_text("max\n")
-    assert _free_here(tmp_path) == 4096
 
 
 @pytest.mark.slow

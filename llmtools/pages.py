@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 _WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
 _COLD = 20 if sys.platform == "linux" else None  # of asm-generic/mman-common.h; Python has no name for it
+_NORESERVE = 0x4000  # of asm-generic/mman.h; without it Linux refuses a private mapping larger than the memory
 _IN_MEMORY = ("/dev/", "/memfd:", "/SYSV")
 """Beginnings of the names of mappings that have a path and no file."""
 _GAP = 2**16
@@ -58,6 +59,15 @@ def file_pages() -> FilePages | None:
         return FilePages(Path("/proc/self/maps").read_text(errors="replace"))
     except OSError:
         return None
+
+
+def mapped(path: str | Path) -> mmap.mmap:
+    """A file's bytes, writable: what is written is seen here alone. They count for no limit of memory until then."""
+    with Path(path).open("rb") as file:
+        if sys.platform != "linux":
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flags, rights = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=rights)
 
 
 def ask_for(spans: Iterable[Span]) -> None:

@@ -102,18 +102,18 @@ class GGUFFile(NamedTuple):
         start, end = self.spans[key]
         return key == "general.alignment" or (not isinstance(value, str) and end - start > _LONG)
 
-    def read(self, name: str, *, mapped: bool = False) -> Tensor:
+    def read(self, name: str, mapping: mmap.mmap | None = None) -> Tensor:
         """A tensor as it is stored: floats of its shape, or bytes [..., row_bytes] uint8 of a block type.
 
-        mapped: as a view of the file, whose pages are read when they are used; else read into memory.
+        mapping: the mapped file, for a view of it; by default the tensor is read into memory.
         """
         tensor = self.tensors[name]
-        if self.path.stat().st_size < tensor.start + tensor.size:
-            raise CheckpointError(f"{self.path} was truncated while it was read; copy or download it again")
-        if mapped:
-            data = np.asarray(np.memmap(self.path, mode="c", offset=tensor.start, shape=(tensor.size,)))
-        else:
+        if mapping is None:
             data = np.fromfile(self.path, dtype=np.uint8, count=tensor.size, offset=tensor.start)
+        else:
+            data = np.frombuffer(mapping, dtype=np.uint8)[tensor.start : tensor.start + tensor.size]
+        if len(data) != tensor.size:
+            raise CheckpointError(f"{self.path} was truncated while it was read; copy or download it again")
         stored = torch.from_numpy(data)
         if tensor.kind in TYPES:
             return stored.reshape(*tensor.shape[:-1], -1)

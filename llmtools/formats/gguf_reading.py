@@ -26,6 +26,7 @@ from ..model.integrity import Header, check_config
 from ..model.offload import Keep
 from ..model.transformers_integration import LLMToolsConfig
 from ..nn.swap import computes_otherwise
+from ..pages import mapped
 from ..quant import GGMLBlocks, Quantizer
 from .gguf_header import FLOATS, GGUFFile, StoredTensor, read_header
 
@@ -177,6 +178,7 @@ def translate(
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """(tensors by name as in a checkpoint of llmtools, quantizers by path); empty: the model on the meta device."""
     naming = Naming(file, config, empty)
+    mapping = None if keep is None else mapped(file.path)
     state: dict[str, Tensor] = {}
     assigned: dict[str, Quantizer] = {}
     for tensor in file.tensors.values():
@@ -186,7 +188,7 @@ def translate(
         if place.packed:
             path = place.name.removesuffix(".weight")
             assigned[path] = GGMLBlocks(tensor.kind)
-            rows = file.read(tensor.name, mapped=keep is not None)
+            rows = file.read(tensor.name, mapping)
             read = {f"{path}.blocks": rows if place.order is None else rows[place.order]}
             state |= read if keep is None else keep(read)
         else:

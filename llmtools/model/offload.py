@@ -23,6 +23,7 @@ import mmap
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,15 +37,17 @@ from ..files import disk_error
 from ..kernels.build import cache_home
 from ..nn.embedding import TiedLinear
 from ..pages import Span, ask_for, file_pages, free_memory, joined, let_go
-from .blocks import find_blocks
 
 PLACES = ("disk",)
 """Places for weights that do not fit: the values of `offload`."""
 AHEAD = 2
 """Number of blocks that are asked for ahead of the current one."""
 SMALLEST = 2**16
-"""Size, in bytes, below which a tensor that is no view of a file stays in memory: each in a file is a mapping, of which
-Linux allows a process 65,530."""
+"""Size, in bytes, below which a tensor that is no view of a file stays in memory."""
+SEGMENT = 2**28
+"""Least size of a mapped part of a spill file, in bytes. Each takes a file descriptor."""
+
+_ALIGNMENT = 64
 
 Keep = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Moves tensors [...] by name to where they stay. Tensors that share memory share it afterwards."""
@@ -83,45 +86,57 @@ class Spill:
         """folder: where the file is made, once there is a tensor for it."""
         self._folder = folder
         self._file: IO[bytes] | None = None
-        self.bytes = 0
-        """Size of the file, in bytes."""
+        self._segment: mmap.mmap | None = None
+        self._start = self._used = 0
+        """Offset of the segment in the file, and the bytes of it that are used."""
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors [...] as views of the file; small ones, and those that are views of a file already, as they are.
 
         Raises CheckpointError where the disk refuses.
         """
-        backed, moved, kept = file_pages(), dict[int, Tensor](), dict[str, Tensor]()
+        backed, moved, kept = file_pages(), dict[tuple[int, torch.Size, torch.dtype], Tensor](), dict[str, Tensor]()
         for name, tensor in tensors.items():
             if tensor.nbytes < SMALLEST or tensor.is_meta or _is_backed(backed, tensor):
                 kept[name] = tensor
                 continue
-            if tensor.data_ptr() not in moved:
-                moved[tensor.data_ptr()] = self._moved(tensor)
-            same = moved[tensor.data_ptr()]
-            kept[name] = same if same.shape == tensor.shape and same.dtype == tensor.dtype else self._moved(tensor)
+            key = tensor.data_ptr(), tensor.shape, tensor.dtype
+            if key not in moved:
+                moved[key] = self._moved(tensor)
+            kept[name] = moved[key]
         return kept
 
     def _moved(self, tensor: Tensor) -> Tensor:
         folder = self._folder or cache_home()
+        data = tensor.detach().contiguous()
         try:
             if self._file is None:
                 folder.mkdir(parents=True, exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (its mappings outlive it)
-            file, data = self._file, tensor.detach().contiguous()
-            start = -(-self.bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-            file.seek(start)
-            file.write(data.flatten().view(torch.uint8).numpy().data)  # written, not mapped: a full disk is seen
-            file.flush()
-            self.bytes = start + data.nbytes
-            mapping = mmap.mmap(file.fileno(), data.nbytes, access=mmap.ACCESS_COPY, offset=start)
+                self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed with the spill)
+                weakref.finalize(self, self._file.close)
+            segment = self._room(self._file, data.nbytes)
+            self._file.seek(self._start + self._used)
+            self._file.write(data.flatten().view(torch.uint8).numpy().data)  # by the mapping a full disk would kill us
+            self._file.flush()
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: no room for weights that have to be repacked ({disk_error(error) or error.strerror}); set "
                 "LLMTOOLS_CACHE to a folder on another disk, or write the model with llmtools.save on a machine that "
                 "holds it, whose folders need no repacking"
             ) from error
-        return torch.frombuffer(mapping, dtype=data.dtype, count=data.numel()).view(data.shape)
+        view = torch.frombuffer(segment, dtype=data.dtype, count=data.numel(), offset=self._used).view(data.shape)
+        self._used += -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return view
+
+    def _room(self, file: IO[bytes], size: int) -> mmap.mmap:
+        """The mapped segment of the file, a new one where it has no room for so many bytes."""
+        if self._segment is None or len(self._segment) < self._used + size:
+            self._start = file.seek(0, os.SEEK_END)
+            length = max(SEGMENT, -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY)
+            file.truncate(self._start + length)  # a hole, until it is written
+            self._segment = mmap.mmap(file.fileno(), length, offset=self._start)
+            self._used = 0
+        return self._segment
 
 
 def keep_in_files(model: nn.Module, keep: Keep) -> None:
@@ -241,15 +256,26 @@ def stream(model: nn.Module, watch: Callable[[], None] = lambda: None) -> None:
 
 
 def units_of(model: nn.Module) -> list[Unit]:
-    """What is outside of blocks (embeddings, head, norms), then the blocks; of each the modules that own parameters."""
-    try:
-        blocks = [(block.path, block.module) for block in find_blocks(model)]
-    except InputError:  # no list of blocks: each module for itself
-        blocks = [(path, module) for path, module in model.named_modules() if module._parameters]
-    inside = [Unit(path, [each for each in block.modules() if _reads(each)]) for path, block in blocks]
-    known = {id(module) for unit in inside for module in unit.modules}
+    """What is outside of blocks (embeddings, head, norms), then the blocks: the members of the outermost lists of
+    modules. Where there are none each module is a unit."""
+    blocks = list(_members(model, "")) or list(model.named_modules())
+    known: set[int] = set()
+    inside: list[Unit] = []
+    for path, block in blocks:
+        modules = [each for each in block.modules() if _reads(each) and id(each) not in known]
+        known |= {id(each) for each in modules}
+        inside += [Unit(path, modules)] if modules else []
     outside = [each for each in model.modules() if _reads(each) and id(each) not in known]
     return [Unit("", outside), *inside]
+
+
+def _members(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nn.ModuleList) and not any(isinstance(each, nn.ModuleList) for each in child):
+            yield from ((f"{path}.{number}", member) for number, member in child.named_children())
+        else:
+            yield from _members(child, path)
 
 
 def _reads(module: nn.Module) -> bool:

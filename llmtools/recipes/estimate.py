@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..checkpoint.options import CodeOptions
+from ..checkpoint.options import CodeOptions, OffloadOptions
 from ..errors import InputError, did_you_mean, opening
 from ..pages import free_memory
 from ..train.options import Lora
@@ -32,7 +32,7 @@ NOT_COUNTED = (
 
 
 @dataclass(frozen=True)
-class Plan(QuantizerOptions, CodeOptions):
+class Plan(QuantizerOptions, CodeOptions, OffloadOptions):
     """Estimate the memory of a finetuning step, beside 16-bit LoRA's and what is free; no weights are loaded."""
 
     model: str
@@ -91,6 +91,11 @@ class Memory:
     def total(self) -> int:
         return sum(dataclasses.astuple(self))
 
+    @property
+    def weights(self) -> int:
+        """What the checkpoint's files hold."""
+        return self.packed + self.linears + self.embeddings + self.others
+
 
 @dataclass(frozen=True)
 class PlanResult:
@@ -132,6 +137,8 @@ class PlanResult:
     """Bytes at the peak of a validation batch of 16-bit LoRA."""
     eval_batch_size: int | None = None
     """Number of sequences in a validation batch."""
+    in_files: int = 0
+    """Bytes of the total that stay in files and need no memory (`offload`)."""
     not_counted: str = NOT_COUNTED
     """Memory that the estimate leaves out."""
 
@@ -162,6 +169,9 @@ class PlanResult:
         if self.validation is not None and self.validation_16_bit is not None:
             label = f"validation, batches of {self.eval_batch_size}"
             lines.append(line(label, size(self.validation), size(self.validation_16_bit)))
+        if self.in_files:
+            lines.append(f"of it in files, read as they are needed: {size(self.in_files)}")
+            lines.append(f"in memory: {size(max(self.total, self.validation or 0) - self.in_files)}")
         if self.available is not None:
             verdict = "it fits" if self.fits else "it does not fit"
             lines.append(f"{self.available_where}: {size(self.available)}, so {verdict}")
@@ -199,7 +209,8 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
     quantized, name, facts = step_memory(config, recipe)
     dense, _, dense_facts = step_memory(config, recipe, dense=True)
     available, where = _available(recipe)
-    fits = None if available is None else max(quantized.total, facts["validation"]) <= available
+    in_files = quantized.weights if recipe.offload else 0
+    fits = None if available is None else _needed(quantized, facts, recipe) <= available
     checkpointed = "with checkpointing" if checkpointing else "without checkpointing"
     where_it_runs = f"on {'a GPU' if device == 'cuda' else 'the CPU'}"
     return PlanResult(
@@ -221,6 +232,7 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
         validation=facts["validation"] or None,
         validation_16_bit=dense_facts["validation"] or None,
         eval_batch_size=recipe.eval_batch_size,
+        in_files=in_files,
     )
 
 
@@ -398,12 +410,17 @@ def _remedies(config: Any, recipe: Plan, available: int) -> list[str]:
     for flags, change in _changes(recipe):
         recipe = dataclasses.replace(recipe, **change)
         memory, _, facts = step_memory(config, recipe)
-        needed = max(memory.total, facts["validation"])
+        needed = _needed(memory, facts, recipe)
         fits = needed <= available
         remedies.append(f"{'and ' if remedies else ''}{flags}: {size(needed)}{', fits' if fits else ''}")
         if fits:
             return remedies
     return [*remedies, "a smaller model, more memory, or several devices"]
+
+
+def _needed(memory: Memory, facts: dict[str, int], recipe: Plan) -> int:
+    """Bytes of memory of a step, and of validation: those that do not stay in files."""
+    return max(memory.total, facts["validation"]) - (memory.weights if recipe.offload else 0)
 
 
 def _changes(recipe: Plan) -> list[tuple[str, dict[str, Any]]]:
@@ -416,6 +433,8 @@ def _changes(recipe: Plan) -> list[tuple[str, dict[str, Any]]]:
         smaller = {"batch_size": 1, "eval_batch_size": recipe.eval_batch_size and 1}
         flags = "--batch_size 1 --eval_batch_size 1" if recipe.eval_batch_size else "--batch_size 1"
         found.append((f"{flags} (with gradient accumulation)", smaller))
+    if recipe.offload is None and recipe.device == "cpu":
+        found.append(("--offload disk", {"offload": "disk"}))
     if OPTIMIZERS[recipe.optim] > 3 and recipe.device == "cuda":
         found.append(("--optim adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}))
     if recipe.quantizer not in ("quip_sharp",) or (recipe.bits or 2) > 2:
@@ -433,6 +452,12 @@ def _best_device() -> str:
 
 
 def _check(recipe: Plan) -> None:
+    from ..model.offload import PLACES
+
+    if recipe.offload is not None and recipe.offload not in PLACES:
+        raise InputError(f"offload={recipe.offload!r}; {did_you_mean(recipe.offload, PLACES)}")
+    if recipe.offload is not None and (recipe.device or _best_device()) != "cpu":
+        raise InputError(f"--offload {recipe.offload} computes on the CPU; pass --device cpu, or leave it out")
     for name in ("batch_size", "eval_batch_size", "max_length"):
         value = getattr(recipe, name)
         if value is not None and value < 1:

@@ -177,6 +177,24 @@ def test_a_checkpoint_is_planned_as_it_was_made(
     assert told["fits"] is True and told["remedies"] == []
 
 
+def test_weights_in_files_need_no_memory() -> None:
+    def planned(**changes: Any) -> Any:
+        return plan_for(llama_config(), recipe(device="cpu", gradient_checkpointing=True, **changes))
+
+    held, streamed = planned(), planned(offload="disk")
+    assert streamed.memory == held.memory and held.in_files == 0
+    memory = held.memory
+    assert streamed.in_files == memory.packed + memory.linears + memory.embeddings + memory.others
+    rest = (held.total - streamed.in_files) / 1e9
+    assert planned(memory=1.01 * rest, offload="disk").fits is True
+    assert planned(memory=0.99 * rest, offload="disk").fits is False
+    assert planned(memory=1.01 * rest).remedies[0].startswith("--offload disk: ")
+    with pytest.raises(InputError, match="--device cpu"):
+        plan_for(llama_config(), recipe(device="cuda", offload="disk"))
+    with pytest.raises(InputError, match="did you mean 'disk'"):
+        plan_for(llama_config(), recipe(device="cpu", offload="disc"))
+
+
 def test_where_it_does_not_fit_remedies_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     made = recipe(batch_size=4, gradient_checkpointing=False, dtype="bfloat16")
     ample = plan_for(llama_config(**FIVE), made)

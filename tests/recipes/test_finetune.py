@@ -111,6 +111,45 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(
     assert losses(tmp_path / "whole") == losses(tmp_path / "broken")
 
 
+def test_weights_in_files_give_the_bits_of_resident_ones_and_a_run_may_resume_with_either(
+    packed: str, data: str, tinystories: Path, tmp_path: Path
+) -> None:
+    from llmtools.recipes.evaluate import Evaluate, evaluate
+    from llmtools.recipes.generate import Generate, generate
+
+    training = {**TRAINING, "lr_scheduler_type": "constant", "gradient_checkpointing": True}
+    finetune(recipe(packed, data, tmp_path / "resident", training=training))
+    two = {**training, "max_steps": 2}
+    finetune(recipe(packed, data, tmp_path / "files", training=two, offload="disk"))
+    finetune(recipe(packed, data, tmp_path / "files", training={**training, "max_steps": 3}, resume=True))
+    finetune(recipe(packed, data, tmp_path / "files", training=training, resume=True, offload="disk"))
+    resident, files = adapter(tmp_path / "resident"), adapter(tmp_path / "files")
+    assert all(torch.equal(resident[key], files[key]) for key in resident) and resident.keys() == files.keys()
+    assert losses(tmp_path / "resident") == losses(tmp_path / "files")
+
+    opened = {"model": packed, "adapter": str(tmp_path / "files")}
+    text = str(tinystories / "held_out.txt")
+    values = [
+        evaluate(Evaluate(**opened, data=text, num_samples=2, max_length=64, offload=place)).value
+        for place in (None, "disk")
+    ]
+    assert values[0] == values[1]
+    texts = [
+        generate(Generate(**opened, prompt="Tom", max_new_tokens=8, offload=place)).completions
+        for place in (None, "disk")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_what_offloading_does_not_go_with_is_said_before_anything_is_written(
+    stories: Path, data: str, tmp_path: Path
+) -> None:
+    for changes, said in (({"offload": "gpu"}, "offload='gpu'"), ({"offload": "disk", "load": "nf4"}, "--load nf4")):
+        with pytest.raises(InputError, match=said):
+            finetune(recipe(stories, data, tmp_path / "a", **changes))
+    assert not (tmp_path / "a").exists() and not (tmp_path / "a.training").exists()
+
+
 def test_a_finished_run_goes_on_with_more_steps(stories: Path, data: str, tmp_path: Path) -> None:
     training = {**TRAINING, "max_steps": 2, "lr_scheduler_type": "constant"}
     finetune(recipe(stories, data, tmp_path / "a", training=training))

@@ -69,6 +69,21 @@ def test_rounding_keeps_scales_and_gives_codes_within_a_step(asked: Merge, train
     assert result.rounding_error is not None and result.rounding_error > 0
 
 
+def test_weights_in_files_are_merged_to_the_same_bytes(
+    asked: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmtools.model import offload
+
+    monkeypatch.setattr(offload, "SMALLEST", 1)
+    asked = replace(asked, data=None)
+    merge(asked)
+    merge(replace(asked, out=str(tmp_path / "files"), offload="disk"))
+    written = [(Path(folder) / "model.safetensors").read_bytes() for folder in (asked.out, tmp_path / "files")]
+    assert written[0] == written[1]
+    with pytest.raises(InputError, match="--offload disk does not go with --how requantize"):
+        merge(replace(asked, offload="disk", how="requantize", calibration=asked.model))
+
+
 def test_the_report_is_of_the_models_that_are_written(asked: Merge, trained: tuple[Path, Path]) -> None:
     result = merge(asked)
     found = result.comparison

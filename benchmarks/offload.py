@@ -45,7 +45,7 @@ def make(size: str, bits: int, folder: Path) -> int:
     from transformers import AutoModelForCausalLM
 
     import llmtools
-    from llmtools.model.blocks import find_blocks
+    from llmtools.model.offload import units_of
     from llmtools.model.transformers_integration import LLMToolsConfig
     from llmtools.nn import QuantizedLinear
     from llmtools.nn.swap import quantized_linears, set_module
@@ -60,7 +60,7 @@ def make(size: str, bits: int, folder: Path) -> int:
                 layer = QuantizedLinear(module.in_features, module.out_features, quantizer, dtype=torch.bfloat16)
                 set_module(model, path, layer)
     layers = quantized_linears(model)
-    parts = [*(f"{block.path}." for block in find_blocks(model)), ""]
+    parts = [*(f"{unit.path}." for unit in units_of(model)[1:]), ""]
     left = dict(model.named_parameters())
     places, total = {}, 0
     folder.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ class Spill:
         return kept
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        folder = self._folder or cache_home()
+        folder = self._folder or _cache()
         data = tensor.detach().contiguous()
         try:
             if self._file is None:
@@ -137,6 +137,15 @@ class Spill:
             self._segment = mmap.mmap(file.fileno(), length, offset=self._start)
             self._used = 0
         return self._segment
+
+
+def _cache() -> Path:
+    try:
+        return cache_home()
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"no folder for weights that have to be repacked ({error}); set LLMTOOLS_CACHE"
+        ) from error
 
 
 def keep_in_files(model: nn.Module, keep: Keep) -> None:
@@ -258,7 +267,8 @@ def stream(model: nn.Module, watch: Callable[[], None] = lambda: None) -> None:
 def units_of(model: nn.Module) -> list[Unit]:
     """What is outside of blocks (embeddings, head, norms), then the blocks: the members of the outermost lists of
     modules. Where there are none each module is a unit."""
-    blocks = list(_members(model, "")) or list(model.named_modules())
+    leaves = ((path, module) for path, module in model.named_modules() if not list(module.children()))
+    blocks = list(_members(model, "")) or list(leaves)
     known: set[int] = set()
     inside: list[Unit] = []
     for path, block in blocks:

@@ -198,7 +198,7 @@ def shown(row: dict[str, Any]) -> str:
         f"{wall:.1f} ({cpu:.1f})" for wall, cpu in zip(row["step_seconds"], row["step_cpu_seconds"], strict=True)
     )
     return (
-        f"{row['model']} {row['bits']} bits, weights in {row['weights']}, {row['cache']} cache: RssAnon "
+        f"{row['model']} {row['bits']} bits, weights: {row['weights']}, {row['cache']} cache: RssAnon "
         f"{row['peak_anon_bytes'] / 1e9:.2f} GB ({grown / 1e9:.2f} above imports, "
         f"{row['planned_anon_bytes'] / 1e9:.2f} planned), RssFile {row['peak_file_bytes'] / 1e9:.2f} GB, loading "
         f"{row['load_seconds']:.1f} s, steps {seconds} wall (CPU) s, loss {row['losses'][0]:.6f}"
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.size is None:
         parser.error("give the size of a model, or --table")
     else:
-        folder = args.folder or Path(tempfile.mkdtemp(prefix="offload-")) / "model"
+        folder = args.folder or Path(tempfile.mkdtemp(prefix="offload-"))
         try:
             run(args, folder)
         finally:

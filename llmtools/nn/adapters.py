@@ -176,8 +176,8 @@ def merge_into_packed(
     value is path → |Ŵ − W| / |ΔW|, Frobenius norms: the rounding error of the merged weight beside the adapter itself.
     Adapters of ``finetune --merge exact`` are not in it: they were trained with these very codes, and nothing of them
     is lost. zeros: adapters of ``finetune --merge zeros`` go into zero points or minima instead, and the codes stay
-    (`nn/zeros.py`). keep: where the packed tensors of a merged layer stay, by default in memory. `peft_model` is modified
-    and must not be reused.
+    (`nn/zeros.py`). keep: where the packed tensors of a merged layer stay, by default in memory. `peft_model` is
+    modified and must not be reused.
 
     Raises InputError for adapters that PEFT cannot merge, and for a quantizer that cannot encode on given scales, or
     with `zeros` has none in floating point; where the first layer fails the model is unchanged.

@@ -103,8 +103,8 @@ def merge(recipe: Merge) -> MergeResult:
         raise InputError(f"--task {recipe.task} needs held-out examples: pass --data FILE")
     if recipe.how in ("requantize", "dense") and recipe.offload is not None:
         raise InputError(
-            f"--offload {recipe.offload} does not go with --how {recipe.how}, which merges dense weights in memory; omit "
-            "one of the two"
+            f"--offload {recipe.offload} does not go with --how {recipe.how}, which merges dense weights in memory; "
+            "omit one of the two"
         )
     if recipe.adapter is None:
         raise InputError("no adapter: pass --adapter, a folder that `llmtools finetune --out` wrote")

@@ -1,0 +1,132 @@
+"""QTIP's trellis codes (arXiv:2406.11235, section 3): 256 weights at a time, each of L bits of which k are its own.
+
+A tile of 16 × 16 weights, read row by row, is a sequence. Its code is a circle of 256·k bits, the state of weight i is
+the L bits from bit i·k on, and the weight is a fixed function of its state, one that looks random and has a Gaussian's
+distribution. Neighbours share L − k bits, so that a code of k bits a weight works as one of a dimension in the
+hundreds; Viterbi's search finds a nearest sequence nevertheless, in 2^L steps a weight. At 2 bits the mean squared error on
+N(0, 1) is 0.074 for L = 12 and 0.070 for L = 16, where E8P has 0.091 and no code of 2 bits is below 0.0625.
+
+Bits are stored as QTIP does, the first one highest, in 16-bit words; a row of the tile holds the k words that begin with
+its sixteen weights. So a row needs no other than itself and the first word of the next one (of the tile's first, for the
+last), and its weights are decoded side by side. Where the rows of a weight end within a tile, the circle is shorter.
+
+Shapes: b — blocks of sixteen columns; k — `bits`, 1 to 4; L — `state_bits`, 8 to 16; t — tokens.
+
+    dequantize_trellis:  trellis [out, k·b] int16 -> rows start … stop of the weight [out, 16b]
+    multiply_trellis:    x [t, 16b], trellis -> x @ weight.T [t, out], while decoding (GEMV)
+                         or x [t, out] -> x @ weight [t, 16b], `transposed`
+    encode_trellis:      weight [out, 16b] -> trellis
+    decode_states:       the value of every state, [2^L]
+
+`SCALE[bits]` is the standard deviation that makes Gaussian weights fit best, in units of the code's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ..ops import constant_result, define, has_triton
+from . import native, reference
+from .reference import TILE
+from .tables import CODES, values
+
+__all__ = [
+    "CODES",
+    "SCALE",
+    "TILE",
+    "check_trellis",
+    "decode_states",
+    "decodes",
+    "dequantize_trellis",
+    "encode_trellis",
+    "multiplies",
+    "multiply_trellis",
+]
+
+SCALE = {1: 1.0, 2: 0.95, 3: 0.9, 4: 0.85}
+
+
+def check_trellis(bits: int, state_bits: int, code: str) -> None:
+    """Raises InputError for what no trellis has."""
+    if bits not in SCALE or isinstance(bits, bool):
+        raise InputError(f"bits={bits!r}; a trellis has 1, 2, 3 or 4 bits per weight")
+    if isinstance(state_bits, bool) or not isinstance(state_bits, int) or not 8 <= state_bits <= 16:
+        raise InputError(f"state_bits={state_bits!r}; the state of a trellis has 8 to 16 bits")
+    if code not in CODES:
+        raise InputError(f"code={code!r}; the codes of a trellis are {' and '.join(CODES)}")
+
+
+def dequantize_trellis(
+    trellis: Tensor,
+    bits: int,
+    state_bits: int,
+    code: str,
+    start: int = 0,
+    stop: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows start … stop of the weight, by default all: trellis [out, k·b] int16 -> [stop − start, 16b] of `dtype`."""
+    check_trellis(bits, state_bits, code)
+    if trellis.dtype != torch.int16 or trellis.dim() != 2 or trellis.shape[1] % bits:
+        raise InputError(
+            f"a trellis of {bits} bits is int16 [out, {bits}·b], not {trellis.dtype} of shape {tuple(trellis.shape)}"
+        )
+    stop = len(trellis) if stop is None else stop
+    if not 0 <= start <= stop <= len(trellis):
+        raise InputError(f"rows {start} to {stop} of a weight with {len(trellis)} rows")
+    return _dequantize(trellis, bits, state_bits, code, start, stop, dtype)
+
+
+def multiply_trellis(
+    x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, transposed: bool = False
+) -> Tensor:
+    """x [t, 16b] @ weight.T -> [t, out] of x's type; or x [t, out] @ weight -> [t, 16b]. Not differentiable."""
+    return _multiply(x, trellis, bits, state_bits, code, transposed)
+
+
+def encode_trellis(weight: Tensor, bits: int, state_bits: int, code: str) -> Tensor:
+    """The trellis [out, k·b] int16 of a weight [out, 16b], searched in float32 and near the nearest."""
+    check_trellis(bits, state_bits, code)
+    if weight.dim() != 2 or weight.shape[1] % TILE or not weight.is_floating_point():
+        raise InputError(f"a trellis codes floating-point weights [out, 16·b], not {tuple(weight.shape)} {weight.dtype}")
+    return native.encode_trellis(weight.detach().to(torch.float32).contiguous(), bits, state_bits, code)
+
+
+def decode_states(code: str, state_bits: int) -> Tensor:
+    """The value of every state, [2^L] float32 on the CPU."""
+    return values(code, state_bits, torch.device("cpu"), torch.float32)
+
+
+@constant_result
+def decodes(device: torch.device) -> bool:
+    """Whether rows are decoded on that device without memory beside the result's."""
+    return has_triton(device) if device.type == "cuda" else native.usable(device)
+
+
+@constant_result
+def multiplies(device: torch.device) -> bool:
+    """Whether that device has GEMV kernels."""
+    return device.type == "cuda" or native.usable(device)
+
+
+_CODES = "Tensor trellis, int bits, int state_bits, str code"
+_dequantize = define(
+    f"dequantize_trellis({_CODES}, int start, int stop, ScalarType dtype) -> Tensor",
+    package=__name__,
+    reference=reference.dequantize_trellis,
+    native=native.dequantize_trellis,
+    fake=lambda trellis, bits, state_bits, code, start, stop, dtype: trellis.new_empty(
+        (stop - start, trellis.shape[1] // bits * TILE), dtype=dtype
+    ),
+)
+_multiply = define(
+    f"multiply_trellis(Tensor x, {_CODES}, bool transposed) -> Tensor",
+    package=__name__,
+    reference=reference.multiply_trellis,
+    native=native.multiply_trellis,
+    fake=lambda x, trellis, bits, state_bits, code, transposed: x.new_empty(
+        (x.shape[0], trellis.shape[1] // bits * TILE if transposed else trellis.shape[0])
+    ),
+)

@@ -1,0 +1,343 @@
+/* Trellis codes: the Viterbi search for the nearest sequence, rows from codes, and products while decoding. Formulas and
+ * layout are in __init__.py; results equal those of reference.py bit for bit and do not depend on the number of threads:
+ * no sum is reordered, and no multiplication fused with an addition.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../native.h"
+
+enum { TILE = 16, STEPS = TILE * TILE };
+
+#define FOR_EACH_WIDTH(bits, ...)                                                                                  \
+    do {                                                                                                           \
+        if ((bits) == 1) { enum { K = 1 }; __VA_ARGS__; }                                                          \
+        else if ((bits) == 2) { enum { K = 2 }; __VA_ARGS__; }                                                     \
+        else if ((bits) == 3) { enum { K = 3 }; __VA_ARGS__; }                                                     \
+        else { enum { K = 4 }; __VA_ARGS__; }                                                                      \
+    } while (0)
+
+/* ---- encoding: Viterbi over 2^L states ----
+ *
+ * A state's predecessors differ in the k bits that were shifted out, so states come in families of 2^k that share the
+ * least predecessor: the minimum runs over 2^k contiguous parts of the array of costs. Of the best predecessor its k
+ * highest bits are noted, in k planes of a bit a family: k · 2^(L − k) bits a step. */
+
+typedef struct {
+    int64_t states, families; /* 2^L, 2^(L − k) */
+    const float *values;      /* [states] */
+    float *cost, *next;       /* [states] */
+    uint16_t *back;           /* [steps, families / 16, k] */
+} Search;
+
+/* One step for weight x: `cost` of the states before becomes `next`. */
+static ALWAYS_INLINE void step(const Search *restrict s, float x, uint16_t *restrict back, const int k) {
+    const float *restrict cost = s->cost, *restrict values = s->values;
+    float *restrict next = s->next;
+    const int members = 1 << k;
+#if defined(__AVX512F__)
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 target = _mm512_set1_ps(x);
+    for (int64_t q = 0; q < s->families; q += LANES) {
+        __m512 least = _mm512_loadu_ps(cost + q);
+        __m512i from = _mm512_setzero_si512();
+        for (int j = 1; j < members; j++) {
+            const __m512 other = _mm512_loadu_ps(cost + j * s->families + q);
+            from = _mm512_mask_mov_epi32(from, _mm512_cmp_ps_mask(other, least, _CMP_LT_OQ), _mm512_set1_epi32(j));
+            least = _mm512_min_ps(other, least);
+        }
+        for (int b = 0; b < k; b++)
+            back[q / LANES * k + b] = (uint16_t)_mm512_test_epi32_mask(from, _mm512_set1_epi32(1 << b));
+        for (int e = 0; e < members; e++) {
+            const __m512i family = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(LANES * e)), (unsigned)k);
+            const int64_t at = q * members + LANES * e;
+            const __m512 off = _mm512_sub_ps(target, _mm512_loadu_ps(values + at));
+            _mm512_storeu_ps(next + at, _mm512_add_ps(_mm512_permutexvar_ps(family, least), _mm512_mul_ps(off, off)));
+        }
+    }
+#else
+    for (int64_t q = 0; q < s->families; q += LANES) {
+        float least[LANES];
+        int32_t from[LANES];
+        for (int l = 0; l < LANES; l++) {
+            least[l] = cost[q + l];
+            from[l] = 0;
+        }
+        for (int j = 1; j < members; j++)
+            for (int l = 0; l < LANES; l++) {
+                const float other = cost[j * s->families + q + l];
+                from[l] = other < least[l] ? j : from[l];
+                least[l] = other < least[l] ? other : least[l];
+            }
+        for (int b = 0; b < k; b++) {
+            int32_t plane = 0;
+            for (int l = 0; l < LANES; l++) plane |= (from[l] >> b & 1) << l;
+            back[q / LANES * k + b] = (uint16_t)plane;
+        }
+        for (int i = 0; i < LANES * members; i++) {
+            const float off = x - values[q * members + i], square = off * off;
+            next[q * members + i] = least[i >> k] + square;
+        }
+    }
+#endif
+}
+
+/* The states of the best path for x[first], x[first + 1] … around the circle: path [length]. With `joint` not negative the
+ * ends are held: the upper L − k bits of the first state and the lower ones of the last are those. */
+static ALWAYS_INLINE void walk(Search *restrict s, const float *restrict x, int first, int length, int64_t joint,
+                               int32_t *restrict path, const int k) {
+    const int64_t families = s->families, planes = families / LANES * k;
+    for (int64_t i = 0; i < s->states; i++) {
+        const float off = x[first] - s->values[i], square = off * off;
+        s->cost[i] = joint >= 0 && i >> k != joint ? INFINITY : square;
+    }
+    for (int t = 1; t < length; t++) {
+        step(s, x[(first + t) % length], s->back + t * planes, k);
+        float *swap = s->cost;
+        s->cost = s->next;
+        s->next = swap;
+    }
+    const int64_t start = joint >= 0 ? joint : 0, stride = joint >= 0 ? families : 1;
+    int64_t state = start;
+    for (int64_t i = start; i < s->states; i += stride)
+        if (s->cost[i] < s->cost[state]) state = i;
+    for (int t = length - 1;; t--) {
+        path[t] = (int32_t)state;
+        if (t == 0) break;
+        const int64_t family = state >> k;
+        const uint16_t *noted = s->back + t * planes + family / LANES * k;
+        int64_t from = 0;
+        for (int b = 0; b < k; b++) from |= (int64_t)(noted[b] >> (family % LANES) & 1) << b;
+        state = family | from * families;
+    }
+}
+
+/* x [length] -> symbols [length] of k bits. A free walk that begins half way round says what bits a good path has at the
+ * joint; the second walk is held to them (arXiv:2406.11235, algorithm 4). */
+static ALWAYS_INLINE void encode_tile(Search *restrict s, const float *restrict x, int length, int state_bits,
+                                      uint8_t *restrict symbols, const int k) {
+    int32_t path[STEPS];
+    walk(s, x, length / 2, length, -1, path, k);
+    walk(s, x, 0, length, path[length / 2] >> k, path, k);
+    for (int t = 0; t < length; t++) symbols[t] = (uint8_t)(path[t] >> (state_bits - k));
+}
+
+/* values float32 [rows, 16 · blocks] -> trellis int16 [rows, blocks · k]; table float32 [2^L], the value of each state.
+ * Returns 0 where memory lacks. */
+int trellis_encode(const float *restrict values, int64_t rows, int64_t blocks, const float *restrict table, int bits,
+                   int state_bits, uint16_t *restrict trellis, int threads) {
+    const int64_t strips = (rows + TILE - 1) / TILE, states = (int64_t)1 << state_bits, families = states >> bits;
+    int complete = 1;
+#pragma omp parallel num_threads(threads)
+    {
+        float *costs = malloc((size_t)(2 * states) * sizeof(float));
+        uint16_t *back = malloc((size_t)(STEPS * families / LANES * bits) * sizeof(uint16_t));
+        if (!costs || !back) {
+#pragma omp atomic write
+            complete = 0;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t tile = 0; tile < strips * blocks; tile++) {
+            if (!costs || !back) continue;
+            const int64_t top = tile / blocks * TILE, block = tile % blocks;
+            const int height = (int)(rows - top < TILE ? rows - top : TILE), length = height * TILE;
+            float x[STEPS];
+            uint8_t symbols[STEPS];
+            Search search = {states, families, table, costs, costs + states, back};
+            for (int r = 0; r < height; r++)
+                memcpy(x + r * TILE, values + ((top + r) * blocks + block) * TILE, TILE * sizeof(float));
+            FOR_EACH_WIDTH(bits, encode_tile(&search, x, length, state_bits, symbols, K));
+            for (int r = 0; r < height; r++) {
+                uint64_t string = 0; /* the row's 16 · k bits, the first highest */
+                for (int c = 0; c < TILE; c++) string = string << bits | symbols[r * TILE + c];
+                for (int w = 0; w < bits; w++)
+                    trellis[((top + r) * blocks + block) * bits + w] = (uint16_t)(string >> 16 * (bits - 1 - w));
+            }
+        }
+        free(costs);
+        free(back);
+    }
+    return complete;
+}
+
+/* ---- decoding: sixteen weights of a row at a time, whose states lie in k words of the row and one of the row after ---- */
+
+enum { MAD = 0, INST = 1 }; /* CODES of native.py */
+
+typedef struct {
+    const uint16_t *trellis; /* [rows, blocks · k] */
+    int64_t rows, blocks;
+    int bits, state_bits, code;
+} Weight;
+
+enum { KEPT = ~0x7e001fff, FLIPPED = 0x3f6c0000 }; /* of a half of 3inst, as bits of a float32 */
+
+#if defined(__AVX512BW__)
+
+/* The states of sixteen weights: weight e has the L bits from bit k · e of the words on, the highest first. Each lane gets
+ * the two words that they lie in. */
+static ALWAYS_INLINE __m512i states_of(const uint16_t *restrict own, uint16_t next, int state_bits, const int k) {
+    uint16_t place[2 * TILE];
+    int32_t shift[TILE];
+    uint64_t words = 0;
+    for (int e = 0; e < TILE; e++) {
+        place[2 * e] = (uint16_t)(k * e / 16 + 1);
+        place[2 * e + 1] = (uint16_t)(k * e / 16);
+        shift[e] = 32 - k * e % 16;
+    }
+    for (int i = 0; i < k; i++) words |= (uint64_t)own[i] << 16 * i;
+    const __m128i all = k == 4 ? _mm_set_epi64x(next, (int64_t)words)
+                               : _mm_cvtsi64_si128((int64_t)(words | (uint64_t)next << (16 * k & 63)));
+    const __m512i window = _mm512_permutexvar_epi16(_mm512_loadu_si512(place), _mm512_broadcast_i32x4(all));
+    const __m512i right = _mm512_sub_epi32(_mm512_loadu_si512(shift), _mm512_set1_epi32(state_bits));
+    return _mm512_and_si512(_mm512_srlv_epi32(window, right), _mm512_set1_epi32((1 << state_bits) - 1));
+}
+
+/* The sum of the four bytes, between ±510, times a constant. */
+static ALWAYS_INLINE __m512 values_mad(__m512i states) {
+    const __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(states, _mm512_set1_epi32(34038481)), _mm512_set1_epi32(76625530));
+    const __m512i pairs = _mm512_maddubs_epi16(y, _mm512_set1_epi8(1));
+    const __m512i sum = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(510))),
+                         _mm512_set1_ps(1 / 147.800537109375f));
+}
+
+/* The sum of two numbers of half precision, in that precision. Of each the code leaves a sign and twelve bits, which are
+ * moved to where float32 has them; the exponent's others are one constant together with the exclusive or. All are
+ * multiples of 2^-13 between 1/8 and 2, so that rounding their sum to eleven bits is all there is to it. */
+static ALWAYS_INLINE __m512 values_inst(__m512i states) {
+    const __m512i kept = _mm512_set1_epi32(KEPT), flipped = _mm512_set1_epi32(FLIPPED);
+    const __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(states, _mm512_set1_epi32(89226354)), _mm512_set1_epi32(64248484));
+    const __m512i upper = _mm512_srai_epi32(y, 3), lower = _mm512_srai_epi32(_mm512_slli_epi32(y, 16), 3);
+    const __m512i high = _mm512_ternarylogic_epi32(upper, kept, flipped, 0x6a); /* (a & b) ^ c */
+    const __m512i low = _mm512_ternarylogic_epi32(lower, kept, flipped, 0x6a);
+    const __m512i sum = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(sum, 13), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_set1_epi32(0xfff)), odd);
+    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(~0x1fff)));
+}
+
+static ALWAYS_INLINE void sixteen(const uint16_t *restrict own, uint16_t next, int state_bits, float *restrict out,
+                                  const int code, const int k) {
+    const __m512i states = states_of(own, next, state_bits, k);
+    _mm512_storeu_ps(out, code == MAD ? values_mad(states) : values_inst(states));
+}
+
+#else
+
+/* The same in plain C. */
+static ALWAYS_INLINE float value_mad(uint32_t state) {
+    const uint32_t y = 34038481u * state + 76625530u;
+    const uint32_t pairs = (y & 0x00ff00ff) + (y >> 8 & 0x00ff00ff);
+    return (float)((int32_t)((pairs & 0xffff) + (pairs >> 16)) - 510) * (1 / 147.800537109375f);
+}
+
+static ALWAYS_INLINE float value_inst(uint32_t state) {
+    const uint32_t y = 89226354u * state + 64248484u;
+    const uint32_t high = ((uint32_t)((int32_t)y >> 3) & (uint32_t)KEPT) ^ FLIPPED;
+    const uint32_t low = ((uint32_t)((int32_t)(y << 16) >> 3) & (uint32_t)KEPT) ^ FLIPPED;
+    const uint32_t sum = bits_of(float_of(high) + float_of(low));
+    return float_of((sum + 0xfff + (sum >> 13 & 1)) & ~0x1fffu);
+}
+
+static ALWAYS_INLINE void sixteen(const uint16_t *restrict own, uint16_t next, int state_bits, float *restrict out,
+                                  const int code, const int k) {
+    uint16_t words[5];
+    for (int i = 0; i < k; i++) words[i] = own[i];
+    words[k] = next;
+    for (int e = 0; e < TILE; e++) {
+        const uint32_t window = (uint32_t)words[k * e / 16] << 16 | words[k * e / 16 + 1];
+        const uint32_t state = window >> (32 - state_bits - k * e % 16) & ((1u << state_bits) - 1);
+        out[e] = code == MAD ? value_mad(state) : value_inst(state);
+    }
+}
+
+#endif
+
+/* Blocks `first` to `last` of a row, sixteen weights each -> out. */
+static ALWAYS_INLINE void decode(const Weight *restrict w, int64_t row, int64_t first, int64_t last, float *restrict out,
+                                 const int code, const int k) {
+    const int64_t after = row % TILE == TILE - 1 || row == w->rows - 1 ? row - row % TILE : row + 1;
+    const uint16_t *own = w->trellis + row * w->blocks * k, *next = w->trellis + after * w->blocks * k;
+    for (int64_t b = first; b < last; b++) sixteen(own + b * k, next[b * k], w->state_bits, out + (b - first) * TILE, code, k);
+}
+
+static void decode_blocks(const Weight *restrict w, int64_t row, int64_t first, int64_t last, float *restrict out) {
+    if (w->code == MAD)
+        FOR_EACH_WIDTH(w->bits, decode(w, row, first, last, out, MAD, K));
+    else
+        FOR_EACH_WIDTH(w->bits, decode(w, row, first, last, out, INST, K));
+}
+
+enum { BLOCKS = 16, COLUMNS = BLOCKS * TILE }; /* decoded at a time */
+
+static int64_t until(int64_t first, int64_t blocks) { return first + BLOCKS < blocks ? first + BLOCKS : blocks; }
+
+static void write_values(const float *restrict values, int64_t count, int type, void *restrict out, int64_t at) {
+    if (type == FLOAT32)
+        memcpy((float *)out + at, values, (size_t)count * sizeof(float));
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_bfloat16(values[i]);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_float16(values[i]);
+}
+
+/* Rows start … stop -> out [stop − start, 16 · blocks] of `type`. */
+void trellis_decode(const Weight *restrict w, int64_t start, int64_t stop, int type, void *restrict out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = start; row < stop; row++)
+        for (int64_t b = 0; b < w->blocks; b += BLOCKS) {
+            const int64_t end = until(b, w->blocks);
+            float values[COLUMNS];
+            decode_blocks(w, row, b, end, values);
+            write_values(values, (end - b) * TILE, type, out, ((row - start) * w->blocks + b) * TILE);
+        }
+}
+
+/* ---- products while decoding (GEMV), each code read once; sums in float32, in a fixed order ---- */
+
+static float dot(const float *restrict a, const float *restrict b, int64_t n) {
+    float sums[LANES] = {0}, sum = 0;
+    for (int64_t i = 0; i < n; i += LANES)
+        for (int l = 0; l < LANES; l++) sums[l] += a[i + l] * b[i + l];
+    for (int l = 0; l < LANES; l++) sum += sums[l];
+    return sum;
+}
+
+/* x float32 [tokens, 16 · blocks] -> y float32 [tokens, rows]. */
+void trellis_multiply(const Weight *restrict w, const float *restrict x, int64_t tokens, float *restrict y, int threads) {
+    const int64_t columns = w->blocks * TILE;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < w->rows; row++) {
+        for (int64_t t = 0; t < tokens; t++) y[t * w->rows + row] = 0;
+        for (int64_t b = 0; b < w->blocks; b += BLOCKS) {
+            const int64_t end = until(b, w->blocks);
+            float values[COLUMNS];
+            decode_blocks(w, row, b, end, values);
+            for (int64_t t = 0; t < tokens; t++)
+                y[t * w->rows + row] += dot(values, x + t * columns + b * TILE, (end - b) * TILE);
+        }
+    }
+}
+
+/* x float32 [tokens, rows] -> y float32 [tokens, 16 · blocks]. Threads share the columns. */
+void trellis_multiply_transposed(const Weight *restrict w, const float *restrict x, int64_t tokens, float *restrict y,
+                                 int threads) {
+    const int64_t columns = w->blocks * TILE;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t b = 0; b < w->blocks; b += BLOCKS) {
+        const int64_t end = until(b, w->blocks), count = (end - b) * TILE;
+        for (int64_t t = 0; t < tokens; t++) memset(y + t * columns + b * TILE, 0, (size_t)count * sizeof(float));
+        for (int64_t row = 0; row < w->rows; row++) {
+            float values[COLUMNS];
+            decode_blocks(w, row, b, end, values);
+            for (int64_t t = 0; t < tokens; t++) {
+                const float factor = x[t * w->rows + row];
+                float *sums = y + t * columns + b * TILE;
+                for (int64_t i = 0; i < count; i++) sums[i] += factor * values[i];
+            }
+        }
+    }
+}

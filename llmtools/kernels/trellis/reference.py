@@ -1,0 +1,115 @@
+"""Trellis codes in plain torch: the specification of the faster routes, and the route on every device without one.
+
+This encoder and the one in C decide alike, bit for bit: costs are float32 sums formed in the order of the weights, a
+square is rounded before it is added, and ties go to the lower state.
+
+Shapes: out — rows; b — blocks of sixteen columns; k, L — bits of a weight and of a state; m — tiles; T — weights in one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .tables import values
+
+TILE = 16
+ROWS = 256  # decoded at a time by the product
+_TABLE_BYTES = 1 << 26  # of notes in a search, for so many tiles at a time as fit
+
+
+def dequantize_trellis(
+    trellis: Tensor, bits: int, state_bits: int, code: str, start: int, stop: int, dtype: torch.dtype
+) -> Tensor:
+    """Rows start … stop of the weight, [stop − start, 16b] of `dtype`. trellis [out, k·b] int16."""
+    rows = torch.arange(start, stop, device=trellis.device)
+    after = torch.where((rows % TILE == TILE - 1) | (rows == len(trellis) - 1), rows - rows % TILE, rows + 1)
+    own = trellis[start:stop].unflatten(1, (-1, bits))  # [rows, b, k]
+    words = torch.cat([own, trellis[:, ::bits][after][..., None]], -1).to(torch.int32) & 0xFFFF  # [rows, b, k + 1]
+    bit = torch.arange(TILE, device=trellis.device) * bits
+    window = words[..., bit // 16] << 16 | words[..., bit // 16 + 1]  # [rows, b, 16], the first bit highest
+    state = window >> (32 - state_bits - bit % 16).to(torch.int32) & (1 << state_bits) - 1
+    return F.embedding(state, values(code, state_bits, trellis.device, dtype)[:, None]).flatten(1)
+
+
+def multiply_trellis(x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, transposed: bool) -> Tensor:
+    """x [t, 16b] -> [t, out], or transposed x [t, out] -> [t, 16b], of x's type; trellis [out, k·b] int16.
+
+    A block of rows at a time; blocks are added in float32 or wider.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    columns = trellis.shape[1] // bits * TILE
+    y = x.new_zeros((len(x), columns if transposed else len(trellis)), dtype=wide)
+    for start in range(0, len(trellis), ROWS):
+        stop = min(start + ROWS, len(trellis))
+        weight = dequantize_trellis(trellis, bits, state_bits, code, start, stop, x.dtype)
+        if transposed:
+            y += x[:, start:stop] @ weight  # [t, ROWS] @ [ROWS, 16b]
+        else:
+            y[:, start:stop] = F.linear(x, weight).to(wide)
+    return y.to(x.dtype)
+
+
+def encode_trellis(weight: Tensor, bits: int, state_bits: int, code: str) -> Tensor:
+    """weight [out, 16b] float32 -> trellis [out, k·b] int16, near the nearest: Viterbi's search, tile by tile."""
+    whole = len(weight) // TILE * TILE
+    table = values(code, state_bits, weight.device, torch.float32)
+    strips = [weight[:whole].unflatten(0, (-1, TILE))] if whole else []
+    if whole < len(weight):
+        strips.append(weight[None, whole:])  # the last tiles have fewer rows
+    parts = []
+    for strip in strips:  # [out / h, h, 16b]
+        tiles = strip.unflatten(2, (-1, TILE)).transpose(1, 2)  # [out / h, b, h, 16]
+        sequences = tiles.flatten(2).flatten(0, 1)  # [m, T]
+        at_once = max(1, _TABLE_BYTES // (sequences.shape[1] << state_bits - bits))
+        symbols = torch.cat([_symbols(part, table, bits, state_bits) for part in sequences.split(at_once)])
+        words = _words(symbols.view(tiles.shape), bits)  # [out / h, b, h, k]
+        parts.append(words.transpose(1, 2).flatten(2).flatten(0, 1))
+    return torch.cat(parts) if parts else weight.new_empty((0, weight.shape[1] // TILE * bits), dtype=torch.int16)
+
+
+def _symbols(x: Tensor, table: Tensor, bits: int, state_bits: int) -> Tensor:
+    """x [m, T] -> what is stored of each weight, [m, T] of k bits.
+
+    A free walk that begins half way round says what bits a good path has at the joint; the second walk is held to them
+    (arXiv:2406.11235, algorithm 4).
+    """
+    half = x.shape[1] // 2
+    free = _walk(x.roll(-half, 1), table, bits, None)
+    path = _walk(x, table, bits, free[:, x.shape[1] - half] >> bits)
+    return path >> state_bits - bits
+
+
+def _walk(x: Tensor, table: Tensor, bits: int, joint: Tensor | None) -> Tensor:
+    """The states [m, T] of the best path for x [m, T]. joint [m]: the upper L − k bits of the first state and the lower
+    ones of the last; None for free ends."""
+    families, members = len(table) >> bits, 1 << bits  # states with one set of predecessors, in each a state a symbol
+    cost = (x[:, :1] - table).square()  # [m, states]
+    if joint is not None:
+        held = torch.arange(len(table), device=x.device) >> bits == joint[:, None]
+        cost = torch.where(held, cost, torch.inf)
+    notes = []
+    for t in range(1, x.shape[1]):
+        least, origin = cost.unflatten(1, (members, families)).min(1)  # the first of equals
+        notes.append(origin.to(torch.uint8))
+        cost = least.repeat_interleave(members, 1) + (x[:, t, None] - table).square()
+    if joint is None:
+        state = cost.argmin(1)
+    else:
+        ends = joint[:, None] + families * torch.arange(members, device=x.device)  # [m, members]
+        state = ends.gather(1, cost.gather(1, ends).argmin(1, keepdim=True))[:, 0]
+    path = [state]
+    for origin in reversed(notes):
+        family = state >> bits
+        state = family | origin.gather(1, family[:, None])[:, 0].long() * families
+        path.append(state)
+    return torch.stack(path[::-1], 1)
+
+
+def _words(symbols: Tensor, bits: int) -> Tensor:
+    """Sixteen symbols of k bits [..., 16] -> k words [..., k] int16, the first bit highest."""
+    places = torch.arange(bits - 1, -1, -1, device=symbols.device)
+    string = (symbols[..., None] >> places & 1).flatten(-2).unflatten(-1, (bits, 16))
+    word = (string << torch.arange(15, -1, -1, device=symbols.device)).sum(-1)
+    return (word - (word >> 15 << 16)).to(torch.int16)

@@ -1,6 +1,6 @@
 """Quantizers: a weight to a few packed tensors, and rows of it back.
 
-`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`, `quip_sharp`,
+`base` says what a quantizer is; ours are a grid × a rounding × a basis (`composed`, `presets`, `quip_sharp`, `qtip`,
 `learned`); `external` are the grids of other programs' checkpoints; `laws` is the specification in executable form.
 """
 
@@ -11,6 +11,7 @@ from .hessian import HessianSum, proxy_loss
 from .learned import SignRound
 from .materialize import DEFAULT_MATERIALIZE_BYTES, materialize_budget, materialized_linear
 from .presets import AWQ, HQQ, NF4, OPTQ, RTN, QuIP
+from .qtip import QTIP
 from .quip_sharp import QuIPSharp
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "HessianSum",
     "Packed",
     "QuIP",
+    "QTIP",
     "QuIPSharp",
     "Quantizer",
     "Rows",

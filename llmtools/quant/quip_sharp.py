@@ -1,4 +1,5 @@
-"""QuIP# (arXiv:2402.04396): a rotated weight on a lattice, with a scale search and a scale correction.
+"""QuIP# (arXiv:2402.04396): a rotated weight on a lattice, with a scale search and a scale correction; QTIP's trellis, too,
+is used like this (`qtip.py`).
 
 A lattice codebook covers a ball. Gaussian weights fit it best at a known standard deviation (1.03 at 2 bits), and
 rotation makes most weights Gaussian, but not all: where one singular value outweighs the others, as in the query and
@@ -18,6 +19,7 @@ Shapes: out, in — features; r — rows tried; h — rows that share a code of 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -40,9 +42,54 @@ ROWS = 128
 """Number of rows that they are tried on; rotated rows are much alike."""
 
 
+class Rotated(Composed):
+    """A grid that holds no scales, in the basis `SignedHadamard`: the size of the rotated weight is searched, and the
+    rows' corrected."""
+
+    scale: float | None
+    """Standard deviation of the weights on the grid; None: searched for each layer."""
+    rows_tried: ClassVar[int] = ROWS
+    """Number of rows that scales are tried on."""
+
+    @property
+    @abstractmethod
+    def fitting_scale(self) -> float:
+        """The standard deviation of Gaussian weights that fit the grid best."""
+
+    @property
+    @abstractmethod
+    def rounding(self) -> Sequential: ...
+
+    @property
+    @abstractmethod
+    def basis(self) -> SignedHadamard: ...
+
+    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        weight = self._checked(weight, hessian)
+        assert hessian is not None
+        hessian, basis = hessian.to(weight.device), self.basis
+        state = basis.init(weight, hessian)
+        rotated, _ = basis.transform(weight, None, state)
+        if self.scale is None:
+            scale = search_scale(rotated, basis.second_moment(hessian, state), self.grid, self.rows_tried)
+            rotated *= scale
+            state["sv"] = basis.stored(state["sv"].float() / scale)
+        codes, params = self.rounding.sweep(rotated, lambda: basis.second_moment(hessian, state), self.grid)
+        columns = rotated.shape[1]
+        del rotated
+        packed = self.grid.pack(codes, params, columns) | state
+        corrections = row_corrections(weight, self.dequantize(packed, dtype=weight.dtype), hessian)
+        packed["sv"] = basis.stored(packed["sv"].to(corrections) * corrections)
+        return packed
+
+    def _scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+        return norms / (weight.shape[1] ** 0.5 * self.fitting_scale), norms
+
+
 @quantizers.register("quip_sharp")
 @dataclass(frozen=True)
-class QuIPSharp(Composed):
+class QuIPSharp(Rotated):
     """QuIP# (arXiv:2402.04396): rotated weights, eight at a time on the lattice E8; the choice for 2 bits.
 
     2, 3 or 4 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes.
@@ -76,6 +123,10 @@ class QuIPSharp(Composed):
         Sequential(self.damping, passes=self.passes)
         SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
 
+    @property
+    def fitting_scale(self) -> float:
+        return SCALE[self.bits]
+
     @cached_property
     def grid(self) -> Grid:
         return Lattice(self.bits, self.residual_scale)
@@ -86,39 +137,17 @@ class QuIPSharp(Composed):
 
     @cached_property
     def basis(self) -> SignedHadamard:
-        scale = SCALE[self.bits] if self.scale is None else self.scale
+        scale = self.fitting_scale if self.scale is None else self.scale
         return SignedHadamard(self.seed, scale, rules=self.hadamard, scale_type=self.scale_type)
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
-        weight = self._checked(weight, hessian)
-        assert hessian is not None
-        hessian, basis = hessian.to(weight.device), self.basis
-        state = basis.init(weight, hessian)
-        rotated, _ = basis.transform(weight, None, state)
-        if self.scale is None:
-            scale = search_scale(rotated, basis.second_moment(hessian, state), self.grid)
-            rotated *= scale
-            state["sv"] = basis.stored(state["sv"].float() / scale)
-        codes, params = self.rounding.sweep(rotated, lambda: basis.second_moment(hessian, state), self.grid)
-        columns = rotated.shape[1]
-        del rotated
-        packed = self.grid.pack(codes, params, columns) | state
-        corrections = row_corrections(weight, self.dequantize(packed, dtype=weight.dtype), hessian)
-        packed["sv"] = basis.stored(packed["sv"].to(corrections) * corrections)
-        return packed
 
-    def _scales(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
-        return norms / (weight.shape[1] ** 0.5 * SCALE[self.bits]), norms
-
-
-def search_scale(weight: Tensor, hessian: Tensor, grid: Grid) -> float:
+def search_scale(weight: Tensor, hessian: Tensor, grid: Grid, most: int = ROWS) -> float:
     """What a rotated weight [out, in] is multiplied by to fit the grid best, under its rotated H [in, in]; of `SCALES`.
 
-    Rows are tried in strips of the grid's height, evenly spread: rows that share a code stay together.
+    At most about `most` rows are tried, in strips of the grid's height, evenly spread: rows that share a code stay together.
     """
     strips = -(-len(weight) // grid.height)
-    count = max(1, ROWS // grid.height)
+    count = max(1, most // grid.height)
     first = torch.arange(0, strips, max(1, strips // count), device=weight.device)[:count] * grid.height
     rows = (first[:, None] + torch.arange(grid.height, device=weight.device)).flatten()
     some = weight[rows[rows < len(weight)]]  # [r, in]

@@ -58,10 +58,11 @@ class Nearest(Rounding):
         codes, params = [], []
         for groups in split(weight, grid.resolve_group_size(weight.shape[1])):  # [out, G, c]
             # Rows that share a code stay neighbours: group by group of columns, h rows at a time.
-            strips = groups.unflatten(0, (-1, grid.height)).transpose(1, 2)  # [out / h, G, h, c]
+            height = 1 if grid.ragged else grid.height  # of one group, all rows are neighbours
+            strips = groups.unflatten(0, (-1, height)).transpose(1, 2)  # [out / h, G, h, c]
             flat = strips.flatten(0, 2)
             fitted = grid.fit(flat)
-            codes.append(grid.quantize_values(flat, fitted).unflatten(0, strips.shape[:2]).flatten(1))
+            codes.append(grid.quantize_values(flat, fitted).unflatten(0, strips.shape[:2]).flatten(1, 2))
             params.append(fitted.unflatten(0, strips.shape[:3]).transpose(1, 2).flatten(0, 1))
         return torch.cat(codes, 1), torch.cat(params, 1)[:out_features]
 
@@ -258,10 +259,11 @@ def _descend(
                 # What the step lowers the loss by, for all rows that share a code; only then it is taken.
                 gain = (step * (2 * slope[:, here] - step @ blocks[k])).sum(1, keepdim=True)  # [out, 1]
                 if height > 1:
-                    gain = gain.unflatten(0, (-1, height)).sum(1)
-                better = (gain > 0) & (proposed != codes[:, k, None])  # [out / h, 1]
-                codes[:, k, None] = torch.where(better, proposed, codes[:, k, None])
-                step = torch.where(better.repeat_interleave(height, 0) if height > 1 else better, step, 0)
+                    gain = _of_strips(gain, height).repeat_interleave(height, 0)[: len(gain)]
+                better = gain > 0  # nowhere where the code stays: the step is zero there
+                of_codes = better if len(codes) == len(better) else better[::height]  # [out / h, 1]
+                codes[:, k] = torch.where(of_codes.reshape(-1, *[1] * (codes.dim() - 2)), proposed[:, 0], codes[:, k])
+                step = torch.where(better, step, 0)
                 error[:, column] -= step
                 slope -= step @ within[here]
                 changed |= better.any()
@@ -270,9 +272,14 @@ def _descend(
     return codes
 
 
+def _of_strips(gain: Tensor, height: int) -> Tensor:
+    """Sums over strips of so many rows: [out, 1] -> [ceil(out / height), 1]."""
+    return F.pad(gain, (0, 0, 0, -len(gain) % height)).unflatten(0, (-1, height)).sum(1)
+
+
 def _padded(weight: Tensor, grid: Grid) -> Tensor:
     """weight [out, in] with zeros up to the next multiples of the grid's height and width; itself where they fit."""
-    rows, columns = -weight.shape[0] % grid.height, -weight.shape[1] % grid.width
+    rows, columns = 0 if grid.ragged else -weight.shape[0] % grid.height, -weight.shape[1] % grid.width
     return F.pad(weight, (0, columns, 0, rows)) if rows or columns else weight
 
 

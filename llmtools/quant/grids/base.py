@@ -5,7 +5,8 @@ not know how codes are chosen over a whole matrix; that is the rounding's part.
 
 A code names one weight, or a tile of `height` rows and `width` columns: 1 × 8 on a lattice (QuIP#, arXiv:2402.04396,
 section 4), 16 × 16 on a trellis (QTIP, arXiv:2406.11235, section 3). Tiles begin at the first row and column;
-where a weight ends within one, roundings pad it with zeros, and `dequantize` removes them.
+where a weight ends within one, roundings pad it with zeros, and `dequantize` removes them; or, in a `ragged` grid, the
+last tile has fewer rows.
 
 Shapes: n — given rows, a multiple of the height h; c — given columns, a multiple of the width w; p — parameters of
 a group; out, in — features; G — groups in a row.
@@ -31,6 +32,9 @@ class Grid(Rows):
     """Columns that share a code: the dimension of a vector code. It divides the group size, or a group is the row."""
     height: ClassVar[int] = 1
     """Rows that share a code."""
+    ragged: ClassVar[bool] = False
+    """Whether the last tiles of a column have as many rows as are left, instead of padded ones. Codes then have a row for
+    each row of the weight, that row's share of its tile's, of `c / w` times any shape; and a group is the whole row."""
     codes: ClassVar[tuple[str, ...]]
     """Names of the tensors of `layout` that hold the codes; the others hold the parameters."""
 

@@ -1,0 +1,127 @@
+"""Tiles of 16 × 16 weights on a trellis: the grid of QTIP (arXiv:2406.11235, section 3).
+
+A tile's code is a path through the states of a trellis, 1 to 4 bits a weight (`kernels/trellis`): of all grids the one
+with the least error at its bits, and the dearest to encode. Its values suit weights that are Gaussian; the scale that
+makes them so belongs to the matrix as a whole and is kept by the basis (`bases.SignedHadamard`), so this grid has nothing
+to fit.
+
+Where the number of columns is no multiple of sixteen the roundings and the basis pad it; rows need no padding.
+
+Shapes: as in `grids/base.py`; b = ceil(in / 16) blocks in a row; k — bits; params have no columns, [n, 0]. Codes are
+[n, b, k] int16, a row's share of its tiles' bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...kernels.trellis import (
+    SCALE,
+    TILE,
+    check_trellis,
+    decode_states,
+    decodes,
+    dequantize_trellis,
+    encode_trellis,
+    multiplies,
+    multiply_trellis,
+)
+from ..base import ALL, Packed, TensorSpec
+from .base import Grid
+
+
+@dataclass(frozen=True)
+class Trellis(Grid):
+    """A bitshift trellis. Stored: trellis [out, b·k] int16."""
+
+    bits: int = 2
+    """Bits per weight, 1 to 4."""
+    state_bits: int = 12
+    """Bits of a state, L, 8 to 16: each more halves the distance to the least possible error, and takes twice as long to
+    encode."""
+    code: str = "3inst"
+    """How a state becomes a weight, "3inst" or "1mad"."""
+
+    width: ClassVar[int] = TILE
+    height: ClassVar[int] = TILE
+    ragged: ClassVar[bool] = True
+    codes = ("trellis",)
+
+    def __post_init__(self) -> None:
+        check_trellis(self.bits, self.state_bits, self.code)
+
+    @property
+    def scale(self) -> float:
+        """The standard deviation of Gaussian weights that fit best."""
+        return SCALE[self.bits] * float(decode_states(self.code, self.state_bits).square().mean().sqrt())
+
+    def resolve_group_size(self, in_features: int) -> int:
+        return in_features
+
+    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
+        return group.new_empty(group.shape[0], 0)
+
+    def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
+        return encode_trellis(values, self.bits, self.state_bits, self.code).unflatten(1, (-1, self.bits))
+
+    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
+        return dequantize_trellis(codes.flatten(1), self.bits, self.state_bits, self.code).to(params.dtype)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        return {"trellis": TensorSpec((out_features, -(-in_features // TILE) * self.bits), torch.int16)}
+
+    def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
+        return {"trellis": codes.flatten(1)}
+
+    def params(self, packed: Packed, rows: slice = ALL) -> Tensor:
+        trellis = packed["trellis"][rows]
+        return trellis.new_empty((len(trellis), 1, 0), dtype=torch.float32)
+
+    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
+        """Only tiles are searched that have moved by more than the least error of so many bits on average, σ² / 4ᵏ
+        (the rate-distortion bound of a Gaussian); and of the codes found and the former ones the nearer are taken."""
+        former = packed["trellis"][rows]
+        values = F.pad(weight.float(), (0, -weight.shape[1] % TILE))
+        moved = self._errors(values, self.dequantize(packed, rows))  # [rows / 16, b]
+        counts = self._errors(values.new_ones(values.shape), values.new_zeros(values.shape))
+        searched = moved > counts * (self.scale**2 / 4**self.bits)
+        strips = searched.any(1).nonzero()[:, 0].tolist()
+        trellis = former.clone()
+        for strip in strips:
+            part = slice(strip * TILE, (strip + 1) * TILE)
+            blocks = searched[strip].nonzero()[:, 0]
+            target = values[part].unflatten(1, (-1, TILE))[:, blocks].flatten(1)
+            made = encode_trellis(target, self.bits, self.state_bits, self.code)
+            error = self._errors(target, dequantize_trellis(made, self.bits, self.state_bits, self.code))[0]
+            nearer = error < moved[strip, blocks]
+            shares = trellis[part].unflatten(1, (-1, self.bits))  # a view
+            shares[:, blocks[nearer]] = made.unflatten(1, (-1, self.bits))[:, nearer]
+        return {"trellis": trellis}
+
+    @staticmethod
+    def _errors(values: Tensor, others: Tensor) -> Tensor:
+        """Σ of squared differences of [rows, 16b] in each tile, [ceil(rows / 16), b]."""
+        squares = F.pad((values - others).square_(), (0, 0, 0, -len(values) % TILE))
+        return squares.unflatten(1, (-1, TILE)).sum(2).unflatten(0, (-1, TILE)).sum(1)
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, 16·b]."""
+        trellis = packed["trellis"]
+        start, stop, step = rows.indices(len(trellis))
+        if step < 1:  # only forward
+            return self.dequantize(packed, ALL, dtype)[rows]
+        weight = dequantize_trellis(trellis, self.bits, self.state_bits, self.code, start, max(start, stop), dtype)
+        return weight if step == 1 else weight[::step]
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        return dtype.itemsize if decodes(device) else super().scratch_bytes(device, dtype)
+
+    def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
+        if not multiplies(x.device):
+            return None
+        return multiply_trellis(x, packed["trellis"], self.bits, self.state_bits, self.code, transposed)

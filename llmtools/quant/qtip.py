@@ -1,0 +1,74 @@
+"""QTIP (arXiv:2406.11235): a rotated weight on a trellis, with the scale search and correction of `quip_sharp.py`.
+
+The sweep rounds sixteen columns at a time, tiles of sixteen rows each by Viterbi's search. Coordinate descent can follow as
+for any grid; its default is none, since a tile seldom changes for the better and each iteration costs another search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from ..errors import InputError
+from .base import quantizers
+from .bases import SignedHadamard
+from .grids.trellis import Trellis
+from .quip_sharp import Rotated
+from .rounding import Sequential
+
+
+@quantizers.register("qtip")
+@dataclass(frozen=True)
+class QTIP(Rotated):
+    """QTIP (arXiv:2406.11235): rotated weights, 256 at a time on a trellis; the least error per bit, slow to quantize.
+
+    1 to 4 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes.
+    """
+
+    needs_hessian: ClassVar[bool] = True
+    rows_tried: ClassVar[int] = 32
+
+    bits: int = 2
+    """Bits per weight, 1, 2, 3 or 4."""
+    state_bits: int = 12
+    """Bits of the trellis' state, 8 to 16; each more takes twice the time to quantize, and brings less."""
+    code: str = "3inst"
+    """How a state becomes a weight: 3inst, or 1mad."""
+    scale: float | None = None
+    """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
+    weights best downwards."""
+    damping: float = 0.01
+    """Damping added to the Hessian's diagonal, as a fraction of its mean."""
+    passes: int = 0
+    """Largest number of coordinate-descent iterations after the sweep; each takes about as long as the sweep."""
+    seed: int = 0
+    """Seed of the random signs, which are stored."""
+    hadamard: int = 1
+    """Version of the rules that say which Hadamard matrix belongs to a size."""
+    scale_type: str = "float16"
+    """Type of the scales of rows: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in (1, 2, 3, 4) or isinstance(self.bits, bool):
+            raise InputError(f"{self.name}: bits={self.bits!r}; choose 1, 2, 3 or 4")
+        Trellis(self.bits, self.state_bits, self.code)
+        Sequential(self.damping, passes=self.passes)
+        SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
+
+    @property
+    def fitting_scale(self) -> float:
+        return self.grid.scale
+
+    @cached_property
+    def grid(self) -> Trellis:
+        return Trellis(self.bits, self.state_bits, self.code)
+
+    @property
+    def rounding(self) -> Sequential:
+        return Sequential(self.damping, passes=self.passes)
+
+    @cached_property
+    def basis(self) -> SignedHadamard:
+        scale = self.fitting_scale if self.scale is None else self.scale
+        return SignedHadamard(self.seed, scale, self.grid.width, self.hadamard, self.scale_type)

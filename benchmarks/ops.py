@@ -26,6 +26,8 @@ from llmtools.kernels.hadamard import hadamard, rule_for
 from llmtools.kernels.hadamard import reference as rotated
 from llmtools.kernels.lattice import RESIDUAL_SCALE, dequantize_lattice, multiply_lattice
 from llmtools.kernels.lattice import reference as lattice
+from llmtools.kernels.trellis import dequantize_trellis, multiply_trellis
+from llmtools.kernels.trellis import reference as trellis
 from llmtools.quant.grids.codebook import NF4
 
 from .run import Machine, Problem, case, main
@@ -90,6 +92,17 @@ def kinds() -> Iterator[tuple[str, Weight, Any, Any, Any]]:
             multiply_lattice,
             lattice.dequantize_lattice,
         )
+    for bits in (2, 3, 4):
+        packed = torch.randint(-(2**15), 2**15, (OUT, IN // 16 * bits), dtype=torch.int16)
+        yield f"trellis, {bits} bits", (packed, bits, 12, "3inst"), trellis_rows, multiply_trellis, trellis_reference
+
+
+def trellis_rows(packed: Tensor, bits: int, state_bits: int, code: str, dtype: torch.dtype) -> Tensor:
+    return dequantize_trellis(packed, bits, state_bits, code, dtype=dtype)
+
+
+def trellis_reference(packed: Tensor, bits: int, state_bits: int, code: str, dtype: torch.dtype) -> Tensor:
+    return trellis.dequantize_trellis(packed, bits, state_bits, code, 0, len(packed), dtype)
 
 
 @case("decode")

@@ -52,6 +52,7 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
     for name, options in (
         ("optq", {"group_size": 64}),
         ("quip_sharp", {}),
+        ("qtip", {}),
         ("hqq", {"group_size": 64}),
         ("optq", {"group_size": 128}),
         ("optq", {"group_size": 64, "act_order": True, "passes": 2}),

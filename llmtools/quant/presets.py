@@ -10,8 +10,9 @@
 | `signround`  | affine   | learned                | –               | arXiv:2309.05516  |
 | `quip`       | affine   | sequential             | signed Hadamard | arXiv:2307.13304  |
 | `quip_sharp` | lattice  | sequential, by eights  | signed Hadamard | arXiv:2402.04396  |
+| `qtip`       | trellis  | sequential, 16 × 16    | signed Hadamard | arXiv:2406.11235  |
 
-`signround` is in `learned.py`, `quip_sharp` in a file of its own: it searches a scale for each layer.
+`signround` is in `learned.py`, `quip_sharp` and `qtip` in files of their own: they search a scale for each layer.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""QuIP# (arXiv:2402.04396): a rotated weight on a lattice, with a scale search and a scale correction; QTIP's trellis, too,
-is used like this (`qtip.py`).
+"""QuIP# (arXiv:2402.04396): a rotated weight on a lattice, with a scale search and a scale correction.
 
 A lattice codebook covers a ball. Gaussian weights fit it best at a known standard deviation (1.03 at 2 bits), and
 rotation makes most weights Gaussian, but not all: where one singular value outweighs the others, as in the query and
@@ -12,7 +11,7 @@ When the codes are chosen, a *scale correction* gives each row of the *unrotated
 closest to the original, g = ⟨w, ŵ⟩ / ⟨ŵ, ŵ⟩ with ⟨a, b⟩ = a H bᵀ. It is stored in the basis' vector of signs, which is
 there anyway.
 
-Neither is in the paper; both cost no bit.
+Neither is in the paper; both cost no bit. QTIP's trellis is used in the same way (`qtip.py`).
 
 Shapes: out, in — features; r — rows tried; h — rows that share a code of the grid.
 """
@@ -144,7 +143,8 @@ class QuIPSharp(Rotated):
 def search_scale(weight: Tensor, hessian: Tensor, grid: Grid, most: int = ROWS) -> float:
     """What a rotated weight [out, in] is multiplied by to fit the grid best, under its rotated H [in, in]; of `SCALES`.
 
-    At most about `most` rows are tried, in strips of the grid's height, evenly spread: rows that share a code stay together.
+    At most about `most` rows are tried, in strips of the grid's height, evenly spread: rows that share a code stay
+    together.
     """
     strips = -(-len(weight) // grid.height)
     count = max(1, most // grid.height)

@@ -70,6 +70,11 @@ def lattice() -> tuple[Any, ...]:
     return codes, codes.flip(0), 3.45
 
 
+def trellis(code: str) -> tuple[Any, ...]:
+    """A weight [OUT, IN] on a trellis of 3 bits, whose states lie across words."""
+    return torch.randint(-(2**15), 2**15, (OUT, IN // 16 * 3)).to(torch.int16), 3, 12, code
+
+
 def ggml(kind: str) -> tuple[Any, ...]:
     """A weight [OUT, IN] in ggml's blocks of a type, every scale a small number."""
     each = TYPES[kind]
@@ -96,6 +101,10 @@ CASES = {
     "lattice": Case("lattice", "dequantize_lattice", lambda: (*lattice(), torch.bfloat16)),
     "lattice, product": Case("lattice", "multiply_lattice", lambda: (x(IN), *lattice(), False)),
     "lattice, transposed": Case("lattice", "multiply_lattice", lambda: (x(OUT), *lattice(), True)),
+    "trellis": Case("trellis", "dequantize_trellis", lambda: (*trellis("3inst"), 3, OUT - 7, torch.bfloat16)),
+    "trellis, bytes": Case("trellis", "dequantize_trellis", lambda: (*trellis("1mad"), 0, OUT, torch.float32)),
+    "trellis, product": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("3inst"), False)),
+    "trellis, transposed": Case("trellis", "multiply_trellis", lambda: (x(OUT), *trellis("3inst"), True)),
     "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
     "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),
 }

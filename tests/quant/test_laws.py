@@ -36,6 +36,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "passes": 1, "seed": 3},
         {"bits": 4, "passes": 0, "residual_scale": 3.0},
     ],
+    "qtip": [
+        {"bits": 1, "state_bits": 9, "seed": 3},
+        {"bits": 3, "state_bits": 8, "passes": 2, "code": "1mad"},
+        {"bits": 4, "state_bits": 10, "scale": 1.0},
+    ],
     "gguf": [{"type": "Q4_0"}, {"type": "Q4_1"}, {"type": "Q5_0"}, {"type": "Q5_1"}],
 }
 """Beside each one's defaults."""

@@ -31,6 +31,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
     "quip": {"passes": 0},
     "quip-groups": {"passes": 0, "group_size": 16},
     "quip_sharp": {"passes": 0},
+    "qtip": {"state_bits": 8},
     "signround": {"iterations": 5},
     "affine": {},
 }

@@ -31,6 +31,8 @@ def bits_per_weight(packed: Packed, out: int, n: int) -> float:
         ("quip_sharp", {"bits": 2, "passes": 0}, 2 + 16 / 8 + 16 / 1024),
         ("quip_sharp", {"bits": 3, "passes": 0}, 3 + 16 / 8 + 16 / 1024),
         ("quip_sharp", {"bits": 4, "passes": 0}, 4 + 16 / 8 + 16 / 1024),
+        ("qtip", {"bits": 1, "state_bits": 8}, 1 + 16 / 8 + 16 / 1024),
+        ("qtip", {"bits": 3, "state_bits": 8}, 3 + 16 / 8 + 16 / 1024),
     ],
     ids=lambda value: str(value),
 )
@@ -52,6 +54,17 @@ def test_other_widths_are_refused(name: str, bits: Any) -> None:
 def test_quip_sharp_has_two_to_four_bits(bits: Any) -> None:
     with pytest.raises(InputError, match=f"quip_sharp: bits={bits!r}; choose 2, 3 or 4"):
         quantizer("quip_sharp", bits=bits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 0}, {"bits": 5}, {"bits": True}, {"passes": -1}, {"damping": 0.0}, {"scale": -1.0}, {"hadamard": 2},
+     {"state_bits": 7}, {"state_bits": 17}, {"state_bits": 12.0}, {"code": "2inst"}],
+    ids=str,
+)  # fmt: skip
+def test_impossible_options_of_qtip_are_refused_when_it_is_made(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        quantizer("qtip", **options)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +131,16 @@ def test_the_lattice_is_the_choice_for_two_bits() -> None:
     assert with_passes < 0.9 * lattice < 0.7 * rotated < rotated < optq < nearest
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_trellis_has_less_loss_than_the_lattice(bits: int) -> None:
+    assert loss("qtip", bits=bits, state_bits=10) < 0.97 * loss("quip_sharp", bits=bits, passes=0)
+
+
+def test_passes_on_a_trellis_never_hurt() -> None:
+    losses = [loss("qtip", bits=3, state_bits=8, passes=passes) for passes in (0, 1, 3)]
+    assert losses == sorted(losses, reverse=True)
+
+
 @pytest.mark.parametrize("name", ["optq", "quip", "quip_sharp"])
 def test_each_pass_helps_and_none_hurts(name: str) -> None:
     losses = [loss(name, bits=3, passes=passes) for passes in (0, 1, 2, 4)]
@@ -158,18 +181,20 @@ def test_hqq_keeps_a_group_far_from_zero() -> None:
 
 @pytest.mark.parametrize("shape", [(24, 40), (7, 33), (1, 1), (5, 172)], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_quip_sharp_takes_every_shape(bits: int, shape: tuple[int, int]) -> None:
-    made = quantizer("quip_sharp", bits=bits, passes=1)
+@pytest.mark.parametrize("name", ["quip_sharp", "qtip"])
+def test_rotated_layers_take_every_shape(name: str, bits: int, shape: tuple[int, int]) -> None:
+    made = quantizer(name, bits=bits, passes=1, **({"state_bits": 8} if name == "qtip" else {}))
     weight = torch.randn(shape)
     packed = made.quantize(weight, torch.eye(shape[1]))
-    assert packed["codes"].shape == (shape[0], -(-shape[1] // 8))
+    codes = (shape[0], -(-shape[1] // 8)) if name == "quip_sharp" else (shape[0], -(-shape[1] // 16) * bits)
+    assert next(iter(packed.values())).shape == codes
     x = torch.randn(3, shape[1], dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(made.linear(x, packed), x @ made.dequantize(packed).double().T, rtol=1e-4, atol=1e-4)
     assert torch.autograd.gradcheck(lambda x: made.linear(x, packed), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["quip_sharp", "quip", "awq"])
+@pytest.mark.parametrize("name", ["qtip", "quip_sharp", "quip", "awq"])
 def test_half_precision_is_as_near_as_a_dense_layer_of_that_type(name: str, dtype: torch.dtype) -> None:
     made = quantizer(name)
     packed = made.quantize(torch.randn(48, 64) * 0.02, torch.eye(64))
@@ -180,7 +205,7 @@ def test_half_precision_is_as_near_as_a_dense_layer_of_that_type(name: str, dtyp
     assert errors[0] < 2.5 * errors[1]
 
 
-@pytest.mark.parametrize("name", ["quip_sharp", "quip", "awq", "hqq"])
+@pytest.mark.parametrize("name", ["qtip", "quip_sharp", "quip", "awq", "hqq"])
 def test_backward_keeps_only_packed_tensors(name: str) -> None:
     """The rotated activations are not among them."""
     made = quantizer(name)

@@ -18,6 +18,7 @@ from llmtools.quant.grids.affine import Affine
 from llmtools.quant.grids.base import Grid
 from llmtools.quant.grids.codebook import Codebook
 from llmtools.quant.grids.lattice import Lattice
+from llmtools.quant.grids.trellis import Trellis
 from llmtools.quant.hessian import factor, feedback
 from llmtools.quant.rounding import Clipped, Nearest, Sequential
 
@@ -266,19 +267,34 @@ def test_a_pass_leaves_no_single_code_to_better() -> None:
             assert (losses(other) >= best * (1 - 1e-9)).all()
 
 
-def test_blocks_of_eight_take_feedback_of_whole_blocks() -> None:
-    """LDLQ as QuIP#'s section 4.1 has it, spelt out: x_k = W_k + Σ (W − Ŵ) M, block by block."""
-    weight, hessian = problem(8, 48)
-    grid = Lattice(2)
+@pytest.mark.parametrize("grid", [Lattice(2), Trellis(2, 8)], ids=str)
+def test_blocks_take_feedback_of_whole_blocks(grid: Grid) -> None:
+    """LDLQ as QuIP#'s section 4.1 has it, spelt out: x_k = W_k + Σ (W − Ŵ) M, block by block. Also where 24 rows end
+    within a tile."""
+    weight, hessian = problem(24, 48)
     codes, params = Sequential()(weight, hessian, grid)
-    m = feedback(hessian, 8, 0.01)
+    m, width = feedback(hessian, grid.width, 0.01), grid.width
     assert m is not None
     done = torch.zeros_like(weight)
-    for k in range(0, 48, 8):
-        x = weight[:, k : k + 8] + (weight - done)[:, :k] @ m[:k, k : k + 8]
+    for k in range(0, 48, width):
+        x = weight[:, k : k + width] + (weight - done)[:, :k] @ m[:k, k : k + width]
         code = grid.quantize_values(x, params[:, 0])
-        assert torch.equal(code[:, 0], codes[:, k // 8])
-        done[:, k : k + 8] = grid.dequantize_codes(code, params[:, 0])
+        assert torch.equal(code[:, 0], codes[:, k // width])
+        done[:, k : k + width] = grid.dequantize_codes(code, params[:, 0])
+
+
+def test_passes_over_tiles_lower_the_loss_of_each_strip_and_keep_codes_whole() -> None:
+    """Of a weight whose last tiles have fewer rows: the error that the passes work with is the stored weight's."""
+    weight, hessian = problem(40, 64)
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(64)
+    grid, losses = Trellis(2, 8), []
+    for passes in (0, 1, 3):
+        codes, _ = Sequential(damping=1e-9, passes=passes)(weight, hessian, grid)
+        error = weight - grid.dequantize(grid.pack(codes, codes[:, :0], 64), dtype=torch.float64)
+        rows = ((error @ hessian) * error).sum(1)
+        losses.append(torch.stack([part.sum() for part in rows.split(16)]))
+    assert all((after <= before * (1 + 1e-6)).all() for before, after in pairwise(losses))
+    assert losses[-1].sum() < losses[0].sum()
 
 
 def test_rows_that_blocks_do_not_fill_are_filled_up() -> None:

@@ -1,14 +1,15 @@
 """QTIP's trellis codes (arXiv:2406.11235, section 3): 256 weights at a time, each of L bits of which k are its own.
 
-A tile of 16 × 16 weights, read row by row, is a sequence. Its code is a circle of 256·k bits, the state of weight i is
-the L bits from bit i·k on, and the weight is a fixed function of its state, one that looks random and has a Gaussian's
-distribution. Neighbours share L − k bits, so that a code of k bits a weight works as one of a dimension in the
-hundreds; Viterbi's search finds a nearest sequence nevertheless, in 2^L steps a weight. At 2 bits the mean squared error on
-N(0, 1) is 0.074 for L = 12 and 0.070 for L = 16, where E8P has 0.091 and no code of 2 bits is below 0.0625.
+A tile of 16 × 16 weights, read row by row, is a sequence. Its code is a circle of 256·k bits, the state of weight i
+is the L bits from bit i·k on, and the weight is a fixed function of its state, one that looks random and has a
+Gaussian's distribution. Neighbours share L − k bits, so that a code of k bits a weight works as one of a dimension in
+the hundreds; Viterbi's search finds a nearest sequence nevertheless, in 2^L steps a weight. At 2 bits the mean squared
+error on N(0, 1) is 0.074 for L = 12 and 0.070 for L = 16, where E8P has 0.091 and no code of 2 bits is below 0.0625.
 
-Bits are stored as QTIP does, the first one highest, in 16-bit words; a row of the tile holds the k words that begin with
-its sixteen weights. So a row needs no other than itself and the first word of the next one (of the tile's first, for the
-last), and its weights are decoded side by side. Where the rows of a weight end within a tile, the circle is shorter.
+Bits are stored as QTIP does, the first one highest, in 16-bit words; a row of the tile holds the k words that begin
+with its sixteen weights. So a row needs no other than itself and the first word of the next one (of the tile's first,
+for the last), and its weights are decoded side by side. Where the rows of a weight end within a tile, the circle is
+shorter.
 
 Shapes: b — blocks of sixteen columns; k — `bits`, 1 to 4; L — `state_bits`, 8 to 16; t — tokens.
 
@@ -90,7 +91,9 @@ def encode_trellis(weight: Tensor, bits: int, state_bits: int, code: str) -> Ten
     """The trellis [out, k·b] int16 of a weight [out, 16b], searched in float32 and near the nearest."""
     check_trellis(bits, state_bits, code)
     if weight.dim() != 2 or weight.shape[1] % TILE or not weight.is_floating_point():
-        raise InputError(f"a trellis codes floating-point weights [out, 16·b], not {tuple(weight.shape)} {weight.dtype}")
+        raise InputError(
+            f"a trellis codes floating-point weights [out, 16·b], not {tuple(weight.shape)} {weight.dtype}"
+        )
     return native.encode_trellis(weight.detach().to(torch.float32).contiguous(), bits, state_bits, code)
 
 

@@ -32,56 +32,120 @@ typedef struct {
     uint16_t *back;           /* [steps, families / 16, k] */
 } Search;
 
+/* WIDE families at a time: their least costs so far and where those come from. Three functions know the processor. */
+#if defined(__AVX512F__)
+
+enum { WIDE = 16 };
+typedef struct {
+    __m512 cost;
+    __m512i from;
+} Least;
+
+static ALWAYS_INLINE void compare(Least *least, const float *restrict cost, int j) {
+    const __m512 other = _mm512_loadu_ps(cost);
+    if (j == 0) {
+        least->cost = other;
+        least->from = _mm512_setzero_si512();
+        return;
+    }
+    const __mmask16 less = _mm512_cmp_ps_mask(other, least->cost, _CMP_LT_OQ);
+    least->cost = _mm512_min_ps(other, least->cost);
+    least->from = _mm512_mask_mov_epi32(least->from, less, _mm512_set1_epi32(j));
+}
+
+static ALWAYS_INLINE uint32_t plane(const Least *least, int bit) {
+    return _mm512_test_epi32_mask(least->from, _mm512_set1_epi32(1 << bit));
+}
+
+/* The e-th WIDE states of these families, 2^k each: next = least + (x − value)². */
+static ALWAYS_INLINE void extend(const Least *least, float x, const float *restrict values, float *restrict next, int e,
+                                 const int k) {
+    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i family = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(WIDE * e)), (unsigned)k);
+    const __m512 off = _mm512_sub_ps(_mm512_set1_ps(x), _mm512_loadu_ps(values));
+    _mm512_storeu_ps(next, _mm512_add_ps(_mm512_permutexvar_ps(family, least->cost), _mm512_mul_ps(off, off)));
+}
+
+#elif defined(__AVX2__)
+
+enum { WIDE = 8 };
+typedef struct {
+    __m256 cost;
+    __m256i from;
+} Least;
+
+static ALWAYS_INLINE void compare(Least *least, const float *restrict cost, int j) {
+    const __m256 other = _mm256_loadu_ps(cost);
+    if (j == 0) {
+        least->cost = other;
+        least->from = _mm256_setzero_si256();
+        return;
+    }
+    const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(other, least->cost, _CMP_LT_OQ));
+    least->cost = _mm256_min_ps(other, least->cost);
+    least->from = _mm256_blendv_epi8(least->from, _mm256_set1_epi32(j), less);
+}
+
+static ALWAYS_INLINE uint32_t plane(const Least *least, int bit) {
+    return (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(least->from, 31 - bit)));
+}
+
+static ALWAYS_INLINE void extend(const Least *least, float x, const float *restrict values, float *restrict next, int e,
+                                 const int k) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i family = _mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(WIDE * e)), k);
+    const __m256 off = _mm256_sub_ps(_mm256_set1_ps(x), _mm256_loadu_ps(values));
+    _mm256_storeu_ps(next, _mm256_add_ps(_mm256_permutevar8x32_ps(least->cost, family), _mm256_mul_ps(off, off)));
+}
+
+#else
+
+enum { WIDE = 16 };
+typedef struct {
+    float cost[WIDE];
+    int32_t from[WIDE];
+} Least;
+
+static ALWAYS_INLINE void compare(Least *least, const float *restrict cost, int j) {
+    for (int l = 0; l < WIDE; l++) {
+        const int less = j == 0 || cost[l] < least->cost[l];
+        least->from[l] = less ? j : least->from[l];
+        least->cost[l] = less ? cost[l] : least->cost[l];
+    }
+}
+
+static ALWAYS_INLINE uint32_t plane(const Least *least, int bit) {
+    uint32_t bits = 0;
+    for (int l = 0; l < WIDE; l++) bits |= (uint32_t)(least->from[l] >> bit & 1) << l;
+    return bits;
+}
+
+static ALWAYS_INLINE void extend(const Least *least, float x, const float *restrict values, float *restrict next, int e,
+                                 const int k) {
+    for (int l = 0; l < WIDE; l++) {
+        const float off = x - values[l], square = off * off;
+        next[l] = least->cost[(WIDE * e + l) >> k] + square;
+    }
+}
+
+#endif
+
 /* One step for weight x: `cost` of the states before becomes `next`. */
 static ALWAYS_INLINE void step(const Search *restrict s, float x, uint16_t *restrict back, const int k) {
-    const float *restrict cost = s->cost, *restrict values = s->values;
-    float *restrict next = s->next;
     const int members = 1 << k;
-#if defined(__AVX512F__)
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512 target = _mm512_set1_ps(x);
     for (int64_t q = 0; q < s->families; q += LANES) {
-        __m512 least = _mm512_loadu_ps(cost + q);
-        __m512i from = _mm512_setzero_si512();
-        for (int j = 1; j < members; j++) {
-            const __m512 other = _mm512_loadu_ps(cost + j * s->families + q);
-            from = _mm512_mask_mov_epi32(from, _mm512_cmp_ps_mask(other, least, _CMP_LT_OQ), _mm512_set1_epi32(j));
-            least = _mm512_min_ps(other, least);
-        }
-        for (int b = 0; b < k; b++)
-            back[q / LANES * k + b] = (uint16_t)_mm512_test_epi32_mask(from, _mm512_set1_epi32(1 << b));
-        for (int e = 0; e < members; e++) {
-            const __m512i family = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(LANES * e)), (unsigned)k);
-            const int64_t at = q * members + LANES * e;
-            const __m512 off = _mm512_sub_ps(target, _mm512_loadu_ps(values + at));
-            _mm512_storeu_ps(next + at, _mm512_add_ps(_mm512_permutexvar_ps(family, least), _mm512_mul_ps(off, off)));
-        }
-    }
-#else
-    for (int64_t q = 0; q < s->families; q += LANES) {
-        float least[LANES];
-        int32_t from[LANES];
-        for (int l = 0; l < LANES; l++) {
-            least[l] = cost[q + l];
-            from[l] = 0;
-        }
-        for (int j = 1; j < members; j++)
-            for (int l = 0; l < LANES; l++) {
-                const float other = cost[j * s->families + q + l];
-                from[l] = other < least[l] ? j : from[l];
-                least[l] = other < least[l] ? other : least[l];
+        uint32_t planes[4] = {0};
+        for (int at = 0; at < LANES; at += WIDE) {
+            Least least;
+            for (int j = 0; j < members; j++) compare(&least, s->cost + j * s->families + q + at, j);
+            for (int b = 0; b < k; b++) planes[b] |= plane(&least, b) << at;
+            for (int e = 0; e < members; e++) {
+                const int64_t first = (q + at) * members + WIDE * e;
+                extend(&least, x, s->values + first, s->next + first, e, k);
             }
-        for (int b = 0; b < k; b++) {
-            int32_t plane = 0;
-            for (int l = 0; l < LANES; l++) plane |= (from[l] >> b & 1) << l;
-            back[q / LANES * k + b] = (uint16_t)plane;
         }
-        for (int i = 0; i < LANES * members; i++) {
-            const float off = x - values[q * members + i], square = off * off;
-            next[q * members + i] = least[i >> k] + square;
-        }
+        for (int b = 0; b < k; b++) back[q / LANES * k + b] = (uint16_t)planes[b];
     }
-#endif
 }
 
 /* The states of the best path for x[first], x[first + 1] … around the circle: path [length]. With `joint` not negative the
@@ -244,14 +308,11 @@ static ALWAYS_INLINE float value_inst(uint32_t state) {
 
 static ALWAYS_INLINE void sixteen(const uint16_t *restrict own, uint16_t next, int state_bits, float *restrict out,
                                   const int code, const int k) {
-    uint16_t words[5];
-    for (int i = 0; i < k; i++) words[i] = own[i];
-    words[k] = next;
-    for (int e = 0; e < TILE; e++) {
-        const uint32_t window = (uint32_t)words[k * e / 16] << 16 | words[k * e / 16 + 1];
-        const uint32_t state = window >> (32 - state_bits - k * e % 16) & ((1u << state_bits) - 1);
-        out[e] = code == MAD ? value_mad(state) : value_inst(state);
-    }
+    const uint32_t mask = (1u << state_bits) - 1;
+    uint32_t states[TILE], windows[4];
+    for (int i = 0; i < k; i++) windows[i] = (uint32_t)own[i] << 16 | (i + 1 < k ? own[i + 1] : next);
+    for (int e = 0; e < TILE; e++) states[e] = windows[k * e / 16] >> (32 - state_bits - k * e % 16) & mask;
+    for (int e = 0; e < TILE; e++) out[e] = code == MAD ? value_mad(states[e]) : value_inst(states[e]);
 }
 
 #endif

@@ -1,9 +1,9 @@
 """Trellis codes in plain torch: the specification of the faster routes, and the route on every device without one.
 
-This encoder and the one in C decide alike, bit for bit: costs are float32 sums formed in the order of the weights, a
-square is rounded before it is added, and ties go to the lower state.
+This encoder and the one in C decide alike, bit for bit: costs are float32 sums formed in the order of the weights,
+a square is rounded before it is added, and ties go to the lower state.
 
-Shapes: out — rows; b — blocks of sixteen columns; k, L — bits of a weight and of a state; m — tiles; T — weights in one.
+Shapes: out — rows; b — blocks of sixteen columns; k, L — bits of a weight, of a state; m — tiles; T — weights of one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The codes of a trellis: what each state is worth (QTIP, arXiv:2406.11235, section 3.1; constants as in its checkpoints).
+"""The codes of a trellis: what each state is worth (QTIP, arXiv:2406.11235, section 3.1, with its constants).
 
 A code is computed from the state and needs no table; the tables here are its definition, and what the encoder reads.
 

@@ -33,8 +33,8 @@ class Grid(Rows):
     height: ClassVar[int] = 1
     """Rows that share a code."""
     ragged: ClassVar[bool] = False
-    """Whether the last tiles of a column have as many rows as are left, instead of padded ones. Codes then have a row for
-    each row of the weight, that row's share of its tile's, of `c / w` times any shape; and a group is the whole row."""
+    """Whether the last tile has as many rows as are left, and none are padded. Codes are then [n, c / w, …] integers,
+    for each row its share of its tiles' codes, and a group is the whole row."""
     codes: ClassVar[tuple[str, ...]]
     """Names of the tensors of `layout` that hold the codes; the others hold the parameters."""
 

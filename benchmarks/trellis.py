@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--states", type=int, nargs="+", default=list(STATES), help="bits of state, 8 to 16")
     parser.add_argument("--codes", nargs="+", default=list(CODES))
-    parser.add_argument("--rows", type=int, default=512, help="rows for 2^12 states; fewer for more, in proportion")
+    parser.add_argument("--rows", type=int, default=512, help="rows for 2^12 states; more or fewer for other states")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--table", action="store_true", help="only the page, from the rows")
     args = parser.parse_args(argv)
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in made:
         _record(row, args.out)
     for state_bits in args.states:
-        rows = max(16, min(16 * args.rows, int(args.rows * 2.0 ** (12 - state_bits))) // 16 * 16)
+        rows = max(args.rows // 2, min(16 * args.rows, args.rows << 12 >> state_bits)) // 16 * 16
         for bits in args.bits:
             for code in args.codes:
                 _record(trellis_row(bits, state_bits, code, rows), args.out)

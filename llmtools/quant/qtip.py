@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import ClassVar
 
 from ..errors import InputError
-from .base import quantizers
+from .base import later, quantizers
 from .bases import SignedHadamard
 from .grids.trellis import Trellis
 from .quip_sharp import Rotated
@@ -47,7 +47,7 @@ class QTIP(Rotated):
     """Seed of the random signs, which are stored."""
     hadamard: int = 1
     """Version of the rules that say which Hadamard matrix belongs to a size."""
-    scale_type: str = "float16"
+    scale_type: str = later("float16")
     """Type of the scales of rows: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
     def __post_init__(self) -> None:

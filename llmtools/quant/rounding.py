@@ -274,7 +274,8 @@ def _descend(
 
 def _of_strips(gain: Tensor, height: int) -> Tensor:
     """Sums over strips of so many rows: [out, 1] -> [ceil(out / height), 1]."""
-    return F.pad(gain, (0, 0, 0, -len(gain) % height)).unflatten(0, (-1, height)).sum(1)
+    sums: Tensor = F.pad(gain, (0, 0, 0, -len(gain) % height)).unflatten(0, (-1, height)).sum(1)
+    return sums
 
 
 def _padded(weight: Tensor, grid: Grid) -> Tensor:

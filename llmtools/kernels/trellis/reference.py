@@ -111,5 +111,5 @@ def _words(symbols: Tensor, bits: int) -> Tensor:
     """Sixteen symbols of k bits [..., 16] -> k words [..., k] int16, the first bit highest."""
     places = torch.arange(bits - 1, -1, -1, device=symbols.device)
     string = (symbols[..., None] >> places & 1).flatten(-2).unflatten(-1, (bits, 16))
-    word = (string << torch.arange(15, -1, -1, device=symbols.device)).sum(-1)
+    word: Tensor = (string << torch.arange(15, -1, -1, device=symbols.device)).sum(-1)
     return (word - (word >> 15 << 16)).to(torch.int16)

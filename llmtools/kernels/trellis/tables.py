@@ -28,7 +28,7 @@ def values(code: str, state_bits: int, device: torch.device, dtype: torch.dtype)
 
 def _mad(state: Tensor) -> Tensor:
     word = (34038481 * state + 76625530) & 0xFFFFFFFF
-    total = sum((word >> shift) & 0xFF for shift in (0, 8, 16, 24))
+    total = torch.stack([(word >> shift) & 0xFF for shift in (0, 8, 16, 24)]).sum(0)
     return (total - 510).to(torch.float32) * torch.tensor(1 / 147.800537109375, dtype=torch.float32, device="cpu")
 
 

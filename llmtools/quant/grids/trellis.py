@@ -34,6 +34,9 @@ from ...kernels.trellis import (
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
+_LEAST = 0.75
+"""Below this share of the bound hardly any tile is coded."""
+
 
 @dataclass(frozen=True)
 class Trellis(Grid):
@@ -66,7 +69,7 @@ class Trellis(Grid):
         return group.new_empty(group.shape[0], 0)
 
     def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
-        return encode_trellis(values, self.bits, self.state_bits, self.code).unflatten(1, (-1, self.bits))
+        return encode_trellis(values, self.bits, self.state_bits, self.code).view(len(values), -1, self.bits)
 
     def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
         return dequantize_trellis(codes.flatten(1), self.bits, self.state_bits, self.code).to(params.dtype)
@@ -82,13 +85,13 @@ class Trellis(Grid):
         return trellis.new_empty((len(trellis), 1, 0), dtype=torch.float32)
 
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
-        """Only tiles are searched that have moved by more than the least error of so many bits on average, σ² / 4ᵏ
-        (the rate-distortion bound of a Gaussian); and of the codes found and the former ones the nearer are taken."""
+        """Only tiles are searched that have moved by about the least error of so many bits, σ² / 4ᵏ on average (the
+        rate-distortion bound of a Gaussian); and of the codes found and the former ones the nearer are taken."""
         former = packed["trellis"][rows]
         values = F.pad(weight.float(), (0, -weight.shape[1] % TILE))
         moved = self._errors(values, self.dequantize(packed, rows))  # [rows / 16, b]
         counts = self._errors(values.new_ones(values.shape), values.new_zeros(values.shape))
-        searched = moved > counts * (self.scale**2 / 4**self.bits)
+        searched = moved > counts * (_LEAST * self.scale**2 / 4**self.bits)
         strips = searched.any(1).nonzero()[:, 0].tolist()
         trellis = former.clone()
         for strip in strips:
@@ -106,7 +109,7 @@ class Trellis(Grid):
     def _errors(values: Tensor, others: Tensor) -> Tensor:
         """Σ of squared differences of [rows, 16b] in each tile, [ceil(rows / 16), b]."""
         squares = F.pad((values - others).square_(), (0, 0, 0, -len(values) % TILE))
-        return squares.unflatten(1, (-1, TILE)).sum(2).unflatten(0, (-1, TILE)).sum(1)
+        return squares.view(len(squares) // TILE, TILE, -1, TILE).sum((1, 3))
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, 16·b]."""

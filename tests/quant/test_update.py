@@ -97,12 +97,12 @@ def test_residual_codes_are_no_worse_than_greedy_ones(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_pruned_search_of_the_trellis_is_no_worse_than_the_whole_search(bits: int) -> None:
-    """And never worse than the codes that were there; 40 rows end within a tile."""
+def test_tiles_of_the_trellis_get_the_nearer_of_former_and_new_codes(bits: int) -> None:
+    """And one that has not moved keeps its own; 40 rows end within a tile."""
     grid, generator = Trellis(bits, 8), torch.Generator().manual_seed(0)
     packed = {"trellis": encode_trellis(torch.randn(40, 48, generator=generator) * grid.scale, bits, 8, grid.code)}
     former, changed = grid.dequantize(packed), []
-    for size in (0.02, 0.1, 0.3, 1.0, 3.0):
+    for size in (0.0, 0.02, 0.3, 3.0):
         values = former + size * torch.randn(40, 48, generator=generator)
         got = grid.requantize(values, packed)["trellis"]
         whole = encode_trellis(values, bits, 8, grid.code)
@@ -110,7 +110,7 @@ def test_pruned_search_of_the_trellis_is_no_worse_than_the_whole_search(bits: in
             torch.stack([block.square().sum() for strip in (each - values).split(16) for block in strip.split(16, 1)])
             for each in (former, *(grid.dequantize({"trellis": codes}) for codes in (got, whole)))
         )
-        assert (now <= torch.minimum(kept, best * 1.05) * (1 + 1e-6)).all()
+        torch.testing.assert_close(now, torch.minimum(kept, best))
         changed.append(bool((got != packed["trellis"]).any()))
     assert changed[-1] and not changed[0]
 

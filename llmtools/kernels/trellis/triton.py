@@ -37,7 +37,7 @@ def _weight(trellis: Tensor, bits: int, state_bits: int, code: str, start: int, 
     blocks = trellis.shape[1] // bits
     config = (bits, state_bits, CODES.index(code))
     tensors = (trellis.contiguous(), start, len(trellis), blocks)
-    return triton_common.Weight(_tile, config, tensors, stop - start, blocks * reference.TILE, stages=1)
+    return triton_common.Weight(_tile, config, tensors, stop - start, blocks * reference.TILE, stages=1, most_rows=32)
 
 
 @triton.jit

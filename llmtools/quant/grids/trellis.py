@@ -34,9 +34,6 @@ from ...kernels.trellis import (
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
-_LEAST = 0.75
-"""Below this share of the bound hardly any tile is coded."""
-
 
 @dataclass(frozen=True)
 class Trellis(Grid):
@@ -85,13 +82,12 @@ class Trellis(Grid):
         return trellis.new_empty((len(trellis), 1, 0), dtype=torch.float32)
 
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
-        """Only tiles are searched that have moved by about the least error of so many bits, σ² / 4ᵏ on average (the
-        rate-distortion bound of a Gaussian); and of the codes found and the former ones the nearer are taken."""
+        """Every tile that has moved is searched, however little: a path may leave the former one for a few weights.
+        Of the codes found and the former ones the nearer are taken."""
         former = packed["trellis"][rows]
         values = F.pad(weight.float(), (0, -weight.shape[1] % TILE))
         moved = self._errors(values, self.dequantize(packed, rows))  # [rows / 16, b]
-        counts = self._errors(values.new_ones(values.shape), values.new_zeros(values.shape))
-        searched = moved > counts * (_LEAST * self.scale**2 / 4**self.bits)
+        searched = moved > 0
         strips = searched.any(1).nonzero()[:, 0].tolist()
         trellis = former.clone()
         for strip in strips:

@@ -2,7 +2,7 @@
 
 A tile of 16 × 16 weights, read row by row, is a sequence. Its code is a circle of 256·k bits, the state of weight i
 is the L bits from bit i·k on, and the weight is a fixed function of its state, one that looks random and has a
-Gaussian's distribution. Neighbours share L − k bits, so that a code of k bits a weight works as one of a dimension in
+Gaussian's distribution. Neighbours share L − k bits, so that a code of k bits per weight works as one of a dimension in
 the hundreds; Viterbi's search finds a nearest sequence nevertheless, in 2^L steps a weight. At 2 bits the mean squared
 error on N(0, 1) is 0.074 for L = 12 and 0.070 for L = 16, where E8P has 0.091 and no code of 2 bits is below 0.0625.
 

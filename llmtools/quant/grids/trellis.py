@@ -1,7 +1,7 @@
 """Tiles of 16 × 16 weights on a trellis: the grid of QTIP (arXiv:2406.11235, section 3).
 
-A tile's code is a path through the states of a trellis, 1 to 4 bits a weight (`kernels/trellis`): of all grids the one
-with the least error at its bits, and the dearest to encode. Its values suit weights that are Gaussian; the scale
+A tile's code is a path through the states of a trellis, 1 to 4 bits per weight (`kernels/trellis`): of all grids the
+one with the least error at its bits, and the dearest to encode. Its values suit weights that are Gaussian; the scale
 that makes them so belongs to the matrix as a whole and is kept by the basis (`bases.SignedHadamard`), so this grid has
 nothing to fit.
 
@@ -44,7 +44,7 @@ class Trellis(Grid):
     state_bits: int = 12
     """Bits of a state, L, 8 to 16: each more takes twice as long to encode, and has less error."""
     code: str = "3inst"
-    """How a state becomes a weight, "3inst" or "1mad"."""
+    """Function from states to weights, "3inst" or "1mad"."""
 
     width: ClassVar[int] = TILE
     height: ClassVar[int] = TILE

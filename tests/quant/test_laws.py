@@ -37,7 +37,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 4, "passes": 0, "residual_scale": 3.0},
     ],
     "qtip": [
-        {"bits": 1, "state_bits": 9, "seed": 3},
+        {"bits": 2, "state_bits": 9, "seed": 3},
         {"bits": 3, "state_bits": 8, "passes": 2, "code": "1mad"},
         {"bits": 4, "state_bits": 10, "scale": 1.0},
     ],

@@ -97,7 +97,7 @@ def test_residual_codes_are_no_worse_than_greedy_ones(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_tiles_of_the_trellis_get_the_nearer_of_former_and_new_codes(bits: int) -> None:
+def test_tiles_of_the_trellis_take_new_codes_where_they_are_nearer_by_a_margin(bits: int) -> None:
     """And one that has not moved keeps its own; 40 rows end within a tile."""
     grid, generator = Trellis(bits, 8), torch.Generator().manual_seed(0)
     packed = {"trellis": encode_trellis(torch.randn(40, 48, generator=generator) * grid.scale, bits, 8, grid.code)}
@@ -110,7 +110,7 @@ def test_tiles_of_the_trellis_get_the_nearer_of_former_and_new_codes(bits: int) 
             torch.stack([block.square().sum() for strip in (each - values).split(16) for block in strip.split(16, 1)])
             for each in (former, *(grid.dequantize({"trellis": codes}) for codes in (got, whole)))
         )
-        torch.testing.assert_close(now, torch.minimum(kept, best))
+        torch.testing.assert_close(now, torch.where(best < 0.9 * kept, best, kept))
         changed.append(bool((got != packed["trellis"]).any()))
     assert changed[-1] and not changed[0]
 

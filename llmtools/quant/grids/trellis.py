@@ -34,6 +34,9 @@ from ...kernels.trellis import (
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
+_NEARER = 0.9
+"""Share of a tile's former squared error that other codes must come below."""
+
 
 @dataclass(frozen=True)
 class Trellis(Grid):
@@ -82,8 +85,8 @@ class Trellis(Grid):
         return trellis.new_empty((len(trellis), 1, 0), dtype=torch.float32)
 
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
-        """Every tile that has moved is searched, however little: a path may leave the former one for a few weights.
-        Of the codes found and the former ones the nearer are taken."""
+        """Tiles that have moved are searched, and take the codes found where these are nearer by a margin: rows that a
+        basis has made alike count by other sizes in the weight itself, where a smaller gain may be none."""
         former = packed["trellis"][rows]
         values = F.pad(weight.float(), (0, -weight.shape[1] % TILE))
         moved = self._errors(values, self.dequantize(packed, rows))  # [rows / 16, b]
@@ -96,7 +99,7 @@ class Trellis(Grid):
             target = values[part].unflatten(1, (-1, TILE))[:, blocks].flatten(1)
             made = encode_trellis(target, self.bits, self.state_bits, self.code)
             error = self._errors(target, dequantize_trellis(made, self.bits, self.state_bits, self.code))[0]
-            nearer = error < moved[strip, blocks]
+            nearer = error < _NEARER * moved[strip, blocks]
             shares = trellis[part].unflatten(1, (-1, self.bits))  # a view
             shares[:, blocks[nearer]] = made.unflatten(1, (-1, self.bits))[:, nearer]
         return {"trellis": trellis}

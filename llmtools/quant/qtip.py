@@ -1,8 +1,7 @@
 """QTIP (arXiv:2406.11235): a rotated weight on a trellis, with the scale search and correction of `quip_sharp.py`.
 
 The sweep rounds sixteen columns at a time, tiles of sixteen rows each by Viterbi's search. Coordinate descent can
-follow as for any grid; its default is none, since a tile seldom changes for the better and each iteration costs
-another search.
+follow as for any grid; by default there is none, since each iteration costs another search.
 """
 
 from __future__ import annotations

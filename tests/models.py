@@ -164,7 +164,6 @@ ENCODABLE: list[tuple[str, dict[str, Any]]] = [
     ("quip_sharp", {"bits": 3}),
     ("quip_sharp", {"bits": 4}),
     ("quip", {"bits": 4}),
-    ("qtip", {"bits": 3, "state_bits": 8}),
     ("nf4", {}),
     ("nf4", {"double_quantization": True}),
     ("optq", {"bits": 4, "act_order": True}),

@@ -18,7 +18,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...kernels.trellis import (
     SCALE,
@@ -33,9 +32,6 @@ from ...kernels.trellis import (
 )
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
-
-_NEARER = 0.9
-"""Share of a tile's former squared error that other codes must come below."""
 
 
 @dataclass(frozen=True)
@@ -79,36 +75,6 @@ class Trellis(Grid):
 
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
         return {"trellis": codes.flatten(1)}
-
-    def params(self, packed: Packed, rows: slice = ALL) -> Tensor:
-        trellis = packed["trellis"][rows]
-        return trellis.new_empty((len(trellis), 1, 0), dtype=torch.float32)
-
-    def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
-        """Tiles that have moved are searched, and take the codes found where these are nearer by a margin: rows that a
-        basis has made alike count by other sizes in the weight itself, where a smaller gain may be none."""
-        former = packed["trellis"][rows]
-        values = F.pad(weight.float(), (0, -weight.shape[1] % TILE))
-        moved = self._errors(values, self.dequantize(packed, rows))  # [rows / 16, b]
-        searched = moved > 0
-        strips = searched.any(1).nonzero()[:, 0].tolist()
-        trellis = former.clone()
-        for strip in strips:
-            part = slice(strip * TILE, (strip + 1) * TILE)
-            blocks = searched[strip].nonzero()[:, 0]
-            target = values[part].unflatten(1, (-1, TILE))[:, blocks].flatten(1)
-            made = encode_trellis(target, self.bits, self.state_bits, self.code)
-            error = self._errors(target, dequantize_trellis(made, self.bits, self.state_bits, self.code))[0]
-            nearer = error < _NEARER * moved[strip, blocks]
-            shares = trellis[part].unflatten(1, (-1, self.bits))  # a view
-            shares[:, blocks[nearer]] = made.unflatten(1, (-1, self.bits))[:, nearer]
-        return {"trellis": trellis}
-
-    @staticmethod
-    def _errors(values: Tensor, others: Tensor) -> Tensor:
-        """Σ of squared differences of [rows, 16b] in each tile, [ceil(rows / 16), b]."""
-        squares = F.pad((values - others).square_(), (0, 0, 0, -len(values) % TILE))
-        return squares.view(len(squares) // TILE, TILE, -1, TILE).sum((1, 3))
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         """[rows, 16·b]."""

@@ -62,6 +62,7 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
         yield baselines.ours(name, {"bits": bits} | options)
     for name, options in (
         ("quip_sharp", {"passes": 2}),
+        ("qtip", {}),
         ("optq", {"group_size": 64, "act_order": True, "passes": 2}),
         ("rtn", {"group_size": 64}),
     ):
@@ -76,7 +77,8 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
     for name in ("quip_sharp", "optq"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, recovery=Recovery())
-    yield baselines.ours("quip_sharp", {"bits": bits, "passes": 2}, recovery=Recovery(), error_propagation=0.5)
+    for name, options in (("quip_sharp", {"passes": 2}), ("qtip", {})):
+        yield baselines.ours(name, {"bits": bits} | options, recovery=Recovery(), error_propagation=0.5)
     for name in ("quip_sharp", "optq", "quip"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, tuning=BlockTuning())

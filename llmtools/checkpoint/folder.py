@@ -44,7 +44,8 @@ from ..model.integrity import (
     shards_of,
 )
 from ..model.offload import Keep, Spill, Watch, check_offload, keep_in_files, stream
-from ..model.quantize import INCOMPLETE, Report
+from ..model.quantize import INCOMPLETE
+from ..model.report import Report
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
 from ..nn.lora_init import LoraInit, initialize_lora

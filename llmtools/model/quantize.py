@@ -1,4 +1,4 @@
-"""Quantize a network in place: a visitor of the walk, and its report.
+"""Quantize a network in place: a visitor of the walk.
 
 For each block, and in it for each group of linears that read one tensor: run the block over the calibration text as far
 as that group, add up its Hessian, quantize its linears, put the packed layers in their place, and continue with the
@@ -13,25 +13,24 @@ rounding are trained when the Hessians of all groups of the block are there, and
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, InputError, within
+from ..errors import InputError, within
 from ..nn.linear import QuantizedLinear
 from ..nn.lora_init import LoraInit, lora_init_from_error
 from ..nn.swap import aliases, set_everywhere
-from ..quant import HessianSum, Quantizer, proxy_loss
+from ..quant import HessianSum, Quantizer
 from ..quant.base import BlockLearner, Learner
-from .blocks import Block, linear_at, text_config
+from .batches import checked_calibration
+from .blocks import Block, linear_at
 from .options import BlockTuning
 from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
 from .reconstruct import (
@@ -43,7 +42,8 @@ from .reconstruct import (
     stacked,
     tune,
 )
-from .targets import NotQuantized, Overrides, Plan, any_index, base_quantizer
+from .report import ModuleReport, Report, module_report
+from .targets import NotQuantized, Overrides, Plan, base_quantizer
 from .transformers_integration import attach
 from .walk import Batch, Calls, Enough, OnStep, evaluating, on_inputs, run_network, walk
 
@@ -93,7 +93,7 @@ def quantize(
     it is interrupted later the model is half quantized; it then carries `INCOMPLETE`, and the error says so.
     """
     plan = Plan.of(model, base_quantizer(quantizer, options), overrides or {}, skip)
-    batches = None if calibration is None else _checked_calibration(model, calibration)
+    batches = None if calibration is None else checked_calibration(model, calibration)
     uncalibrated = next((path for path, each in plan.quantizers.items() if each.needs_hessian), None)
     if batches is None and uncalibrated is not None:
         raise InputError(
@@ -121,181 +121,6 @@ def quantize(
     return Report(work.rows, plan.not_quantized, work.losses, work.lora_init)
 
 
-@dataclass(frozen=True)
-class ModuleReport:
-    """How one linear was quantized, and how well."""
-
-    path: str
-    """Path of the linear."""
-    quantizer: dict[str, Any]
-    """The quantizer's name and options."""
-    shape: tuple[int, int]
-    """Shape of the weight, [out, in]."""
-    packed_bytes: int
-    """Size of all packed tensors, in bytes."""
-    bits_per_weight: float
-    """Bits stored per weight, scales included."""
-    relative_error: float
-    """Relative error of the weight, |E| / |W|, Frobenius norms."""
-    proxy_loss: float | None
-    """Proxy loss tr(E H Eᵀ), E the error of W: the sum of the outputs' mean squared errors; None without
-    calibration."""
-    relative_proxy_loss: float | None
-    """Proxy loss relative to the outputs' power, tr(E H Eᵀ) / tr(W H Wᵀ)."""
-    tokens: int | None
-    """Number of tokens in H; None without calibration."""
-    seconds: float
-    """Time for quantizing, in seconds."""
-
-
-@dataclass
-class Report:
-    """What was quantized, how well, and what was not."""
-
-    rows: list[ModuleReport] = field(default_factory=list)
-    """Quantized linears, in the order of the work."""
-    not_quantized: list[NotQuantized] = field(default_factory=list)
-    """Weights that stay dense."""
-    reconstruction: dict[str, list[BlockLoss]] = field(default_factory=dict)
-    """Block → loss before and after each block-wise reconstruction, if there was any."""
-    lora_init: dict[str, LoraInit] = field(default_factory=dict)
-    """Module → LoRA initialisation, where `adapter_rank` asked for it."""
-
-    @property
-    def left(self) -> list[NotQuantized]:
-        """`not_quantized`, by the name of earlier versions."""
-        return self.not_quantized
-
-    @property
-    def taught(self) -> dict[str, list[BlockLoss]]:
-        """`reconstruction`, by the name of earlier versions."""
-        return self.reconstruction
-
-    @property
-    def starts(self) -> dict[str, LoraInit]:
-        """`lora_init`, by the name of earlier versions."""
-        return self.lora_init
-
-    @property
-    def weights(self) -> int:
-        """Number of quantized weights."""
-        return sum(math.prod(row.shape) for row in self.rows)
-
-    @property
-    def packed_bytes(self) -> int:
-        return sum(row.packed_bytes for row in self.rows)
-
-    @property
-    def bits_per_weight(self) -> float:
-        return 8 * self.packed_bytes / max(1, self.weights)
-
-    @property
-    def seconds(self) -> float:
-        return sum(row.seconds for row in self.rows)
-
-    @property
-    def relative_error(self) -> float:
-        """Mean over modules."""
-        return sum(row.relative_error for row in self.rows) / max(1, len(self.rows))
-
-    @property
-    def relative_proxy_loss(self) -> float | None:
-        """Mean over modules; None without calibration."""
-        return _mean([row.relative_proxy_loss for row in self.rows])
-
-    def to_json(self) -> dict[str, Any]:
-        """The whole report as plain data, ready for `json.dump`."""
-        return {
-            "modules": [dataclasses.asdict(row) | {"shape": list(row.shape)} for row in self.rows],
-            "not_quantized": [each._asdict() | {"shape": list(each.shape)} for each in self.not_quantized],
-            "reconstruction": {
-                path: [each._asdict() for each in losses] for path, losses in self.reconstruction.items()
-            },
-            "totals": {
-                "modules": len(self.rows),
-                "weights": self.weights,
-                "packed_bytes": self.packed_bytes,
-                "bits_per_weight": self.bits_per_weight,
-                "relative_error": self.relative_error,
-                "relative_proxy_loss": self.relative_proxy_loss,
-                "seconds": self.seconds,
-            },
-        }
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Report:
-        """The report that `to_json` gave, as in the ``llmtools.json`` of a checkpoint, but for the LoRA initialisation.
-
-        Earlier versions wrote other names (`_FORMER_KEYS`). Raises CheckpointError where it is damaged.
-        """
-        plain = {_FORMER_KEYS.get(key, key): value for key, value in plain.items()}
-        try:
-            return cls(
-                [ModuleReport(**row | {"shape": tuple(row["shape"])}) for row in plain["modules"]],
-                [NotQuantized(**each | {"shape": tuple(each["shape"])}) for each in plain["not_quantized"]],
-                {path: [BlockLoss(**each) for each in losses] for path, losses in plain["reconstruction"].items()},
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the report of the quantization is damaged ({error!r})") from error
-
-    def table(self) -> str:
-        """The report as text: one line for the modules of the same name and quantizer in all blocks, then the total."""
-        kinds: dict[tuple[str, str], list[ModuleReport]] = {}
-        for row in self.rows:
-            kinds.setdefault((any_index(row.path), _short(row.quantizer)), []).append(row)
-        lines: list[tuple[str, ...]] = [
-            ("modules", "n", "quantizer", "bits/weight", "weight error", "output error", "seconds")
-        ]
-        lines += [_line(name, quantizer, Report(rows)) for (name, quantizer), rows in kinds.items()]
-        if len(kinds) != 1:
-            lines.append(_line("all", "", self))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        shown = [
-            "  ".join(
-                text.ljust(width) if column in (0, 2) else text.rjust(width)
-                for column, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        reasons: dict[tuple[str, str], int] = {}
-        for each in self.not_quantized:
-            key = (any_index(each.path), each.reason)
-            reasons[key] = reasons.get(key, 0) + 1
-        shown += [f"not quantized: {path} ({count}): {reason}" for (path, reason), count in reasons.items()]
-        if losses := [loss for losses in self.reconstruction.values() for loss in losses]:
-            before, after = (sum(errors) / len(losses) for errors in zip(*losses, strict=True))
-            shown.append(f"{len(losses)} block reconstructions: mean output error from {before:.4f} to {after:.4f}")
-        return "\n".join(shown)
-
-
-_FORMER_KEYS = {"left": "not_quantized", "taught": "reconstruction"}
-"""Keys of a report in files of earlier versions → today's."""
-
-
-def _line(name: str, quantizer: str, report: Report) -> tuple[str, ...]:
-    loss = report.relative_proxy_loss
-    return (
-        name,
-        str(len(report.rows)),
-        quantizer,
-        f"{report.bits_per_weight:.2f}",
-        f"{report.relative_error:.4f}",
-        "-" if loss is None else f"{loss:.5f}",
-        f"{report.seconds:.1f}",
-    )
-
-
-def _short(spec: Mapping[str, Any]) -> str:
-    width = f" {spec['bits']}-bit" if "bits" in spec else ""
-    group = spec.get("group_size")
-    return f"{spec['name']}{width}" + (f" g{group}" if isinstance(group, int) and group > 0 else "")
-
-
-def _mean(values: list[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks before the model is changed
 
@@ -310,101 +135,6 @@ def _check_weights(model: nn.Module, quantizers: Mapping[str, Quantizer]) -> Non
             raise InputError(f"{path}: the weight is {weight.dtype}, not floating point; start from the original model")
         if not torch.isfinite(weight).all():
             raise InputError(f"{path}: NaN or infinity in the weight; the model is damaged, load or download it again")
-
-
-def _checked_calibration(model: nn.Module, calibration: Sequence[Batch] | Batch) -> list[Batch]:
-    """The sequences without padding, as ids [batch, t] or keyword arguments.
-
-    Raises InputError where the model cannot take one.
-    """
-    if isinstance(calibration, Tensor | Mapping):
-        calibration = [calibration]
-    config: Any = getattr(model, "config", None)
-    text: Any = text_config(config) if hasattr(config, "get_text_config") else config
-    longest = getattr(text, "max_position_embeddings", None)
-    longest = longest if isinstance(longest, int) and longest > 0 else None  # XLNet says -1 for no end
-    vocabulary = getattr(text, "vocab_size", None)
-    batches: list[Batch] = []
-    for index, batch in enumerate(calibration):
-        given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-        ids = given.get("input_ids")
-        if ids is None and isinstance(batch, Mapping):
-            batches.append(given)  # a model with other inputs
-            continue
-        if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dim() not in (1, 2) or ids.numel() == 0:
-            shape = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise InputError(f"calibration[{index}] is {shape}; expected token ids [batch, tokens], at least one")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or (vocabulary is not None and high >= vocabulary):
-            wrong = low if low < 0 else high
-            raise InputError(
-                f"calibration[{index}] holds token {wrong}, and the model knows 0 to {(vocabulary or 0) - 1}; "
-                f"use the model's own tokenizer"
-            )
-        if ids.dim() == 1:
-            given = {k: v[None] if isinstance(v, Tensor) and v.shape == ids.shape else v for k, v in given.items()}
-        for each in unpadded(given, f"calibration[{index}]"):
-            tokens = each["input_ids"].shape[1]
-            if longest is not None and tokens > longest:
-                raise InputError(
-                    f"calibration[{index}] has {tokens} tokens, the model {longest} positions; use tokens={longest}"
-                )
-            batches.append(each["input_ids"] if each.keys() == {"input_ids"} else each)
-    if not batches:
-        raise InputError("the calibration is empty; give at least one sequence of token ids")
-    return batches
-
-
-def unpadded(batch: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    """A batch without the padding under its `attention_mask` [batch, t]: unchanged, or split into single sequences.
-
-    Padding may be at both ends. Raises InputError for a mask with gaps, and for arguments that cannot be split by
-    sequence.
-    """
-    arguments = {key: value for key, value in batch.items() if key not in ("labels", "use_cache", "return_dict")}
-    masks: dict[str, Tensor] = {
-        side: mask
-        for side in ("", "decoder_")
-        if isinstance(mask := arguments.get(f"{side}attention_mask"), Tensor) and mask.dim() == 2
-    }
-    for side in masks:
-        del arguments[f"{side}attention_mask"]
-    if all(bool(mask.all()) for mask in masks.values()):
-        return [arguments]
-    rows = []
-    for row in range(len(arguments["input_ids"])):
-        spans = {side: _span(mask[row], f"{name}, row {row}") for side, mask in masks.items()}
-        if all(span.start < span.stop for span in spans.values()):
-            rows.append({key: _of_row(key, value, row, spans, arguments, name) for key, value in arguments.items()})
-    return rows
-
-
-def _span(mask: Tensor, name: str) -> slice:
-    seen = mask.bool().nonzero().flatten()
-    if not len(seen):
-        return slice(0, 0)
-    start, stop = int(seen[0]), int(seen[-1]) + 1
-    if len(seen) != stop - start:
-        raise InputError(
-            f"{name}: the attention_mask has gaps within the sequence; only padding at its ends can be removed"
-        )
-    return slice(start, stop)
-
-
-def _of_row(key: str, value: Any, row: int, spans: Mapping[str, slice], batch: Mapping[str, Any], name: str) -> Any:
-    """One sequence's part of an argument of a batch: [1, its tokens, …]."""
-    side = "decoder_" if key.startswith("decoder_") else ""
-    ids = batch.get(f"{side}input_ids")
-    if not isinstance(value, Tensor):
-        return value
-    if ids is None or value.shape[:2] != ids.shape:
-        if len(batch["input_ids"]) == 1:
-            return value
-        raise InputError(
-            f"{name}: {key} {list(value.shape)} cannot be split by sequence, which is needed with padding; "
-            f"give one sequence a batch"
-        )
-    return value[row : row + 1, spans.get(side, slice(None))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,7 +336,7 @@ class _Quantization:
             packed = self.model.get_submodule(path)
             assert isinstance(packed, QuantizedLinear)
             weight = each.linear.weight.detach().float()
-            self.rows.append(_module_report(path, packed, weight, each.hessian, each.tokens, each.seconds))
+            self.rows.append(module_report(path, packed, weight, each.hessian, each.tokens, each.seconds))
             if self.adapter_rank:
                 error = weight - packed.dequantize(dtype=torch.float32)
                 self.lora_init[path] = lora_init_from_error(error, each.hessian, self.adapter_rank).cpu()
@@ -682,31 +412,6 @@ def _adder(total: HessianSum, path: str, stop: bool) -> Callable[[Tensor], None]
             raise Enough
 
     return add
-
-
-def _module_report(
-    path: str, packed: QuantizedLinear, weight: Tensor, hessian: Tensor | None, tokens: int, seconds: float
-) -> ModuleReport:
-    approx = packed.dequantize(dtype=torch.float32)
-    size = sum(tensor.numel() * tensor.element_size() for tensor in packed.packed.values())
-    loss = None if hessian is None else proxy_loss(weight, approx, hessian)
-    signal = None if hessian is None else proxy_loss(weight, torch.zeros_like(weight), hessian)
-    return ModuleReport(
-        path=path,
-        quantizer=packed.quantizer.spec(),
-        shape=(packed.out_features, packed.in_features),
-        packed_bytes=size,
-        bits_per_weight=8 * size / weight.numel(),
-        relative_error=_ratio(float((approx - weight).norm()), float(weight.norm())),
-        proxy_loss=loss,
-        relative_proxy_loss=None if loss is None or signal is None else _ratio(loss, signal),
-        tokens=tokens if hessian is not None else None,
-        seconds=seconds,
-    )
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
 
 
 INCOMPLETE = "_llmtools_incomplete"

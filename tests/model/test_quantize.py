@@ -14,7 +14,8 @@ from torch.nn.utils import prune
 
 from llmtools.errors import CheckpointError, InputError
 from llmtools.model.blocks import find_blocks, linears
-from llmtools.model.quantize import INCOMPLETE, Report, quantize
+from llmtools.model.quantize import INCOMPLETE, quantize
+from llmtools.model.report import Report
 from llmtools.nn import QuantizedLinear, quantized_linears
 from llmtools.nn.adapters import dequantize
 from llmtools.quant import HessianSum, quantizer

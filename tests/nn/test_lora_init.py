@@ -14,7 +14,8 @@ import llmtools
 from llmtools.checkpoint.folder import LORA_INIT, load_lora_init
 from llmtools.cli.app import main
 from llmtools.errors import CheckpointError, InputError
-from llmtools.model.quantize import Report, quantize
+from llmtools.model.quantize import quantize
+from llmtools.model.report import Report
 from llmtools.nn import lora_init as start_module
 from llmtools.nn.lora_init import LoraInit, initialize_lora, lora_init_from_error
 from llmtools.quant import proxy_loss

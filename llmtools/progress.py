@@ -27,19 +27,19 @@ QUIET_SECONDS = 10.0
 
 
 @contextmanager
-def progress(title: str, unit: str = "steps", *, brief: bool = False) -> Iterator[Step]:
+def progress(title: str, unit: str = "steps", *, brief: bool = False, done: int = 0) -> Iterator[Step]:
     """Yields ``step(done, total, note="")``, to be called as work gets done; `note` describes the last item.
 
     brief: a step within another one. Its bar is under the other one and removed at its end; without a terminal it is
-    only logged if it is long.
+    only logged if it is long. done: what an earlier run did, which says nothing about the time left.
     """
     if not is_first():
         yield lambda *args: None
     elif sys.stderr.isatty():
-        with _bar(title, unit, brief) as step:
+        with _bar(title, unit, brief, done) as step:
             yield step
     else:
-        yield _lines(title, unit, brief)
+        yield _lines(title, unit, brief, done)
 
 
 _display: ContextVar[Any] = ContextVar("display", default=None)
@@ -47,11 +47,11 @@ _display: ContextVar[Any] = ContextVar("display", default=None)
 
 
 @contextmanager
-def _bar(title: str, unit: str, brief: bool) -> Iterator[Step]:
+def _bar(title: str, unit: str, brief: bool, done: int) -> Iterator[Step]:
     shown = _display.get()
     with nullcontext(shown) if shown is not None else _new_display() as display:
         token = _display.set(display)
-        task = display.add_task(title, total=None, note="", unit=unit)
+        task = display.add_task(title, total=None, completed=done, note="", unit=unit)
         try:
             yield lambda done, total, note="", *rest: display.update(task, completed=done, total=total, note=str(note))
         finally:
@@ -84,7 +84,7 @@ def _new_display() -> Any:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _lines(title: str, unit: str, brief: bool) -> Step:
+def _lines(title: str, unit: str, brief: bool, before: int) -> Step:
     began = said = time.monotonic()
 
     def step(done: int, total: int, note: object = "", *rest: object) -> None:
@@ -93,7 +93,7 @@ def _lines(title: str, unit: str, brief: bool) -> Step:
         if now - (began if done >= total else said) < QUIET_SECONDS and (brief or done < total):
             return
         said = now
-        left = (now - began) / max(done, 1) * (total - done)
+        left = (now - began) / max(done - before, 1) * (total - done)
         tail = f", about {duration(left)} left" if done < total else f" in {duration(now - began)}"
         log.info("%s: %d of %d %s%s%s", title, done, total, unit, tail, f" ({note})" if note else "")
 

@@ -13,7 +13,7 @@ refused, or its `unsupported_weights` are listed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -148,6 +148,13 @@ def linears(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Linea
     for path, child in module.named_modules(prefix=prefix):
         if isinstance(child, nn.Linear) and not isinstance(child, QuantizedLinear) and not computes_otherwise(child):
             yield path, child
+
+
+def unit_of(path: str, blocks: Collection[str]) -> str | None:
+    """The block that a module or parameter is in; None where it is in none."""
+    parts = path.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return next((prefix for prefix in prefixes if prefix in blocks), None)
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

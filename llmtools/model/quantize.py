@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +30,7 @@ from ..nn.swap import aliases, set_everywhere
 from ..quant import HessianSum, Quantizer
 from ..quant.base import BlockLearner, Learner
 from .batches import checked_calibration
-from .blocks import Block, linear_at
+from .blocks import Block, linear_at, unit_of
 from .options import BlockTuning
 from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
 from .reconstruct import (
@@ -43,6 +43,7 @@ from .reconstruct import (
     tune,
 )
 from .report import ModuleReport, Report, module_report
+from .storage import Storage
 from .targets import NotQuantized, Overrides, Plan, base_quantizer
 from .transformers_integration import attach
 from .walk import Batch, Calls, Enough, OnStep, evaluating, on_inputs, run_network, walk
@@ -63,6 +64,7 @@ def quantize(
     adapter_rank: int = 0,
     on_step: OnStep | None = None,
     device: torch.device | str | None = None,
+    storage: Storage | None = None,
     **options: Any,
 ) -> Report:
     """Quantizes the linears of `model` in place, and returns a report of the errors.
@@ -88,6 +90,7 @@ def quantize(
         that rank or a lower one (`Report.lora_init`).
     device: where blocks are quantized, one at a time, if the model as a whole is elsewhere.
     on_step: called with (modules done, modules in all, path).
+    storage: where the weights are, by default in memory; see `streaming.py` for a model on the meta device.
 
     Raises InputError for a model that cannot be quantized and for unusable calibration, before anything is changed. If
     it is interrupted later the model is half quantized; it then carries `INCOMPLETE`, and the error says so.
@@ -107,16 +110,20 @@ def quantize(
         raise InputError("error propagation needs calibration text and none was given; pass `calibration`")
     if adapter_rank < 0:
         raise InputError(f"adapter_rank={adapter_rank}; give the rank of the LoRA initialisation, or 0 for none")
-    _check_weights(model, plan.quantizers)
-    work = _Quantization(model, plan, sequential, tuning, error_propagation, adapter_rank, on_step)
+    storage = storage or Storage()
+    if storage.resident:
+        _check_weights(model, plan.quantizers)
+    storage.planned(plan.quantizers)
+    work = _Quantization(model, plan, sequential, tuning, error_propagation, adapter_rank, on_step, storage)
     with _marked_incomplete(model, work), torch.no_grad():
         if batches is None:
             work.without_data(device)
         else:
             if work.reconstructs:
                 batches = stacked(batches, work.sequences)
-            walk(model, batches, work.visit, device=device)
+            walk(model, batches, work.visit, device=device, storage=storage)
             work.outside_blocks(batches)
+        storage.complete()
     attach(model)
     return Report(work.rows, plan.not_quantized, work.losses, work.lora_init)
 
@@ -151,8 +158,10 @@ class _Quantization:
         error_propagation: float,
         adapter_rank: int,
         on_step: OnStep | None,
+        storage: Storage,
     ) -> None:
         self.model, self.plan, self.sequential, self.on_step = model, plan, sequential, on_step
+        self.storage = storage
         self.tuning = tuning if tuning is not None and tuning.epochs else None
         self.adapter_rank = adapter_rank
         learners = [each for each in plan.quantizers.values() if isinstance(each, BlockLearner)]
@@ -172,19 +181,38 @@ class _Quantization:
         self.warned = False
 
     def without_data(self, device: torch.device | str | None) -> None:
-        for path in self.plan.quantizers:
-            linear = linear_at(self.model, path)
-            home = linear.weight.device
-            if device is not None:
-                linear.to(device)
-            self._replace(path, None)
-            self.model.get_submodule(path).to(home)
+        for unit, paths in self._by_unit(self.plan.quantizers).items():
+            if self._restore(unit):
+                continue
+            for path in paths:
+                with self.storage.holding(path):
+                    self._replace_on(device, path)
+            self._store(unit)
+
+    def _by_unit(self, paths: Iterable[str]) -> dict[str, list[str]]:
+        """Block → its linears among `paths`; one outside the blocks is by itself."""
+        units: dict[str, list[str]] = {}
+        for path in paths:
+            units.setdefault(unit_of(path, self.plan.blocks) or path, []).append(path)
+        return units
+
+    def _replace_on(self, device: torch.device | str | None, path: str) -> None:
+        linear = linear_at(self.model, path)
+        home = linear.weight.device
+        if device is not None:
+            linear.to(device)
+        self._replace(path, None)
+        self.model.get_submodule(path).to(home)
 
     def visit(self, block: Block, calls: Calls) -> None:
         """Quantizes one block of the walk, group by group."""
         self.reached.add(block.path)
         original = self.original.beside(calls) if self.error_propagation else None
         target = self._targets(calls) if self.reconstructs else None
+        if self._restore(block.path):
+            if target is None:
+                self._advance(original)
+            return
         groups = block.groups_among(self.plan.quantizers)
         for stage in [[group] for group in groups] if self.sequential else [groups] if groups else []:
             paths = [group.paths for group in stage]
@@ -202,9 +230,8 @@ class _Quantization:
                 self._tune(block, target)
         if target is not None:
             self._learn_rounding(block, target)
-        elif original is not None:
-            for _ in self.original.advance(original):
-                pass
+        else:
+            self._advance(original)
         self._finish()
         idle = [path for path in block.idle if path in self.plan.quantizers]
         if idle:
@@ -212,6 +239,12 @@ class _Quantization:
                         "text may reach them", len(idle), block.path, idle[0])  # fmt: skip
         for path in idle:
             self._replace(path, None)
+        self._store(block.path)
+
+    def _advance(self, original: Calls | None) -> None:
+        """Runs the original block, if it runs beside the quantized one."""
+        for _ in self.original.advance(original) if original is not None else ():
+            pass
 
     def _targets(self, calls: Calls) -> Reconstruction:
         """The outputs of the original block, which is not changed yet, for its reconstruction."""
@@ -227,18 +260,42 @@ class _Quantization:
         within = tuple(f"{block}." for block in self.plan.blocks)
         if not paths:
             return
+        self.storage.complete()  # the network is run as a whole
         unreached = [path for path in paths if path.startswith(within)]
-        outside = [[path] for path in paths if path not in unreached]
+        outside = [[path] for path in paths if path not in unreached and not self._restore(path)]
         if outside:
             with evaluating(self.model), accumulating(self.model, outside) as sums:
                 for batch in batches:
                     run_network(self.model, batch)
             self._replace_groups(outside, sums)
+        for [path] in outside:
+            self._store(path)
         if unreached:
             log.warning("%d linears are in blocks that never ran (%s …) and are quantized with H = 1",
                         len(unreached), unreached[0])  # fmt: skip
-        for path in unreached:
-            self._replace(path, None)
+        for unit, linears in self._by_unit(unreached).items():
+            if not self._restore(unit):
+                for path in linears:
+                    self._replace(path, None)
+                self._store(unit)
+
+    def _restore(self, unit: str) -> bool:
+        """Takes what an earlier run made of a block, or of a linear outside the blocks; False where there is none."""
+        report = self.storage.restored(unit)
+        if report is None:
+            return False
+        self.rows += report.rows
+        self.losses |= report.reconstruction
+        self.lora_init |= report.lora_init
+        self.changed += len(report.rows)
+        return True
+
+    def _store(self, unit: str) -> None:
+        """Hands over a finished block, or a linear outside the blocks, with its part of the report."""
+        rows = [row for row in self.rows if row.path == unit or row.path.startswith(f"{unit}.")]
+        losses = {path: each for path, each in self.losses.items() if path == unit}
+        inits = {row.path: self.lora_init[row.path] for row in rows if row.path in self.lora_init}
+        self.storage.finished(unit, Report(rows, [], losses, inits))
 
     def _leave_idle_stacks(self) -> None:
         """Keeps stacks dense of which no block ran over the text, such as heads for multi-token prediction."""

@@ -37,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InputError
 from .blocks import Block, find_blocks, observe
+from .storage import AROUND, Storage
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +73,18 @@ class Calls:
     """
 
     def __init__(
-        self, path: str, block: nn.Module, recording: _Recording, stream: Stream, device: torch.device | None
+        self,
+        path: str,
+        block: nn.Module,
+        recording: _Recording,
+        stream: Stream,
+        device: torch.device | None,
     ) -> None:
         self.path, self.block, self.stream = path, block, stream
         self.segment: object = recording.segment
         """Identity of the segment: within it, tensors are passed on unchanged."""
         self._calls, self._last_use, self._device = recording.calls[path], recording.last_use, device
+        self._kept = recording.storage.kept
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -122,7 +129,7 @@ class Calls:
             values = stream[call.batch]
             for number, tensor in enumerate(_tensors(output)):
                 if Slot(self.path, number) in self._last_use:
-                    values[Slot(self.path, number)] = tensor.to(call.home)
+                    values[Slot(self.path, number)] = self._kept(tensor.to(call.home))
             for slot in [slot for slot in values if self._last_use.get(slot) == self.path]:
                 del values[slot]
             yield hidden.to(call.home)
@@ -165,25 +172,29 @@ def walk(
     propagate: bool = True,
     on_step: OnStep | None = None,
     device: torch.device | str | None = None,
+    storage: Storage | None = None,
 ) -> None:
     """Calls ``visit(block, calls)`` for each block in the order of execution; `visit` may change the block.
 
     batches: token ids [batch, t] or keyword arguments of the model, of any sizes; a batch goes to the model unchanged,
     so blocks also run on padding under a mask. propagate: the inputs of the next block are the outputs of the changed
-    block; otherwise those of the original one. device: blocks, one at a time, and their inputs are moved there. With a
-    visitor that does nothing the inputs of every block are, bit for bit, those in ``model(ids)``. The model is put in
-    evaluation mode; the former mode is restored, also after an error.
+    block; otherwise those of the original one. device: blocks, one at a time, and their inputs are moved there.
+    storage: where the weights are; by default in memory. With a visitor that does nothing the inputs of every block
+    are, bit for bit, those in ``model(ids)``. The model is put in evaluation mode; the former mode is restored, also
+    after an error.
 
     Raises InputError where no block runs, or where one runs for some batches only.
     """
     if len(batches) == 0:
         raise InputError("no batches to walk with; give at least one sequence of token ids")
     device = torch.device(device) if device is not None else None
+    storage = storage or Storage()
     blocks = {block.path: block for block in find_blocks(model)}
     inputs = [_complete(model, batch) for batch in batches]
     with evaluating(model):
         trunk = _trunk(model, blocks)
-        segments = _segments(trunk, blocks, inputs[0])
+        with storage.holding(AROUND):
+            segments = _segments(trunk, blocks, inputs[0], storage)
         if len(segments) > 1 and not propagate:
             raise InputError(
                 f"{type(model).__name__} is walked in {len(segments)} segments, each after the one before it was "
@@ -198,13 +209,14 @@ def walk(
             )
         total, done = sum(len(segment.paths) for segment in segments), 0
         for segment in segments:
-            recording = _Recording(segment)
-            recording.record(trunk, blocks, inputs)
+            recording = _Recording(segment, storage)
+            with storage.holding(AROUND):
+                recording.record(trunk, blocks, inputs)
             stream = recording.stream
             for path in segment.paths:
                 block = blocks[path]
                 last = path == segment.paths[-1]
-                with _moved_to(block.module, device):
+                with storage.holding(path), _moved_to(block.module, device):
                     calls = Calls(path, block.module, recording, stream, device)
                     observe(block, calls.outputs())
                     following = stream
@@ -290,9 +302,11 @@ class _Event(NamedTuple):
     """Positions and names of arguments that the block wrote into."""
 
 
-def _segments(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str, Any]) -> list[_Segment]:
+def _segments(
+    trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str, Any], storage: Storage
+) -> list[_Segment]:
     """The blocks in the order of execution, divided where something is computed between them; runs one batch."""
-    events = _observe_data_flow(trunk, blocks, batch)
+    events = _observe_data_flow(trunk, blocks, batch, storage)
     if not events:
         raise InputError(f"the network ran without {next(iter(blocks))} or any other of its blocks")
     order = [event.path for event in events]
@@ -317,7 +331,9 @@ def _segments(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str,
     return segments
 
 
-def _observe_data_flow(trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str, Any]) -> list[_Event]:
+def _observe_data_flow(
+    trunk: nn.Module, blocks: Mapping[str, Block], batch: Mapping[str, Any], storage: Storage
+) -> list[_Event]:
     events: list[_Event] = []
     origins, returned = _Origins(), _Returned()
 
@@ -326,7 +342,7 @@ def _observe_data_flow(trunk: nn.Module, blocks: Mapping[str, Block], batch: Map
         arguments.update(kwargs)
         sources = [(origins.of(tensor), returned.find(tensor)) for tensor in _tensors(arguments)]
         before = {name: _fingerprint(value) for name, value in arguments.items()}
-        with origins.paused():
+        with origins.paused(), storage.holding(path):
             output = forward(*args, **kwargs)
         written = {name for name, value in arguments.items() if _fingerprint(value) != before[name]}
         hidden = next(_tensors(arguments), None)
@@ -431,8 +447,8 @@ class _SegmentDone(BaseException):
 class _Recording:
     """The calls of a segment's blocks, recorded in one dry run per batch."""
 
-    def __init__(self, segment: _Segment) -> None:
-        self.segment = segment
+    def __init__(self, segment: _Segment, storage: Storage) -> None:
+        self.segment, self.storage = segment, storage
         self.calls: dict[str, list[_Call]] = {path: [] for path in segment.paths}
         self.stream: Stream = []
         self.last_use: dict[Slot, str] = {}
@@ -475,7 +491,11 @@ class _Recording:
         if path == self.segment.paths[-1] and not self.segment.repeated:
             raise _SegmentDone
         light = path in self.segment.light
-        output = next(_tensors((args, kwargs))).clone() if light else forward(*args, **kwargs)
+        if light:
+            output: Any = next(_tensors((args, kwargs))).clone()
+        else:
+            with self.storage.holding(path):
+                output = forward(*args, **kwargs)
         for number, tensor in enumerate(_tensors(output)):
             self._returned.record(tensor, Slot(path, number))
         return output
@@ -494,7 +514,7 @@ class _Recording:
             if name in self.segment.written:
                 return tensor.clone()
             earlier = self._seen.setdefault((name, tensor.shape, tensor.dtype, tensor.device), tensor)
-            return earlier if earlier is tensor or torch.equal(earlier, tensor) else tensor
+            return earlier if earlier is tensor or torch.equal(earlier, tensor) else self.storage.kept(tensor)
 
         return _mapped(value, recorded)
 
@@ -642,8 +662,8 @@ def _trunk(model: nn.Module, blocks: Mapping[str, Block]) -> nn.Module:
 
 
 def _first_device(module: nn.Module) -> torch.device:
-    """Device of the first weights, which are the embeddings', for token ids."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    """Device of the first weights in memory, which are the embeddings', for token ids."""
+    return next((each.device for each in module.parameters() if not each.is_meta), torch.device("cpu"))
 
 
 @contextmanager

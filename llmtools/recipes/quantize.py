@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery
 from .quality import expanded, with_quality
+
+if TYPE_CHECKING:
+    from ..model.streaming import Streamed
+    from ..quant import Quantizer
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +85,10 @@ class Quantize(QuantizerOptions, ModelOptions):
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
     --lora.init error; with --recover they are then trained, and written to the folder's adapter; 0: none."""
+    hidden_states: float = 4.0
+    """Gigabytes of memory for the hidden states of the calibration text; what is beyond is kept in files."""
+    resume: bool = False
+    """Continuation of a run that was stopped, at its first unfinished block."""
     overwrite: bool = False
     """Permission to replace the output folder."""
 
@@ -128,8 +138,78 @@ def quantize(recipe: Quantize) -> QuantizeResult:
 
 
 def _quantize(recipe: Quantize) -> QuantizeResult:
-    from ..checkpoint.folder import ADAPTER, write, write_adapter
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
+
+    began = time.monotonic()
+    check_model(recipe.model)
+    import_plugins(recipe.plugin)
+    quantizer = checked_quantizer(recipe)
+    recipe = with_quality(recipe)
+    quiet_libraries()
+    if (why := _why_resident(recipe)) is None:
+        with _streamed(recipe) as (model, tokenizer, storage):
+            return _quantized(recipe, quantizer, model, tokenizer, storage, began)
+    if recipe.resume:
+        raise InputError(f"--resume: nothing is kept of this run, since {why}; start without --resume")
+    log.info("the whole model is read into memory, since %s", why)
+    model, tokenizer = open_model(
+        recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
+    )
+    return _quantized(recipe, quantizer, model, tokenizer, None, began)
+
+
+def _why_resident(recipe: Quantize) -> str | None:
+    """Why the model has to be in memory as a whole; None where one block at a time is enough."""
+    from ..checkpoint.streaming import why_not_streamed
+
+    if recipe.recover.steps:
+        return "--recover runs the original"
+    if recipe.bits_per_weight is not None:
+        return "--bits_per_weight compares all of its linears"
+    return why_not_streamed(recipe.model, trust_remote_code=recipe.trust_remote_code)
+
+
+@contextmanager
+def _streamed(recipe: Quantize) -> Iterator[tuple[Any, Any, Streamed]]:
+    """(model on the meta device, tokenizer, where its weights are), with the finished blocks in OUT.quantizing."""
+    from ..checkpoint.streaming import open_unread
+    from ..checkpoint.work_folder import work_folder
+    from ..model.streaming import Streamed, finished_units
+
+    def kept(work: Path) -> str | None:
+        count = len(finished_units(work))
+        return f"{count} finished block{'s' * (count > 1)}" if count else None
+
+    with work_folder(
+        Path(recipe.out),
+        "quantizing",
+        _settings(recipe),
+        resume=recipe.resume,
+        overwrite=recipe.overwrite,
+        kept=kept,
+    ) as work:
+        opened = open_unread(recipe.model, work / "converted", verify=recipe.verify)
+        budget = int(recipe.hidden_states * 2**30)
+        yield opened.model, opened.tokenizer, Streamed(opened.model, opened.index, work, hidden_states=budget)
+
+
+def _settings(recipe: Quantize) -> dict[str, Any]:
+    """What a run must share with the one that it continues: options, and hashes of its inputs."""
+    from ..checkpoint.inputs import content_of_model, contents
+
+    unbound = ("model", "out", "resume", "overwrite", "verify", "hidden_states")
+    inputs = contents(recipe)
+    options = {key: value for key, value in asdict(recipe).items() if key not in (*unbound, *inputs)}
+    return {"options": options, "model": content_of_model(recipe.model) or recipe.model, "inputs": inputs}
+
+
+def _quantized(
+    recipe: Quantize, quantizer: Quantizer, model: Any, tokenizer: Any, storage: Streamed | None, began: float
+) -> QuantizeResult:
+    """Quantizes a model that is open, and writes it."""
+    import torch
+
+    from ..checkpoint.folder import ADAPTER, write, write_adapter
     from ..checkpoint.model_card import write_card
     from ..checkpoint.run_info import record
     from ..data.calibration import calibration
@@ -141,16 +221,7 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     from .plain_yaml import as_yaml
     from .recover import recovering
 
-    began = time.monotonic()
-    check_model(recipe.model)
-    import_plugins(recipe.plugin)
-    quantizer = checked_quantizer(recipe)
-    recipe = with_quality(recipe)
-
-    quiet_libraries()
-    model, tokenizer = open_model(
-        recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
-    )
+    device = "cuda" if storage is not None and torch.cuda.is_available() else None
     text = None
     if recipe.calibration is not None:
         length = recipe.max_length if recipe.max_length is not None else min(model_positions(model) or 2048, 2048)
@@ -172,7 +243,8 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
         log.info("%s", allocation.table())
         overrides = {**overrides, **allocation.overrides}
     with recovering(model, text or [], recipe.recover, recipe.seed, recipe.adapter_rank) as recover:
-        with progress(f"quantize ({quantizer.name})", unit="modules") as step:
+        done = 0 if storage is None else storage.modules()
+        with progress(f"quantize ({quantizer.name})", unit="modules", done=done) as step:
             report = quantize_model(
                 model,
                 quantizer,
@@ -184,6 +256,8 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
                 error_propagation=recipe.error_propagation or 0.0,
                 adapter_rank=recipe.adapter_rank,
                 on_step=step,
+                device=device,
+                storage=storage,
             )
         recovered = recover(report.lora_init)
     recovery, adapters = recovered or (None, {})

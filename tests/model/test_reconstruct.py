@@ -17,8 +17,8 @@ from llmtools.errors import InputError
 from llmtools.model.options import NO_TUNING, BlockTuning
 from llmtools.model.propagation import OriginalStream
 from llmtools.model.quantize import INCOMPLETE, quantize
-from llmtools.model.report import Report
 from llmtools.model.reconstruct import Reconstruction, stacked
+from llmtools.model.report import Report
 from llmtools.model.walk import walk
 from llmtools.nn import QuantizedLinear, quantized_linears
 from llmtools.quant import ALL, Packed, Quantizer, TensorSpec

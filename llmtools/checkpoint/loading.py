@@ -356,6 +356,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each matmul of int8 layers
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # weights that are to stay on the disk
     warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf")  # by PEFT, at each save
 
 

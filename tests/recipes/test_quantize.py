@@ -63,7 +63,7 @@ def test_a_run_that_is_ended_leaves_nothing(
     monkeypatch.setattr(walked, "quantize", ended)
     with pytest.raises(KeyboardInterrupt) as stopped:
         quantize(Quantize(model=str(stories), out=str(tmp_path / "deep" / "q"), quantizer="rtn"))
-    assert done == [[".q.lock"]]
+    assert done == [[".q.lock", "q.quantizing"]]
     assert isinstance(stopped.value, Stopped) == (number == signal.SIGTERM)
     assert not any(tmp_path.iterdir())
 

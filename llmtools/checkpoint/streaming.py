@@ -63,14 +63,20 @@ def open_unread(name: str, converted: Path, *, verify: bool = False) -> Unread:
 
 
 def _places(empty: nn.Module) -> dict[str, str]:
-    """The device map: blocks, embeddings and linears on the disk, small modules around them in memory."""
+    """The device map: blocks on the disk, and of what is around them embeddings and linears.
+
+    All that is around the blocks is in memory where a module there has weights of its own beside modules with weights:
+    accelerate moves such a module as a whole.
+    """
     blocks = {block.path: "disk" for block in find_blocks(empty)}
     around = {
-        path: "disk" if isinstance(module, nn.Embedding | nn.Linear) else "cpu"
+        path: module
         for path, module in empty.named_modules()
         if (module._parameters or module._buffers) and unit_of(path, blocks) is None
     }
-    return blocks | around
+    nested = any(path.startswith(f"{other}.") for path in around for other in around)
+    large = () if nested else (nn.Embedding, nn.Linear)
+    return blocks | {path: "disk" if isinstance(module, large) else "cpu" for path, module in around.items()}
 
 
 def _detached(model: Any) -> dict[str, Stored]:

@@ -65,6 +65,9 @@ def cannot_stream(model: nn.Module) -> str | None:
     if twice := next(iter(aliases(model)), None):
         return f"{twice} is in the model more than once"
     blocks = [block.path for block in find_blocks(model)]
+    for path, module in model.named_modules():
+        if any(block.startswith(f"{path}." if path else "") for block in blocks) and module._parameters:
+            return f"{path or 'the model'} has weights beside its blocks"
     owners: dict[int, str] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         unit = unit_of(path, blocks) or AROUND

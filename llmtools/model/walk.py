@@ -459,7 +459,7 @@ class _Recording:
 
     def record(self, trunk: nn.Module, blocks: Mapping[str, Block], batches: Sequence[Mapping[str, Any]]) -> None:
         """Runs each batch dry."""
-        with _stubs({path: blocks[path] for path in self.segment.paths}, self._stub):
+        with _stubs(blocks, self._stub):
             for batch in batches:
                 self.stream.append({})
                 self._returned, self._states = _Returned(), []
@@ -478,6 +478,9 @@ class _Recording:
                 )
 
     def _stub(self, path: str, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if path not in self.calls:  # of a segment before this one
+            with self.storage.holding(path):
+                return forward(*args, **kwargs)
         batch = len(self.stream) - 1
         self.calls[path].append(
             _Call(

@@ -175,6 +175,7 @@ def _streamed(recipe: Quantize) -> Iterator[tuple[Any, Any, Streamed]]:
     from ..checkpoint.streaming import open_unread
     from ..checkpoint.work_folder import work_folder
     from ..model.streaming import Streamed, finished_units
+    from ..train.heap import map_large_blocks
 
     def kept(work: Path) -> str | None:
         count = len(finished_units(work))
@@ -188,6 +189,7 @@ def _streamed(recipe: Quantize) -> Iterator[tuple[Any, Any, Streamed]]:
         overwrite=recipe.overwrite,
         kept=kept,
     ) as work:
+        map_large_blocks()  # so that the memory of a block is given back when it is done
         opened = open_unread(recipe.model, work / "converted", verify=recipe.verify)
         budget = int(recipe.hidden_states * 2**30)
         yield opened.model, opened.tokenizer, Streamed(opened.model, opened.index, work, hidden_states=budget)

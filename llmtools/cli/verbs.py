@@ -56,7 +56,8 @@ llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibr
 llmtools quantize --model DIR --quantizer quip_sharp --bits 2 --calibration train.txt --recover --out QDIR
 llmtools quantize --model DIR --quantizer optq --bits_per_weight 2.5 --calibration train.txt --out QDIR
 llmtools quantize --model DIR --quantizer nf4 --out QDIR
-llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
+llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05
+llmtools quantize --config recipe.yaml --resume""",
         first=(
             "model",
             "out",
@@ -67,7 +68,6 @@ llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05""",
             "num_samples",
             "max_length",
             "recover.steps",
-            "resume",
             "options",
         ),
         further=quality_table,

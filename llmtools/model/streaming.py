@@ -43,7 +43,7 @@ from .storage import AROUND, Storage
 REPORT = "report"
 """Key of a finished block's part of the report, as JSON, in the metadata of its file."""
 _LORA = ".lora_init."
-"""What is between a module's path and the side of its LoRA initialisation in the name of a tensor."""
+"""Separator of a module's path and the side of its LoRA initialisation in the name of a tensor."""
 
 
 class Stored(NamedTuple):

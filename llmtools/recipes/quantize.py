@@ -8,16 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery
 from .quality import expanded, with_quality
-
-if TYPE_CHECKING:
-    from ..model.streaming import Streamed
-    from ..quant import Quantizer
 
 log = logging.getLogger(__name__)
 
@@ -170,8 +166,8 @@ def _why_resident(recipe: Quantize) -> str | None:
 
 
 @contextmanager
-def _streamed(recipe: Quantize) -> Iterator[tuple[Any, Any, Streamed]]:
-    """(model on the meta device, tokenizer, where its weights are), with the finished blocks in OUT.quantizing."""
+def _streamed(recipe: Quantize) -> Iterator[tuple[Any, Any, Any]]:
+    """(model on the meta device, tokenizer, its `Streamed`), with the finished blocks in OUT.quantizing."""
     from ..checkpoint.streaming import open_unread
     from ..checkpoint.work_folder import work_folder
     from ..model.streaming import Streamed, finished_units
@@ -206,9 +202,9 @@ def _settings(recipe: Quantize) -> dict[str, Any]:
 
 
 def _quantized(
-    recipe: Quantize, quantizer: Quantizer, model: Any, tokenizer: Any, storage: Streamed | None, began: float
+    recipe: Quantize, quantizer: Any, model: Any, tokenizer: Any, storage: Any, began: float
 ) -> QuantizeResult:
-    """Quantizes a model that is open, and writes it."""
+    """Quantizes a model that is open, and writes it. storage: its `Storage`, None for a model in memory."""
     import torch
 
     from ..checkpoint.folder import ADAPTER, write, write_adapter

@@ -26,6 +26,16 @@ def test_an_estimate_is_given(caplog: pytest.LogCaptureFixture, monkeypatch: pyt
     assert "left (model.layers.0)" in caplog.text
 
 
+def test_what_an_earlier_run_did_is_no_part_of_the_estimate(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, 20.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    with caplog.at_level("INFO", logger="llmtools"), progress("work", done=90) as step:
+        step(92, 100)  # 2 in 20 s, 8 left
+    assert "92 of 100 steps, about 1 min 20 s left" in caplog.text
+
+
 def test_durations_read_well() -> None:
     assert [duration(seconds) for seconds in (1.23, 42, 200, 7500)] == ["1.2 s", "42 s", "3 min 20 s", "2 h 05 min"]
 

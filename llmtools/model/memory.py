@@ -125,6 +125,24 @@ def peak(
     return high._replace(activations=high.activations + (high.activations - low.activations) * (depth - more))
 
 
+def blueprint(model: Any) -> Any:
+    """A copy of a model in memory on the meta device, for `peak`; of adapters of --merge exact, as plain LoRA."""
+    held = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    memo: dict[int, Any] = {
+        key: nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else tensor.to("meta")
+        for key, tensor in held.items()
+    }
+    made = copy.deepcopy(model, memo)
+    for module in made.modules():
+        if hasattr(module, "rounds"):
+            module.rounds = False
+    with planning_attention() as attention:
+        _base(made).set_attn_implementation(attention)
+    return made
+
+
 @contextmanager
 def planning_attention() -> Iterator[str]:
     """The name of an attention implementation (`attn_implementation`), registered with transformers.

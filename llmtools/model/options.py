@@ -84,3 +84,12 @@ class Recovery:
 
 
 RECOVERY, NO_RECOVERY, OPEN_RECOVERY = Recovery(), Recovery(steps=0), Recovery(steps=None)
+
+OPTIMIZERS = {
+    "adamw_torch_fused": 8.0,
+    "adamw_torch": 8.0,
+    "adamw_bnb_8bit": 2.03,  # one byte for each moment, a float32 maximum for every 256 of them
+    "paged_adamw_8bit": 2.03,
+    "sgd": 0.0,
+}
+"""Bytes of optimizer state per trainable parameter, by transformers' name of the optimizer (`optim`)."""

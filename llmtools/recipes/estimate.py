@@ -10,18 +10,10 @@ from typing import Any
 
 from ..checkpoint.options import CodeOptions, OffloadOptions
 from ..errors import InputError, did_you_mean, opening
+from ..model.options import OPTIMIZERS
 from ..pages import free_memory
 from ..train.options import Lora
 from .quantize import QuantizerOptions, resolve_quantizer
-
-OPTIMIZERS = {
-    "adamw_torch_fused": 8.0,
-    "adamw_torch": 8.0,
-    "adamw_bnb_8bit": 2.03,  # one byte for each moment, a float32 maximum for every 256 of them
-    "paged_adamw_8bit": 2.03,
-    "sgd": 0.0,
-}
-"""Bytes of optimizer state per trainable parameter, by transformers' name of the optimizer (`optim`)."""
 
 LORA = Lora()
 

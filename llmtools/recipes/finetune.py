@@ -38,6 +38,7 @@ from ..train.callbacks import (
     warmup,
 )
 from ..train.options import Finetune, FinetuneResult, Lora, facts
+from ..train.preflight import check_memory
 from ..train.rows import examples_of, rows_of, shortened
 from ..train.run_folder import TENSORS, base_model_name, clear, run_folder, wait_for_all
 from ..train.trainer import best_loss, last_logged, make_trainer, run_trainer
@@ -151,6 +152,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
             for names in ("target_modules", "exclude_modules"):  # sets, whose order would change from run to run
                 if isinstance(found := getattr(adapter, names, None), set):
                     setattr(adapter, names, sorted(found))
+        check_memory(trainer, force=recipe.force)
         with deferred(request, log_pending_stop) if arguments["save_strategy"] != "no" else nullcontext():
             run_trainer(trainer, checkpoint)
         if keeper.stopped:

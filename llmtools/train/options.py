@@ -78,6 +78,8 @@ class Finetune(ModelOptions, OffloadOptions):
     """Whether to resume from the last checkpoint of a run that was stopped (or has finished, with more steps)."""
     overwrite: bool = False
     """Permission to replace the output folder, or a run that was stopped."""
+    force: bool = False
+    """Permission to train where the estimate of a step's memory exceeds what is free."""
     allow_other_base: bool = False
     """Permission to resume with another base model than the one that the run began with, with a warning."""
 

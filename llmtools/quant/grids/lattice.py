@@ -119,23 +119,22 @@ class Lattice(Grid):
         residual is chosen again; where that leaves more than the usual error, both are chosen one after the other. Of
         these and the former ones the nearest codes are taken.
         """
-        codes = {name: packed[name][rows] for name in self.codes}
+        former = {name: packed[name][rows] for name in self.codes}
         target = F.pad(weight.float(), (0, -weight.shape[1] % 8)).unflatten(1, (-1, 8))  # [rows, b, 8]
-        outside = _outside((target - self._points(codes).view_as(target)).mul_(self._unit))
+        left = _outside((target - self._points(former).view_as(target)).mul_(self._unit)).nonzero(as_tuple=True)
+        if not len(left[0]):
+            return former
+        target, codes = target[left], {name: tensor[left] for name, tensor in former.items()}  # [n, 8], [n]
         error = self._error(target, codes)
         for proposal, limit in self._proposals():
-            left = (outside & (error > limit * self._unit**-2)).nonzero(as_tuple=True)
-            if not len(left[0]):
-                break
-            some, former = target[left], {name: tensor[left] for name, tensor in codes.items()}  # [n, 8], [n]
-            tried = proposal(some, former)
-            nearer = (made := self._error(some, tried)) < error[left]
-            error = error.index_put(left, torch.where(nearer, made, error[left]))
-            codes = {
-                name: tensor.index_put(left, torch.where(nearer, tried[name], former[name]))
-                for name, tensor in codes.items()
-            }
-        return codes
+            far = (error > limit * self._unit**-2).nonzero()[:, 0]
+            some, before = target[far], {name: tensor[far] for name, tensor in codes.items()}
+            tried = proposal(some, before)
+            nearer = (made := self._error(some, tried)) < error[far]
+            error[far] = torch.where(nearer, made, error[far])
+            for name, tensor in codes.items():
+                tensor[far] = torch.where(nearer, tried[name], before[name])
+        return {name: tensor.index_put(left, codes[name]) for name, tensor in former.items()}
 
     def dither(self, packed: Packed, rows: slice) -> Tensor:
         """Uniform in the cell of E8, the least of any point of the codebooks, of the last stage's scale."""
@@ -190,13 +189,14 @@ def _outside(x: Tensor) -> Tensor:
     They are where a product with one of its 240 roots exceeds 1, half a root's squared length. The roots have two
     entries of ±1, or eight of ±1/2, of which an even number is negative.
     """
-    entries = x.movedim(-1, 0).abs()  # [8, ...]
-    odd = (x < 0).sum(-1) & 1 == 1
-    first, second = entries[0], torch.zeros_like(entries[0])
-    for entry in entries[1:]:
-        second = torch.maximum(second, torch.minimum(first, entry))
-        first = torch.maximum(first, entry)
-    halves = entries.sum(0) / 2 - torch.where(odd, entries.amin(0), 0.0)
+    entries = x.movedim(-1, 0).contiguous()  # [8, ...]
+    odd = (entries < 0).sum(0, dtype=torch.uint8) & 1 == 1
+    sizes = entries.abs_()
+    first, second = sizes[0], torch.zeros_like(sizes[0])
+    for size in sizes[1:]:
+        second = torch.maximum(second, torch.minimum(first, size))
+        first = torch.maximum(first, size)
+    halves = sizes.sum(0) / 2 - torch.where(odd, sizes.amin(0), 0.0)
     return torch.maximum(first + second, halves) > _INSIDE
 
 

@@ -23,9 +23,19 @@ def processes() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def local_rank() -> int:
+    """This process's number on its machine, from 0."""
+    return _number("LOCAL_RANK", 0)
+
+
+def processes_here() -> int:
+    """Number of processes on this machine."""
+    return _number("LOCAL_WORLD_SIZE", processes())
+
+
 def on_one_machine() -> bool:
     """Whether all processes of the run are on one machine, and so share its files."""
-    return _number("LOCAL_WORLD_SIZE", processes()) == processes()
+    return processes_here() == processes()
 
 
 def _number(name: str, default: int) -> int:

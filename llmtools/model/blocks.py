@@ -13,7 +13,7 @@ refused, or its `unsupported_weights` are listed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -194,6 +194,19 @@ def observe(block: Block, runs: Iterator[Any]) -> None:
         by_inputs.setdefault(tuple(inputs), []).append(path)
     block.groups = [Group(paths, len(inputs)) for inputs, paths in by_inputs.items()]
     block.idle = [path for path in watched if path not in seen]
+
+
+def merged_groups(observed: Sequence[Sequence[Group]]) -> list[Group]:
+    """The groups of a block that several processes ran on batches of their own: those of the first, and of each other
+    one the linears that had no input before."""
+    groups: list[Group] = []
+    known: set[str] = set()
+    for each in (group for found in observed for group in found):
+        paths = [path for path in each.paths if path not in known]
+        known.update(paths)
+        if paths:
+            groups.append(Group(paths, each.calls))
+    return groups
 
 
 _EXHAUSTED = object()

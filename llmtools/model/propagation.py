@@ -86,6 +86,13 @@ class ErrorSum:
         self._sum.addmm_((original.detach().reshape(seen.shape).float() - seen).T, seen)
         self._tokens += len(seen)
 
+    def reduce(self, add_up: Callable[[Tensor], None]) -> None:
+        """Adds the sums of other processes; add_up(tensor) replaces a tensor by its sum over all of them."""
+        counts = torch.tensor([self._tokens, not self._comparable], device=self._sum.device)
+        add_up(self._sum)
+        add_up(counts)
+        self._tokens, self._comparable = int(counts[0]), not counts[1]
+
     def correction(self, hessian: Tensor, strength: float) -> Tensor | None:
         """What the weight is multiplied by for its correction: W' = W + W @ correction, [in, in] float32, or None.
 

@@ -32,6 +32,7 @@ from ..quant.base import BlockLearner, Learner
 from .batches import checked_calibration
 from .blocks import Block, linear_at, unit_of
 from .options import BlockTuning
+from .processes import Processes
 from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
 from .reconstruct import (
     HELD_OUT,
@@ -65,6 +66,7 @@ def quantize(
     on_step: OnStep | None = None,
     device: torch.device | str | None = None,
     storage: Storage | None = None,
+    processes: Processes | None = None,
     **options: Any,
 ) -> Report:
     """Quantizes the linears of `model` in place, and returns a report of the errors.
@@ -91,6 +93,7 @@ def quantize(
     device: where blocks are quantized, one at a time, if the model as a whole is elsewhere.
     on_step: called with (modules done, modules in all, path).
     storage: where the weights are, by default in memory; see `streaming.py` for a model on the meta device.
+    processes: those that do this together, with the same arguments, see `processes.py`; by default this one alone.
 
     Raises InputError for a model that cannot be quantized and for unusable calibration, before anything is changed. If
     it is interrupted later the model is half quantized; it then carries `INCOMPLETE`, and the error says so.
@@ -114,14 +117,20 @@ def quantize(
     if storage.resident:
         _check_weights(model, plan.quantizers)
     storage.planned(plan.quantizers)
-    work = _Quantization(model, plan, sequential, tuning, error_propagation, adapter_rank, on_step, storage)
+    processes = processes or Processes()
+    work = _Quantization(model, plan, sequential, tuning, error_propagation, adapter_rank, on_step, storage, processes)
+    if work.reconstructs and processes.count > 1:
+        raise InputError(
+            f"block-wise reconstruction (block tuning, learned rounding) needs all calibration text in one process, "
+            f"and this run has {processes.count}; start one, without torchrun"
+        )
     with _marked_incomplete(model, work), torch.no_grad():
         if batches is None:
             work.without_data(device)
         else:
             if work.reconstructs:
                 batches = stacked(batches, work.sequences)
-            walk(model, batches, work.visit, device=device, storage=storage)
+            walk(model, batches, work.visit, device=device, storage=storage, processes=processes)
             work.outside_blocks(batches)
         storage.complete()
     attach(model)
@@ -159,9 +168,10 @@ class _Quantization:
         adapter_rank: int,
         on_step: OnStep | None,
         storage: Storage,
+        processes: Processes,
     ) -> None:
         self.model, self.plan, self.sequential, self.on_step = model, plan, sequential, on_step
-        self.storage = storage
+        self.storage, self.processes = storage, processes
         self.tuning = tuning if tuning is not None and tuning.epochs else None
         self.adapter_rank = adapter_rank
         learners = [each for each in plan.quantizers.values() if isinstance(each, BlockLearner)]
@@ -184,9 +194,10 @@ class _Quantization:
         for unit, paths in self._by_unit(self.plan.quantizers).items():
             if self._restore(unit):
                 continue
-            for path in paths:
-                with self.storage.holding(path):
-                    self._replace_on(device, path)
+            with self._dividing(paths) as own:
+                for path in own:
+                    with self.storage.holding(path):
+                        self._replace_on(device, path)
             self._store(unit)
 
     def _by_unit(self, paths: Iterable[str]) -> dict[str, list[str]]:
@@ -225,6 +236,7 @@ class _Quantization:
                     if original is not None:
                         original.run_one(index)
                     calls.run_one(index)
+            self._reduce(sums, errors)
             self._replace_groups(paths, sums, target, errors)
             if target is not None and not any(each.learner for each in self.pending.values()):
                 self._tune(block, target)
@@ -237,8 +249,9 @@ class _Quantization:
         if idle:
             log.warning("%d linears of %s got no token (%s …) and are quantized with H = 1; more calibration "
                         "text may reach them", len(idle), block.path, idle[0])  # fmt: skip
-        for path in idle:
-            self._replace(path, None)
+        with self._dividing(idle) as own:
+            for path in own:
+                self._replace(path, None)
         self._store(block.path)
 
     def _advance(self, original: Calls | None) -> None:
@@ -265,8 +278,9 @@ class _Quantization:
         outside = [[path] for path in paths if path not in unreached and not self._restore(path)]
         if outside:
             with evaluating(self.model), accumulating(self.model, outside) as sums:
-                for batch in batches:
+                for batch in self.processes.share(batches):
                     run_network(self.model, batch)
+            self._reduce(sums)
             self._replace_groups(outside, sums)
         for [path] in outside:
             self._store(path)
@@ -275,8 +289,9 @@ class _Quantization:
                         len(unreached), unreached[0])  # fmt: skip
         for unit, linears in self._by_unit(unreached).items():
             if not self._restore(unit):
-                for path in linears:
-                    self._replace(path, None)
+                with self._dividing(linears) as own:
+                    for path in own:
+                        self._replace(path, None)
                 self._store(unit)
 
     def _restore(self, unit: str) -> bool:
@@ -295,7 +310,11 @@ class _Quantization:
         rows = [row for row in self.rows if row.path == unit or row.path.startswith(f"{unit}.")]
         losses = {path: each for path, each in self.losses.items() if path == unit}
         inits = {row.path: self.lora_init[row.path] for row in rows if row.path in self.lora_init}
-        self.storage.finished(unit, Report(rows, [], losses, inits))
+        if self.processes.is_first:
+            self.storage.finished(unit, Report(rows, [], losses, inits))
+        self.processes.wait()
+        if not self.processes.is_first:
+            self.storage.finished_elsewhere(unit)
 
     def _leave_idle_stacks(self) -> None:
         """Keeps stacks dense of which no block ran over the text, such as heads for multi-token prediction."""
@@ -327,8 +346,52 @@ class _Quantization:
                 hessian = total.value() if total.tokens else None
             if errors is not None and hessian is not None:
                 self._correct(paths, errors[number].correction(hessian, self.error_propagation))
-            for path in paths:
-                self._replace(path, hessian, total.tokens, target)
+            with self._dividing(paths) as own:
+                for path in own:
+                    self._replace(path, hessian, total.tokens, target)
+
+    def _reduce(self, sums: list[HessianSum], errors: list[ErrorSum] | None = None) -> None:
+        """Adds up what the processes measured, each on its own batches."""
+        if self.processes.count > 1:
+            for total in (*sums, *(errors or ())):
+                total.reduce(self.processes.add_up)
+
+    @contextmanager
+    def _dividing(self, paths: list[str]) -> Iterator[list[str]]:
+        """Yields those of these linears that this process replaces; then all of them are replaced in each process."""
+        sizes = [linear.in_features * linear.out_features for linear in (linear_at(self.model, path) for path in paths)]
+        owners, before = self.processes.owners(sizes), len(self.rows)
+        yield [path for path, owner in zip(paths, owners, strict=True) if owner == self.processes.rank]
+        if self.processes.count > 1:
+            for path, owner in zip(paths, owners, strict=True):
+                self._exchange(path, owner)
+            self.rows[before:] = sorted(self.rows[before:], key=lambda row: paths.index(row.path))
+
+    def _exchange(self, path: str, owner: int) -> None:
+        """Sends a packed linear, with its part of the report, from its owner to the other processes."""
+        linear, own = linear_at(self.model, path), owner == self.processes.rank
+        row = next(row for row in self.rows if row.path == path) if own else None
+        quantizer = linear.quantizer if isinstance(linear, QuantizedLinear) else None
+        quantizer, row, init = self.processes.sent((quantizer, row, self.lora_init.get(path)), owner)
+        layout = quantizer.layout(linear.out_features, linear.in_features)
+        if isinstance(linear, QuantizedLinear):
+            packed = linear.packed
+        else:
+            device = "cpu" if linear.weight.is_meta else linear.weight.device
+            packed = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in layout.items()}
+        for name in layout:
+            self.processes.copy_from(packed[name], owner)
+        if own:
+            return
+        self._put(path, QuantizedLinear.from_packed(linear, quantizer, packed))
+        self.changed += 1
+        self.lora_init |= {} if init is None else {path: init}
+        self._add_row(row)
+
+    def _add_row(self, row: ModuleReport) -> None:
+        self.rows.append(row)
+        if self.on_step is not None:
+            self.on_step(len(self.rows), len(self.plan.quantizers), row.path)
 
     def _correct(self, paths: list[str], correction: Tensor | None) -> None:
         """Changes dense weights to make up for the errors of the layers before them."""
@@ -393,12 +456,10 @@ class _Quantization:
             packed = self.model.get_submodule(path)
             assert isinstance(packed, QuantizedLinear)
             weight = each.linear.weight.detach().float()
-            self.rows.append(module_report(path, packed, weight, each.hessian, each.tokens, each.seconds))
             if self.adapter_rank:
                 error = weight - packed.dequantize(dtype=torch.float32)
                 self.lora_init[path] = lora_init_from_error(error, each.hessian, self.adapter_rank).cpu()
-            if self.on_step is not None:
-                self.on_step(len(self.rows), len(self.plan.quantizers), path)
+            self._add_row(module_report(path, packed, weight, each.hessian, each.tokens, each.seconds))
         self.pending.clear()
 
     def _warn_if_few_tokens(self, total: HessianSum, path: str) -> None:

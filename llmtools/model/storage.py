@@ -45,5 +45,8 @@ class Storage:
     def finished(self, path: str, report: Report) -> None:
         """Takes the module at `path`, in which nothing changes any more."""
 
+    def finished_elsewhere(self, path: str) -> None:
+        """The same of a module that another process of the run has taken, and this one holds, too."""
+
     def complete(self) -> None:
         """All weights can be read from here on, those of finished modules included."""

@@ -214,6 +214,15 @@ class Streamed(Storage):
                 save_file(tensors, partial, metadata={REPORT: json.dumps(report.to_json())})
             self._moved(names, self._file(path))
 
+    def finished_elsewhere(self, path: str) -> None:
+        file = self._file(path)
+        if not file.exists():
+            raise InputError(f"{file} is missing here; all processes of a run need the same folder for --out")
+        with reading(file), safe_open(file, framework="pt") as opened:
+            self._moved([name for name in opened.keys() if _LORA not in name], file)  # noqa: SIM118
+        if not self._is_held(path):
+            self._release(path)
+
     def restored(self, path: str) -> Report | None:
         file = self._file(path)
         if not file.exists():

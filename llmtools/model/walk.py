@@ -36,7 +36,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InputError
-from .blocks import Block, find_blocks, observe
+from .blocks import Block, find_blocks, merged_groups, observe
+from .processes import Processes
 from .storage import AROUND, Storage
 
 log = logging.getLogger(__name__)
@@ -173,13 +174,15 @@ def walk(
     on_step: OnStep | None = None,
     device: torch.device | str | None = None,
     storage: Storage | None = None,
+    processes: Processes | None = None,
 ) -> None:
     """Calls ``visit(block, calls)`` for each block in the order of execution; `visit` may change the block.
 
     batches: token ids [batch, t] or keyword arguments of the model, of any sizes; a batch goes to the model unchanged,
     so blocks also run on padding under a mask. propagate: the inputs of the next block are the outputs of the changed
     block; otherwise those of the original one. device: blocks, one at a time, and their inputs are moved there.
-    storage: where the weights are; by default in memory. With a visitor that does nothing the inputs of every block
+    storage: where the weights are; by default in memory. processes: of several, each walks with its share of the
+    batches, and all with the same groups of linears. With a visitor that does nothing the inputs of every block
     are, bit for bit, those in ``model(ids)``. The model is put in evaluation mode; the former mode is restored, also
     after an error.
 
@@ -188,13 +191,13 @@ def walk(
     if len(batches) == 0:
         raise InputError("no batches to walk with; give at least one sequence of token ids")
     device = torch.device(device) if device is not None else None
-    storage = storage or Storage()
+    storage, processes = storage or Storage(), processes or Processes()
     blocks = {block.path: block for block in find_blocks(model)}
-    inputs = [_complete(model, batch) for batch in batches]
+    inputs = [_complete(model, batch) for batch in processes.share(batches)]
     with evaluating(model):
         trunk = _trunk(model, blocks)
         with storage.holding(AROUND):
-            segments = _segments(trunk, blocks, inputs[0], storage)
+            segments = _segments(trunk, blocks, _complete(model, batches[0]), storage)
         if len(segments) > 1 and not propagate:
             raise InputError(
                 f"{type(model).__name__} is walked in {len(segments)} segments, each after the one before it was "
@@ -219,6 +222,7 @@ def walk(
                 with storage.holding(path), _moved_to(block.module, device):
                     calls = Calls(path, block.module, recording, stream, device)
                     observe(block, calls.outputs())
+                    _agree(block, processes)
                     following = stream
                     if not propagate and not last:
                         following = copied(stream)
@@ -233,6 +237,14 @@ def walk(
                 done += 1
                 if on_step is not None:
                     on_step(done, total, path)
+
+
+def _agree(block: Block, processes: Processes) -> None:
+    """Gives a block the groups that all processes observed, each on its own batches."""
+    if processes.count > 1:
+        block.groups = merged_groups(processes.gathered(block.groups))
+        reached = {path for group in block.groups for path in group.paths}
+        block.idle = [path for path in block.idle if path not in reached]
 
 
 def run_network(model: nn.Module, batch: Batch) -> Any:

@@ -45,6 +45,13 @@ class HessianSum:
             self._sum[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
         self.tokens += rows.shape[0]
 
+    def reduce(self, add_up: Callable[[Tensor], None]) -> None:
+        """Adds the sums of other processes; add_up(tensor) replaces a tensor by its sum over all of them."""
+        tokens = torch.tensor(self.tokens, device=self._sum.device)
+        add_up(self._sum)
+        add_up(tokens)
+        self.tokens = int(tokens)
+
     def value(self) -> Tensor:
         """H = E[x xᵀ], [in, in] float32, exactly symmetric, undamped. Raises InputError where it is too large."""
         if not self.tokens:

@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery
+from ..model.processes import Processes, together
 from .quality import expanded, with_quality
 
 log = logging.getLogger(__name__)
@@ -128,12 +129,16 @@ class QuantizeResult:
 def quantize(recipe: Quantize) -> QuantizeResult:
     """Quantizes the linear layers of a model and writes the checkpoint."""
     from ..files import claim
+    from ..signals import interruptible
 
-    with claim(recipe.out, overwrite=recipe.overwrite, reads=[recipe.model, recipe.calibration]):
-        return _quantize(recipe)
+    reads = [recipe.model, recipe.calibration]
+    with together() as processes:
+        first = processes.is_first
+        with claim(recipe.out, overwrite=recipe.overwrite, reads=reads) if first else interruptible():
+            return _quantize(recipe, processes)
 
 
-def _quantize(recipe: Quantize) -> QuantizeResult:
+def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
 
     began = time.monotonic()
@@ -141,17 +146,26 @@ def _quantize(recipe: Quantize) -> QuantizeResult:
     import_plugins(recipe.plugin)
     quantizer = checked_quantizer(recipe)
     recipe = with_quality(recipe)
+    _check_divided(recipe, processes.count)
     quiet_libraries()
     if (why := _why_resident(recipe)) is None:
-        with _streamed(recipe) as (model, tokenizer, storage):
-            return _quantized(recipe, quantizer, model, tokenizer, storage, began)
+        with _streamed(recipe, processes) as (model, tokenizer, storage):
+            return _quantized(recipe, quantizer, model, tokenizer, storage, processes, began)
     if recipe.resume:
         raise InputError(f"--resume: nothing is kept of this run, since {why}; start without --resume")
     log.info("the whole model is read into memory, since %s", why)
     model, tokenizer = open_model(
         recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
     )
-    return _quantized(recipe, quantizer, model, tokenizer, None, began)
+    return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
+
+
+def _check_divided(recipe: Quantize, count: int) -> None:
+    """Raises InputError for what is not divided among several processes."""
+    given = {"--recover": recipe.recover.steps, "--bits_per_weight": recipe.bits_per_weight}
+    given["--finetune_blocks"] = recipe.finetune_blocks.epochs
+    if count > 1 and (option := next((name for name, value in given.items() if value), None)) is not None:
+        raise InputError(f"{option} works in one process, and this run has {count}; start one, without torchrun")
 
 
 def _why_resident(recipe: Quantize) -> str | None:
@@ -166,17 +180,36 @@ def _why_resident(recipe: Quantize) -> str | None:
 
 
 @contextmanager
-def _streamed(recipe: Quantize) -> Iterator[tuple[Any, Any, Any]]:
+def _streamed(recipe: Quantize, processes: Processes) -> Iterator[tuple[Any, Any, Any]]:
     """(model on the meta device, tokenizer, its `Streamed`), with the finished blocks in OUT.quantizing."""
     from ..checkpoint.streaming import open_unread
-    from ..checkpoint.work_folder import work_folder
-    from ..model.streaming import Streamed, finished_units
+    from ..model.streaming import Streamed
     from ..train.heap import map_large_blocks
+
+    with _work_folder(recipe, processes) as work:
+        map_large_blocks()  # so that the memory of a block is given back when it is done
+        converted = work / (f"converted.{processes.rank}" if processes.rank else "converted")
+        opened = open_unread(recipe.model, converted, verify=recipe.verify)
+        budget = int(recipe.hidden_states * 2**30)
+        yield opened.model, opened.tokenizer, Streamed(opened.model, opened.index, work, hidden_states=budget)
+
+
+@contextmanager
+def _work_folder(recipe: Quantize, processes: Processes) -> Iterator[Path]:
+    """OUT.quantizing, which the first process creates, and removes at the end."""
+    from ..checkpoint.work_folder import work_folder
+    from ..model.streaming import finished_units
 
     def kept(work: Path) -> str | None:
         count = len(finished_units(work))
         return f"{count} finished block{'s' * (count > 1)}" if count else None
 
+    if not processes.is_first:
+        work = Path(processes.sent("", 0))
+        if not work.is_dir():
+            raise InputError(f"{work} is missing here; all processes of a run need the same folder for --out")
+        yield work
+        return
     with work_folder(
         Path(recipe.out),
         "quantizing",
@@ -185,10 +218,8 @@ def _streamed(recipe: Quantize) -> Iterator[tuple[Any, Any, Any]]:
         overwrite=recipe.overwrite,
         kept=kept,
     ) as work:
-        map_large_blocks()  # so that the memory of a block is given back when it is done
-        opened = open_unread(recipe.model, work / "converted", verify=recipe.verify)
-        budget = int(recipe.hidden_states * 2**30)
-        yield opened.model, opened.tokenizer, Streamed(opened.model, opened.index, work, hidden_states=budget)
+        processes.sent(str(work), 0)
+        yield work
 
 
 def _settings(recipe: Quantize) -> dict[str, Any]:
@@ -202,21 +233,22 @@ def _settings(recipe: Quantize) -> dict[str, Any]:
 
 
 def _quantized(
-    recipe: Quantize, quantizer: Any, model: Any, tokenizer: Any, storage: Any, began: float
+    recipe: Quantize,
+    quantizer: Any,
+    model: Any,
+    tokenizer: Any,
+    storage: Any,
+    processes: Processes,
+    began: float,
 ) -> QuantizeResult:
     """Quantizes a model that is open, and writes it. storage: its `Storage`, None for a model in memory."""
     import torch
 
-    from ..checkpoint.folder import ADAPTER, write, write_adapter
-    from ..checkpoint.model_card import write_card
-    from ..checkpoint.run_info import record
     from ..data.calibration import calibration
     from ..data.metrics import model_positions
-    from ..files import writing
     from ..model.allocation import choose_bits
     from ..model.quantize import quantize as quantize_model
     from ..progress import progress
-    from .plain_yaml import as_yaml
     from .recover import recovering
 
     device = "cuda" if storage is not None and torch.cuda.is_available() else None
@@ -256,20 +288,13 @@ def _quantized(
                 on_step=step,
                 device=device,
                 storage=storage,
+                processes=processes,
             )
         recovered = recover(report.lora_init)
     recovery, adapters = recovered or (None, {})
-    out = Path(recipe.out).expanduser()
-    with writing(out, overwrite=recipe.overwrite) as folder:
-        run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
-        if recipe.quality is not None:
-            run["quality"] = {"name": recipe.quality, "options": expanded(recipe)}
-        write(model, tokenizer, folder, report=report, run=run, lora_init=adapters or None)
-        if adapters:
-            write_adapter(model, adapters, folder / ADAPTER, base=str(out.resolve()))
-        write_card(folder, name=out.resolve().name, former=out)
-        if allocation is not None:
-            (folder / ALLOCATION).write_text(as_yaml({"overrides": overrides}), encoding="utf-8")
+    if processes.is_first:
+        _write(recipe, model, tokenizer, report, recovery, adapters, overrides if allocation is not None else None)
+    processes.wait()  # the files of the finished blocks stay until all processes are here
     return QuantizeResult(
         out=recipe.out,
         quantizer=quantizer.spec(),
@@ -281,6 +306,35 @@ def _quantized(
         table=report.table(),
         recovery=recovery,
     )
+
+
+def _write(
+    recipe: Quantize,
+    model: Any,
+    tokenizer: Any,
+    report: Any,
+    recovery: dict[str, Any] | None,
+    adapters: Any,
+    chosen: dict[str, Any] | None,
+) -> None:
+    """Writes the output folder, whole or not at all. chosen: overrides with the widths of --bits_per_weight."""
+    from ..checkpoint.folder import ADAPTER, write, write_adapter
+    from ..checkpoint.model_card import write_card
+    from ..checkpoint.run_info import record
+    from ..files import writing
+    from .plain_yaml import as_yaml
+
+    out = Path(recipe.out).expanduser()
+    with writing(out, overwrite=recipe.overwrite) as folder:
+        run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
+        if recipe.quality is not None:
+            run["quality"] = {"name": recipe.quality, "options": expanded(recipe)}
+        write(model, tokenizer, folder, report=report, run=run, lora_init=adapters or None)
+        if adapters:
+            write_adapter(model, adapters, folder / ADAPTER, base=str(out.resolve()))
+        write_card(folder, name=out.resolve().name, former=out)
+        if chosen is not None:
+            (folder / ALLOCATION).write_text(as_yaml({"overrides": chosen}), encoding="utf-8")
 
 
 def checked_quantizer(recipe: Quantize) -> Any:

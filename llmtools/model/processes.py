@@ -47,8 +47,8 @@ class Processes:
         """This process's items. Raises InputError where there are fewer than processes."""
         if len(items) < self.count:
             raise InputError(
-                f"{len(items)} calibration sequences cannot be divided among {self.count} processes; give more text, "
-                f"or start {len(items)} of them"
+                f"too few calibration sequences for {self.count} processes: {len(items)}; give more text, or start "
+                f"{len(items)} of them"
             )
         return items[self.rank :: self.count]
 
@@ -175,16 +175,16 @@ class Together(Processes):
         request = Request()
         with deferred(request):
             try:
-                found = self._gathered(None)
-                failures = [(number, each) for number, each in enumerate(found) if each is not None]
-                if not failures:
+                failures: list[_Failure | None] = self._gathered(None)
+                if not any(failures):
                     yield
             except RuntimeError as error:
                 self.ended = True
                 raise self._lost() from error
-        for number, failure in failures:
-            self.ended = True
-            raise failure.error(number)
+        for number, failure in enumerate(failures):
+            if failure is not None:
+                self.ended = True
+                raise failure.error(number)
         if request.number is not None:
             raise Stopped(exit_code=request.exit_code)
 
@@ -204,7 +204,7 @@ class Together(Processes):
         failure = _Failure.of(error)
         if not self.ended:
             self.ended = True
-            with suppress(RuntimeError), deferred(Request()):
+            with suppress(RuntimeError):
                 self._gathered(failure)
             if not self.is_first and failure.kind == "input" and on_one_machine():
                 error = InputError(failure.text)
@@ -215,7 +215,7 @@ class Together(Processes):
         import torch.distributed as dist
 
         if not self.is_first:
-            with suppress(RuntimeError), deferred(Request()):
+            with suppress(RuntimeError):
                 dist.barrier(group=self._control)
 
 
@@ -229,10 +229,11 @@ def together() -> Iterator[Processes]:
         yield Processes()
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     store, owned = None, not dist.is_initialized()
     if owned:
-        store, number, count = next(iter(dist.rendezvous("env://")))
+        store, number, count = next(iter(rendezvous("env://")))
         dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=_PATIENCE)
     try:
         group = Together(store)
@@ -240,9 +241,10 @@ def together() -> Iterator[Processes]:
             yield group
             group.wait()
         except BaseException as error:
-            found = group.fail(error)
-            if owned:
-                group.wait_for_the_first()  # torchrun ends all processes as soon as one has failed
+            with deferred(Request()):  # torchrun ends all processes as soon as one has failed
+                found = group.fail(error)
+                if owned:
+                    group.wait_for_the_first()
             if found is error:
                 raise
             raise found from error

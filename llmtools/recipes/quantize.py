@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,12 @@ def quantize(recipe: Quantize) -> QuantizeResult:
     from ..signals import interruptible
 
     reads = [recipe.model, recipe.calibration]
-    with together() as processes:
-        first = processes.is_first
-        with claim(recipe.out, overwrite=recipe.overwrite, reads=reads) if first else interruptible():
-            return _quantize(recipe, processes)
+    with (
+        interruptible(),
+        together() as processes,
+        claim(recipe.out, overwrite=recipe.overwrite, reads=reads) if processes.is_first else nullcontext(),
+    ):
+        return _quantize(recipe, processes)
 
 
 def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
@@ -162,10 +164,18 @@ def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
 
 def _check_divided(recipe: Quantize, count: int) -> None:
     """Raises InputError for what is not divided among several processes."""
-    given = {"--recover": recipe.recover.steps, "--bits_per_weight": recipe.bits_per_weight}
-    given["--finetune_blocks"] = recipe.finetune_blocks.epochs
-    if count > 1 and (option := next((name for name, value in given.items() if value), None)) is not None:
-        raise InputError(f"{option} works in one process, and this run has {count}; start one, without torchrun")
+    asked = {
+        "--recover.steps": recipe.recover.steps,
+        "--finetune_blocks.epochs": recipe.finetune_blocks.epochs,
+        "--bits_per_weight": recipe.bits_per_weight,
+    }
+    option = next((name for name, value in asked.items() if value), None)
+    if count > 1 and option is not None:
+        chosen = "" if recipe.quality is None else f" (--quality {recipe.quality}; {option} 0 is without)"
+        raise InputError(
+            f"{option} {asked[option]}{chosen} works in one process, and this run has {count}; start it without "
+            f"torchrun"
+        )
 
 
 def _why_resident(recipe: Quantize) -> str | None:

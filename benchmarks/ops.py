@@ -102,7 +102,7 @@ def trellis_rows(packed: Tensor, bits: int, state_bits: int, code: str, dtype: t
 
 
 def trellis_reference(packed: Tensor, bits: int, state_bits: int, code: str, dtype: torch.dtype) -> Tensor:
-    return trellis.dequantize_trellis(packed, bits, state_bits, code, 0, len(packed), dtype)
+    return trellis.dequantize_trellis(packed, bits, state_bits, code, "rows", 0, len(packed), dtype)
 
 
 @case("decode")

@@ -34,7 +34,7 @@ class QTIP(Rotated):
     state_bits: int = 12
     """Bits of the trellis' state, 8 to 16; each more takes twice the time to quantize, and brings less."""
     code: str = "3inst"
-    """Function from states to weights: 3inst, or 1mad."""
+    """Function from states to weights: 3inst, 1mad, or EXL3's mcg and mul1."""
     scale: float | None = None
     """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
     weights best downwards."""

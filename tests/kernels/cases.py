@@ -70,9 +70,9 @@ def lattice() -> tuple[Any, ...]:
     return codes, codes.flip(0), 3.45
 
 
-def trellis(code: str) -> tuple[Any, ...]:
-    """A weight [OUT, IN] on a trellis of 3 bits, whose states lie across words."""
-    return torch.randint(-(2**15), 2**15, (OUT, IN // 16 * 3)).to(torch.int16), 3, 12, code
+def trellis(code: str, bits: int = 3, order: str = "rows") -> tuple[Any, ...]:
+    """A weight [OUT, IN] on a trellis, whose states lie across words."""
+    return torch.randint(-(2**15), 2**15, (OUT, IN // 16 * bits)).to(torch.int16), bits, 12, code, order
 
 
 def ggml(kind: str) -> tuple[Any, ...]:
@@ -105,6 +105,8 @@ CASES = {
     "trellis, bytes": Case("trellis", "dequantize_trellis", lambda: (*trellis("1mad"), 0, OUT, torch.float32)),
     "trellis, product": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("3inst"), False)),
     "trellis, transposed": Case("trellis", "multiply_trellis", lambda: (x(OUT), *trellis("3inst"), True)),
+    "trellis, EXL3": Case("trellis", "dequantize_trellis", lambda: (*trellis("mul1", 5, "exl3"), 3, 29, torch.float32)),
+    "trellis, EXL3's product": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("mcg", 4, "exl3"), False)),
     "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
     "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),
 }

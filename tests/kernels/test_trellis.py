@@ -31,8 +31,12 @@ def drawn(out: int, blocks: int, bits: int, seed: int = 0) -> Tensor:
     return torch.randint(-(2**15), 2**15, (out, blocks * bits), generator=generator).to(torch.int16)
 
 
-def read(packed: Tensor, bits: int, state_bits: int, code: str) -> Tensor:
-    """The weight by the definition: a tile is a string of bits, in Python's integers; state i begins at bit k·i."""
+def read(packed: Tensor, bits: int, state_bits: int, code: str, order: str = "rows") -> Tensor:
+    """The weight by the definition: a tile is a string of bits, in Python's integers; state i begins at bit k·i.
+
+    In EXL3's order eight weights in a row are those of one thread in a fragment of a tensor core: two by two inputs
+    (columns), eight apart, of two outputs, eight apart.
+    """
     out, blocks = len(packed), packed.shape[1] // bits
     value, weight = decode_states(code, state_bits).tolist(), torch.empty(out, 16 * blocks)
     for top, block in product(range(0, out, 16), range(blocks)):
@@ -40,7 +44,11 @@ def read(packed: Tensor, bits: int, state_bits: int, code: str) -> Tensor:
         string = "".join(f"{word & 0xFFFF:016b}" for word in words)
         for i in range(len(string) // bits):
             state = int((string + string)[i * bits : i * bits + state_bits], 2)
-            weight[top + i // 16, 16 * block + i % 16] = value[state]
+            row, column = i // 16, i % 16
+            if order == "exl3":
+                thread, element = divmod(i, 8)
+                row, column = thread // 4 + (0, 8)[element // 4], thread % 4 * 2 + (0, 1, 8, 9)[element % 4]
+            weight[top + row, 16 * block + column] = value[state]
     return weight
 
 
@@ -79,8 +87,38 @@ def test_weights_are_cut_from_the_circle_of_their_tile(out: int, bits: int, stat
         expected = read(packed, bits, state_bits, code)
         for module in (native, reference):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                got = module.dequantize_trellis(packed, bits, state_bits, code, 0, out, dtype)
+                got = module.dequantize_trellis(packed, bits, state_bits, code, "rows", 0, out, dtype)
                 assert torch.equal(got, expected.to(dtype))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("order", ["rows", "exl3"])
+def test_every_width_and_order_is_read_by_the_definition(order: str, bits: int) -> None:
+    out = 37 if order == "rows" else 48
+    packed = drawn(out, 3, bits, seed=bits)
+    for code, state_bits in (("mul1", 16), ("mcg", 12)):
+        expected = read(packed, bits, state_bits, code, order)
+        for module in (native, reference):
+            got = module.dequantize_trellis(packed, bits, state_bits, code, order, 0, out, torch.float32)
+            assert torch.equal(got, expected)
+            part = module.dequantize_trellis(packed, bits, state_bits, code, order, 7, 27, torch.float16)
+            assert torch.equal(part, expected[7:27].half())
+    x = torch.randn(2, 48)
+    product = multiply_trellis(x, packed, bits, 16, "mul1", order=order)
+    weight = dequantize_trellis(packed, bits, 16, "mul1", order=order)
+    assert torch.allclose(product, x @ weight.T, atol=1e-4)
+    assert torch.allclose(
+        multiply_trellis(product, packed, bits, 16, "mul1", True, order=order), product @ weight, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 8])
+def test_an_order_changes_where_weights_are_and_not_how_well_they_are_found(bits: int) -> None:
+    weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(9))
+    packed = encode_trellis(weight, bits, 12, "mul1", "exl3")
+    assert torch.equal(packed, reference.encode_trellis(trellis._sequences(weight, "exl3"), bits, 12, "mul1"))
+    error = (dequantize_trellis(packed, bits, 12, "mul1", order="exl3") - weight).square().mean()
+    assert 4.0**-bits < error < 4.0**-bits * (1.6 if bits < 5 else 16)  # the code's range limits more bits
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -90,7 +128,8 @@ def test_rows_are_exact_slices(bits: int) -> None:
     for start, stop in ((0, 1), (15, 16), (15, 17), (16, 32), (31, 37), (36, 37), (5, 5)):
         assert torch.equal(dequantize_trellis(packed, bits, 12, "3inst", start, stop), whole[start:stop])
         assert torch.equal(
-            reference.dequantize_trellis(packed, bits, 12, "3inst", start, stop, torch.float32), whole[start:stop]
+            reference.dequantize_trellis(packed, bits, 12, "3inst", "rows", start, stop, torch.float32),
+            whole[start:stop],
         )
 
 
@@ -212,6 +251,8 @@ def test_other_processors_find_the_same(
     weight, packed = torch.randn(18, 32, generator=torch.Generator().manual_seed(8)), drawn(18, 3, 3)
     expected = [encode_trellis(weight, bits, 9, "3inst") for bits in WIDTHS]
     values = [dequantize_trellis(packed, 3, 12, code) for code in CODES]
+    wide = drawn(16, 3, 7)
+    ordered = [dequantize_trellis(wide, 7, 16, code, order="exl3") for code in CODES]
     library = ctypes.CDLL(str(made))
     monkeypatch.setattr(build, "library", lambda name: library)
     native._library.cache_clear()
@@ -220,6 +261,8 @@ def test_other_processors_find_the_same(
             assert torch.equal(encode_trellis(weight, bits, 9, "3inst"), codes)
         for code, rows in zip(CODES, values, strict=True):
             assert torch.equal(dequantize_trellis(packed, 3, 12, code), rows)
+        for code, rows in zip(CODES, ordered, strict=True):
+            assert torch.equal(dequantize_trellis(wide, 7, 16, code, order="exl3"), rows)
     finally:
         monkeypatch.undo()
         native._library.cache_clear()
@@ -231,7 +274,7 @@ def test_other_processors_find_the_same(
 def test_wrong_tensors_and_options_are_refused() -> None:
     packed = drawn(2, 3, 2)
     for options, message in (
-        ((5, 12, "3inst"), "bits=5"),
+        ((9, 12, "3inst"), "bits=9"),
         ((2, 17, "3inst"), "state_bits=17"),
         ((2, 12, "hyb"), "hyb"),
     ):
@@ -239,6 +282,16 @@ def test_wrong_tensors_and_options_are_refused() -> None:
             dequantize_trellis(packed, *options)
         with pytest.raises(InputError, match=message):
             encode_trellis(torch.zeros(2, 16), *options)
+    with pytest.raises(InputError, match="order='qtip'"):
+        dequantize_trellis(packed, 2, 12, "3inst", order="qtip")
+    for refused in (
+        lambda: dequantize_trellis(packed, 2, 12, "3inst", order="exl3"),
+        lambda: encode_trellis(torch.zeros(2, 16), 2, 12, "3inst", "exl3"),
+    ):
+        with pytest.raises(InputError, match="2 rows in the order exl3"):
+            refused()
+    with pytest.raises(InputError, match="state_bits=11 with bits=8"):
+        dequantize_trellis(drawn(2, 1, 8), 8, 11, "3inst")
     with pytest.raises(InputError, match="int32"):
         dequantize_trellis(packed.int(), 2, 12, "3inst")
     with pytest.raises(InputError, match="4 bits"):

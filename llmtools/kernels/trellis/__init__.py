@@ -11,7 +11,10 @@ with its sixteen weights. So a row needs no other than itself and the first word
 for the last), and its weights are decoded side by side. Where the rows of a weight end within a tile, the circle is
 shorter.
 
-Shapes: b — blocks of sixteen columns; k — `bits`, 1 to 4; L — `state_bits`, 8 to 16; t — tokens.
+EXL3's files have the same circles, up to eight bits, two more codes, and another order of a tile's weights
+(`tables.py`): there a row finds its weights in the 2k words that it shares with the row eight above or below.
+
+Shapes: b — blocks of sixteen columns; k — `bits`, 1 to 8; L — `state_bits`, 8 to 16; t — tokens.
 
     dequantize_trellis:  trellis [out, k·b] int16 -> rows start … stop of the weight [out, 16b]
     multiply_trellis:    x [t, 16b], trellis -> x @ weight.T [t, out], while decoding (GEMV)
@@ -31,10 +34,11 @@ from ...errors import InputError
 from ..ops import constant_result, define, has_triton
 from . import native, reference
 from .reference import TILE
-from .tables import CODES, values
+from .tables import CODES, ORDERS, places, values
 
 __all__ = [
     "CODES",
+    "ORDERS",
     "SCALE",
     "TILE",
     "check_trellis",
@@ -46,17 +50,21 @@ __all__ = [
     "multiply_trellis",
 ]
 
-SCALE = {1: 1.0, 2: 0.95, 3: 0.9, 4: 0.85}
+SCALE = {1: 1.0, 2: 0.95, 3: 0.9} | dict.fromkeys(range(4, 9), 0.85)
 
 
-def check_trellis(bits: int, state_bits: int, code: str) -> None:
+def check_trellis(bits: int, state_bits: int, code: str, order: str = "rows") -> None:
     """Raises InputError for what no trellis has."""
     if bits not in SCALE or isinstance(bits, bool):
-        raise InputError(f"bits={bits!r}; a trellis has 1, 2, 3 or 4 bits per weight")
+        raise InputError(f"bits={bits!r}; a trellis has 1 to 8 bits per weight")
     if isinstance(state_bits, bool) or not isinstance(state_bits, int) or not 8 <= state_bits <= 16:
         raise InputError(f"state_bits={state_bits!r}; the state of a trellis has 8 to 16 bits")
     if code not in CODES:
-        raise InputError(f"code={code!r}; the codes of a trellis are {' and '.join(CODES)}")
+        raise InputError(f"code={code!r}; the codes of a trellis are {', '.join(CODES)}")
+    if state_bits < bits + 4:
+        raise InputError(f"state_bits={state_bits} with bits={bits}; the state has at least four bits more")
+    if order not in ORDERS:
+        raise InputError(f"order={order!r}; the orders of a tile are {' and '.join(ORDERS)}")
 
 
 def dequantize_trellis(
@@ -67,9 +75,13 @@ def dequantize_trellis(
     start: int = 0,
     stop: int | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    order: str = "rows",
 ) -> Tensor:
     """Rows start … stop of the weight, by default all: trellis [out, k·b] int16 -> [stop − start, 16b] of `dtype`."""
-    check_trellis(bits, state_bits, code)
+    check_trellis(bits, state_bits, code, order)
+    if order != "rows" and len(trellis) % TILE:
+        raise InputError(f"{len(trellis)} rows in the order {order}; it is one of whole tiles of {TILE} rows")
     if trellis.dtype != torch.int16 or trellis.dim() != 2 or trellis.shape[1] % bits:
         raise InputError(
             f"a trellis of {bits} bits is int16 [out, {bits}·b], not {trellis.dtype} of shape {tuple(trellis.shape)}"
@@ -77,24 +89,43 @@ def dequantize_trellis(
     stop = len(trellis) if stop is None else stop
     if not 0 <= start <= stop <= len(trellis):
         raise InputError(f"rows {start} to {stop} of a weight with {len(trellis)} rows")
-    return _dequantize(trellis, bits, state_bits, code, start, stop, dtype)
+    return _dequantize(trellis, bits, state_bits, code, order, start, stop, dtype)
 
 
 def multiply_trellis(
-    x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, transposed: bool = False
+    x: Tensor,
+    trellis: Tensor,
+    bits: int,
+    state_bits: int,
+    code: str,
+    transposed: bool = False,
+    *,
+    order: str = "rows",
 ) -> Tensor:
     """x [t, 16b] @ weight.T -> [t, out] of x's type; or x [t, out] @ weight -> [t, 16b]. Not differentiable."""
-    return _multiply(x, trellis, bits, state_bits, code, transposed)
+    return _multiply(x, trellis, bits, state_bits, code, order, transposed)
 
 
-def encode_trellis(weight: Tensor, bits: int, state_bits: int, code: str) -> Tensor:
+def encode_trellis(weight: Tensor, bits: int, state_bits: int, code: str, order: str = "rows") -> Tensor:
     """The trellis [out, k·b] int16 of a weight [out, 16b], searched in float32 and near the nearest."""
-    check_trellis(bits, state_bits, code)
+    check_trellis(bits, state_bits, code, order)
     if weight.dim() != 2 or weight.shape[1] % TILE or not weight.is_floating_point():
         raise InputError(
             f"a trellis codes floating-point weights [out, 16·b], not {tuple(weight.shape)} {weight.dtype}"
         )
-    return native.encode_trellis(weight.detach().to(torch.float32).contiguous(), bits, state_bits, code)
+    weight = weight.detach().to(torch.float32)
+    if order != "rows":
+        weight = _sequences(weight, order)
+    return native.encode_trellis(weight.contiguous(), bits, state_bits, code)
+
+
+def _sequences(weight: Tensor, order: str) -> Tensor:
+    """weight [out, 16b] with the sequence of each tile row by row in the tile's place; out a multiple of 16."""
+    if len(weight) % TILE:
+        raise InputError(f"{len(weight)} rows in the order {order}; it is one of whole tiles of {TILE} rows")
+    tiles = weight.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).transpose(1, 2)  # [out / 16, b, 16, 16]
+    at = places(order, weight.device).flatten().argsort()
+    return tiles.flatten(2)[..., at].view(tiles.shape).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def decode_states(code: str, state_bits: int) -> Tensor:
@@ -114,13 +145,13 @@ def multiplies(device: torch.device) -> bool:
     return device.type == "cuda" or native.usable(device)
 
 
-_CODES = "Tensor trellis, int bits, int state_bits, str code"
+_CODES = "Tensor trellis, int bits, int state_bits, str code, str order"
 _dequantize = define(
     f"dequantize_trellis({_CODES}, int start, int stop, ScalarType dtype) -> Tensor",
     package=__name__,
     reference=reference.dequantize_trellis,
     native=native.dequantize_trellis,
-    fake=lambda trellis, bits, state_bits, code, start, stop, dtype: trellis.new_empty(
+    fake=lambda trellis, bits, state_bits, code, order, start, stop, dtype: trellis.new_empty(
         (stop - start, trellis.shape[1] // bits * TILE), dtype=dtype
     ),
 )
@@ -129,7 +160,7 @@ _multiply = define(
     package=__name__,
     reference=reference.multiply_trellis,
     native=native.multiply_trellis,
-    fake=lambda x, trellis, bits, state_bits, code, transposed: x.new_empty(
+    fake=lambda x, trellis, bits, state_bits, code, order, transposed: x.new_empty(
         (x.shape[0], trellis.shape[1] // bits * TILE if transposed else trellis.shape[0])
     ),
 )

@@ -19,6 +19,14 @@ enum { TILE = 16, STEPS = TILE * TILE };
         else { enum { K = 4 }; __VA_ARGS__; }                                                                      \
     } while (0)
 
+#define FOR_EACH_WIDER(bits, ...)                                                                                  \
+    do {                                                                                                           \
+        if ((bits) == 5) { enum { K = 5 }; __VA_ARGS__; }                                                          \
+        else if ((bits) == 6) { enum { K = 6 }; __VA_ARGS__; }                                                     \
+        else if ((bits) == 7) { enum { K = 7 }; __VA_ARGS__; }                                                     \
+        else { enum { K = 8 }; __VA_ARGS__; }                                                                      \
+    } while (0)
+
 /* ---- encoding: Viterbi over 2^L states ----
  *
  * A state's predecessors differ in the k bits that were shifted out, so states come in families of 2^k that share the
@@ -134,7 +142,7 @@ static ALWAYS_INLINE void extend(const Least *least, float x, const float *restr
 static ALWAYS_INLINE void step(const Search *restrict s, float x, uint16_t *restrict back, const int k) {
     const int members = 1 << k;
     for (int64_t q = 0; q < s->families; q += LANES) {
-        uint32_t planes[4] = {0};
+        uint32_t planes[8] = {0};
         for (int at = 0; at < LANES; at += WIDE) {
             Least least;
             for (int j = 0; j < members; j++) compare(&least, s->cost + j * s->families + q + at, j);
@@ -212,12 +220,20 @@ int trellis_encode(const float *restrict values, int64_t rows, int64_t blocks, c
             Search search = {states, families, table, costs, costs + states, back};
             for (int r = 0; r < height; r++)
                 memcpy(x + r * TILE, values + ((top + r) * blocks + block) * TILE, TILE * sizeof(float));
-            FOR_EACH_WIDTH(bits, encode_tile(&search, x, length, state_bits, symbols, K));
+            if (bits <= 4)
+                FOR_EACH_WIDTH(bits, encode_tile(&search, x, length, state_bits, symbols, K));
+            else
+                FOR_EACH_WIDER(bits, encode_tile(&search, x, length, state_bits, symbols, K));
             for (int r = 0; r < height; r++) {
-                uint64_t string = 0; /* the row's 16 · k bits, the first highest */
-                for (int c = 0; c < TILE; c++) string = string << bits | symbols[r * TILE + c];
-                for (int w = 0; w < bits; w++)
-                    trellis[((top + r) * blocks + block) * bits + w] = (uint16_t)(string >> 16 * (bits - 1 - w));
+                uint16_t *words = trellis + ((top + r) * blocks + block) * bits;
+                uint32_t string = 0; /* the first bit highest */
+                for (int c = 0, held = 0; c < TILE; c++) {
+                    string = string << bits | symbols[r * TILE + c];
+                    held += bits;
+                    if (held < 16) continue;
+                    held -= 16;
+                    *words++ = (uint16_t)(string >> held);
+                }
             }
         }
         free(costs);
@@ -226,17 +242,25 @@ int trellis_encode(const float *restrict values, int64_t rows, int64_t blocks, c
     return complete;
 }
 
-/* ---- decoding: sixteen weights of a row at a time, whose states lie in k words of the row and one of the row after ---- */
+/* ---- decoding: sixteen weights of a row at a time ----
+ *
+ * Row by row, their states lie in k words of the row and one of the row after. In the order of EXL3 they lie in 2k words
+ * that the row shares with the one eight above or below, and the word after those. */
 
-enum { MAD = 0, INST = 1 }; /* CODES of native.py */
+enum { MAD = 0, INST = 1, MCG = 2, MUL1 = 3 }; /* CODES of tables.py */
+enum { BY_ROWS = 0, EXL3 = 1 };                /* ORDERS */
 
 typedef struct {
     const uint16_t *trellis; /* [rows, blocks · k] */
     int64_t rows, blocks;
-    int bits, state_bits, code;
+    int bits, state_bits, code, order;
 } Weight;
 
 enum { KEPT = ~0x7e001fff, FLIPPED = 0x3f6c0000 }; /* of a half of 3inst, as bits of a float32 */
+
+/* mul1's two numbers of half precision: its product and sum are exact in float32, and then rounded to half precision,
+ * which of multiples of 2^-18 below 16 leaves those with eleven bits. */
+static const float BYTE = 0x1.bb8p-8f, BYTES = -0x1.4c4p3f;
 
 #if defined(__AVX512BW__)
 
@@ -259,51 +283,75 @@ static ALWAYS_INLINE __m512i states_of(const uint16_t *restrict own, uint16_t ne
     return _mm512_and_si512(_mm512_srlv_epi32(window, right), _mm512_set1_epi32((1 << state_bits) - 1));
 }
 
-/* The sum of the four bytes, between ±510, times a constant. */
-static ALWAYS_INLINE __m512 values_mad(__m512i states) {
-    const __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(states, _mm512_set1_epi32(34038481)), _mm512_set1_epi32(76625530));
-    const __m512i pairs = _mm512_maddubs_epi16(y, _mm512_set1_epi8(1));
-    const __m512i sum = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(510))),
-                         _mm512_set1_ps(1 / 147.800537109375f));
+static ALWAYS_INLINE __m512i linear(__m512i states, uint32_t factor, uint32_t offset) {
+    const __m512i product = _mm512_mullo_epi32(states, _mm512_set1_epi32((int)factor));
+    return _mm512_add_epi32(product, _mm512_set1_epi32((int)offset));
+}
+
+static ALWAYS_INLINE __m512i sum_of_bytes(__m512i y) {
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(y, _mm512_set1_epi8(1)), _mm512_set1_epi16(1));
+}
+
+/* To the eleven bits of half precision, ties to even. */
+static ALWAYS_INLINE __m512 to_half(__m512 x) {
+    const __m512i u = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 13), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0xfff)), odd);
+    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(~0x1fff)));
 }
 
 /* The sum of two numbers of half precision, in that precision. Of each the code leaves a sign and twelve bits, which are
  * moved to where float32 has them; the exponent's others are one constant together with the exclusive or. All are
  * multiples of 2^-13 between 1/8 and 2, so that rounding their sum to eleven bits is all there is to it. */
-static ALWAYS_INLINE __m512 values_inst(__m512i states) {
+static ALWAYS_INLINE __m512 sum_of_halves(__m512i y) {
     const __m512i kept = _mm512_set1_epi32(KEPT), flipped = _mm512_set1_epi32(FLIPPED);
-    const __m512i y = _mm512_add_epi32(_mm512_mullo_epi32(states, _mm512_set1_epi32(89226354)), _mm512_set1_epi32(64248484));
     const __m512i upper = _mm512_srai_epi32(y, 3), lower = _mm512_srai_epi32(_mm512_slli_epi32(y, 16), 3);
     const __m512i high = _mm512_ternarylogic_epi32(upper, kept, flipped, 0x6a); /* (a & b) ^ c */
     const __m512i low = _mm512_ternarylogic_epi32(lower, kept, flipped, 0x6a);
-    const __m512i sum = _mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(sum, 13), _mm512_set1_epi32(1));
-    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(sum, _mm512_set1_epi32(0xfff)), odd);
-    return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(~0x1fff)));
+    return to_half(_mm512_add_ps(_mm512_castsi512_ps(high), _mm512_castsi512_ps(low)));
+}
+
+static ALWAYS_INLINE __m512 values_of(__m512i states, const int code) {
+    if (code == INST) return sum_of_halves(linear(states, 89226354u, 64248484u));
+    if (code == MCG) return sum_of_halves(linear(states, 0xcbac1fedu, 0));
+    if (code == MAD) {
+        const __m512i sum = sum_of_bytes(linear(states, 34038481u, 76625530u));
+        return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(510))),
+                             _mm512_set1_ps(1 / 147.800537109375f));
+    }
+    const __m512i sum = _mm512_add_epi32(sum_of_bytes(linear(states, 0x83dcd12du, 0)), _mm512_set1_epi32(1024));
+    return to_half(_mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(BYTE), _mm512_set1_ps(BYTES)));
 }
 
 static ALWAYS_INLINE void sixteen(const uint16_t *restrict own, uint16_t next, int state_bits, float *restrict out,
                                   const int code, const int k) {
-    const __m512i states = states_of(own, next, state_bits, k);
-    _mm512_storeu_ps(out, code == MAD ? values_mad(states) : values_inst(states));
+    _mm512_storeu_ps(out, values_of(states_of(own, next, state_bits, k), code));
 }
 
 #else
 
 /* The same in plain C. */
-static ALWAYS_INLINE float value_mad(uint32_t state) {
-    const uint32_t y = 34038481u * state + 76625530u;
+static ALWAYS_INLINE uint32_t sum_of_bytes(uint32_t y) {
     const uint32_t pairs = (y & 0x00ff00ff) + (y >> 8 & 0x00ff00ff);
-    return (float)((int32_t)((pairs & 0xffff) + (pairs >> 16)) - 510) * (1 / 147.800537109375f);
+    return (pairs & 0xffff) + (pairs >> 16);
 }
 
-static ALWAYS_INLINE float value_inst(uint32_t state) {
-    const uint32_t y = 89226354u * state + 64248484u;
+static ALWAYS_INLINE float to_half(float x) {
+    const uint32_t u = bits_of(x);
+    return float_of((u + 0xfff + (u >> 13 & 1)) & ~0x1fffu);
+}
+
+static ALWAYS_INLINE float sum_of_halves(uint32_t y) {
     const uint32_t high = ((uint32_t)((int32_t)y >> 3) & (uint32_t)KEPT) ^ FLIPPED;
     const uint32_t low = ((uint32_t)((int32_t)(y << 16) >> 3) & (uint32_t)KEPT) ^ FLIPPED;
-    const uint32_t sum = bits_of(float_of(high) + float_of(low));
-    return float_of((sum + 0xfff + (sum >> 13 & 1)) & ~0x1fffu);
+    return to_half(float_of(high) + float_of(low));
+}
+
+static ALWAYS_INLINE float value_of(uint32_t state, const int code) {
+    if (code == INST) return sum_of_halves(89226354u * state + 64248484u);
+    if (code == MCG) return sum_of_halves(0xcbac1fedu * state);
+    if (code == MAD) return (float)((int32_t)sum_of_bytes(34038481u * state + 76625530u) - 510) * (1 / 147.800537109375f);
+    return to_half((float)(1024 + sum_of_bytes(0x83dcd12du * state)) * BYTE + BYTES);
 }
 
 static ALWAYS_INLINE void sixteen(const uint16_t *restrict own, uint16_t next, int state_bits, float *restrict out,
@@ -312,12 +360,12 @@ static ALWAYS_INLINE void sixteen(const uint16_t *restrict own, uint16_t next, i
     uint32_t states[TILE], windows[4];
     for (int i = 0; i < k; i++) windows[i] = (uint32_t)own[i] << 16 | (i + 1 < k ? own[i + 1] : next);
     for (int e = 0; e < TILE; e++) states[e] = windows[k * e / 16] >> (32 - state_bits - k * e % 16) & mask;
-    for (int e = 0; e < TILE; e++) out[e] = code == MAD ? value_mad(states[e]) : value_inst(states[e]);
+    for (int e = 0; e < TILE; e++) out[e] = value_of(states[e], code);
 }
 
 #endif
 
-/* Blocks `first` to `last` of a row, sixteen weights each -> out. */
+/* Blocks `first` to `last` of a row, sixteen weights each -> out; row by row, k up to 4. */
 static ALWAYS_INLINE void decode(const Weight *restrict w, int64_t row, int64_t first, int64_t last, float *restrict out,
                                  const int code, const int k) {
     const int64_t after = row % TILE == TILE - 1 || row == w->rows - 1 ? row - row % TILE : row + 1;
@@ -325,11 +373,64 @@ static ALWAYS_INLINE void decode(const Weight *restrict w, int64_t row, int64_t 
     for (int64_t b = first; b < last; b++) sixteen(own + b * k, next[b * k], w->state_bits, out + (b - first) * TILE, code, k);
 }
 
-static void decode_blocks(const Weight *restrict w, int64_t row, int64_t first, int64_t last, float *restrict out) {
-    if (w->code == MAD)
-        FOR_EACH_WIDTH(w->bits, decode(w, row, first, last, out, MAD, K));
+/* The same of any width and order: the words are those of one row, or of two that follow each other, and one more. */
+static ALWAYS_INLINE void decode_any(const Weight *restrict w, int64_t row, int64_t first, int64_t last,
+                                     float *restrict out, const int code) {
+    const int k = w->bits, inner = (int)(row % TILE), pairs = w->order == EXL3;
+    const int64_t top = row - inner, height = w->rows - top < TILE ? w->rows - top : TILE;
+    const int64_t stored = pairs ? inner % 8 * 2 : inner, after = (stored + 1 + pairs) % height;
+    const uint16_t *own = w->trellis + (top + stored) * w->blocks * k, *next = w->trellis + (top + after) * w->blocks * k;
+    const uint16_t *second = own + w->blocks * k; /* read only where there are pairs */
+    int bit[TILE];
+    for (int c = 0; c < TILE; c++) bit[c] = k * (pairs ? c % 8 / 2 * 8 + inner / 8 * 4 + c / 8 * 2 + c % 2 : c);
+#if defined(__AVX512BW__)
+    uint16_t place[2 * TILE];
+    int32_t shift[TILE];
+    for (int e = 0; e < TILE; e++) {
+        place[2 * e] = (uint16_t)(bit[e] / 16 + 1);
+        place[2 * e + 1] = (uint16_t)(bit[e] / 16);
+        shift[e] = 32 - w->state_bits - bit[e] % 16;
+    }
+    const __m512i lanes = _mm512_loadu_si512(place), right = _mm512_loadu_si512(shift);
+    const __m512i mask = _mm512_set1_epi32((1 << w->state_bits) - 1);
+    const __mmask32 of_row = (1u << k) - 1, of_second = pairs ? of_row << k : 0, of_next = 1u << (pairs ? 2 * k : k);
+    for (int64_t b = first; b < last; b++) {
+        __m512i words = _mm512_maskz_loadu_epi16(of_row, own + b * k);
+        words = _mm512_mask_loadu_epi16(words, of_second, second + b * k - k);
+        words = _mm512_mask_set1_epi16(words, of_next, (short)next[b * k]);
+        const __m512i states = _mm512_srlv_epi32(_mm512_permutexvar_epi16(lanes, words), right);
+        _mm512_storeu_ps(out + (b - first) * TILE, values_of(_mm512_and_si512(states, mask), code));
+    }
+#else
+    const uint32_t mask = (1u << w->state_bits) - 1;
+    for (int64_t b = first; b < last; b++) {
+        uint16_t words[2 * 8 + 1];
+        uint32_t states[TILE];
+        for (int i = 0; i < k; i++) words[i] = own[b * k + i];
+        for (int i = 0; i < k * pairs; i++) words[k + i] = second[b * k + i];
+        words[k + k * pairs] = next[b * k];
+        for (int e = 0; e < TILE; e++) {
+            const uint32_t window = (uint32_t)words[bit[e] / 16] << 16 | words[bit[e] / 16 + 1];
+            states[e] = window >> (32 - w->state_bits - bit[e] % 16) & mask;
+        }
+        for (int e = 0; e < TILE; e++) out[(b - first) * TILE + e] = value_of(states[e], code);
+    }
+#endif
+}
+
+static ALWAYS_INLINE void decode_code(const Weight *restrict w, int64_t row, int64_t first, int64_t last,
+                                      float *restrict out, const int code) {
+    if (w->order != BY_ROWS || w->bits > 4)
+        decode_any(w, row, first, last, out, code);
     else
-        FOR_EACH_WIDTH(w->bits, decode(w, row, first, last, out, INST, K));
+        FOR_EACH_WIDTH(w->bits, decode(w, row, first, last, out, code, K));
+}
+
+static void decode_blocks(const Weight *restrict w, int64_t row, int64_t first, int64_t last, float *restrict out) {
+    if (w->code == MAD) decode_code(w, row, first, last, out, MAD);
+    else if (w->code == INST) decode_code(w, row, first, last, out, INST);
+    else if (w->code == MCG) decode_code(w, row, first, last, out, MCG);
+    else decode_code(w, row, first, last, out, MUL1);
 }
 
 enum { BLOCKS = 16, COLUMNS = BLOCKS * TILE }; /* decoded at a time */

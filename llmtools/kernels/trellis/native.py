@@ -12,7 +12,7 @@ from ...errors import InputError
 from .. import build
 from . import reference
 from .reference import TILE
-from .tables import CODES, values
+from .tables import CODES, ORDERS, values
 
 _DECODED_A_THREAD = 1 << 15  # fewer weights are done before a second thread has woken up
 
@@ -27,11 +27,12 @@ class _Weight(ctypes.Structure):
         ("bits", ctypes.c_int),
         ("state_bits", ctypes.c_int),
         ("code", ctypes.c_int),
+        ("order", ctypes.c_int),
     )
 
 
 def dequantize_trellis(
-    trellis: Tensor, bits: int, state_bits: int, code: str, start: int, stop: int, dtype: torch.dtype
+    trellis: Tensor, bits: int, state_bits: int, code: str, order: str, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
     """trellis [out, k·b] int16 on the CPU -> rows start … stop, [stop − start, 16b] of `dtype`.
 
@@ -39,22 +40,24 @@ def dequantize_trellis(
     """
     library = _library()
     if library is None or dtype not in build.TYPES:
-        return reference.dequantize_trellis(trellis, bits, state_bits, code, start, stop, dtype)
+        return reference.dequantize_trellis(trellis, bits, state_bits, code, order, start, stop, dtype)
     trellis = trellis.contiguous()
     out = torch.empty(stop - start, trellis.shape[1] // bits * TILE, dtype=dtype, device="cpu")
-    weight = _weight(trellis, bits, state_bits, code)
+    weight = _weight(trellis, bits, state_bits, code, order)
     library.trellis_decode(weight, start, stop, build.TYPES[dtype], out.data_ptr(), _threads(out.numel()))
     return out
 
 
-def multiply_trellis(x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, transposed: bool) -> Tensor:
+def multiply_trellis(
+    x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, order: str, transposed: bool
+) -> Tensor:
     """x [t, 16b] -> [t, out] of x's type, or transposed x [t, out] -> [t, 16b]; trellis [out, k·b] int16.
 
     In C, and for float64 by the reference. Raises InputError for an x of another width.
     """
     library = _library()
     if library is None or x.dtype not in build.TYPES:
-        return reference.multiply_trellis(x, trellis, bits, state_bits, code, transposed)
+        return reference.multiply_trellis(x, trellis, bits, state_bits, code, order, transposed)
     columns = trellis.shape[1] // bits * TILE
     summed, kept = (len(trellis), columns) if transposed else (columns, len(trellis))
     if x.dim() != 2 or x.shape[1] != summed:
@@ -62,7 +65,7 @@ def multiply_trellis(x: Tensor, trellis: Tensor, bits: int, state_bits: int, cod
     wide, trellis = x.to(torch.float32).contiguous(), trellis.contiguous()
     y = torch.empty(len(x), kept, dtype=torch.float32, device="cpu")
     multiply = library.trellis_multiply_transposed if transposed else library.trellis_multiply
-    weight = _weight(trellis, bits, state_bits, code)
+    weight = _weight(trellis, bits, state_bits, code, order)
     multiply(weight, wide.data_ptr(), len(x), y.data_ptr(), _threads(len(trellis) * columns))
     return y.to(x.dtype)
 
@@ -89,10 +92,10 @@ def usable(device: torch.device) -> bool:
     return device.type == "cpu" and _library() is not None
 
 
-def _weight(trellis: Tensor, bits: int, state_bits: int, code: str) -> _Weight:
+def _weight(trellis: Tensor, bits: int, state_bits: int, code: str, order: str) -> _Weight:
     """A view: the tensor, contiguous, must be kept while it is used."""
     blocks = trellis.shape[1] // bits
-    return _Weight(trellis.data_ptr(), len(trellis), blocks, bits, state_bits, CODES.index(code))
+    return _Weight(trellis.data_ptr(), len(trellis), blocks, bits, state_bits, CODES.index(code), ORDERS.index(order))
 
 
 def _threads(weights: int) -> int:

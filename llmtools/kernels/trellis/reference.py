@@ -12,28 +12,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .tables import values
+from .tables import TILE, places, values
 
-TILE = 16
 ROWS = 256  # decoded at a time by the product
 _TABLE_BYTES = 1 << 26  # of notes in a search, for so many tiles at a time as fit
 
 
 def dequantize_trellis(
-    trellis: Tensor, bits: int, state_bits: int, code: str, start: int, stop: int, dtype: torch.dtype
+    trellis: Tensor, bits: int, state_bits: int, code: str, order: str, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
     """Rows start … stop of the weight, [stop − start, 16b] of `dtype`. trellis [out, k·b] int16."""
     rows = torch.arange(start, stop, device=trellis.device)
-    after = torch.where((rows % TILE == TILE - 1) | (rows == len(trellis) - 1), rows - rows % TILE, rows + 1)
-    own = trellis[start:stop].unflatten(1, (-1, bits))  # [rows, b, k]
-    words = torch.cat([own, trellis[:, ::bits][after][..., None]], -1).to(torch.int32) & 0xFFFF  # [rows, b, k + 1]
-    bit = torch.arange(TILE, device=trellis.device) * bits
-    window = words[..., bit // 16] << 16 | words[..., bit // 16 + 1]  # [rows, b, 16], the first bit highest
-    state = window >> (32 - state_bits - bit % 16).to(torch.int32) & (1 << state_bits) - 1
+    top = (rows - rows % TILE)[:, None]
+    bit = bits * places(order, trellis.device)[rows % TILE]  # [rows, 16], where in the tile's string states begin
+    word = bit // 16
+    following = (word + 1) % (bits * (len(trellis) - top).clamp(max=TILE))  # the tile's string is a circle
+    words = trellis.unflatten(1, (-1, bits))  # [out, b, k]
+    upper, lower = (
+        words[top + each // bits, :, each % bits].to(torch.int32) & 0xFFFF for each in (word, following)
+    )  # [rows, 16, b]
+    window = (upper << 16 | lower) >> (32 - state_bits - bit % 16).to(torch.int32)[..., None]
+    state = (window & (1 << state_bits) - 1).transpose(1, 2)
     return F.embedding(state, values(code, state_bits, trellis.device, dtype)[:, None]).flatten(1)
 
 
-def multiply_trellis(x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, transposed: bool) -> Tensor:
+def multiply_trellis(
+    x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, order: str, transposed: bool
+) -> Tensor:
     """x [t, 16b] -> [t, out], or transposed x [t, out] -> [t, 16b], of x's type; trellis [out, k·b] int16.
 
     A block of rows at a time; blocks are added in float32 or wider.
@@ -43,7 +48,7 @@ def multiply_trellis(x: Tensor, trellis: Tensor, bits: int, state_bits: int, cod
     y = x.new_zeros((len(x), columns if transposed else len(trellis)), dtype=wide)
     for start in range(0, len(trellis), ROWS):
         stop = min(start + ROWS, len(trellis))
-        weight = dequantize_trellis(trellis, bits, state_bits, code, start, stop, x.dtype)
+        weight = dequantize_trellis(trellis, bits, state_bits, code, order, start, stop, x.dtype)
         if transposed:
             y += x[:, start:stop] @ weight  # [t, ROWS] @ [ROWS, 16b]
         else:

@@ -1,21 +1,32 @@
-"""The codes of a trellis: what each state is worth (QTIP, arXiv:2406.11235, section 3.1, with its constants).
+"""The codes of a trellis: what each state is worth, and the orders in which a tile's weights form its sequence.
 
 A code is computed from the state and needs no table; the tables here are its definition, and what the encoder reads.
 
     1mad    y = 34038481·s + 76625530 mod 2³²;  (Σ of the four bytes of y − 510) / 147.8
     3inst   y = 89226354·s + 64248484 mod 2³²;  y = (y & 8FFF8FFF₁₆) ^ 3B603B60₁₆;  upper half + lower half, as float16
+    mcg     the same of y = CBAC1FED₁₆·s mod 2³²
+    mul1    y = 83DCD12D₁₆·s mod 2³²;  (1024 + Σ of the four bytes of y) · 0.006767 − 10.38, both float16, rounded to it
+
+The first two are QTIP's (arXiv:2406.11235, section 3.1), the others EXL3's (exllamav3, quant/codebook.cuh).
+
+The order "rows" reads a tile row by row. "exl3" is that of EXL3's files, in which a thread of a tensor core finds its
+weights side by side: weight (r, c), r an output and c an input, has place
+32·(r mod 8) + 8·⌊(c mod 8) / 2⌋ + 4·⌊r / 8⌋ + 2·⌊c / 8⌋ + c mod 2.
 
 One copy a process, device and type.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-CODES = ("1mad", "3inst")
+CODES = ("1mad", "3inst", "mcg", "mul1")
+ORDERS = ("rows", "exl3")
+TILE = 16
 
 
 @cache
@@ -23,16 +34,47 @@ def values(code: str, state_bits: int, device: torch.device, dtype: torch.dtype)
     """The value of every state, [2^state_bits] of `dtype`: formed in float32 and rounded once."""
     with torch.inference_mode(False):
         state = torch.arange(1 << state_bits, dtype=torch.int64, device="cpu")
-        return (_mad(state) if code == "1mad" else _inst(state)).to(dtype).to(device)
+        return _FUNCTIONS[code](state).to(dtype).to(device)
 
 
-def _mad(state: Tensor) -> Tensor:
-    word = (34038481 * state + 76625530) & 0xFFFFFFFF
-    total = torch.stack([(word >> shift) & 0xFF for shift in (0, 8, 16, 24)]).sum(0)
-    return (total - 510).to(torch.float32) * torch.tensor(1 / 147.800537109375, dtype=torch.float32, device="cpu")
+@cache
+def places(order: str, device: torch.device) -> Tensor:
+    """The place of each weight of a tile in its sequence, [16, 16] int64: by output, by input."""
+    with torch.inference_mode(False):
+        r, c = torch.arange(TILE, device="cpu")[:, None], torch.arange(TILE, device="cpu")
+        place = (
+            TILE * r + c if order == "rows" else 32 * (r % 8) + 8 * (c % 8 // 2) + 4 * (r // 8) + 2 * (c // 8) + c % 2
+        )
+        return place.to(device)
 
 
-def _inst(state: Tensor) -> Tensor:
-    word = ((89226354 * state + 64248484) & 0x8FFF8FFF) ^ 0x3B603B60
+def _1mad(state: Tensor) -> Tensor:
+    total = _bytes(34038481 * state + 76625530) - 510
+    return total.to(torch.float32) * torch.tensor(1 / 147.800537109375, dtype=torch.float32, device="cpu")
+
+
+def _mul1(state: Tensor) -> Tensor:
+    """Product and sum are exact in float32: multiples of 2^-18 below 16."""
+    factor, offset = torch.tensor([0x1EEE, 0xC931 - 0x10000], dtype=torch.int16, device="cpu").view(torch.float16)
+    total = (1024 + _bytes(0x83DCD12D * state)).to(torch.float32)
+    return (total * factor.to(torch.float32) + offset.to(torch.float32)).to(torch.float16).to(torch.float32)
+
+
+def _bytes(word: Tensor) -> Tensor:
+    """The sum of the four lowest bytes."""
+    return torch.stack([(word >> shift) & 0xFF for shift in (0, 8, 16, 24)]).sum(0)
+
+
+def _halves(word: Tensor) -> Tensor:
+    """The sum of two float16, of which each half of the word gives a sign and eleven bits."""
+    word = (word & 0x8FFF8FFF) ^ 0x3B603B60
     high, low = (half.to(torch.int16).view(torch.float16) for half in (word >> 16, word & 0xFFFF))
     return (high + low).to(torch.float32)
+
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "1mad": _1mad,
+    "3inst": lambda state: _halves(89226354 * state + 64248484),
+    "mcg": lambda state: _halves(0xCBAC1FED * state),
+    "mul1": _mul1,
+}

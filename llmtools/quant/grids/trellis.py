@@ -1,11 +1,12 @@
 """Tiles of 16 × 16 weights on a trellis: the grid of QTIP (arXiv:2406.11235, section 3).
 
-A tile's code is a path through the states of a trellis, 1 to 4 bits per weight (`kernels/trellis`): of all grids the
+A tile's code is a path through the states of a trellis, 1 to 8 bits per weight (`kernels/trellis`): of all grids the
 one with the least error at its bits, and the dearest to encode. Its values suit weights that are Gaussian; the scale
 that makes them so belongs to the matrix as a whole and is kept by the basis (`bases.SignedHadamard`), so this grid has
 nothing to fit.
 
-Where the number of columns is no multiple of sixteen the roundings and the basis pad it; rows need no padding.
+Where the number of columns is no multiple of sixteen the roundings and the basis pad it; rows need no padding, save
+in EXL3's order.
 
 Shapes: as in `grids/base.py`; b = ceil(in / 16) blocks in a row; k — bits; params have no columns, [n, 0]. Codes are
 [n, b, k] int16, a row's share of its tiles' bits.
@@ -39,11 +40,13 @@ class Trellis(Grid):
     """A bitshift trellis. Stored: trellis [out, b·k] int16."""
 
     bits: int = 2
-    """Bits per weight, 1 to 4."""
+    """Bits per weight, 1 to 8."""
     state_bits: int = 12
     """Bits of a state, L, 8 to 16: each more takes twice as long to encode, and has less error."""
     code: str = "3inst"
-    """Function from states to weights, "3inst" or "1mad"."""
+    """Function from states to weights, "3inst", "1mad", "mcg" or "mul1"."""
+    order: str = "rows"
+    """Order of a tile's weights in their sequence, "rows" or "exl3"."""
 
     width: ClassVar[int] = TILE
     height: ClassVar[int] = TILE
@@ -51,7 +54,7 @@ class Trellis(Grid):
     codes = ("trellis",)
 
     def __post_init__(self) -> None:
-        check_trellis(self.bits, self.state_bits, self.code)
+        check_trellis(self.bits, self.state_bits, self.code, self.order)
 
     @property
     def scale(self) -> float:
@@ -65,10 +68,11 @@ class Trellis(Grid):
         return group.new_empty(group.shape[0], 0)
 
     def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
-        return encode_trellis(values, self.bits, self.state_bits, self.code).view(len(values), -1, self.bits)
+        codes = encode_trellis(values, self.bits, self.state_bits, self.code, self.order)
+        return codes.view(len(values), -1, self.bits)
 
     def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
-        return dequantize_trellis(codes.flatten(1), self.bits, self.state_bits, self.code).to(params.dtype)
+        return self._rows(codes.flatten(1)).to(params.dtype)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {"trellis": TensorSpec((out_features, -(-in_features // TILE) * self.bits), torch.int16)}
@@ -82,7 +86,7 @@ class Trellis(Grid):
         start, stop, step = rows.indices(len(trellis))
         if step < 1:  # only forward
             return self.dequantize(packed, ALL, dtype)[rows]
-        weight = dequantize_trellis(trellis, self.bits, self.state_bits, self.code, start, max(start, stop), dtype)
+        weight = self._rows(trellis, start, max(start, stop), dtype)
         return weight if step == 1 else weight[::step]
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
@@ -91,4 +95,10 @@ class Trellis(Grid):
     def multiply(self, x: Tensor, packed: Packed, transposed: bool = False) -> Tensor | None:
         if not multiplies(x.device):
             return None
-        return multiply_trellis(x, packed["trellis"], self.bits, self.state_bits, self.code, transposed)
+        trellis = packed["trellis"]
+        return multiply_trellis(x, trellis, self.bits, self.state_bits, self.code, transposed, order=self.order)
+
+    def _rows(
+        self, trellis: Tensor, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        return dequantize_trellis(trellis, self.bits, self.state_bits, self.code, start, stop, dtype, order=self.order)

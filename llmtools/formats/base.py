@@ -105,6 +105,10 @@ class Format(ABC):
         (whole,) = out_features
         return [self.read(stored, whole, in_features)]
 
+    def bias(self, stored: Module, out_features: int) -> Tensor:
+        """The module's bias [out_features]; it has one."""
+        return stored.get("bias", out_features)
+
     def scales(self, stored: Module, packed: Packed) -> dict[str, Tensor]:
         """The module's tensors that hold floating values of `packed`, with those values: name → tensor of the file's
         shape and dtype. All others of the module stay; `read` then gives `packed`.

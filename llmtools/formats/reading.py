@@ -245,7 +245,7 @@ def translate(
             read |= {f"{path}.{name}": tensor for name, tensor in packed.items()}
         state |= read if keep is None else keep(read)
         if "bias" in stored:
-            state |= _bias(stored, linears)
+            state |= _bias(reader, stored, linears)
         _refuse_unread(stored, reader, names_below.get(stored_path, []))
     if not assigned:
         raise CheckpointError(
@@ -288,9 +288,9 @@ def _linear(skeleton: nn.Module, path: str, stored_path: str) -> nn.Linear:
     return linear
 
 
-def _bias(stored: Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+def _bias(reader: Format, stored: Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
     ((path, linear),) = linears.items()
-    bias = stored.get("bias", linear.out_features)
+    bias = reader.bias(stored, linear.out_features)
     if "bias" in dict(linear.named_parameters()):
         return {f"{path}.bias": bias}
     if bool(bias.any()):  # some writers store zeros where the model has no bias

@@ -5,7 +5,7 @@
 """
 
 from .base import ALL, BlockLearner, Packed, Quantizer, Rows, TensorSpec, from_spec, quantizer, quantizers
-from .external import ColumnGrid, FusedLattice, TableGrid, UniformGrid
+from .external import ColumnGrid, EXL3Trellis, FusedLattice, TableGrid, UniformGrid
 from .gguf import GGMLBlocks
 from .hessian import HessianSum, proxy_loss
 from .learned import SignRound
@@ -25,6 +25,7 @@ __all__ = [
     "RTN",
     "BlockLearner",
     "ColumnGrid",
+    "EXL3Trellis",
     "FusedLattice",
     "GGMLBlocks",
     "HessianSum",

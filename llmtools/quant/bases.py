@@ -129,6 +129,9 @@ class SignedHadamard(Basis):
     order can be mixed: x is padded with zeros. On the side of the outputs nothing is padded; an odd number of
     them just is not mixed. Signs are sampled from a seed and stored; after block tuning su and sv may be any numbers.
 
+    With `mixed`, as in EXL3's files, features are mixed in runs of that many; both sides are padded to whole runs, and
+    W' has more rows than W, too.
+
     State: su [in] float16; sv [out] of `scale_type`.
     """
 
@@ -139,6 +142,8 @@ class SignedHadamard(Basis):
     """Version of the table that says which Hadamard matrix belongs to a size, `kernels.hadamard.rule_for`."""
     scale_type: str = "float16"
     """The type of sv: float16, bfloat16 or float32."""
+    mixed: int | None = None
+    """Order of the Hadamard matrices, of runs of features; by default one matrix mixes a whole side."""
 
     by_rows: ClassVar[bool] = False
     state = ("su", "sv")
@@ -157,7 +162,11 @@ class SignedHadamard(Basis):
         return rows.clamp(-largest, largest).to(dtype)
 
     def columns(self, in_features: int) -> int:
-        return in_features + -in_features % self.block
+        return in_features + -in_features % (self.mixed or self.block)
+
+    def rows(self, out_features: int) -> int:
+        """The rows of the rotated weight."""
+        return out_features + -out_features % (self.mixed or 1)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return {
@@ -185,7 +194,7 @@ class SignedHadamard(Basis):
     def transform(self, weight: Tensor, hessian: Tensor | None, state: Packed) -> tuple[Tensor, Tensor | None]:
         su, sv = state["su"].to(weight.dtype), state["sv"].to(weight.dtype)
         left = torch.where(sv == 0, 1, sv).reciprocal()
-        rotated = weight.new_empty(len(weight), self.columns(weight.shape[1]))
+        rotated = weight.new_zeros(self.rows(len(weight)), self.columns(weight.shape[1]))
         for rows in _chunks(len(weight)):
             rotated[rows] = self._spread(weight[rows] * left[rows, None] / su)
         for columns in _chunks(rotated.shape[1]):
@@ -198,7 +207,8 @@ class SignedHadamard(Basis):
             sv == 0, 0, sv.reciprocal()
         )  # rows of zeros stay: they show nothing, and would disturb others
         right = torch.where(su == 0, 0, su.reciprocal())
-        return self._mix((b.float() * left[:, None]).mT).mT.contiguous(), self._spread(a.float() * right)
+        padded = F.pad((b.float() * left[:, None]).mT, (0, self.rows(len(b)) - len(b)))
+        return self._mix(padded).mT.contiguous(), self._spread(a.float() * right)
 
     def second_moment(self, hessian: Tensor, state: Packed) -> Tensor:
         """H [in, in] of x -> that of x R [in', in'], a new tensor; the identity for a layer without input."""
@@ -214,27 +224,30 @@ class SignedHadamard(Basis):
 
     def _spread(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., in'], Q_inᵀ of the padded vectors."""
-        return self._mix(F.pad(x, (0, -x.shape[-1] % self.block)))
+        return self._mix(F.pad(x, (0, self.columns(x.shape[-1]) - x.shape[-1])))
 
-    @staticmethod
-    def _mix(x: Tensor) -> Tensor:
-        return hadamard(x, _rule(x.shape[-1]), transpose=True)
+    def _mix(self, x: Tensor) -> Tensor:
+        return hadamard(x, self._rule(x.shape[-1]), transpose=True)
+
+    def _rule(self, size: int) -> str:
+        return _rule(size) if self.mixed is None else f"blocks:{self.mixed}"
 
     def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
         su, sv = state["su"].to(rotated.dtype), state["sv"].to(rotated.dtype)
         weight = torch.empty_like(rotated)
         for columns in _chunks(rotated.shape[1]):
-            weight[:, columns] = hadamard(rotated[:, columns].mT, _rule(len(rotated))).mT  # Q_out W'
-        for rows in _chunks(len(rotated)):
-            weight[rows] = hadamard(weight[rows], _rule(rotated.shape[1])) * sv[rows, None]
+            weight[:, columns] = hadamard(rotated[:, columns].mT, self._rule(len(rotated))).mT  # Q_out W'
+        for rows in _chunks(len(sv)):
+            weight[rows] = hadamard(weight[rows], self._rule(rotated.shape[1])) * sv[rows, None]
             weight[rows, : len(su)] *= su
-        return weight[:, : len(su)].contiguous()
+        return weight[: len(sv), : len(su)].contiguous()
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
         return self._spread((x * (state["su"] / _guard(x))).to(x.dtype))
 
     def outputs(self, y: Tensor, state: Packed) -> Tensor:
-        return (hadamard(y, _rule(y.shape[-1])) * (state["sv"] * _guard(y))).to(y.dtype)
+        mixed = hadamard(y, self._rule(y.shape[-1]))[..., : len(state["sv"])]
+        return (mixed * (state["sv"] * _guard(y))).to(y.dtype)
 
 
 @constant_result

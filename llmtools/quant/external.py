@@ -7,6 +7,7 @@
 | `affine_columns` | the same with groups that run along the outputs  | HQQ with axis 0                    |
 | `codebook`       | 16 values times a maximum                        | bitsandbytes                       |
 | `quip_sharp_rows`| rows of a matrix that was rotated with others    | QuIP#                              |
+| `exl3`           | a trellis in runs of 128 rotated features        | EXL3                               |
 
 They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export do not depend on
 a layer's origin. To quantize, each rounds to nearest. The readers and writers are in `llmtools.formats`.
@@ -35,6 +36,7 @@ from .grids.base import Grid
 from .grids.codebook import NF4, Codebook
 from .grids.lattice import Lattice
 from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
+from .grids.trellis import Trellis
 from .materialize import materialized_linear
 from .quip_sharp import QuIPSharp
 from .rounding import Nearest, Rounding
@@ -45,6 +47,9 @@ FP4 = tuple(n / 192 for n in (*(-n for n in reversed(_POSITIVE)), *_POSITIVE))
 """Values of bitsandbytes' 4-bit float: 0 (twice), 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1 and their negatives, sorted."""
 
 TABLES = {"nf4": NF4, "fp4": FP4}
+
+EXL3_RUN = 128
+"""Features that EXL3 mixes with each other."""
 
 
 @quantizers.register("affine")
@@ -259,3 +264,43 @@ class FusedLattice(Quantizer):
         """The state of the whole matrix, with zeros in the other parts' rows."""
         rest = packed["codes"].shape[0] - self._part(packed).stop
         return {"su": packed["su"], "sv": F.pad(packed["sv"], (self.first, rest))}
+
+
+@quantizers.register("exl3")
+@dataclass(frozen=True)
+class EXL3Trellis(Composed):
+    """A trellis in the coordinates of EXL3: runs of 128 features are mixed on either side, both padded to whole runs.
+
+    Stored: trellis [out', in'/16 · bits] int16 in the order "exl3" of `kernels.trellis`, su [in] and sv [out] float16;
+    out', in' are the next multiples of 128. Of vectors padded with zeros no input, and of padded outputs none is seen.
+    """
+
+    bits: int = 4
+    """Bits per weight, 1 to 8."""
+    code: str = "mul1"
+    """Function from states to weights: mul1, mcg, 3inst or 1mad."""
+    state_bits: int = 16
+    """Bits of the trellis' state, 8 to 16; always 16 in EXL3's files."""
+
+    def __post_init__(self) -> None:
+        _ = self.grid
+
+    @cached_property
+    def grid(self) -> Trellis:
+        return Trellis(self.bits, self.state_bits, self.code, "exl3")
+
+    @property
+    def rounding(self) -> Rounding:
+        return Nearest()
+
+    @cached_property
+    def basis(self) -> SignedHadamard:
+        return SignedHadamard(scale=self.grid.scale, mixed=EXL3_RUN)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        return super().layout(out_features, in_features) | self.grid.layout(
+            self.basis.rows(out_features), self.basis.columns(in_features)
+        )
+
+    def out_features(self, packed: Packed) -> int:
+        return packed["sv"].shape[0]

@@ -19,6 +19,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("codebook", {"table": "nf4", "group_size": 24, "double_quantization": True}),
     ("codebook", {"table": list(range(-8, 8))}),
     ("affine_columns", {"bits": 3, "group_size": 3}),
+    ("exl3", {"bits": 3, "code": "mcg", "state_bits": 8}),
 ]
 
 
@@ -37,6 +38,8 @@ def test_every_law_holds(name: str, options: dict[str, Any]) -> None:
         ("codebook", {"table": "nf5"}, "did you mean 'nf4'"),
         ("codebook", {"table": [1.0, 0.0]}, "16 numbers in rising order"),
         ("affine_columns", {"group_size": -1}, "group_size=-1"),
+        ("exl3", {"bits": 9}, "bits=9"),
+        ("exl3", {"code": "mul2"}, "code='mul2'"),
         ("quip_sharp_rows", {"first": 8, "total": 8}, "no row 8 of 8"),
     ],
     ids=str,

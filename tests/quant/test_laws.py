@@ -45,7 +45,12 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 """Beside each one's defaults."""
 
-QUICK: dict[str, dict[str, Any]] = {"quip": {"passes": 2}, "quip_sharp": {"passes": 2}, "signround": {"iterations": 5}}
+QUICK: dict[str, dict[str, Any]] = {
+    "quip": {"passes": 2},
+    "quip_sharp": {"passes": 2},
+    "signround": {"iterations": 5},
+    "exl3": {"state_bits": 8},
+}
 """In place of the defaults, where those take many rounds."""
 
 BUILT_IN = [name for name in quantizers.names() if quantizers.known(name).__module__.startswith("llmtools.")]

@@ -1,0 +1,116 @@
+"""EXL3 checkpoints, as exllamav3 writes them. m = out, n = in, both padded to multiples of 128.
+
+Source: exllamav3, exllamav3/modules/quant/exl3.py and exl3_lib/quantize.py (tensors), exllamav3_ext/quant/pack.cu and
+exl3_dq.cuh (words and states), codebook.cuh (codes). Its own form of QTIP (arXiv:2406.11235).
+
+The tensors of a linear; k bits per weight, any in each linear:
+
+    trellis   int16 [n/16, m/16, 16k]: a tile of 16 inputs and 16 outputs is a circle of 256k bits
+    suh, svh  float16 [n], [m]: signs times scales, of the inputs and outputs
+    su, sv    int16 [n/16], [m/16] in place of these, in files of the first versions: a bit for each sign, the lowest
+              first, 1 for -1
+    mcg, mul1 int32 []: one of them names the code of the states; 3INST without. Its value is the code's factor
+    bias      float16 [m], of some models
+
+W = diag(suh) H inner H diag(svh) in the orientation [in, out], H block-diagonal Hadamard matrices of order 128.
+
+State t of a tile is the 16 bits before bit (t + 1)·k of the circle, whose first bit is the highest of word 0; words are
+swapped in pairs. Ours begin with bit t·k: opening turns each circle by 16 - k bits, and spreads its words over
+the sixteen rows of the tile. The order of a tile's weights, that of a tensor core's fragments, mixes rows and columns:
+it stays, as the order "exl3" of `kernels.trellis`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..kernels.trellis import TILE
+from ..quant import EXL3Trellis, Packed, Quantizer
+from ..quant.external import EXL3_RUN
+from .base import Format, formats
+from .tensors import Module
+
+CODES = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
+"""Tensor that names a code → the factor in it."""
+
+
+@formats.register("exl3")
+class EXL3(Format):
+    """EXL3 checkpoints; read only."""
+
+    marker, companion = "trellis", "suh"
+    implied = MappingProxyType({"quant_method": "exl3"})
+
+    @classmethod
+    def detect(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("quant_method") == "exl3"
+
+    def read(self, stored: Module, out_features: int, in_features: int) -> tuple[Quantizer, Packed]:
+        m, n = _padded(out_features), _padded(in_features)
+        tiles = stored.get("trellis", n // TILE, m // TILE, None, dtypes=(torch.int16,))
+        quantizer = EXL3Trellis(_bits(stored, tiles), _code(stored))
+        packed = {
+            "trellis": _circles(tiles, quantizer.bits),
+            "su": _scales(stored, "su", n)[:in_features].clone(),
+            "sv": _scales(stored, "sv", m)[:out_features].clone(),
+        }
+        return quantizer, packed
+
+    def bias(self, stored: Module, out_features: int) -> Tensor:
+        return stored.get("bias", _padded(out_features))[:out_features].clone()
+
+
+def _padded(size: int) -> int:
+    return size + -size % EXL3_RUN
+
+
+def _bits(stored: Module, tiles: Tensor) -> int:
+    bits, rest = divmod(tiles.shape[2], TILE)
+    if rest or not 1 <= bits <= 8:
+        raise CheckpointError(
+            f"{stored.path}: {tiles.shape[2] / TILE:g} bits per weight (tiles of {tiles.shape[2]} words) are not read; "
+            "1 to 8 whole bits are. Convert the model with another bitrate"
+        )
+    return bits
+
+
+def _code(stored: Module) -> str:
+    named = [name for name in CODES if name in stored]
+    if len(named) > 1:
+        raise CheckpointError(f"the checkpoint is damaged: {stored.path} has {' and '.join(named)}, two codes")
+    for name in named:
+        stored_factor = stored.get(name, dtypes=(torch.int32,))
+        if stored_factor.numel() != 1:
+            raise CheckpointError(
+                f"the checkpoint is damaged: {stored.path}.{name} has shape {list(stored_factor.shape)}, expected []"
+            )
+        factor = int(stored_factor) & 0xFFFFFFFF
+        if factor != CODES[name]:
+            raise CheckpointError(
+                f"{stored.path}: the code {name} with factor {factor:#x} is not read; {CODES[name]:#x} is"
+            )
+    return named[0] if named else "3inst"
+
+
+def _scales(stored: Module, name: str, size: int) -> Tensor:
+    """suh or svh [size] float16; of files of the first versions, from the bits of su or sv."""
+    if f"{name}h" in stored or name not in stored:
+        return stored.get(f"{name}h", size, dtypes=(torch.float16,))
+    words = stored.get(name, size // 16, dtypes=(torch.int16,))
+    signs = words[:, None].to(torch.int32) >> torch.arange(16) & 1
+    return (1 - 2 * signs).flatten().to(torch.float16)
+
+
+def _circles(tiles: Tensor, bits: int) -> Tensor:
+    """int16 [n/16, m/16, 16k] -> ours, int16 [m, n/16 · k]."""
+    words = tiles.unflatten(2, (-1, 2)).flip(3).flatten(2)  # the first bit highest in the first
+    words = words.roll(1, 2).to(torch.int32) & 0xFFFF  # turned by sixteen bits: state t begins with bit (t + 1)·k
+    turned = words << bits | words.roll(-1, 2) >> 16 - bits
+    rows = (turned & 0xFFFF).to(torch.int16).unflatten(2, (TILE, bits))  # [n/16, m/16, 16, k]
+    return rows.permute(1, 2, 0, 3).flatten(2).flatten(0, 1).contiguous()

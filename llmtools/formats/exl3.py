@@ -113,4 +113,5 @@ def _circles(tiles: Tensor, bits: int) -> Tensor:
     words = words.roll(1, 2).to(torch.int32) & 0xFFFF  # turned by sixteen bits: state t begins with bit (t + 1)·k
     turned = words << bits | words.roll(-1, 2) >> 16 - bits
     rows = (turned & 0xFFFF).to(torch.int16).unflatten(2, (TILE, bits))  # [n/16, m/16, 16, k]
-    return rows.permute(1, 2, 0, 3).flatten(2).flatten(0, 1).contiguous()
+    ours: Tensor = rows.permute(1, 2, 0, 3).flatten(2).flatten(0, 1).contiguous()
+    return ours

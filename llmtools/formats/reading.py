@@ -121,7 +121,8 @@ def quantization_config(config: Mapping[str, Any], folder: Path | None = None) -
         quantization = mapping(entry, "quantization_config")
         return quantization if quantization.get("quant_method") is not None else _with_method(quantization)
     if config.get(QUIP_PARAMS):
-        return {"quant_method": "quip_sharp", **mapping(config[QUIP_PARAMS], QUIP_PARAMS)}
+        params = mapping(config[QUIP_PARAMS], QUIP_PARAMS)
+        return {"quant_method": "qtip" if "decode_mode" in params else "quip_sharp", **params}
     for name in _SIDE_FILES if folder else ():
         if folder and (side := read_json(folder / name, CheckpointError)):
             return _with_method(side)

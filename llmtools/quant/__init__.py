@@ -5,7 +5,7 @@
 """
 
 from .base import ALL, BlockLearner, Packed, Quantizer, Rows, TensorSpec, from_spec, quantizer, quantizers
-from .external import ColumnGrid, EXL3Trellis, FusedLattice, TableGrid, UniformGrid
+from .external import ColumnGrid, EXL3Trellis, FusedLattice, QTIPHybrid, TableGrid, UniformGrid
 from .gguf import GGMLBlocks
 from .hessian import HessianSum, proxy_loss
 from .learned import SignRound
@@ -30,6 +30,7 @@ __all__ = [
     "GGMLBlocks",
     "HessianSum",
     "Packed",
+    "QTIPHybrid",
     "QuIP",
     "QuIPSharp",
     "Quantizer",

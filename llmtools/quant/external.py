@@ -8,6 +8,7 @@
 | `codebook`       | 16 values times a maximum                        | bitsandbytes                       |
 | `quip_sharp_rows`| rows of a matrix that was rotated with others    | QuIP#                              |
 | `exl3`           | a trellis in runs of 128 rotated features        | EXL3                               |
+| `qtip_hybrid`    | a trellis with a table of pairs, rotated         | QTIP                               |
 
 They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export do not depend on
 a layer's origin. To quantize, each rounds to nearest. The readers and writers are in `llmtools.formats`.
@@ -36,7 +37,7 @@ from .grids.base import Grid
 from .grids.codebook import NF4, Codebook
 from .grids.lattice import Lattice
 from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
-from .grids.trellis import Trellis
+from .grids.trellis import HybridTrellis, Trellis
 from .materialize import materialized_linear
 from .quip_sharp import QuIPSharp
 from .rounding import Nearest, Rounding
@@ -304,3 +305,39 @@ class EXL3Trellis(Composed):
 
     def out_features(self, packed: Packed) -> int:
         return packed["sv"].shape[0]
+
+
+@quantizers.register("qtip_hybrid")
+@dataclass(frozen=True)
+class QTIPHybrid(Composed):
+    """A rotated weight on a trellis with a table of pairs, as QTIP stores it; outputs and inputs in whole tiles of 16.
+
+    Stored: trellis and tlut of `HybridTrellis`, su [in] float16, sv [out] float32.
+    """
+
+    bits: int = 2
+    """Bits per weight, 1 to 4."""
+    order: str = "fragments"
+    """Order of a tile's weights: fragments where QTIP has a kernel, rows elsewhere."""
+    state_bits: int = 16
+    """Bits of the trellis' state; 16 in most files."""
+
+    def __post_init__(self) -> None:
+        _ = self.grid
+
+    @cached_property
+    def grid(self) -> HybridTrellis:
+        return HybridTrellis(self.bits, self.state_bits, self.order)
+
+    @property
+    def rounding(self) -> Rounding:
+        return Nearest()
+
+    @cached_property
+    def basis(self) -> SignedHadamard:
+        return SignedHadamard(scale=0.9, block=self.grid.width, scale_type="float32")
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        if out_features % self.grid.height or in_features % self.grid.width:
+            raise InputError(f"{self.name}: [{out_features}, {in_features}] is not in whole tiles of 16 × 16")
+        return super().layout(out_features, in_features)

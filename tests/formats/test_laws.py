@@ -19,9 +19,18 @@ WRITTEN = [name for name in formats.names() if formats.known(name).limits is not
 
 
 def test_there_is_a_format_for_each_file() -> None:
-    assert {"awq", "bitsandbytes", "compressed-tensors", "exl3", "gguf", "gptq", "gptq_v2", "hqq", "quip_sharp"} <= set(
-        formats.names()
-    )
+    assert {
+        "awq",
+        "bitsandbytes",
+        "compressed-tensors",
+        "exl3",
+        "gguf",
+        "gptq",
+        "gptq_v2",
+        "hqq",
+        "qtip",
+        "quip_sharp",
+    } <= set(formats.names())
     assert {"compressed-tensors", "gptq", "gptq_v2"} <= set(WRITTEN)
 
 

@@ -33,8 +33,7 @@ from torch import Tensor
 from ...errors import InputError
 from ..ops import constant_result, define, has_triton
 from . import native, reference
-from .reference import TILE
-from .tables import CODES, ORDERS, places, values
+from .tables import CODES, ORDERS, TILE, places, values
 
 __all__ = [
     "CODES",
@@ -125,7 +124,8 @@ def _sequences(weight: Tensor, order: str) -> Tensor:
         raise InputError(f"{len(weight)} rows in the order {order}; it is one of whole tiles of {TILE} rows")
     tiles = weight.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).transpose(1, 2)  # [out / 16, b, 16, 16]
     at = places(order, weight.device).flatten().argsort()
-    return tiles.flatten(2)[..., at].view(tiles.shape).transpose(1, 2).flatten(2).flatten(0, 1)
+    arranged: Tensor = tiles.flatten(2)[..., at].view(tiles.shape)
+    return arranged.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def decode_states(code: str, state_bits: int) -> Tensor:

@@ -11,8 +11,7 @@ from torch import Tensor
 from ...errors import InputError
 from .. import build
 from . import reference
-from .reference import TILE
-from .tables import CODES, ORDERS, values
+from .tables import CODES, ORDERS, TILE, values
 
 _DECODED_A_THREAD = 1 << 15  # fewer weights are done before a second thread has woken up
 

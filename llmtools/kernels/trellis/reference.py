@@ -22,9 +22,18 @@ def dequantize_trellis(
     trellis: Tensor, bits: int, state_bits: int, code: str, order: str, start: int, stop: int, dtype: torch.dtype
 ) -> Tensor:
     """Rows start … stop of the weight, [stop − start, 16b] of `dtype`. trellis [out, k·b] int16."""
+    state = states(trellis, bits, state_bits, bits * places(order, trellis.device), start, stop)
+    return F.embedding(state, values(code, state_bits, trellis.device, dtype)[:, None]).flatten(1)
+
+
+def states(trellis: Tensor, bits: int, state_bits: int, begins: Tensor, start: int, stop: int) -> Tensor:
+    """The states of the weights of rows start … stop, [stop − start, b, 16] int32.
+
+    begins [16, 16]: the first bit of the state of each weight of a tile, in the tile's string.
+    """
     rows = torch.arange(start, stop, device=trellis.device)
     top = (rows - rows % TILE)[:, None]
-    bit = bits * places(order, trellis.device)[rows % TILE]  # [rows, 16], where in the tile's string states begin
+    bit = begins[rows % TILE]  # [rows, 16]
     word = bit // 16
     following = (word + 1) % (bits * (len(trellis) - top).clamp(max=TILE))  # the tile's string is a circle
     words = trellis.unflatten(1, (-1, bits))  # [out, b, k]
@@ -32,8 +41,8 @@ def dequantize_trellis(
         words[top + each // bits, :, each % bits].to(torch.int32) & 0xFFFF for each in (word, following)
     )  # [rows, 16, b]
     window = (upper << 16 | lower) >> (32 - state_bits - bit % 16).to(torch.int32)[..., None]
-    state = (window & (1 << state_bits) - 1).transpose(1, 2)
-    return F.embedding(state, values(code, state_bits, trellis.device, dtype)[:, None]).flatten(1)
+    state: Tensor = window & (1 << state_bits) - 1
+    return state.transpose(1, 2)
 
 
 def multiply_trellis(
@@ -75,7 +84,7 @@ def encode_trellis(weight: Tensor, bits: int, state_bits: int, code: str) -> Ten
 
 
 def _symbols(x: Tensor, table: Tensor, bits: int, state_bits: int) -> Tensor:
-    """x [m, T] -> what is stored of each weight, [m, T] of k bits.
+    """x [m, T] -> what is stored of each weight, [m, T] of k bits; or of vectors x [m, T, v] of weights.
 
     A free walk that begins half way round says what bits a good path has at the joint; the second walk is held to them
     (arXiv:2406.11235, algorithm 4).
@@ -88,9 +97,11 @@ def _symbols(x: Tensor, table: Tensor, bits: int, state_bits: int) -> Tensor:
 
 def _walk(x: Tensor, table: Tensor, bits: int, joint: Tensor | None) -> Tensor:
     """The states [m, T] of the best path for x [m, T]. joint [m]: the upper L − k bits of the first state and the lower
-    ones of the last; None for free ends."""
+    ones of the last; None for free ends. Of vectors x [m, T, v], with table [states, v], likewise."""
+    if x.dim() == 2:
+        x, table = x[..., None], table[:, None]
     families, members = len(table) >> bits, 1 << bits  # states with one set of predecessors, in each a state a symbol
-    cost = (x[:, :1] - table).square()  # [m, states]
+    cost = (x[:, 0, None] - table).square().sum(-1)  # [m, states]
     if joint is not None:
         held = torch.arange(len(table), device=x.device) >> bits == joint[:, None]
         cost = torch.where(held, cost, torch.inf)
@@ -98,7 +109,7 @@ def _walk(x: Tensor, table: Tensor, bits: int, joint: Tensor | None) -> Tensor:
     for t in range(1, x.shape[1]):
         least, origin = cost.unflatten(1, (members, families)).min(1)  # the first of equals
         notes.append(origin.to(torch.uint8))
-        cost = least.repeat_interleave(members, 1) + (x[:, t, None] - table).square()
+        cost = least.repeat_interleave(members, 1) + (x[:, t, None] - table).square().sum(-1)
     if joint is None:
         state = cost.argmin(1)
     else:
@@ -113,8 +124,8 @@ def _walk(x: Tensor, table: Tensor, bits: int, joint: Tensor | None) -> Tensor:
 
 
 def _words(symbols: Tensor, bits: int) -> Tensor:
-    """Sixteen symbols of k bits [..., 16] -> k words [..., k] int16, the first bit highest."""
+    """Symbols of some bits, [..., n] -> words [..., n · bits / 16] int16, the first bit highest."""
     places = torch.arange(bits - 1, -1, -1, device=symbols.device)
-    string = (symbols[..., None] >> places & 1).flatten(-2).unflatten(-1, (bits, 16))
+    string = (symbols[..., None] >> places & 1).flatten(-2).unflatten(-1, (-1, 16))
     word: Tensor = (string << torch.arange(15, -1, -1, device=symbols.device)).sum(-1)
     return (word - (word >> 15 << 16)).to(torch.int16)

@@ -11,7 +11,8 @@ The first two are QTIP's (arXiv:2406.11235, section 3.1), the others EXL3's (exl
 
 The order "rows" reads a tile row by row. "exl3" is that of EXL3's files, in which a thread of a tensor core finds its
 weights side by side: weight (r, c), r an output and c an input, has place
-32·(r mod 8) + 8·⌊(c mod 8) / 2⌋ + 4·⌊r / 8⌋ + 2·⌊c / 8⌋ + c mod 2.
+32·(r mod 8) + 8·⌊(c mod 8) / 2⌋ + 4·⌊r / 8⌋ + 2·⌊c / 8⌋ + c mod 2. QTIP's kernels have "fragments", the same with the
+terms in ⌊r / 8⌋ and ⌊c / 8⌋ exchanged; only the hybrid code (`hybrid.py`) has it.
 
 One copy a process, device and type.
 """
@@ -42,22 +43,23 @@ def places(order: str, device: torch.device) -> Tensor:
     """The place of each weight of a tile in its sequence, [16, 16] int64: by output, by input."""
     with torch.inference_mode(False):
         r, c = torch.arange(TILE, device="cpu")[:, None], torch.arange(TILE, device="cpu")
-        place = (
-            TILE * r + c if order == "rows" else 32 * (r % 8) + 8 * (c % 8 // 2) + 4 * (r // 8) + 2 * (c // 8) + c % 2
-        )
-        return place.to(device)
+        if order == "rows":
+            return (TILE * r + c).to(device)
+        first, second = (r // 8, c // 8) if order == "exl3" else (c // 8, r // 8)
+        return (32 * (r % 8) + 8 * (c % 8 // 2) + 4 * first + 2 * second + c % 2).to(device)
 
 
 def _1mad(state: Tensor) -> Tensor:
-    total = _bytes(34038481 * state + 76625530) - 510
-    return total.to(torch.float32) * torch.tensor(1 / 147.800537109375, dtype=torch.float32, device="cpu")
+    total = (_bytes(34038481 * state + 76625530) - 510).to(torch.float32)
+    return total * torch.tensor(1 / 147.800537109375, dtype=torch.float32, device="cpu")
 
 
 def _mul1(state: Tensor) -> Tensor:
     """Product and sum are exact in float32: multiples of 2^-18 below 16."""
     factor, offset = torch.tensor([0x1EEE, 0xC931 - 0x10000], dtype=torch.int16, device="cpu").view(torch.float16)
     total = (1024 + _bytes(0x83DCD12D * state)).to(torch.float32)
-    return (total * factor.to(torch.float32) + offset.to(torch.float32)).to(torch.float16).to(torch.float32)
+    value: Tensor = total * factor.to(torch.float32) + offset.to(torch.float32)
+    return value.to(torch.float16).to(torch.float32)
 
 
 def _bytes(word: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import triton_common
 from . import reference
-from .tables import CODES, ORDERS
+from .tables import CODES, ORDERS, TILE
 
 
 def dequantize_trellis(
@@ -41,7 +41,7 @@ def _weight(
     blocks = trellis.shape[1] // bits
     config = (bits, state_bits, CODES.index(code), ORDERS.index(order))
     tensors = (trellis.contiguous(), start, len(trellis), blocks)
-    return triton_common.Weight(_tile, config, tensors, stop - start, blocks * reference.TILE, stages=1, most_rows=32)
+    return triton_common.Weight(_tile, config, tensors, stop - start, blocks * TILE, stages=1, most_rows=32)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ Shapes: as in `grids/base.py`; b = ceil(in / 16) blocks in a row; k — bits; pa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -31,6 +32,7 @@ from ...kernels.trellis import (
     multiplies,
     multiply_trellis,
 )
+from ...kernels.trellis.hybrid import PAIRS, check_hybrid, dequantize_hybrid, encode_hybrid
 from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
@@ -102,3 +104,73 @@ class Trellis(Grid):
         self, trellis: Tensor, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         return dequantize_trellis(trellis, self.bits, self.state_bits, self.code, start, stop, dtype, order=self.order)
+
+
+@dataclass(frozen=True)
+class HybridTrellis(Grid):
+    """The same with pairs of weights from a table that is stored: QTIP's hybrid code. Rows in whole tiles.
+
+    Stored: trellis [out, b·k] int16, tlut [512, 2] float16.
+    """
+
+    bits: int = 2
+    """Bits per weight, 1 to 4."""
+    state_bits: int = 16
+    """Bits of a state."""
+    order: str = "rows"
+    """Order of a tile's weights in their sequence, "rows" or "fragments"."""
+
+    width: ClassVar[int] = TILE
+    height: ClassVar[int] = TILE
+    ragged: ClassVar[bool] = True
+    codes = ("trellis",)
+
+    def __post_init__(self) -> None:
+        check_hybrid(self.bits, self.state_bits, self.order)
+
+    def resolve_group_size(self, in_features: int) -> int:
+        return in_features
+
+    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
+        return group.new_empty(group.shape[0], 0)
+
+    def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
+        table = pairs().to(values.device)
+        codes = encode_hybrid(values.float(), table, self.bits, self.state_bits, self.order)
+        return codes.view(len(values), -1, self.bits)
+
+    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
+        packed = self.pack(codes, params, codes.shape[1] * TILE)
+        return self.dequantize(packed, dtype=params.dtype)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        return {
+            "trellis": TensorSpec((out_features, -(-in_features // TILE) * self.bits), torch.int16),
+            "tlut": TensorSpec((PAIRS, 2), torch.float16),
+        }
+
+    def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
+        return {"trellis": codes.flatten(1), "tlut": pairs().to(codes.device)}
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, 16·b]."""
+        trellis = packed["trellis"]
+        start, stop, step = rows.indices(len(trellis))
+        if step < 1:  # only forward
+            return self.dequantize(packed, ALL, dtype)[rows]
+        stop = max(start, stop)
+        weight = dequantize_hybrid(trellis, packed["tlut"], self.bits, self.state_bits, self.order, start, stop, dtype)
+        return weight if step == 1 else weight[::step]
+
+    def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
+        return 48
+
+
+@cache
+def pairs() -> Tensor:
+    """A table for weights of standard deviation one, [512, 2] float16: a product of quantiles, as the first of a pair
+    has a sign of its own. QTIP's are the centres of clusters, each file its own."""
+    with torch.inference_mode(False):
+        first = torch.special.ndtri(0.5 + (torch.arange(16, dtype=torch.float64, device="cpu") + 0.5) / 32)
+        second = torch.special.ndtri((torch.arange(32, dtype=torch.float64, device="cpu") + 0.5) / 32)
+        return torch.cartesian_prod(first, second).to(torch.float16)

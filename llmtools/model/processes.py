@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-"""How long a process waits for the others, which may be at a large layer; a dead one is noticed at once."""
+"""Time that a process waits for the others, which may be at a large layer; a dead one is noticed at once."""
 _FAREWELL = timedelta(seconds=5)
-"""How long a process whose connections closed waits for a sign of the first one."""
+"""Time that a process whose connections closed waits for a sign of the first one."""
 _SIGN = "llmtools/first process ends"
 """Key of that sign in the store."""
 

@@ -32,9 +32,8 @@ class Bundle:
 SHORT = {"num_samples": 64, "max_length": 512}
 LONG = {"num_samples": 256, "max_length": 512}
 RTN8 = Bundle({"quantizer": "rtn", "group_size": 64})
-LATTICE = {"quantizer": "quip_sharp", "options": {"passes": 2}}
 TRELLIS = {"quantizer": "qtip"}
-PROPAGATED = {**LATTICE, **SHORT, "error_propagation": 0.5}
+PROPAGATED = {**TRELLIS, **SHORT, "error_propagation": 0.5}
 
 BUNDLES: dict[str, dict[int, Bundle]] = {
     "fast": {
@@ -45,16 +44,15 @@ BUNDLES: dict[str, dict[int, Bundle]] = {
     },
     "balanced": {
         2: Bundle(
-            {**TRELLIS, **SHORT, "error_propagation": 0.5, "recover": {"steps": 60}},
-            "without the recovery 7 min, × 2.21 (16 sequences of 1024)",
+            {**PROPAGATED, "recover": {"steps": 60}}, "without the recovery 7 min, × 2.21 (16 sequences of 1024)"
         ),
-        3: Bundle(PROPAGATED, "6 min, × 1.34 (16 sequences of 1024)"),
-        4: Bundle(PROPAGATED, "6 min, × 1.09 (16 sequences of 1024)"),
+        3: Bundle(PROPAGATED, "7 min, × 1.24 (16 sequences of 1024)"),
+        4: Bundle(PROPAGATED, "7 min, × 1.07 (16 sequences of 1024)"),
         8: RTN8,
     },
     "best": {
-        bits: Bundle({**kind, **LONG, "finetune_blocks": {"epochs": 5}, "recover": {"steps": 240}})
-        for bits, kind in ((2, TRELLIS), (3, LATTICE), (4, LATTICE))
+        bits: Bundle({**TRELLIS, **LONG, "finetune_blocks": {"epochs": 5}, "recover": {"steps": 240}})
+        for bits in (2, 3, 4)
     }
     | {8: RTN8},
 }

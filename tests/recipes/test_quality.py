@@ -104,9 +104,9 @@ def test_another_quantizer_keeps_what_is_not_of_the_first() -> None:
 def test_what_cannot_be_is_said(text: Path) -> None:
     with pytest.raises(InputError, match=r"quality='ballanced'; did you mean 'balanced'"):
         checked_quantizer(asked(quality="ballanced"))
-    with pytest.raises(InputError, match=r"quip_sharp \(--quality balanced\) needs calibration text.*--quality fast"):
+    with pytest.raises(InputError, match=r"qtip \(--quality balanced\) needs calibration text.*--quality fast"):
         checked_quantizer(asked(bits=4))
-    with pytest.raises(InputError, match=r"group_size.*balanced chose quip_sharp; --quantizer NAME chooses another"):
+    with pytest.raises(InputError, match=r"group_size.*balanced chose qtip; --quantizer NAME chooses another"):
         checked_quantizer(asked(bits=4, group_size=64, calibration=str(text)))
     with pytest.raises(InputError, match="bits"):
         checked_quantizer(asked(bits=1, quality="fast"))

@@ -24,7 +24,7 @@ from tests.models import tiny_ids, tiny_model
 
 QUICK: dict[str, dict[str, Any]] = {"quip": {"passes": 0}, "quip_sharp": {"passes": 0}, "signround": {"iterations": 2}}
 BUILT_IN = [name for name in quantizers.names() if quantizers.known(name).__module__.startswith("llmtools.")]
-WIDTH = {"gguf": 64}
+WIDTH, HEIGHT = {"gguf": 64, "qtip_hybrid": 48}, {"qtip_hybrid": 32}
 """Columns of those that do not take any number."""
 
 
@@ -54,8 +54,9 @@ def made(name: str) -> Quantizer:
     return Strange() if name == "strange" else quantizer(name, **QUICK.get(name, {}))
 
 
-def layer_of(name: str = "rtn", out: int = 24, n: int = 40, **options: Any) -> QuantizedLinear:
-    return QuantizedLinear.from_linear(nn.Linear(n, out, **options), made(name), torch.eye(n))
+def layer_of(name: str = "rtn", out: int | None = None, n: int = 40, **options: Any) -> QuantizedLinear:
+    dense = nn.Linear(n, out or HEIGHT.get(name, 24), **options)
+    return QuantizedLinear.from_linear(dense, made(name), torch.eye(n))
 
 
 # ---- adapters that do nothing ----------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_a_layer_takes_back_its_own_weight_and_no_other() -> None:
 def test_the_output_may_be_modified_in_place(name: str, before: tuple[int, ...]) -> None:
     shape = (*before, WIDTH.get(name, 40))
     layer = layer_of(name, n=shape[-1])
-    x, shift = torch.randn(shape, requires_grad=True), torch.randn(24, requires_grad=True)
+    x, shift = torch.randn(shape, requires_grad=True), torch.randn(layer.out_features, requires_grad=True)
     with torch.no_grad():
         quiet = layer(x)
     for y in (layer(x), layer(x.detach()), quiet):

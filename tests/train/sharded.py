@@ -7,6 +7,7 @@ Rank 0 writes the losses, the adapter, and the shapes of a packed tensor: the wh
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -55,7 +56,9 @@ def main(out: str, quantizer: str) -> None:
         adapter = {name: each for name, each in state.items() if "lora_" in name}
         torch.save({"losses": losses, "adapter": adapter, "shapes": (list(packed.shape), list(local.shape))}, out)
     if processes() > 1:
-        dist.destroy_process_group()
+        dist.barrier()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads have been seen to abort a process that ends by itself
 
 
 if __name__ == "__main__":

@@ -58,6 +58,16 @@ static inline float from_float16(uint16_t h) {
     return float_of(bits_of(x) | sign);
 }
 
+/* values -> the elements of `out`, of `type`, from `at` on. */
+static inline void write_values(const float *restrict values, int64_t count, int type, void *restrict out, int64_t at) {
+    if (type == FLOAT32)
+        memcpy((float *)out + at, values, (size_t)count * sizeof(float));
+    else if (type == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_bfloat16(values[i]);
+    else
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_float16(values[i]);
+}
+
 enum { LANES = 16 };
 
 static ALWAYS_INLINE void halves_to_floats(const uint16_t *restrict h, float *restrict x) { /* LANES of them */

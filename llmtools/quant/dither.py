@@ -55,7 +55,8 @@ def offsets(rows: slice, scales: Tensor, codes: Tensor | None = None, levels: Te
     """
     moved = uniform(rows, scales.shape[1], scales.device)
     if codes is not None and levels is not None:
-        below, above = (each.index_select(0, codes.flatten().int()).view_as(moved) for each in _borders(levels))
+        index = codes.flatten().int()
+        below, above = (each.index_select(0, index).view_as(moved) for each in _borders(levels))
         moved = torch.lerp(below, above, moved.add_(0.5))
     return moved.mul_(scales)
 

@@ -12,10 +12,8 @@ from typing import ClassVar
 
 from ..errors import InputError
 from .base import later, quantizers
-from .bases import SignedHadamard
 from .grids.trellis import Trellis
 from .quip_sharp import Rotated
-from .rounding import Sequential
 
 
 @quantizers.register("qtip")
@@ -52,9 +50,7 @@ class QTIP(Rotated):
     def __post_init__(self) -> None:
         if self.bits not in (1, 2, 3, 4) or isinstance(self.bits, bool):
             raise InputError(f"{self.name}: bits={self.bits!r}; choose 1, 2, 3 or 4")
-        Trellis(self.bits, self.state_bits, self.code)
-        Sequential(self.damping, passes=self.passes)
-        SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
+        super().__post_init__()
 
     @property
     def fitting_scale(self) -> float:
@@ -63,12 +59,3 @@ class QTIP(Rotated):
     @cached_property
     def grid(self) -> Trellis:
         return Trellis(self.bits, self.state_bits, self.code)
-
-    @property
-    def rounding(self) -> Sequential:
-        return Sequential(self.damping, passes=self.passes)
-
-    @cached_property
-    def basis(self) -> SignedHadamard:
-        scale = self.fitting_scale if self.scale is None else self.scale
-        return SignedHadamard(self.seed, scale, self.grid.width, self.hadamard, self.scale_type)

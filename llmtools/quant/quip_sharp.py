@@ -47,6 +47,14 @@ class Rotated(Composed):
 
     scale: float | None
     """Standard deviation of the weights on the grid; None: searched for each layer."""
+    damping: float
+    """Damping added to the Hessian's diagonal, as a fraction of its mean."""
+    passes: int
+    """Largest number of coordinate-descent iterations after the sweep."""
+    seed: int
+    """Seed of the random signs, which are stored."""
+    hadamard: int
+    """Version of the rules that say which Hadamard matrix belongs to a size."""
     rows_tried: ClassVar[int] = ROWS
     """Number of rows that scales are tried on."""
 
@@ -55,13 +63,20 @@ class Rotated(Composed):
     def fitting_scale(self) -> float:
         """The standard deviation of Gaussian weights that fit the grid best."""
 
-    @property
-    @abstractmethod
-    def rounding(self) -> Sequential: ...
+    def __post_init__(self) -> None:
+        """Raises InputError for options out of range; the grid checks its own."""
+        _ = self.grid
+        Sequential(self.damping, passes=self.passes)
+        SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
 
     @property
-    @abstractmethod
-    def basis(self) -> SignedHadamard: ...
+    def rounding(self) -> Sequential:
+        return Sequential(self.damping, passes=self.passes)
+
+    @cached_property
+    def basis(self) -> SignedHadamard:
+        scale = self.fitting_scale if self.scale is None else self.scale
+        return SignedHadamard(self.seed, scale, self.grid.width, self.hadamard, self.scale_type)
 
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
         weight = self._checked(weight, hessian)
@@ -118,9 +133,7 @@ class QuIPSharp(Rotated):
     def __post_init__(self) -> None:
         if self.bits not in SCALE or isinstance(self.bits, bool):
             raise InputError(f"{self.name}: bits={self.bits!r}; choose 2, 3 or 4")
-        Lattice(self.bits, self.residual_scale)
-        Sequential(self.damping, passes=self.passes)
-        SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
+        super().__post_init__()
 
     @property
     def fitting_scale(self) -> float:
@@ -129,15 +142,6 @@ class QuIPSharp(Rotated):
     @cached_property
     def grid(self) -> Grid:
         return Lattice(self.bits, self.residual_scale)
-
-    @property
-    def rounding(self) -> Sequential:
-        return Sequential(self.damping, passes=self.passes)
-
-    @cached_property
-    def basis(self) -> SignedHadamard:
-        scale = self.fitting_scale if self.scale is None else self.scale
-        return SignedHadamard(self.seed, scale, rules=self.hadamard, scale_type=self.scale_type)
 
 
 def search_scale(weight: Tensor, hessian: Tensor, grid: Grid, most: int = ROWS) -> float:

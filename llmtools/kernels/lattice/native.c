@@ -219,15 +219,6 @@ static void e81b_bytes(const uint8_t *restrict codes, int64_t count, const int8_
         for (int i = 0; i < DIM; i++) bytes[DIM * v + i] = table[DIM * codes[v] + i];
 }
 
-static void write_values(const float *restrict values, int64_t count, int type, void *restrict out, int64_t at) {
-    if (type == FLOAT32)
-        memcpy((float *)out + at, values, (size_t)count * sizeof(float));
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_bfloat16(values[i]);
-    else
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_float16(values[i]);
-}
-
 /* codes int16 [n]; fine: NULL, or codes of the residual: uint8 [n] with table e81b_table(), or int16 [n] with table NULL.
  * magnitudes, flips, offsets: int8 [256, 8] each, e8p_parts(). out [n, 8] of `type`: q1/4 + (q2/4)/residual_scale, formed
  * in float32 and rounded once. */

@@ -437,15 +437,6 @@ enum { BLOCKS = 16, COLUMNS = BLOCKS * TILE }; /* decoded at a time */
 
 static int64_t until(int64_t first, int64_t blocks) { return first + BLOCKS < blocks ? first + BLOCKS : blocks; }
 
-static void write_values(const float *restrict values, int64_t count, int type, void *restrict out, int64_t at) {
-    if (type == FLOAT32)
-        memcpy((float *)out + at, values, (size_t)count * sizeof(float));
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_bfloat16(values[i]);
-    else
-        for (int64_t i = 0; i < count; i++) ((uint16_t *)out)[at + i] = to_float16(values[i]);
-}
-
 /* Rows start … stop -> out [stop − start, 16 · blocks] of `type`. */
 void trellis_decode(const Weight *restrict w, int64_t start, int64_t stop, int type, void *restrict out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

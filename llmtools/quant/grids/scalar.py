@@ -104,8 +104,8 @@ class Scalar(Grid):
         }
 
     def dither(self, packed: Packed, rows: slice) -> Tensor:
-        qweight, _, _, table, bits, group_size, in_features = self.grouped(packed, rows)
-        scales = self.params(packed, rows)[..., 0].float().repeat_interleave(group_size, 1)[:, :in_features]
+        qweight, scales, _, table, bits, group_size, in_features = self.grouped(packed, rows)
+        scales = scales.float().repeat_interleave(group_size, 1)[:, :in_features]
         return offsets(rows, scales, None if table is None else unpack(qweight, bits, in_features), table)
 
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:

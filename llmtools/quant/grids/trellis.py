@@ -14,6 +14,7 @@ Shapes: as in `grids/base.py`; b = ceil(in / 16) blocks in a row; k — bits; pa
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
@@ -37,8 +38,48 @@ from ..base import ALL, Packed, TensorSpec
 from .base import Grid
 
 
+class _Tiles(Grid):
+    """Tiles of 16 × 16 on a trellis of any code: what does not depend on how a state becomes weights.
+
+    Stored: trellis [out, b·k] int16, and what the code needs.
+    """
+
+    bits: int
+    """Bits per weight."""
+
+    width: ClassVar[int] = TILE
+    height: ClassVar[int] = TILE
+    ragged: ClassVar[bool] = True
+    codes = ("trellis",)
+
+    def resolve_group_size(self, in_features: int) -> int:
+        return in_features
+
+    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
+        return group.new_empty(group.shape[0], 0)
+
+    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
+        packed = self.pack(codes, params, codes.shape[1] * TILE)
+        return self.dequantize(packed).to(params.dtype)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        return {"trellis": TensorSpec((out_features, -(-in_features // TILE) * self.bits), torch.int16)}
+
+    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[rows, 16·b]."""
+        start, stop, step = rows.indices(len(packed["trellis"]))
+        if step < 1:  # only forward
+            return self.dequantize(packed, ALL, dtype)[rows]
+        weight = self._rows(packed, start, max(start, stop), dtype)
+        return weight if step == 1 else weight[::step]
+
+    @abstractmethod
+    def _rows(self, packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Rows start … stop, [stop − start, 16·b] of `dtype`."""
+
+
 @dataclass(frozen=True)
-class Trellis(Grid):
+class Trellis(_Tiles):
     """A bitshift trellis. Stored: trellis [out, b·k] int16."""
 
     bits: int = 2
@@ -50,11 +91,6 @@ class Trellis(Grid):
     order: str = "rows"
     """Order of a tile's weights in their sequence, "rows" or "exl3"."""
 
-    width: ClassVar[int] = TILE
-    height: ClassVar[int] = TILE
-    ragged: ClassVar[bool] = True
-    codes = ("trellis",)
-
     def __post_init__(self) -> None:
         check_trellis(self.bits, self.state_bits, self.code, self.order)
 
@@ -63,33 +99,12 @@ class Trellis(Grid):
         """The standard deviation of Gaussian weights that fit best."""
         return SCALE[self.bits] * float(decode_states(self.code, self.state_bits).square().mean().sqrt())
 
-    def resolve_group_size(self, in_features: int) -> int:
-        return in_features
-
-    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
-        return group.new_empty(group.shape[0], 0)
-
     def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
         codes = encode_trellis(values, self.bits, self.state_bits, self.code, self.order)
         return codes.view(len(values), -1, self.bits)
 
-    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
-        return self._rows(codes.flatten(1)).to(params.dtype)
-
-    def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        return {"trellis": TensorSpec((out_features, -(-in_features // TILE) * self.bits), torch.int16)}
-
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
         return {"trellis": codes.flatten(1)}
-
-    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[rows, 16·b]."""
-        trellis = packed["trellis"]
-        start, stop, step = rows.indices(len(trellis))
-        if step < 1:  # only forward
-            return self.dequantize(packed, ALL, dtype)[rows]
-        weight = self._rows(trellis, start, max(start, stop), dtype)
-        return weight if step == 1 else weight[::step]
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
         return dtype.itemsize if decodes(device) else super().scratch_bytes(device, dtype)
@@ -100,14 +115,13 @@ class Trellis(Grid):
         trellis = packed["trellis"]
         return multiply_trellis(x, trellis, self.bits, self.state_bits, self.code, transposed, order=self.order)
 
-    def _rows(
-        self, trellis: Tensor, start: int = 0, stop: int | None = None, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        return dequantize_trellis(trellis, self.bits, self.state_bits, self.code, start, stop, dtype, order=self.order)
+    def _rows(self, packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        codes = packed["trellis"], self.bits, self.state_bits, self.code
+        return dequantize_trellis(*codes, start, stop, dtype, order=self.order)
 
 
 @dataclass(frozen=True)
-class HybridTrellis(Grid):
+class HybridTrellis(_Tiles):
     """The same with pairs of weights from a table that is stored: QTIP's hybrid code. Rows in whole tiles.
 
     Stored: trellis [out, b·k] int16, tlut [512, 2] float16.
@@ -120,47 +134,23 @@ class HybridTrellis(Grid):
     order: str = "rows"
     """Order of a tile's weights in their sequence, "rows" or "fragments"."""
 
-    width: ClassVar[int] = TILE
-    height: ClassVar[int] = TILE
-    ragged: ClassVar[bool] = True
-    codes = ("trellis",)
-
     def __post_init__(self) -> None:
         check_hybrid(self.bits, self.state_bits, self.order)
-
-    def resolve_group_size(self, in_features: int) -> int:
-        return in_features
-
-    def fit(self, group: Tensor, importance: Tensor | None = None) -> Tensor:
-        return group.new_empty(group.shape[0], 0)
 
     def quantize_values(self, values: Tensor, params: Tensor) -> Tensor:
         table = pairs().to(values.device)
         codes = encode_hybrid(values.float(), table, self.bits, self.state_bits, self.order)
         return codes.view(len(values), -1, self.bits)
 
-    def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
-        packed = self.pack(codes, params, codes.shape[1] * TILE)
-        return self.dequantize(packed, dtype=params.dtype)
-
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
-        return {
-            "trellis": TensorSpec((out_features, -(-in_features // TILE) * self.bits), torch.int16),
-            "tlut": TensorSpec((PAIRS, 2), torch.float16),
-        }
+        return super().layout(out_features, in_features) | {"tlut": TensorSpec((PAIRS, 2), torch.float16)}
 
     def pack(self, codes: Tensor, params: Tensor, in_features: int) -> Packed:
         return {"trellis": codes.flatten(1), "tlut": pairs().to(codes.device)}
 
-    def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[rows, 16·b]."""
-        trellis = packed["trellis"]
-        start, stop, step = rows.indices(len(trellis))
-        if step < 1:  # only forward
-            return self.dequantize(packed, ALL, dtype)[rows]
-        stop = max(start, stop)
-        weight = dequantize_hybrid(trellis, packed["tlut"], self.bits, self.state_bits, self.order, start, stop, dtype)
-        return weight if step == 1 else weight[::step]
+    def _rows(self, packed: Packed, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        codes = packed["trellis"], packed["tlut"], self.bits, self.state_bits, self.order
+        return dequantize_hybrid(*codes, start, stop, dtype)
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:
         return 48

@@ -15,19 +15,16 @@ from ..pages import free_memory
 
 log = logging.getLogger(__name__)
 
-_NEGLIGIBLE = 2**27
-"""Size of a step, in bytes, that is not estimated."""
-
 
 def check_memory(trainer: Any, *, force: bool) -> None:
     """Raises InputError, with the ways out, where a trainer's step does not fit; with `force` it is a warning.
 
-    Nothing is said where the system does not tell what is free, and of models whose step cannot be estimated.
+    Nothing is said where it is unknown what is free, and of models whose step cannot be estimated.
     """
     arguments, model = trainer.args, trainer.model
     batch, length = arguments.per_device_train_batch_size, _longest(trainer)
     free = _free(model.device)
-    if free is None or _bound(model, batch * length) < min(free, _NEGLIGIBLE):
+    if free is None or _bound(model, batch * length) <= free:  # the estimate takes seconds
         return
     needed = step_bytes(model, batch, length, arguments)
     if needed is None or needed <= free:
@@ -54,15 +51,15 @@ def step_bytes(model: Any, batch: int, length: int, arguments: Any) -> int | Non
     from ..model.memory import blueprint, peak
     from ..model.options import OPTIMIZERS
 
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    gradients = sum(each.nbytes for each in model.parameters() if each.requires_grad)
+    trained = [each for each in model.parameters() if each.requires_grad]
+    gradients = sum(each.nbytes for each in trained)
     try:
         found = peak(blueprint(model), batch, length, device=model.device.type, autocast=bool(arguments.bf16))
     except Exception as error:  # of any model, from operations on tensors without values
         log.debug("the memory of a step was not estimated: %s", error)
         return None
     optimizer = OPTIMIZERS.get(str(getattr(arguments.optim, "value", arguments.optim)), 8.0)
-    total: int = gradients + int(optimizer * trained) + found.total
+    total: int = gradients + int(optimizer * sum(each.numel() for each in trained)) + found.total
     return total
 
 

@@ -32,11 +32,37 @@ def work_folder(
 ) -> Iterator[Path]:
     """OUT.suffix; it is kept where the run ends early and something is done, and removed otherwise.
 
-    settings: what must be the same for a run to be resumed. kept: what is done in the folder, as the end of
-    "--resume continues from …"; None for nothing.
+    settings, resume, overwrite: as in `begun`. kept: what is done in the folder, as the end of "--resume continues from
+    …"; None for nothing.
 
-    Raises InputError for a folder that is left of another run, or is none of ours, and where there is nothing to
-    resume; also where the disk is full, with what is kept.
+    Raises InputError as `begun`; also where the disk is full, with what is kept.
+    """
+    out = out.expanduser().resolve()
+    work = begun(out, suffix, settings, resume=resume, overwrite=overwrite)
+    try:
+        yield work
+    except BaseException as error:
+        done = kept(work)
+        if done is None:
+            remove(work, of=out)
+            raise
+        if isinstance(error, KeyboardInterrupt):
+            text = f"stopped; --resume continues from {done}"
+            raise Stopped(text, getattr(error, "exit_code", 130)) from error
+        causes = (error, error.__cause__)
+        if reason := next((found for each in causes if each is not None and (found := disk_error(each))), None):
+            raise InputError(
+                f"{out}: cannot be written ({reason}); --resume continues from {done}, which {work} keeps"
+            ) from error
+        raise
+    remove(work, of=out)
+
+
+def begun(out: Path, suffix: str, settings: Mapping[str, Any], *, resume: bool, overwrite: bool) -> Path:
+    """OUT.suffix, new, or that of the run to be resumed.
+
+    settings: what must be the same for a run to be resumed. Raises InputError for a folder that is left of another run,
+    or is none of ours, and where there is nothing to resume.
     """
     out = out.expanduser().resolve()
     work = out.with_name(f"{out.name}.{suffix}")
@@ -57,20 +83,4 @@ def work_folder(
         fresh.mkdir(parents=True)
         write_whole(fresh / SETTINGS, json.dumps(now, indent=2) + "\n")
         fresh.rename(work)
-    try:
-        yield work
-    except BaseException as error:
-        done = kept(work)
-        if done is None:
-            remove(work, of=out)
-            raise
-        if isinstance(error, KeyboardInterrupt):
-            text = f"stopped; --resume continues from {done}"
-            raise Stopped(text, getattr(error, "exit_code", 130)) from error
-        causes = (error, error.__cause__)
-        if reason := next((found for each in causes if each is not None and (found := disk_error(each))), None):
-            raise InputError(
-                f"{out}: cannot be written ({reason}); --resume continues from {done}, which {work} keeps"
-            ) from error
-        raise
-    remove(work, of=out)
+    return work

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -18,7 +17,6 @@ from ..errors import InputError
 from ..model.options import RECOVERY, Recovery
 from ..signals import Stopped, interruptible
 
-SETTINGS = "settings.json"
 LONGEST = 512
 """Tokens in a sequence to recover on: the logits of a sequence are in memory three times."""
 
@@ -236,13 +234,11 @@ def _work_folder(recipe: Recover, original: str) -> Iterator[Path]:
 
     Raises InputError for one that is left of another run, and where there is nothing to resume.
     """
-    from ..checkpoint.inputs import content_of_model, differences
+    from ..checkpoint.inputs import content_of_model
+    from ..checkpoint.work_folder import begun
     from ..content import content
     from ..data.calibration import HUB
-    from ..files import json_or_empty, write_whole
 
-    out = Path(recipe.out).expanduser().resolve()
-    work = out.with_name(f"{out.name}.recovering")
     unbound = ("out", "resume", "overwrite", "verify")
     settings = {
         "options": {key: value for key, value in asdict(recipe).items() if key not in unbound},
@@ -250,18 +246,7 @@ def _work_folder(recipe: Recover, original: str) -> Iterator[Path]:
         "original": content_of_model(original),
         "text": recipe.calibration if recipe.calibration in HUB else content(recipe.calibration),
     }
-    settings = json.loads(json.dumps(settings))
-    if recipe.resume:
-        if not (work / SETTINGS).exists():
-            raise InputError(f"--resume: there is no stopped run in {work}; start without --resume")
-        if changed := differences(json_or_empty(work / SETTINGS), settings):
-            raise InputError(f"--resume: {'; '.join(changed)}; resume with the same, or start anew with --overwrite")
-    elif work.exists() and not recipe.overwrite:
-        raise InputError(f"{work} holds a run that was stopped; --resume continues it, --overwrite starts anew")
-    else:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        write_whole(work / SETTINGS, json.dumps(settings, indent=2) + "\n")
+    work = begun(Path(recipe.out), "recovering", settings, resume=recipe.resume, overwrite=recipe.overwrite)
     try:
         yield work
     except KeyboardInterrupt as error:

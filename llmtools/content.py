@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from .files import safetensors_header, sha256
 
@@ -34,6 +35,23 @@ _TOKENIZER = (
     "sentencepiece",
 )
 _CONFIG = ("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json")
+
+
+class FileState(NamedTuple):
+    """What of a file changes when it is written again or replaced."""
+
+    inode: int
+    size: int
+    modified: int
+    """Time of the last change, in nanoseconds."""
+
+
+def file_state(file: str | os.PathLike[str]) -> FileState | None:
+    """The state of a file; None where there is none."""
+    with suppress(OSError):
+        found = os.stat(file)
+        return FileState(found.st_ino, found.st_size, found.st_mtime_ns)
+    return None
 
 
 def content(path: str | os.PathLike[str]) -> str | None:

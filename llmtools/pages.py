@@ -1,4 +1,4 @@
-"""Pages of memory: which are those of files, and what the kernel may be told about their use.
+"""Pages of memory: which are those of files, and the hints that the kernel gets for them.
 
 A page of a mapped file is in memory as long as there is room, and is read from the file again when it is touched: on a
 CPU the page cache is what streams a model that does not fit. Two hints (madvise(2)) make it stream ahead: WILLNEED

@@ -1,9 +1,9 @@
 """Open a model without its weights: the skeleton, and an index that says where the values of each parameter are.
 
-transformers reads the folder itself, as it does for any model, and is told to leave the large weights on the disk (its
-``device_map``). So names are converted by its own rules, what it computes from several tensors (fused experts) is in
-files that it writes, tied weights are tied, and buffers are made. The hooks that would read each layer at each call are
-removed, since a walk knows better when a block is needed.
+transformers reads the folder itself, as it does for any model, and leaves the large weights on the disk, as its
+``device_map`` says. So names are converted by its own rules, what it computes from several tensors (fused experts) is
+in files that it writes, tied weights are tied, and buffers are made. The hooks that would read each layer at each call
+are removed, since a walk knows better when a block is needed.
 """
 
 from __future__ import annotations

@@ -25,13 +25,13 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..content import file_state
 from ..errors import CheckpointError, InputError, did_you_mean
 from ..files import disk_error
 from ..kernels.build import cache_home
@@ -53,12 +53,17 @@ Keep = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Moves tensors [...] by name to where they stay. Tensors that share memory share it afterwards."""
 
 
+def check_place(offload: str) -> None:
+    """Raises InputError for another place than those of `PLACES`."""
+    if offload not in PLACES:
+        raise InputError(f"offload={offload!r}; {did_you_mean(str(offload), PLACES)}")
+
+
 def check_offload(offload: str | None, *, load: str | None = None, device_map: Any = None) -> None:
     """Raises InputError for another place than those of `PLACES`, and for what does not go with it."""
     if offload is None:
         return
-    if offload not in PLACES:
-        raise InputError(f"offload={offload!r}; {did_you_mean(str(offload), PLACES)}")
+    check_place(offload)
     if load is not None:
         raise InputError(
             f"--offload {offload} does not go with --load {load}, whose weights are in no file; quantize the model "
@@ -198,7 +203,7 @@ class Unit(NamedTuple):
 
 
 class Schedule:
-    """Which unit is next, as learned from the run, and what the kernel is told about its pages.
+    """Which unit is next, as learned from the run, and the hints that the kernel gets for its pages.
 
     What followed the last two different units before follows them again; what was never seen is guessed to go on in the
     same direction. Two suffice: forward and backward pass the blocks in opposite directions.
@@ -229,13 +234,13 @@ class Schedule:
         self._check()
         self._after[self._before, self._now] = unit
         self._before, self._now = self._now, unit
-        wanted = {unit, *self.upcoming()}
-        for each in self._asked - wanted if self._release else ():
+        wanted = [unit, *self.upcoming()]
+        for each in self._asked.difference(wanted) if self._release else ():
             self._let(self._spans[each])
-        for each in [unit, *self.upcoming()]:
+        for each in wanted:
             if each not in self._asked:
                 self._ask(self._spans[each])
-        self._asked = wanted
+        self._asked = set(wanted)
 
     def upcoming(self) -> list[int]:
         """The units that are expected next, the nearest first."""
@@ -325,27 +330,13 @@ class Watch:
     """
 
     def __init__(self, files: Iterable[str | Path]) -> None:
-        self._former = {str(file): _state(file) for file in files}
+        self._former = {str(file): file_state(file) for file in files}
 
     def __call__(self) -> None:
         for file, former in self._former.items():
-            now = _state(file)
-            if now != former and now is not None and former is not None and now.st_ino == former.st_ino:
+            now = file_state(file)
+            if now != former and now is not None and former is not None and now.inode == former.inode:
                 raise CheckpointError(
                     f"{file} was changed while its weights were in use (--offload disk reads them from it all the "
                     "time); copy it again, keep it as it is, and repeat the run"
                 )
-
-
-class _State(NamedTuple):
-    st_ino: int
-    st_size: int
-    st_mtime_ns: int
-
-
-def _state(file: str | Path) -> _State | None:
-    """What a change of a file changes; None where there is none."""
-    with suppress(OSError):
-        found = os.stat(file)
-        return _State(found.st_ino, found.st_size, found.st_mtime_ns)
-    return None

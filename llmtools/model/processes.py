@@ -82,7 +82,7 @@ class _Failure(NamedTuple):
     """Why a process ends, as the others hear it."""
 
     kind: str
-    """"stopped" for a signal, "input" for what the user can mend, "bug" for anything else."""
+    """"stopped" for a signal, "input" for what the user can correct, "bug" for anything else."""
     text: str
     """Message in one line."""
     exit_code: int = 0

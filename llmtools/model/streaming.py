@@ -28,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..content import file_state
 from ..errors import CheckpointError, InputError
 from ..files import whole_file
 from ..nn.linear import QuantizedLinear
@@ -94,7 +95,7 @@ class Streamed(Storage):
         self.model, self.folder = model, folder
         self._index = dict(index)
         self._blocks = frozenset(block.path for block in find_blocks(model))
-        self._signatures = {file: _signature(file) for file in {each.file for each in index.values()}}
+        self._states = {file: file_state(file) for file in {each.file for each in index.values()}}
         self._held: list[str] = []
         self._budget = hidden_states
 
@@ -195,8 +196,8 @@ class Streamed(Storage):
 
     def check_unchanged(self, file: Path | None = None) -> None:
         """Raises CheckpointError where a file of the model (by default: any) is not what it was at the beginning."""
-        for each in self._signatures if file is None else [file]:
-            if each in self._signatures and _signature(each) != self._signatures[each]:
+        for each in self._states if file is None else [file]:
+            if each in self._states and file_state(each) != self._states[each]:
                 raise CheckpointError(f"{each} was changed or removed while it was read; quantize the model again")
 
     # ---- finished blocks
@@ -276,15 +277,6 @@ class Streamed(Storage):
     def _freed(self, size: int) -> None:
         if self._budget is not None:
             self._budget += size
-
-
-def _signature(file: Path) -> tuple[int, int, int] | None:
-    """What changes when a file is written again; None where there is none."""
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 def _in_file(tensor: Tensor, folder: Path) -> Tensor:

@@ -444,12 +444,12 @@ def _best_device() -> str:
 
 
 def _check(recipe: Plan) -> None:
-    from ..model.offload import PLACES
+    if recipe.offload is not None:
+        from ..model.offload import check_place
 
-    if recipe.offload is not None and recipe.offload not in PLACES:
-        raise InputError(f"offload={recipe.offload!r}; {did_you_mean(recipe.offload, PLACES)}")
-    if recipe.offload is not None and (recipe.device or _best_device()) != "cpu":
-        raise InputError(f"--offload {recipe.offload} computes on the CPU; pass --device cpu, or leave it out")
+        check_place(recipe.offload)
+        if (recipe.device or _best_device()) != "cpu":
+            raise InputError(f"--offload {recipe.offload} computes on the CPU; pass --device cpu, or leave it out")
     for name in ("batch_size", "eval_batch_size", "max_length"):
         value = getattr(recipe, name)
         if value is not None and value < 1:

@@ -87,24 +87,16 @@ def measure(size: str, bits: int) -> dict[str, Any]:
     import peft
     import torch
     from torch import nn
-    from transformers import AutoModelForCausalLM
 
     import llmtools
-    from llmtools.nn import QuantizedLinear
     from llmtools.nn.adapters import prepare_for_training
     from llmtools.nn.loss import chunked_loss
-    from llmtools.nn.swap import packed_bytes, set_module
+    from llmtools.nn.swap import packed_bytes
 
     torch.manual_seed(0)
-    quantizer = llmtools.quantizer("rtn", bits=bits, group_size=128)
     shape = config(size)
     before = status("VmRSS")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and path != "lm_head":
-                layer = QuantizedLinear(module.in_features, module.out_features, quantizer, dtype=torch.bfloat16)
-                set_module(model, path, layer)
+    model = without_values(shape, llmtools.quantizer("rtn", bits=bits, group_size=128))
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -139,6 +131,24 @@ def measure(size: str, bits: int) -> dict[str, Any]:
         "step_cpu_seconds": time.process_time() - began_cpu,
         "threads": torch.get_num_threads(),
     }
+
+
+def without_values(shape: Any, quantizer: Any) -> Any:
+    """The model of a configuration on the meta device, all its linears but the head packed."""
+    import torch
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    from llmtools.nn import QuantizedLinear
+    from llmtools.nn.swap import set_module
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and path != "lm_head":
+                layer = QuantizedLinear(module.in_features, module.out_features, quantizer, dtype=torch.bfloat16)
+                set_module(model, path, layer)
+    return model
 
 
 def drawn(like: Any) -> Any:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from .llama import LLAMA, config
-from .llama_memory import ALL, drawn, planned, status
+from .llama_memory import ALL, drawn, planned, status, without_values
 from .quality import HERE, append, rows_of
 
 RESULTS = HERE / "results" / "offload.jsonl"
@@ -41,24 +41,16 @@ def make(size: str, bits: int, folder: Path) -> int:
     """Writes a checkpoint of random packed weights, a file a block; returns the bytes of its tensors."""
     import torch
     from safetensors.torch import save_file
-    from torch import nn
-    from transformers import AutoModelForCausalLM
 
     import llmtools
     from llmtools.model.offload import units_of
     from llmtools.model.transformers_integration import LLMToolsConfig
-    from llmtools.nn import QuantizedLinear
-    from llmtools.nn.swap import quantized_linears, set_module
+    from llmtools.nn.swap import quantized_linears
 
     torch.manual_seed(0)
     quantizer = llmtools.quantizer("rtn", bits=bits, group_size=GROUP_SIZE)
     shape = config(size)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and path != "lm_head":
-                layer = QuantizedLinear(module.in_features, module.out_features, quantizer, dtype=torch.bfloat16)
-                set_module(model, path, layer)
+    model = without_values(shape, quantizer)
     layers = quantized_linears(model)
     parts = [*(f"{unit.path}." for unit in units_of(model)[1:]), ""]
     left = dict(model.named_parameters())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import disk_error, json_or_empty, partial_of, remove, write_whole
+from ..files import NameTaken, disk_error, json_or_empty, partial_of, remove, write_whole
 from ..signals import Stopped
 from .inputs import differences
 from .run_info import as_json
@@ -41,6 +41,9 @@ def work_folder(
     work = begun(out, suffix, settings, resume=resume, overwrite=overwrite)
     try:
         yield work
+    except NameTaken:  # the run is complete, under another name
+        remove(work, of=out)
+        raise
     except BaseException as error:
         done = kept(work)
         if done is None:

@@ -17,8 +17,10 @@ import torch
 from torch import nn
 
 import llmtools
+from llmtools.checkpoint.work_folder import work_folder
 from llmtools.data.calibration import calibration
 from llmtools.errors import CheckpointError, InputError
+from llmtools.files import NameTaken
 from llmtools.model import streaming
 from llmtools.model.options import BlockTuning
 from llmtools.model.streaming import Streamed
@@ -362,3 +364,15 @@ def test_a_weight_that_is_no_number_is_named(name: str, stories: Path, text: Pat
     folder = saved(model, stories, tmp_path / "model")
     with pytest.raises(CheckpointError, match=r"model.layers.1.mlp.down_proj.weight holds NaN or infinite values"):
         quantize(asked(folder, tmp_path / "out", None if name == "rtn" else text, name))
+
+
+def test_a_complete_run_whose_name_was_taken_leaves_no_work(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NameTaken),
+        work_folder(
+            tmp_path / "q", "quantizing", {}, resume=False, overwrite=False, kept=lambda _: "1 finished block"
+        ) as work,
+    ):
+        assert work.is_dir()
+        raise NameTaken("q appeared while this ran; the finished work is kept as q.1")
+    assert not list(tmp_path.iterdir())

@@ -200,16 +200,19 @@ def loaded_as(load: str | None, name: str, adapter: str | None) -> str | None:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether the configuration of a folder or hub name has a quantization config."""
+    """Whether the configuration of a folder or hub name has a quantization config, or its files are of a format that
+    needs none."""
     from transformers import PreTrainedConfig
+
+    from ..formats.reading import quantization_config
 
     folder = Path(name).expanduser()
     if name.endswith(".gguf") and not folder.is_dir():
         return True
     if folder.is_dir():
-        return bool(read_json(folder / "config.json").get("quantization_config"))
+        return bool(quantization_config(read_json(folder / "config.json"), folder))
     with suppress(OSError):  # opening the model reports it
-        return bool(PreTrainedConfig.get_config_dict(name)[0].get("quantization_config"))
+        return bool(quantization_config(PreTrainedConfig.get_config_dict(name)[0]))
     return False
 
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 import llmtools
 from llmtools import CheckpointError
+from llmtools.errors import InputError
 from llmtools.formats.exl3 import EXL3
 from llmtools.formats.tensors import Module
 from llmtools.nn.swap import quantized_linears
+from llmtools.recipes.quantize import Quantize, quantize
 from tests.models import tiny_ids, tiny_model
 
 FACTORS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
@@ -271,3 +274,19 @@ def test_damaged_files_are_one_line(kind: str, written: tuple[Path, Any], tmp_pa
     with pytest.raises(CheckpointError, match="up_proj") as caught:
         llmtools.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_config_is_not_quantized_again(
+    written: tuple[Path, Any], stories: Path, tmp_path: Path
+) -> None:
+    """It is recognised by its tensors here, too, and not said to be damaged."""
+    source = tmp_path / "exl3"
+    source.mkdir()
+    save_file(load_file(written[0] / "model.safetensors"), source / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((written[0] / "config.json").read_text())
+    del config["quantization_config"]
+    (source / "config.json").write_text(json.dumps(config))
+    AutoTokenizer.from_pretrained(stories).save_pretrained(source)
+    with pytest.raises(InputError, match="quantized already"):
+        quantize(Quantize(model=str(source), out=str(tmp_path / "q"), quantizer="rtn"))
+    assert [path.name for path in tmp_path.iterdir()] == ["exl3"]

@@ -204,8 +204,10 @@ class Together(Processes):
         failure = _Failure.of(error)
         if not self.ended:
             self.ended = True
-            with suppress(RuntimeError):
+            try:
                 self._gathered(failure)
+            except RuntimeError:  # torchrun stops the others after one that was killed: that one is the cause
+                return self._lost() if failure.kind == "stopped" else error
             if not self.is_first and failure.kind == "input" and on_one_machine():
                 error = InputError(failure.text)
         return error

@@ -33,14 +33,19 @@ def flags(tinystories: Path, stories: Path, tmp_path_factory: pytest.TempPathFac
 
 
 KILLED = """
-import os, signal, sys
+import os, signal, sys, time
+from pathlib import Path
 from llmtools.cli.app import main
 from llmtools.model.quantize import _Quantization
 store = _Quantization._store
 def stored(self, unit):
     store(self, unit)
     if self.processes.rank == 1:
+        kept = Path(sys.argv[sys.argv.index("--out") + 1] + ".quantizing", "model.layers.0.safetensors")
+        while not kept.exists():  # which the other process writes
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(SECONDS)
 _Quantization._store = stored
 sys.exit(main(sys.argv[1:]))
 """
@@ -53,16 +58,20 @@ def in_two(program: list[str], words: list[str], repository: Path) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
 
 
+@pytest.mark.parametrize("seconds", [0, 30], ids=["waiting", "computing"])
 def test_processes_write_the_model_of_one_and_a_dead_one_ends_the_run_in_one_line(
-    flags: list[str], tmp_path: Path, repository: Path
+    seconds: int, flags: list[str], tmp_path: Path, repository: Path
 ) -> None:
+    """The other process hears of it by its connection, or by torchrun's SIGTERM while it computes."""
     out, script = tmp_path / "out", tmp_path / "killed.py"
-    script.write_text(KILLED)
+    script.write_text(f"SECONDS = {seconds}\n{KILLED}")
     ended = in_two([str(script)], [*flags, "--out", str(out)], repository)
     assert ended.returncode != 0
     ours = [line for line in ended.stderr.splitlines() if line.startswith("llmtools")]
     assert len(ours) == 1 and "--resume" in ours[0], ended.stderr
     assert {path.name for path in (tmp_path / "out.quantizing").glob("*.safetensors")} == {"model.layers.0.safetensors"}
+    if seconds:
+        return
 
     done = in_two(["-m", "llmtools"], [*flags, "--out", str(out), "--resume"], repository)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -84,7 +84,8 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
     row: Row = {"perplexity": {}, "kl": {}, "seconds": {}}
     for name, more in (("plain", {}), ("exact", {"merge": "exact", "merge_warmup": setting["warmup"]})):
         row["seconds"][name] = finetune(Finetune(out=str(work / name), **common, **more)).seconds
-    for way in WAYS:
+    ways = [way for way in WAYS if way != "requantize" or base.quantizer is not None]  # no quantizer makes GGUF's types
+    for way in ways:
         done = merge(
             Merge(
                 model=model,
@@ -105,10 +106,10 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
     scores = {name: -math.log(value) for name, value in row["perplexity"].items()}
     if args.test:
         folders = {"base": (model, None), "plain": (model, str(work / "plain"))}
-        folders |= {way: (_merged(work / f"merged-{way}"), None) for way in WAYS}
+        folders |= {way: (_merged(work / f"merged-{way}"), None) for way in ways}
         scores = row["score"] = {name: _score(*where, args) for name, where in folders.items()}
     gain = scores["plain"] - scores["base"]
-    row["share"] = {way: (scores[way] - scores["base"]) / gain for way in WAYS} if gain > 0 else {}
+    row["share"] = {way: (scores[way] - scores["base"]) / gain for way in ways} if gain > 0 else {}
     return row
 
 
@@ -246,7 +247,7 @@ def table(found: list[Row]) -> str:
             quality.setdefault(key, []).append(row)
     lines = [
         [*map(str, key), *(_spread(_values(each)[name] for each in group) for name in ("base", "plain", "exact")),
-         *(_spread(each["share"][way] for each in group) for way in WAYS), str(len(group))]
+         *(_spread(each["share"].get(way) for each in group) for way in WAYS), str(len(group))]
         for key, group in quality.items()
     ]  # fmt: skip
     head = ["model", "base", "learning rate", "warm-up", "score or perplexity: base", "adapter beside it", "exact"]
@@ -273,9 +274,11 @@ def _values(row: Row) -> dict[str, float]:
     return found
 
 
-def _spread(values: Iterator[float]) -> str:
-    """The mean, and half the spread where there are several."""
-    every = list(values)
+def _spread(values: Iterator[float | None]) -> str:
+    """The mean, and half the spread where there are several; a dash where there is none."""
+    every = [value for value in values if value is not None]
+    if not every:
+        return "–"
     half = (max(every) - min(every)) / 2
     return f"{statistics.mean(every):.3g}" + (f" ± {half:.2g}" if len(every) > 1 else "")
 

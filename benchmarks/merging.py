@@ -10,7 +10,8 @@
     python -m benchmarks.merging --table              the rows as Markdown
 
 A row is a base (a quantizer at a width, or a GGUF file) with a learning rate, a warm-up and a seed. Two adapters are
-trained on it with the same data and steps: a plain one, and one with ``finetune --merge exact``. The plain one is
+trained on it with the same data and steps: a plain one, and one with ``finetune --merge exact``; where zero points are
+in floating point a third with ``--merge zeros``. The plain one is
 merged by rounding and by re-quantizing. Perplexity on held-out text is of base, plain adapter, and all merged models; a
 share is (base − merged) / (base − plain adapter) in nats per token. With --task the adapters are trained on a task's
 examples, and the shares are of its score on held-out ones. Rows are appended to
@@ -40,7 +41,7 @@ from benchmarks.quality import ASSETS, HERE, Row, append, hash_of_weights, reset
 from llmtools.document import markdown_table
 
 RESULTS = HERE / "results" / "merging.jsonl"
-WAYS = ("exact", "round", "requantize")
+WAYS = ("exact", "zeros", "round", "requantize")
 
 
 class Base(NamedTuple):
@@ -55,12 +56,19 @@ class Base(NamedTuple):
     file: str | None = None
     """Path of a GGUF file."""
 
+    @property
+    def ways(self) -> list[str]:
+        """Those that it has: zeros needs zero points in floating point, and no quantizer of ours makes GGUF's types."""
+        without = {"zeros"} if self.quantizer not in (None, "hqq") else set()
+        return [way for way in WAYS if way not in without and (way != "requantize" or self.quantizer)]
+
 
 def bases(args: argparse.Namespace) -> Iterator[Base]:
     for bits in args.bits:
         yield Base(f"optq {bits}-bit g64", "optq", {"bits": bits, "group_size": 64})
         if bits == 4:
             yield Base("nf4", "nf4", {})
+        yield Base(f"hqq {bits}-bit g64", "hqq", {"bits": bits, "group_size": 64})
         yield Base(f"quip_sharp {bits}-bit", "quip_sharp", {"bits": bits})
     for file in args.gguf:
         yield Base(Path(file).name, None, {}, file)
@@ -82,14 +90,16 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
         "seed": setting["seed"],
     }  # fmt: skip
     row: Row = {"perplexity": {}, "kl": {}, "seconds": {}}
-    for name, more in (("plain", {}), ("exact", {"merge": "exact", "merge_warmup": setting["warmup"]})):
-        row["seconds"][name] = finetune(Finetune(out=str(work / name), **common, **more)).seconds
-    ways = [way for way in WAYS if way != "requantize" or base.quantizer is not None]  # no quantizer makes GGUF's types
-    for way in ways:
+    kinds: dict[str, Row] = {
+        "plain": {}, "exact": {"merge": "exact", "merge_warmup": setting["warmup"]}, "zeros": {"merge": "zeros"}
+    }  # fmt: skip
+    for name in [name for name in kinds if name == "plain" or name in base.ways]:
+        row["seconds"][name] = finetune(Finetune(out=str(work / name), **common, **kinds[name])).seconds
+    for way in base.ways:
         done = merge(
             Merge(
                 model=model,
-                adapter=str(work / ("exact" if way == "exact" else "plain")),
+                adapter=str(work / (way if way in kinds else "plain")),
                 out=str(work / f"merged-{way}"),
                 how=way,
                 calibration=(args.calibration or args.data) if way == "requantize" else None,
@@ -101,15 +111,15 @@ def measured(base: Base, setting: Row, args: argparse.Namespace, work: Path) -> 
         assert done.comparison is not None
         found = done.comparison.values
         row["perplexity"] |= {"base": found["base"], way: found["merged"]}
-        row["perplexity"]["exact, unmerged" if way == "exact" else "plain"] = found["adapter"]
+        row["perplexity"][f"{way}, unmerged" if way in kinds else "plain"] = found["adapter"]
         row["kl"][way] = done.comparison.kl
     scores = {name: -math.log(value) for name, value in row["perplexity"].items()}
     if args.test:
         folders = {"base": (model, None), "plain": (model, str(work / "plain"))}
-        folders |= {way: (_merged(work / f"merged-{way}"), None) for way in ways}
+        folders |= {way: (_merged(work / f"merged-{way}"), None) for way in base.ways}
         scores = row["score"] = {name: _score(*where, args) for name, where in folders.items()}
     gain = scores["plain"] - scores["base"]
-    row["share"] = {way: (scores[way] - scores["base"]) / gain for way in ways} if gain > 0 else {}
+    row["share"] = {way: (scores[way] - scores["base"]) / gain for way in base.ways} if gain > 0 else {}
     return row
 
 

@@ -62,7 +62,7 @@ def fits(value: Any, hint: Any) -> bool:
         return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(_float(value))
     if hint is int:
         return not isinstance(value, bool) and isinstance(value, int)
-    if hint in (bool, str):
+    if hint in (bool, str) or dataclasses.is_dataclass(hint):
         return isinstance(value, hint)
     if origin in (list, tuple, Sequence) or hint in (list, tuple):
         if not isinstance(value, list | tuple):

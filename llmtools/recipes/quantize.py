@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -361,28 +361,38 @@ def checked_quantizer(recipe: Quantize) -> Any:
             raise
         chosen = f"--quality {recipe.quality} chose {recipe.quantizer}; --quantizer NAME chooses another"
         raise InputError(f"{error} ({chosen})") from error
-    if quantizer.needs_hessian and recipe.calibration is None:
-        quality = "" if recipe.quality is None else f" (--quality {recipe.quality})"
-        raise InputError(
-            f"{quantizer.name}{quality} needs calibration text: pass --calibration FILE (.txt or .jsonl), or take what "
-            f"needs none: --quality fast, or --quantizer rtn"
-        )
-    if recipe.finetune_blocks.epochs and recipe.calibration is None:
-        raise InputError("--finetune_blocks needs calibration text: pass --calibration FILE (.txt or .jsonl)")
+    if (reader := _reader_of_text(recipe, quantizer)) is not None and recipe.calibration is None:
+        ways_out = ""
+        if reader == quantizer.name:
+            reader += "" if recipe.quality is None else f" (--quality {recipe.quality})"
+            ways_out = ", or take what needs none: --quality fast, or --quantizer rtn"
+        raise InputError(f"{reader} needs calibration text: pass --calibration FILE (.txt or .jsonl){ways_out}")
     check_strength(recipe.error_propagation or 0.0, tuned=bool(recipe.finetune_blocks.epochs))
-    if recipe.error_propagation and recipe.calibration is None:
-        raise InputError("--error_propagation needs calibration text: pass --calibration FILE (.txt or .jsonl)")
-    if recipe.bits_per_weight is not None and recipe.calibration is None:
-        raise InputError("--bits_per_weight needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if recipe.bits_per_weight is not None and recipe.bits is not None:
         raise InputError("--bits_per_weight chooses the bits of each linear; pass it or --bits, not both")
-    if recipe.recover.steps and recipe.calibration is None:
-        raise InputError("--recover needs calibration text: pass --calibration FILE (.txt or .jsonl)")
     if not recipe.recover.steps and recipe.recover != NO_RECOVERY:
         raise InputError("--recover: options of recovery, and recover.steps is 0; pass --recover.steps, such as 60")
     if recipe.calibration is not None and recipe.calibration not in HUB:
         existing_file(recipe.calibration)
     return quantizer
+
+
+def without_unread_text(recipe: Quantize) -> Quantize:
+    """The recipe without calibration text where nothing reads it."""
+    reader = _reader_of_text(with_quality(recipe), resolve_quantizer(recipe))
+    return recipe if reader is not None else replace(recipe, calibration=None)
+
+
+def _reader_of_text(recipe: Quantize, quantizer: Any) -> str | None:
+    """What reads calibration text: the quantizer's name or an option; None for nothing. recipe: with its quality."""
+    readers = {
+        quantizer.name: quantizer.needs_hessian,
+        "--finetune_blocks": recipe.finetune_blocks.epochs,
+        "--error_propagation": recipe.error_propagation,
+        "--bits_per_weight": recipe.bits_per_weight is not None,
+        "--recover": recipe.recover.steps,
+    }
+    return next((name for name, reads in readers.items() if reads), None)
 
 
 def _facts(recipe: Quantize) -> dict[str, Any]:

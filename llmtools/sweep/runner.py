@@ -24,8 +24,8 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,7 @@ from ..checkpoint.loading import without_data
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
 from ..files import METADATA, claim, clear_unfinished, read_json, write_whole
-from ..options import fits, type_name, with_current_names
+from ..options import built, fits, type_name, with_current_names
 from ..recipes import plain_yaml as config
 from ..recipes.evaluate import Evaluate
 from ..recipes.finetune import Finetune, Lora
@@ -503,7 +503,7 @@ class _Runner:
         return content_of_model(self.recipe.model)
 
     def quantize(self, variant: Variant) -> Quantize | None:
-        from ..recipes.quantize import resolve_quantizer
+        from ..recipes.quantize import without_unread_text
 
         if variant.quantizer is None:
             return None
@@ -517,7 +517,7 @@ class _Runner:
         fixed["plugin"] = self.recipe.plugin
         fixed |= {key: options.pop(key, None) for key in ("bits", "group_size")} | {"options": options}
         recipe: Quantize = _built(Quantize, fixed, with_current_names("quantize", self.recipe.quantize), "quantize")
-        return recipe if resolve_quantizer(recipe).needs_hessian else replace(recipe, calibration=None)
+        return without_unread_text(recipe)
 
     def finetune(self, run: Run) -> Finetune:
         section = self._section(run.task, "finetune")
@@ -648,7 +648,9 @@ def _built(cls: Any, fixed: dict[str, Any], asked: dict[str, Any], where: str) -
             raise InputError(f"{where}: {key!r} cannot be given for {cls.__name__.lower()}; {why}")
     hints = get_type_hints(cls)
     for key, value in asked.items():
-        if not fits(value, hints[key]):
+        if is_dataclass(hints[key]) and isinstance(value, Mapping):
+            asked = {**asked, key: built(f"{where}: {key}", hints[key], value)}
+        elif not fits(value, hints[key]):
             raise InputError(f"{where}: {key}={config.shown(value)}; {type_name(hints[key])} is expected")
     for each in fields(cls):
         if each.default is MISSING and each.default_factory is MISSING and each.name not in {*asked, *fixed}:

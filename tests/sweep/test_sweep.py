@@ -23,6 +23,7 @@ from llmtools.checkpoint.inputs import contents
 from llmtools.checkpoint.run_info import command, given
 from llmtools.cli.app import VERBS, _parse, _parser, main
 from llmtools.errors import InputError
+from llmtools.model.options import BlockTuning
 from llmtools.recipes.evaluate import Evaluate
 from llmtools.recipes.finetune import Finetune, Lora
 from llmtools.recipes.quantize import Quantize
@@ -321,6 +322,10 @@ def test_what_cannot_be_run_is_said_before_anything_is(
             "optq-3-bit.cats.r2.s0: optq needs calibration text",
         ),
         ({"quantizers": [{"name": "rtn", "bits": [4, "x"]}]}, "bits"),
+        ({"quantize": {"recover": {"stepz": 3}}}, "quantize: recover: no option 'stepz'; did you mean 'steps'"),
+        ({"quantize": {"recover": {"steps": "x"}}}, "quantize: recover: steps='x'; int or null is expected"),
+        ({"quantize": {"recover": 3}}, "recover=3; Recovery is expected"),
+        ({"quantize": {"error_propagation": 0.5}}, "--error_propagation needs calibration text"),
         ({"tasks": {"cats": task, "late": {"task": "text"}}}, "tasks.late: 'data' is missing"),
     ):
         with pytest.raises(InputError, match=re.escape(said)):
@@ -365,6 +370,22 @@ def test_lists_make_variants_and_data_are_replaced(recipe: Sweep) -> None:
     assert runner.finetune(runs[0]).data == runner.evaluate(runs[0]).data == str(ASSETS / "mnli")
     assert {runner.finetune(one).lora.r for one in runs} == {1, 2}
     assert runs[0].seed == 0 and runs[-1].seed == 1  # seed by seed
+
+
+def test_options_of_quantize_reach_it_with_the_text_that_they_read(recipe: Sweep, data: Path) -> None:
+    text = str(data / "text.txt")
+    for options, reads in (
+        ({}, False),
+        ({"error_propagation": 0.5}, True),
+        ({"recover": {"steps": 3, "top_k": 8}}, True),
+        ({"finetune_blocks": {"epochs": 1}}, True),
+    ):
+        runner = module._Runner(replace(recipe, quantize={"calibration": text, **options}, baselines=[]))
+        made = runner.quantize(runner.runs()[0].variant)
+        assert made is not None and made.calibration == (text if reads else None), options
+        words = shlex.split(command("quantize", made))
+        assert _parse(_parser("quantize", VERBS["quantize"], Quantize), "quantize", Quantize, words[2:]) == made
+    assert made.finetune_blocks == BlockTuning(epochs=1)
 
 
 def test_a_sign_tells_names_apart() -> None:

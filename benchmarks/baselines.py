@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import llmtools
+from llmtools.model.allocation import choose_bits
 from llmtools.model.options import NO_RECOVERY, BlockTuning, Recovery
 from llmtools.recipes.recover import recovering
 
@@ -279,8 +280,12 @@ def ours(
     tuning: BlockTuning | None = None,
     recovery: Recovery = NO_RECOVERY,
     error_propagation: float = 0.0,
+    bits_per_weight: float | None = None,
 ) -> Case:
-    """Our quantizer `name` with these options; those it does not have are left out."""
+    """Our quantizer `name` with these options; those it does not have are left out.
+
+    bits_per_weight: widths are chosen for each linear, within these stored bits.
+    """
     factory = llmtools.quantizers.get(name)
     known = {field.name for field in dataclasses.fields(factory)}  # type: ignore[arg-type]
     options = {key: value for key, value in options.items() if key in known}
@@ -288,14 +293,21 @@ def ours(
     def make(source: Source) -> Made:
         model = source.model()
         text = source.calibration if factory.needs_hessian or tuning is not None or error_propagation else None
+        overrides = {}
+        if bits_per_weight is not None:
+            overrides = choose_bits(model, factory(**options), source.calibration, bits_per_weight).overrides
         with recovering(model, source.calibration, recovery, seed=0) as recover:
-            report = llmtools.quantize(model, name, text, tuning=tuning, error_propagation=error_propagation, **options)
+            report = llmtools.quantize(
+                model, name, text, tuning=tuning, error_propagation=error_propagation, overrides=overrides, **options
+            )
             recover({})
         return Made(model, report.bits_per_weight)
 
     shown = {key: value for key, value in options.items() if key not in ("bits", "group_size")}
     if tuning is not None:
         shown["tuned"] = True
+    if bits_per_weight is not None:
+        shown["bits_per_weight"] = bits_per_weight
     if error_propagation:
         shown["error_propagation"] = error_propagation
     if recovery.steps:

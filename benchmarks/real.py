@@ -79,6 +79,8 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
         yield baselines.ours(name, options, recovery=Recovery())
     for name, options in (("quip_sharp", {"passes": 2}), ("qtip", {})):
         yield baselines.ours(name, {"bits": bits} | options, recovery=Recovery(), error_propagation=0.5)
+    for size in {2: (2.25, 2.5), 3: (3.0, 3.5)}.get(bits, ()):
+        yield baselines.ours("qtip", {"bits": bits}, error_propagation=0.5, bits_per_weight=size)
     for name in ("quip_sharp", "optq", "quip"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, tuning=BlockTuning())

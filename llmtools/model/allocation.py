@@ -7,9 +7,9 @@ gradient of the model's log-likelihood in its outputs, the Kullback–Leibler di
 
 for g and x independent and g of no preferred direction (HAWQ, arXiv:1911.03852, and OPTQ's proxy loss,
 arXiv:2210.17323, weighted by the Fisher information). E[|g|²] comes from a backward pass with tokens sampled from the
-model's own distribution, H from a walk through its blocks, and E from the quantizer itself at every width. Widths are
-then bought where a stored bit lowers the sum most (`allocate`): the Lagrangian of the integer programme, exact on the
-lower convex hull of each linear's choices.
+model's own distribution, H from a walk through its blocks, and E from the quantizer itself at every width, for up to
+256 rows at equal distances, since the loss is a sum over rows. Widths are then bought where a stored bit lowers the sum
+most (`allocate`): the Lagrangian of the integer programme, exact on the lower convex hull of each linear's choices.
 
 Shapes: out, in — features of a linear; b, t — sequences and tokens of a batch.
 """
@@ -40,6 +40,8 @@ WIDTHS = (2, 3, 4, 8)
 """Bits that a linear may get, of those that the quantizer has."""
 SEQUENCES = 16
 """Most sequences of the calibration text that the gradients are measured on."""
+ROWS = 256
+"""Most rows of a weight that are quantized at every width, for the estimate."""
 
 
 class Choice(NamedTuple):
@@ -244,9 +246,10 @@ def _proxy_losses(
     def measure(group: Sequence[str], hessian: Tensor | None) -> None:
         for path in group:
             weight = linear_at(model, path).weight.detach()
+            whole, weight = len(weight), weight[:: math.ceil(len(weight) / ROWS)]
             moment = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian
             with within(path):
-                found[path] = [_loss(each, weight, moment) for each in variants]
+                found[path] = [_loss(each, weight, moment) * whole / len(weight) for each in variants]
             if on_step is not None:
                 on_step(len(found), len(paths), path)
 

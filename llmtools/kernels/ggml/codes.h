@@ -42,10 +42,16 @@ static ALWAYS_INLINE Scales offset(__m512 scale, float by) {
 
 static ALWAYS_INLINE Scales scales_q4_0(const uint8_t *b, int count) { return offset(halves(b, 18, 0, count), 8); }
 
-static ALWAYS_INLINE Scales scales_q4_1(const uint8_t *b, int count) {
-    const __m512 least = halves(b, 20, 2, count);
-    return (Scales){halves(b, 20, 0, count), _mm512_xor_ps(least, _mm512_set1_ps(-0.0f))}; /* so that 0 becomes −0 */
+static ALWAYS_INLINE Scales minimum(const uint8_t *b, int bytes, int count) {
+    const __m512 least = halves(b, bytes, 2, count);
+    return (Scales){halves(b, bytes, 0, count), _mm512_xor_ps(least, _mm512_set1_ps(-0.0f))}; /* so that 0 becomes −0 */
 }
+
+static ALWAYS_INLINE Scales scales_q4_1(const uint8_t *b, int count) { return minimum(b, 20, count); }
+
+static ALWAYS_INLINE Scales scales_q5_0(const uint8_t *b, int count) { return offset(halves(b, 22, 0, count), 16); }
+
+static ALWAYS_INLINE Scales scales_q5_1(const uint8_t *b, int count) { return minimum(b, 24, count); }
 
 static ALWAYS_INLINE Scales scales_q8_0(const uint8_t *b, int count) { return offset(halves(b, 34, 0, count), 128); }
 
@@ -158,6 +164,25 @@ static ALWAYS_INLINE __m512i codes_q4_0(const uint8_t *b, int j, int second) {
 static ALWAYS_INLINE __m512i codes_q4_1(const uint8_t *b, int j, int second) {
     const uint8_t *p = b + 40 * j + 4;
     return two_runs(p, second ? p + 20 : p);
+}
+
+/* Codes of 5 bits: the top ones in the 4 bytes at p, then 16 bytes of nibbles; and those at q. */
+static ALWAYS_INLINE __m512i two_fives(const uint8_t *p, const uint8_t *q) {
+    uint32_t first, last;
+    memcpy(&first, p, 4);
+    memcpy(&last, q, 4);
+    const __m512i low = two_runs(p + 4, q + 4);
+    return _mm512_mask_add_epi8(low, first | (uint64_t)last << 32, low, _mm512_set1_epi8(16));
+}
+
+static ALWAYS_INLINE __m512i codes_q5_0(const uint8_t *b, int j, int second) {
+    const uint8_t *p = b + 44 * j + 2;
+    return two_fives(p, second ? p + 22 : p);
+}
+
+static ALWAYS_INLINE __m512i codes_q5_1(const uint8_t *b, int j, int second) {
+    const uint8_t *p = b + 48 * j + 4;
+    return two_fives(p, second ? p + 24 : p);
 }
 
 static ALWAYS_INLINE __m512i codes_q8_0(const uint8_t *b, int j, int second) {

@@ -13,6 +13,8 @@
 #define TYPES(X)                                                                                                       \
     X(2, q4_0, 32, 18, 8)                                                                                              \
     X(3, q4_1, 32, 20, -1)                                                                                             \
+    X(6, q5_0, 32, 22, 16)                                                                                             \
+    X(7, q5_1, 32, 24, -1)                                                                                             \
     X(8, q8_0, 32, 34, 128)                                                                                            \
     X(10, q2_k, 256, 84, -1)                                                                                           \
     X(11, q3_k, 256, 110, 4)                                                                                           \
@@ -45,6 +47,26 @@ static ALWAYS_INLINE void q4_1(const uint8_t *restrict b, float *restrict w) {
     const float d = half_at(b), m = half_at(b + 2);
     uint8_t codes[32];
     nibbles(b + 4, 16, codes);
+    for (int i = 0; i < 32; i++) w[i] = d * (float)codes[i] + m;
+}
+
+/* 32 codes of 5 bits: the top ones in 4 bytes, then nibbles. */
+static ALWAYS_INLINE void fives(const uint8_t *restrict p, uint8_t *restrict codes) {
+    nibbles(p + 4, 16, codes);
+    for (int i = 0; i < 32; i++) codes[i] |= (uint8_t)(((p[i / 8] >> i % 8) & 1) << 4);
+}
+
+static ALWAYS_INLINE void q5_0(const uint8_t *restrict b, float *restrict w) {
+    const float d = half_at(b);
+    uint8_t codes[32];
+    fives(b + 2, codes);
+    for (int i = 0; i < 32; i++) w[i] = d * (float)((int)codes[i] - 16);
+}
+
+static ALWAYS_INLINE void q5_1(const uint8_t *restrict b, float *restrict w) {
+    const float d = half_at(b), m = half_at(b + 2);
+    uint8_t codes[32];
+    fives(b + 4, codes);
     for (int i = 0; i < 32; i++) w[i] = d * (float)codes[i] + m;
 }
 

@@ -18,7 +18,7 @@ from ..build import TYPES as FLOATS
 from . import reference
 from .types import TYPES
 
-KINDS = ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
+KINDS = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")
 """Names of the types that the C library supports."""
 _SMALL = 2**15
 """Number of weights below which more threads are slower."""

@@ -63,6 +63,10 @@ def _tile(tensors, rows, live, first, CONFIG: tl.constexpr, COLUMNS: tl.constexp
         value = _half(halves, b, ok) * (number(_nibble(octets, b + 2, i, ok)) - 8)
     elif KIND == 3:  # Q4_1
         value = _half(halves, b, ok) * number(_nibble(octets, b + 4, i, ok)) + _half(halves, b + 2, ok)
+    elif KIND == 6:  # Q5_0
+        value = _half(halves, b, ok) * (number(_five(octets, b + 2, i, ok)) - 16)
+    elif KIND == 7:  # Q5_1
+        value = _half(halves, b, ok) * number(_five(octets, b + 4, i, ok)) + _half(halves, b + 2, ok)
     elif KIND == 8:  # Q8_0
         value = _half(halves, b, ok) * _signed(octets, b + 2 + i, ok)
     elif KIND == 20:  # IQ4_NL
@@ -117,6 +121,13 @@ def _half(halves, at, ok):
 def _nibble(octets, at, i, ok):
     """Code i of 32: the low nibbles of 16 bytes, then the high ones."""
     return (_byte(octets, at + i % 16, ok) >> (4 * (i // 16)).to(tl.uint32)) & 15
+
+
+@triton.jit
+def _five(octets, at, i, ok):
+    """Code i of 32, of 5 bits: the top ones in 4 bytes, then nibbles."""
+    top = (_byte(octets, at + i // 8, ok) >> (i % 8).to(tl.uint32)) & 1
+    return _nibble(octets, at + 4, i, ok) | (top << 4)
 
 
 @triton.jit

@@ -40,9 +40,11 @@ def is_low_rank(layer: Any) -> bool:
 def updated_packed(layer: Any) -> Packed:
     """The packed tensors of a PEFT layer's quantized base with its active adapters merged: Q(Ŵ + s B A).
 
-    The adapters are such that `is_low_rank`.
+    The adapters are such that `is_low_rank`. Under autocast, too, the codes are those that are merged without it.
     """
-    made: Packed = layer.base_layer.quantizer.updated(layer.base_layer.packed, *factors(layer))
+    b, a = factors(layer)
+    with torch.no_grad(), torch.autocast(b.device.type, enabled=False):
+        made: Packed = layer.base_layer.quantizer.updated(layer.base_layer.packed, b, a)
     return made
 
 

@@ -18,19 +18,23 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, within
+from ..nn.experts import route_all as running_all_experts
+from ..nn.experts import unfused_within
 from ..nn.linear import QuantizedLinear
 from ..nn.lora_init import LoraInit, lora_init_from_error
 from ..nn.swap import aliases, set_everywhere
 from ..quant import HessianSum, Quantizer
 from ..quant.base import BlockLearner, Learner
 from .batches import checked_calibration
-from .blocks import Block, linear_at, unit_of
+from .blocks import Block, Group, linear_at, unit_of
+from .mixtures import ExpertStage, PooledSum, expert_stages, in_order, pool, reads_shared_input
 from .options import BlockTuning
 from .processes import Processes
 from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
@@ -51,7 +55,25 @@ from .walk import Batch, Calls, Enough, OnStep, evaluating, on_inputs, run_netwo
 
 log = logging.getLogger(__name__)
 
+_P = ParamSpec("_P")
 
+
+def _with_linear_experts(function: Callable[_P, Report]) -> Callable[_P, Report]:
+    """While `function` is at work, fused experts of its model are linears; those left dense are fused again."""
+
+    @wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Report:
+        model: Any = args[0] if args else kwargs["model"]
+        storage: Any = kwargs.get("storage")
+        with unfused_within(model) as parts:
+            if storage is not None:
+                storage.unfused(parts)
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@_with_linear_experts
 def quantize(
     model: nn.Module,
     quantizer: str | Quantizer,
@@ -63,6 +85,7 @@ def quantize(
     tuning: BlockTuning | None = None,
     error_propagation: float = 0.0,
     adapter_rank: int = 0,
+    route_all: bool = False,
     on_step: OnStep | None = None,
     device: torch.device | str | None = None,
     storage: Storage | None = None,
@@ -90,6 +113,8 @@ def quantize(
         `propagation.py`; needs calibration text, about twice the time of the walk, and a copy of one block.
     adapter_rank: also computes the LoRA initialisation of this rank from the quantization error, for finetuning at
         that rank or a lower one (`Report.lora_init`).
+    route_all: measures each expert of a mixture on all tokens instead of those that its router sends there; see
+        `mixtures.py` for what happens without.
     device: where blocks are quantized, one at a time, if the model as a whole is elsewhere.
     on_step: called with (modules done, modules in all, path).
     storage: where the weights are, by default in memory; see `streaming.py` for a model on the meta device.
@@ -118,7 +143,9 @@ def quantize(
         _check_weights(model, plan.quantizers)
     storage.planned(plan.quantizers)
     processes = processes or Processes()
-    work = _Quantization(model, plan, sequential, tuning, error_propagation, adapter_rank, on_step, storage, processes)
+    work = _Quantization(
+        model, plan, sequential, tuning, error_propagation, adapter_rank, route_all, on_step, storage, processes
+    )
     if work.reconstructs and processes.count > 1:
         raise InputError(
             f"block-wise reconstruction (block tuning, learned rounding) needs all calibration text in one process, "
@@ -166,6 +193,7 @@ class _Quantization:
         tuning: BlockTuning | None,
         error_propagation: float,
         adapter_rank: int,
+        route_all: bool,
         on_step: OnStep | None,
         storage: Storage,
         processes: Processes,
@@ -173,7 +201,7 @@ class _Quantization:
         self.model, self.plan, self.sequential, self.on_step = model, plan, sequential, on_step
         self.storage, self.processes = storage, processes
         self.tuning = tuning if tuning is not None and tuning.epochs else None
-        self.adapter_rank = adapter_rank
+        self.adapter_rank, self.route_all = adapter_rank, route_all
         learners = [each for each in plan.quantizers.values() if isinstance(each, BlockLearner)]
         self.reconstructs = bool(learners) or self.tuning is not None
         self.error_propagation = error_propagation
@@ -224,20 +252,14 @@ class _Quantization:
             if target is None:
                 self._advance(original)
             return
-        groups = block.groups_among(self.plan.quantizers)
-        for stage in [[group] for group in groups] if self.sequential else [groups] if groups else []:
-            paths = [group.paths for group in stage]
-            stop = len(stage) == 1 and stage[0].calls == 1
-            with (
-                _comparing(original, block, paths, stop) as errors,
-                accumulating(self.model, paths, stop=stop) as sums,  # the later hook: it stops the block
-            ):
-                for index in range(len(calls)):
-                    if original is not None:
-                        original.run_one(index)
-                    calls.run_one(index)
-            self._reduce(sums, errors)
-            self._replace_groups(paths, sums, target, errors)
+        mixtures = expert_stages(self.model, block, self.plan.quantizers)
+        groups = block.groups_among(self.plan.quantizers.keys() - {path for each in mixtures for path in each.paths})
+        stages = [[group] for group in groups] if self.sequential else [groups] if groups else []
+        for stage in in_order(block, stages, mixtures):
+            if isinstance(stage, ExpertStage):
+                self._quantize_experts(stage, calls, target)
+            else:
+                self._quantize_groups(block, stage, calls, original, target)
             if target is not None and not any(each.learner for each in self.pending.values()):
                 self._tune(block, target)
         if target is not None:
@@ -245,7 +267,8 @@ class _Quantization:
         else:
             self._advance(original)
         self._finish()
-        idle = [path for path in block.idle if path in self.plan.quantizers]
+        mixed = {path for each in mixtures for path in each.paths}
+        idle = [path for path in block.idle if path in self.plan.quantizers.keys() - mixed]
         if idle:
             log.warning("%d linears of %s got no token (%s …) and are quantized with H = 1; more calibration "
                         "text may reach them", len(idle), block.path, idle[0])  # fmt: skip
@@ -253,6 +276,38 @@ class _Quantization:
             for path in own:
                 self._replace(path, None)
         self._store(block.path)
+
+    def _quantize_groups(
+        self,
+        block: Block,
+        groups: list[Group],
+        calls: Calls,
+        original: Calls | None,
+        target: Reconstruction | None,
+    ) -> None:
+        """Quantizes groups of linears, whose inputs are measured together."""
+        paths = [group.paths for group in groups]
+        stop = len(groups) == 1 and groups[0].calls == 1
+        with (
+            _comparing(original, block, paths, stop) as errors,
+            accumulating(self.model, paths, stop=stop) as sums,  # the later hook: it stops the block
+        ):
+            for index in range(len(calls)):
+                if original is not None:
+                    original.run_one(index)
+                calls.run_one(index)
+        self._reduce(sums, errors)
+        self._replace_groups(paths, sums, target, errors)
+
+    def _quantize_experts(self, stage: ExpertStage, calls: Calls, target: Reconstruction | None) -> None:
+        """Quantizes one projection of all experts of a layer. Errors of earlier layers are not propagated to it: the
+        original's router may choose other experts."""
+        for part in stage.chunks(shared=self.route_all and reads_shared_input(stage)):
+            with accumulating(self.model, part) as sums, running_all_experts(self.route_all):
+                calls.run()
+            self._reduce(sums)
+            pooled = pool(sums)
+            self._replace_groups(part, [PooledSum(each, pooled) for each in sums], target)
 
     def _advance(self, original: Calls | None) -> None:
         """Runs the original block, if it runs beside the quantized one."""
@@ -336,14 +391,14 @@ class _Quantization:
     def _replace_groups(
         self,
         groups: list[list[str]],
-        sums: list[HessianSum],
+        sums: Sequence[HessianSum | PooledSum],
         target: Reconstruction | None = None,
         errors: list[ErrorSum] | None = None,
     ) -> None:
         for number, (paths, total) in enumerate(zip(groups, sums, strict=True)):
             self._warn_if_few_tokens(total, paths[0])
             with within(paths[0]):
-                hessian = total.value() if total.tokens else None
+                hessian = total.value() if total.measured else None
             if errors is not None and hessian is not None:
                 self._correct(paths, errors[number].correction(hessian, self.error_propagation))
             with self._dividing(paths) as own:
@@ -462,7 +517,7 @@ class _Quantization:
             self._add_row(module_report(path, packed, weight, each.hessian, each.tokens, each.seconds))
         self.pending.clear()
 
-    def _warn_if_few_tokens(self, total: HessianSum, path: str) -> None:
+    def _warn_if_few_tokens(self, total: HessianSum | PooledSum, path: str) -> None:
         features = linear_at(self.model, path).in_features
         if 0 < total.tokens < features and not self.warned:
             self.warned = True

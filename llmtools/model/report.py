@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..nn.linear import QuantizedLinear
 from ..nn.lora_init import LoraInit
 from ..quant import proxy_loss
+from .mixtures import tokens_per_expert
 from .reconstruct import BlockLoss
 from .targets import NotQuantized, any_index
 
@@ -155,6 +156,8 @@ class Report:
             ).rstrip()
             for line in lines
         ]
+        if experts := tokens_per_expert({row.path: row.tokens for row in self.rows}):
+            shown.append(experts)
         reasons: dict[tuple[str, str], int] = {}
         for each in self.not_quantized:
             key = (any_index(each.path), each.reason)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..nn.experts import Part
     from ..quant import Quantizer
     from .report import Report
 
@@ -25,6 +26,9 @@ class Storage:
 
     resident = True
     """Whether all weights are in memory from the beginning."""
+
+    def unfused(self, parts: Mapping[str, tuple[str, Part]]) -> None:
+        """Called before the work, with what became of fused experts, as `nn.experts.unfuse` returns it."""
 
     def planned(self, quantizers: Mapping[str, Quantizer]) -> None:
         """Called before the work, with the quantizer of each linear that will be quantized."""

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -41,6 +41,9 @@ from .integrity import reading
 from .report import Report
 from .storage import AROUND, Storage
 
+if TYPE_CHECKING:
+    from ..nn.experts import Part
+
 REPORT = "report"
 """Key of a finished block's part of the report, as JSON, in the metadata of its file."""
 _LORA = ".lora_init."
@@ -56,6 +59,8 @@ class Stored(NamedTuple):
     """Name of the tensor in it."""
     dtype: torch.dtype | None = None
     """Dtype in the model, if the file may have another."""
+    part: Part | None = None
+    """Part of the tensor, if that holds all experts of a layer."""
 
 
 def cannot_stream(model: nn.Module) -> str | None:
@@ -98,6 +103,11 @@ class Streamed(Storage):
         self._states = {file: file_state(file) for file in {each.file for each in index.values()}}
         self._held: list[str] = []
         self._budget = hidden_states
+
+    def unfused(self, parts: Mapping[str, tuple[str, Part]]) -> None:
+        for name, (fused, part) in parts.items():
+            if fused in self._index and name not in self._index:
+                self._index[name] = self._index[fused]._replace(part=part)
 
     def planned(self, quantizers: Mapping[str, Quantizer]) -> None:
         """Raises InputError where the disk has no space for the finished blocks and the checkpoint made of them."""
@@ -184,7 +194,9 @@ class Streamed(Storage):
         stored = self._index[name]
         self.check_unchanged(stored.file)
         with reading(stored.file), safe_open(stored.file, framework="pt") as file:
-            found: Tensor = file.get_tensor(stored.name)
+            found: Tensor = (
+                file.get_tensor(stored.name) if stored.part is None else _part(file, stored.name, stored.part)
+            )
         if list(found.shape) != shape:
             raise CheckpointError(f"{stored.file}: {name} has shape {list(found.shape)}, expected {shape}")
         values = found.to(stored.dtype or found.dtype)
@@ -277,6 +289,11 @@ class Streamed(Storage):
     def _freed(self, size: int) -> None:
         if self._budget is not None:
             self._budget += size
+
+
+def _part(file: Any, name: str, part: Part) -> Tensor:
+    """One expert's part of a tensor [experts, …] in an open file; nothing else of it is read."""
+    return part.within(file.get_slice(name)[part.expert])
 
 
 def _in_file(tensor: Tensor, folder: Path) -> Tensor:

@@ -39,6 +39,15 @@ from ..errors import CheckpointError, InputError, within
 from ..files import unpickled
 from ..nn.adapters import dequantize
 from ..nn.embedding import QuantizedEmbedding, TiedLinear
+from ..nn.experts import (
+    IMPLEMENTATION,
+    experts_forward,
+    is_fused,
+    is_unfused,
+    unfuse,
+    unfused_experts,
+    unfused_within,
+)
 from ..nn.linear import QuantizedLinear
 from ..nn.packed import PackedWeight
 from ..nn.swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
@@ -59,6 +68,25 @@ SENTINEL = "weight"
 # A reload of this module registers its classes again; the decorators refuse a registered name.
 AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
 AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+
+
+def _register_experts() -> None:
+    """Registers the forward of unfused experts with transformers; a version without its interface keeps them fused."""
+    try:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    except ImportError:  # before transformers 5: experts have no flags either, and are reported as not quantized
+        return
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if is_unfused(self):
+            return experts_forward(self, *args, **kwargs)
+        dense: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, *args, **kwargs)  # a layer that stayed dense
+        return dense
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, forward)
+
+
+_register_experts()
 
 
 @register_quantization_config(METHOD)
@@ -191,8 +219,14 @@ class LLMToolsHfQuantizer(HfQuantizer):
         for key, header in headers.items():
             module, _, name = key.rpartition(".")
             of_module.setdefault(module, {})[name] = header
+        assignment = self.quantization_config.assignment()
+        for stored_path in dict.fromkeys(path.rpartition(".")[0].rpartition(".")[0] for path in assignment):
+            holder = locate(model, stored_path) if stored_path else None
+            if holder is not None and is_fused(model.get_submodule(holder)):
+                unfuse(model, holder)
+        experts = tuple(f"{path}." for path in unfused_experts(model))
         listed = aliases(model)
-        for stored_path, chosen in self.quantization_config.assignment().items():
+        for stored_path, chosen in assignment.items():
             path = locate(model, stored_path)
             if path is None:
                 continue
@@ -208,7 +242,7 @@ class LLMToolsHfQuantizer(HfQuantizer):
         _raise_for(problems)
         tie_heads(model)
         _untie(model, self.assigned)
-        ignored = {re.escape(path) + rf"\.{SENTINEL}$" for path in self.assigned}
+        ignored = {re.escape(path) + rf"\.{SENTINEL}$" for path in self.assigned if not path.startswith(experts)}
         model._keys_to_ignore_on_load_unexpected = {  # type: ignore[assignment]
             *(model._keys_to_ignore_on_load_unexpected or ()),  # type: ignore[misc]
             *ignored,
@@ -283,8 +317,10 @@ class LLMToolsHfQuantizer(HfQuantizer):
                 if tensor.numel() and tensor.data_ptr() in seen:
                     tensors[f"{path}.{name}"] = tensor.clone()
                 seen.add(tensor.data_ptr())
+        experts = tuple(f"{path}." for path in unfused_experts(model))
         for path in self.quantization_config.modules:
-            tensors[f"{path}.{SENTINEL}"] = torch.empty(0)
+            if not path.startswith(experts):  # of which transformers knows no weight
+                tensors[f"{path}.{SENTINEL}"] = torch.empty(0)
         return tensors, {METHOD: str(VERSION)}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -399,7 +435,8 @@ class _PendingQuantization(NamedTuple):
 
     def assignment(self, model: nn.Module) -> dict[str, Quantizer]:
         """Path → quantizer, by the same plan as `llmtools.quantize`."""
-        plan = Plan.of(model, self.quantizer, self.overrides, self.skip)
+        with unfused_within(model):
+            plan = Plan.of(model, self.quantizer, self.overrides, self.skip)
         _refuse_calibrated(plan.quantizers.values())
         return plan.quantizers
 

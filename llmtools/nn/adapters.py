@@ -17,6 +17,7 @@ from ..errors import InputError, first_line, within
 from ..quant import Packed
 from .embedding import QuantizedEmbedding, TiedLinear
 from .exact import active_adapters, is_low_rank, updated_packed
+from .experts import fuse_dense
 from .linear import QuantizedLinear
 from .packed import PackedWeight
 from .swap import aliases, computes_otherwise, packed_layers, quantized_linears, set_everywhere, set_module
@@ -140,6 +141,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         embedding = dense_layers.get(id(head.embedding))  # None where an adapter was merged into the embedding alone
         dense = _dense(head, dtype) if embedding is None else _linear(head, embedding.weight, embedding.weight.dtype)
         set_everywhere(model, path, dense, listed)
+    fuse_dense(model)
     _remove_quantization_config(model)
     return model
 

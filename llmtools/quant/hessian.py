@@ -52,6 +52,11 @@ class HessianSum:
         add_up(tokens)
         self.tokens = int(tokens)
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is a value."""
+        return self.tokens > 0
+
     def value(self) -> Tensor:
         """H = E[x xᵀ], [in, in] float32, exactly symmetric, undamped. Raises InputError where it is too large."""
         if not self.tokens:

@@ -1,0 +1,291 @@
+"""Mixtures of experts: fused experts become linears, one per expert and projection, and are called by one function.
+
+transformers keeps the experts of a layer as one module with three-dimensional Parameters: ``gate_up_proj [E, 2I, H]``,
+``down_proj [E, H, I]``. `unfuse` gives that module children instead, ``experts.3.w_gate``, ``experts.3.w_up``,
+``experts.3.w_down``, which are plain `nn.Linear`; their weights are views, so nothing is copied. From there on an
+expert is like any other linear: quantizers, the walk, checkpoints, adapters, merging and offloading need to know
+nothing of mixtures. `fuse` is the way back, for a model that is dense again.
+
+The module itself stays, with its class and flags, by which its forward is known: whether it has a gate, biases, a
+transposed or interleaved layout, and how it applies the gate. `experts_forward` reads nothing else, so it serves every
+family; transformers calls it by its public interface for experts (`transformers.integrations.moe`), under the name
+`IMPLEMENTATION`. The tokens are sorted by expert once, an expert without tokens is not touched, and each product is
+that of its linear, so a weight exists a block of rows at a time, forward and backward (`quant/materialize.py`).
+
+The names are not ``gate_proj``, ``up_proj`` and ``down_proj``, nor ``w1`` … ``w3``: PEFT (0.21, `_convert_peft_config_
+moe`) and transformers' loader take these, below ``experts``, for parts of the fused Parameters.
+
+Shapes: E — experts; H, I — features of the model and within an expert; T — tokens; k — experts of a token; S = T · k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+IMPLEMENTATION = "llmtools"
+"""Name of `experts_forward` in transformers' ``config._experts_implementation``."""
+
+GATE, UP, DOWN = "w_gate", "w_up", "w_down"
+"""Names of the linears of an expert."""
+
+
+class Expert(nn.Module):
+    """The linears of one expert, by name; it is the fused module that calls them."""
+
+    def __init__(self, linears: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, linear in linears.items():
+            self.add_module(name, linear)
+
+
+class Part(NamedTuple):
+    """Where the weight of a linear is in the fused Parameters."""
+
+    parameter: str
+    """Name of the Parameter: ``gate_up_proj``, for the bias ``gate_up_proj_bias``."""
+    expert: int
+    """Index of the expert."""
+    rows: slice
+    """Rows of the expert's matrix [out, in], or entries of its bias [out]."""
+    transposed: bool
+    """Whether the Parameter holds matrices [in, out]."""
+
+    def of(self, fused: Tensor) -> Tensor:
+        """The view of a fused tensor [E, out, in], or [E, in, out], or [E, out] for biases."""
+        return self.within(fused[self.expert])
+
+    def within(self, matrix: Tensor) -> Tensor:
+        """The same of the expert's own matrix."""
+        return (matrix.mT if self.transposed else matrix)[self.rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused and unfused
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module holds fused experts that `experts_forward` can compute: transformers' flags say how."""
+    flags = ("num_experts", "has_gate", "has_bias", "is_transposed", "config")
+    if not all(hasattr(module, flag) for flag in flags):
+        return False
+    expected = {first for _, first in _projections(module)} | {DOWN_PARAMETER}
+    if module.has_bias:
+        expected |= {f"{name}_bias" for name in expected}
+    held = {name: each for name, each in module._parameters.items() if each is not None}
+    return held.keys() == expected and all(each.dim() == (2 if "bias" in name else 3) for name, each in held.items())
+
+
+def is_unfused(module: nn.Module) -> bool:
+    """Whether the experts of a module are its children."""
+    return isinstance(module._modules.get("0"), Expert)
+
+
+def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules with fused experts, by path."""
+    return {path: module for path, module in model.named_modules() if is_fused(module)}
+
+
+def unfused_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules whose experts are children, by path."""
+    return {path: module for path, module in model.named_modules() if is_unfused(module)}
+
+
+def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
+    """Replaces the fused Parameters of the module at `path` by an `Expert` per expert, in place, without a copy.
+
+    Returns name of each new Parameter in the model → name of the fused one, and where in it the values are. Raises
+    InputError under expert parallelism.
+    """
+    module: Any = model.get_submodule(path)
+    if getattr(module, "_is_expert_parallel", False):
+        raise InputError(f"{path}: expert parallelism does not work with packed experts; load the model without it")
+    found: dict[str, tuple[str, Part]] = {}
+    fused = {name: module._parameters.pop(name) for name in list(module._parameters)}
+    for expert in range(module.num_experts):
+        linears = {}
+        for name, weight, bias in _parts(module, fused, expert):
+            linears[name] = linear = _linear(weight.of(fused[weight.parameter]), fused[weight.parameter].requires_grad)
+            found[f"{path}.{expert}.{name}.weight"] = f"{path}.{weight.parameter}", weight
+            if bias is not None:
+                values = fused[bias.parameter]
+                linear.bias = nn.Parameter(bias.of(values.detach()), requires_grad=values.requires_grad)
+                found[f"{path}.{expert}.{name}.bias"] = f"{path}.{bias.parameter}", bias
+        module.add_module(str(expert), Expert(linears).train(module.training))
+    module._is_hf_initialized = True  # transformers' _init_weights would look for the fused Parameters
+    if module.config._experts_implementation != IMPLEMENTATION:
+        module._implementation_before = module.config._experts_implementation
+        module.config._experts_implementation = IMPLEMENTATION
+    return found
+
+
+def unfuse_all(model: nn.Module) -> dict[str, tuple[str, Part]]:
+    """`unfuse` of all fused experts of a model."""
+    return {name: part for path in fused_experts(model) for name, part in unfuse(model, path).items()}
+
+
+def fuse_dense(model: nn.Module) -> None:
+    """The way back, in place, for modules all of whose experts are dense: their weights are copied into one."""
+    for path, module in unfused_experts(model).items():
+        linears = [linear for expert in _experts(module) for linear in expert.children()]
+        if all(type(each) is nn.Linear for each in linears):
+            _fuse(module, path)
+    left = {id(module.config) for module in unfused_experts(model).values()}
+    for module in model.modules():
+        if "_implementation_before" in vars(module) and id(module.config) not in left:
+            before = vars(module).pop("_implementation_before")
+            module.config._experts_implementation = before  # type: ignore[union-attr]
+
+
+@contextmanager
+def unfused_within(model: nn.Module) -> Iterator[dict[str, tuple[str, Part]]]:
+    """Fused experts are linears within the context; afterwards those that are still dense are fused again."""
+    try:
+        yield unfuse_all(model)
+    finally:
+        fuse_dense(model)
+
+
+DOWN_PARAMETER = "down_proj"
+
+
+def _projections(module: Any) -> list[tuple[str, str]]:
+    """(name of a linear, its Parameter) of the projections before the activation."""
+    return [(GATE, "gate_up_proj"), (UP, "gate_up_proj")] if module.has_gate else [(UP, "up_proj")]
+
+
+def _interleaved(module: Any) -> bool:
+    return not getattr(module, "is_concatenated", True)
+
+
+def _parts(module: Any, fused: Mapping[str, nn.Parameter], expert: int) -> Iterator[tuple[str, Part, Part | None]]:
+    """(name of a linear, where its weight is, where its bias is) for one expert."""
+    for name, parameter in [*_projections(module), (DOWN, DOWN_PARAMETER)]:
+        shape = fused[parameter].shape
+        out = shape[2] if module.is_transposed else shape[1]
+        rows = slice(0, out)
+        if parameter == "gate_up_proj":
+            second = name == UP
+            rows = slice(int(second), out, 2) if _interleaved(module) else slice(second * out // 2, out // (2 - second))
+        bias = Part(f"{parameter}_bias", expert, rows, False) if module.has_bias else None
+        yield name, Part(parameter, expert, rows, module.is_transposed), bias
+
+
+def _linear(weight: Tensor, trainable: bool) -> nn.Linear:
+    """A linear without a bias around a weight [out, in]."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=trainable)
+    return linear
+
+
+def _experts(module: nn.Module) -> list[nn.Module]:
+    return [module._modules[str(index)] for index in range(module.num_experts)]  # type: ignore[arg-type, misc]
+
+
+def _fuse(module: Any, path: str) -> None:
+    experts: list[Any] = _experts(module)
+    for number in range(len(experts)):
+        del module._modules[str(number)]
+
+    def gathered(kind: str, names: Sequence[str], transposed: bool) -> nn.Parameter:
+        one = [[getattr(getattr(expert, name), kind).detach() for name in names] for expert in experts]
+        rows = [_joined(module, each, 0) for each in one]
+        stacked = torch.stack([each.mT if transposed else each for each in rows])
+        return nn.Parameter(stacked, requires_grad=getattr(experts[0], names[0]).weight.requires_grad)
+
+    for parameter, names in ((_projections(module)[0][1], [name for name, _ in _projections(module)]),
+                             (DOWN_PARAMETER, [DOWN])):  # fmt: skip
+        module.register_parameter(parameter, gathered("weight", names, module.is_transposed))
+        if module.has_bias:
+            module.register_parameter(f"{parameter}_bias", gathered("bias", names, False))
+
+
+def _joined(module: Any, parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Gate and up, [out, …] or […, out], in one tensor as the family's own layout has them; dim 0 or -1."""
+    if len(parts) == 1:
+        return parts[0]
+    if not _interleaved(module):
+        return torch.cat(list(parts), dim)
+    between = 1 if dim == 0 else -1
+    return torch.stack(list(parts), between).flatten(*((0, 1) if dim == 0 else (-2, -1)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+_all_routed = False
+
+
+@contextmanager
+def route_all(active: bool = True) -> Iterator[None]:
+    """Within this context every expert is run on every token, for hooks on its linears; outputs are those of the
+    router's choice all the same."""
+    global _all_routed
+    before, _all_routed = _all_routed, active
+    try:
+        yield
+    finally:
+        _all_routed = before
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The output of a module with unfused experts: Σ over a token's experts of weight · expert(token).
+
+    hidden_states [T, H]; top_k_index [T, k] int64, E for none; top_k_weights [T, k] of any float dtype. Returns
+    [T, H] of `hidden_states`' dtype. Rows are summed in a fixed order, so results do not depend on the run.
+    """
+    tokens, k = top_k_index.shape
+    ids = top_k_index.reshape(-1)  # [S]
+    order = ids.argsort(stable=True)
+    counts = _counts(ids, self.num_experts)
+    routed = order[: sum(counts)]
+    sources = routed // k
+    if _all_routed:
+        y = _rows_of_all(self, hidden_states, sources, counts)
+    else:
+        hit = [index for index, count in enumerate(counts) if count]
+        if not hit:
+            return torch.zeros_like(hidden_states)
+        inputs = hidden_states[sources].split([counts[index] for index in hit])
+        y = _outputs(self, [self._modules[str(index)] for index in hit], inputs)
+    y = y * top_k_weights.reshape(-1)[routed].unsqueeze(-1)  # [S, H]
+    if len(routed) < len(ids):  # choices of no expert
+        y = torch.cat([y, y.new_zeros(len(ids) - len(routed), y.shape[1])])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return y[place].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _outputs(self: Any, experts: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor:
+    """The experts' outputs one after another, [Σ t, H], each of its own input [t, H]."""
+    up = torch.cat([expert.w_up(x) for expert, x in zip(experts, inputs, strict=True)])
+    if self.has_gate:
+        gate = torch.cat([expert.w_gate(x) for expert, x in zip(experts, inputs, strict=True)])
+        inner = self._apply_gate(_joined(self, [gate, up], -1))
+    else:
+        inner = self.act_fn(up)  # [Σ t, I]
+    parts = inner.split([len(x) for x in inputs])
+    y = torch.cat([expert.w_down(x) for expert, x in zip(experts, parts, strict=True)])
+    return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+
+def _rows_of_all(self: Any, hidden_states: Tensor, sources: Tensor, counts: Sequence[int]) -> Tensor:
+    """The same rows, of experts that are each run on all tokens."""
+    rows = zip(_experts(self), sources.split(list(counts)), strict=True)
+    return torch.cat([_outputs(self, [expert], [hidden_states])[chosen] for expert, chosen in rows])
+
+
+def _counts(ids: Tensor, experts: int) -> list[int]:
+    """Tokens of each expert; for tensors without values (meta, fake) as evenly as possible."""
+    if ids.is_meta or type(ids).__name__ == "FakeTensor":
+        each, rest = divmod(len(ids), experts)
+        return [each + (index < rest) for index in range(experts)]
+    counted: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
+    return counted

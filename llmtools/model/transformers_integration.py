@@ -187,6 +187,8 @@ class LLMToolsHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.assigned: dict[str, Quantizer] = {}
         self.listed: dict[str, list[str]] = {}
+        self.mixtures: frozenset[str] = frozenset()
+        """Paths of fused experts that are quantized as they arrive."""
         self.failures: list[InputError] = []
         self.stored: frozenset[str] = frozenset()
 
@@ -209,6 +211,8 @@ class LLMToolsHfQuantizer(HfQuantizer):
             pending = self.quantization_config._pending
             assert pending is not None
             self.assigned = pending.assignment(model)
+            holders = {path.rpartition(".")[0].rpartition(".")[0] for path in self.assigned}
+            self.mixtures = frozenset(holders & fused_experts(model).keys())
             self.listed = aliases(model)
             _untie(model, self.assigned)
 
@@ -285,14 +289,27 @@ class LLMToolsHfQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         path, _, name = param_name.rpartition(".")
-        return not self.pre_quantized and name == "weight" and path in self.assigned
+        return not self.pre_quantized and (path in self.mixtures or (name == "weight" and path in self.assigned))
 
     def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
         """Bytes per element after quantization, for ``device_map="auto"``."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        layout = self.assigned[param_name.rpartition(".")[0]].layout(*param.shape)
-        return layout_bytes(layout) / param.numel()
+        path = param_name.rpartition(".")[0]
+        if path in self.mixtures:
+            return self._mixture_bytes(model, path) / sum(each.numel() for each in model.get_submodule(path).parameters())
+        return layout_bytes(self.assigned[path].layout(*param.shape)) / param.numel()
+
+    def _mixture_bytes(self, model: nn.Module, path: str) -> int:
+        """Size of the experts of a layer after quantization."""
+        with unfused_within(model):
+            size = 0
+            for place, module in model.get_submodule(path).named_modules(prefix=path):
+                if isinstance(module, nn.Linear):
+                    chosen = self.assigned.get(place)
+                    dense = module.weight.nbytes if chosen is None else layout_bytes(chosen.layout(*module.weight.shape))
+                    size += dense
+            return size
 
     def get_quantize_ops(self) -> Any:
         return _quantize_on_arrival(self)
@@ -471,22 +488,35 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
         ) -> dict[str, Tensor]:
             (value,) = input_dict.values()
             weight = value[0] if isinstance(value, list) else value
-            path = full_layer_name.removesuffix(".weight")
-            linear = model.get_submodule(path)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
-            try:
-                with within(path):
-                    layer = QuantizedLinear.from_linear(linear, owner.assigned[path])
-            except InputError as error:  # the loader would only report it; it is raised after loading
-                owner.failures.append(error)
-            else:
-                for tensor in layer.parameters():
-                    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-                layer._is_hf_initialized = True
-                set_everywhere(model, path, layer, owner.listed)
+            path, _, name = full_layer_name.rpartition(".")
+            module = model.get_submodule(path)
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
             if missing_keys is not None:
                 missing_keys.discard(full_layer_name)
+            if path not in owner.mixtures:
+                self.quantize(model, path)
+            elif not any(each.is_meta for each in module.parameters(recurse=False)):  # all of its experts are here
+                unfuse(model, path)
+                for place, linear in list(module.named_modules(prefix=path)):
+                    if isinstance(linear, nn.Linear):
+                        self.quantize(model, place)
+                fuse_dense(model)
             return {}
+
+        def quantize(self, model: Any, path: str) -> None:
+            linear = model.get_submodule(path)
+            layer: nn.Module = linear
+            try:
+                if path in owner.assigned:
+                    with within(path):
+                        layer = QuantizedLinear.from_linear(linear, owner.assigned[path])
+            except InputError as error:  # the loader would only report it; it is raised after loading
+                owner.failures.append(error)
+                return
+            for tensor in layer.parameters():
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            layer._is_hf_initialized = True  # type: ignore[assignment]
+            set_everywhere(model, path, layer, owner.listed)
 
         @property
         def reverse_op(self) -> Any:

@@ -100,7 +100,7 @@ def unfused_experts(model: nn.Module) -> dict[str, nn.Module]:
 def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
     """Replaces the fused Parameters of the module at `path` by an `Expert` per expert, in place, without a copy.
 
-    Returns name of each new Parameter in the model → name of the fused one, and where in it the values are. Raises
+    Biases are copied. Returns name of each new Parameter in the model → name of the fused one, and where in it the values are. Raises
     InputError under expert parallelism.
     """
     module: Any = model.get_submodule(path)
@@ -115,7 +115,7 @@ def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
             found[f"{path}.{expert}.{name}.weight"] = f"{path}.{weight.parameter}", weight
             if bias is not None:
                 values = fused[bias.parameter]
-                linear.bias = nn.Parameter(bias.of(values.detach()), requires_grad=values.requires_grad)
+                linear.bias = nn.Parameter(bias.of(values.detach()).clone(), requires_grad=values.requires_grad)
                 found[f"{path}.{expert}.{name}.bias"] = f"{path}.{bias.parameter}", bias
         module.add_module(str(expert), Expert(linears).train(module.training))
     module._is_hf_initialized = True  # transformers' _init_weights would look for the fused Parameters
@@ -131,11 +131,19 @@ def unfuse_all(model: nn.Module) -> dict[str, tuple[str, Part]]:
 
 
 def fuse_dense(model: nn.Module) -> None:
-    """The way back, in place, for modules all of whose experts are dense: their weights are copied into one."""
-    for path, module in unfused_experts(model).items():
+    """The way back, in place, for modules all of whose experts are dense: their weights are copied into one.
+
+    In other modules a weight that stays dense becomes a copy of its part, and the fused Parameter can be given back.
+    """
+    for module in unfused_experts(model).values():
         linears = [linear for expert in _experts(module) for linear in expert.children()]
-        if all(type(each) is nn.Linear for each in linears):
-            _fuse(module, path)
+        dense = [each for each in linears if type(each) is nn.Linear]
+        if len(dense) == len(linears):
+            _fuse(module)
+            continue
+        for linear in dense:
+            if linear.weight.untyped_storage().nbytes() > linear.weight.nbytes:
+                linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
     left = {id(module.config) for module in unfused_experts(model).values()}
     for module in model.modules():
         if "_implementation_before" in vars(module) and id(module.config) not in left:
@@ -188,7 +196,7 @@ def _experts(module: nn.Module) -> list[nn.Module]:
     return [module._modules[str(index)] for index in range(module.num_experts)]  # type: ignore[arg-type, misc]
 
 
-def _fuse(module: Any, path: str) -> None:
+def _fuse(module: Any) -> None:
     experts: list[Any] = _experts(module)
     for number in range(len(experts)):
         del module._modules[str(number)]

@@ -42,6 +42,8 @@ from ..nn.embedding import QuantizedEmbedding, TiedLinear
 from ..nn.experts import (
     IMPLEMENTATION,
     experts_forward,
+    fuse_dense,
+    fused_experts,
     is_fused,
     is_unfused,
     unfuse,
@@ -297,7 +299,9 @@ class LLMToolsHfQuantizer(HfQuantizer):
             return param.element_size()
         path = param_name.rpartition(".")[0]
         if path in self.mixtures:
-            return self._mixture_bytes(model, path) / sum(each.numel() for each in model.get_submodule(path).parameters())
+            return self._mixture_bytes(model, path) / sum(
+                each.numel() for each in model.get_submodule(path).parameters()
+            )
         return layout_bytes(self.assigned[path].layout(*param.shape)) / param.numel()
 
     def _mixture_bytes(self, model: nn.Module, path: str) -> int:
@@ -307,7 +311,9 @@ class LLMToolsHfQuantizer(HfQuantizer):
             for place, module in model.get_submodule(path).named_modules(prefix=path):
                 if isinstance(module, nn.Linear):
                     chosen = self.assigned.get(place)
-                    dense = module.weight.nbytes if chosen is None else layout_bytes(chosen.layout(*module.weight.shape))
+                    dense = (
+                        module.weight.nbytes if chosen is None else layout_bytes(chosen.layout(*module.weight.shape))
+                    )
                     size += dense
             return size
 

@@ -100,8 +100,8 @@ def unfused_experts(model: nn.Module) -> dict[str, nn.Module]:
 def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
     """Replaces the fused Parameters of the module at `path` by an `Expert` per expert, in place, without a copy.
 
-    Biases are copied. Returns name of each new Parameter in the model → name of the fused one, and where in it the values are. Raises
-    InputError under expert parallelism.
+    Biases are copied. Returns name of each new Parameter in the model → name of the fused one, and where in it the
+    values are. Raises InputError under expert parallelism.
     """
     module: Any = model.get_submodule(path)
     if getattr(module, "_is_expert_parallel", False):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import re
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -140,18 +143,80 @@ def recommend_initialisation(lora: Lora, name: str, model: Any) -> None:
 
 
 def fit_config(config: Any, model: Any, lora: Lora, merge: str | None = None) -> None:
-    """Excludes from PEFT's "all-linear" what it cannot adapt, and dropout where experts are fused, in place.
+    """Puts the names of linears in place of "all-linear" and other words, where PEFT cannot, and excludes what it
+    cannot adapt; no dropout where experts are fused. In place.
 
-    merge: as in `Finetune`; with it linears that are not quantized are left out, too.
+    merge: as in `Finetune`; with it linears that are not quantized are left out, too. Raises InputError for a word that
+    no linear of the model answers to, or that PEFT cannot adapt.
     """
     from ..nn.adapters import has_fused_experts, not_adaptable
+    from ..nn.experts import unfused_experts
 
     every = config.target_modules == "all-linear" and not config.exclude_modules
     excluded = _not_merged(model, merge, every) if merge else []
     if every:
         config.exclude_modules = list(dict.fromkeys([*not_adaptable(model), *excluded])) or None
+    if isinstance(config.target_modules, str) and set(config.target_modules.split("+")) <= WORDS.keys():
+        config.target_modules = _named(config, model, config.target_modules)
+    elif config.target_modules == "all-linear" and unfused_experts(model):
+        names = {path.rpartition(".")[2] for path in _linears(model)}
+        config.target_modules = sorted(names - _taken_for_fused(config, model, names))
     if lora.dropout is None and has_fused_experts(model):
         config.lora_dropout = 0.0
+
+
+WORDS = {
+    "attention": r"(^|\.)[^.]*(attn|attention)[^.]*\.",
+    "shared_experts": r"(^|\.)shared_experts?\.|(^|\.)shared_mlp\.",
+    "experts": r"\.\d+\.w_(gate|up|down)$",
+}
+"""Words for --lora.target_modules, joined by +, → what the path of a linear has in it."""
+
+
+def _linears(model: Any) -> list[str]:
+    """Paths of the linears but the output head."""
+    from torch import nn
+
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [path for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
+
+
+def _named(config: Any, model: Any, words: str) -> list[str]:
+    """The names, as PEFT takes them, of the linears that words such as ``attention+shared_experts`` stand for.
+
+    Raises InputError where a word stands for none, or for some that PEFT takes for fused experts.
+    """
+    linears, found = _linears(model), []
+    for word in words.split("+"):
+        paths = [path for path in linears if re.search(WORDS[word], path)]
+        if not paths:
+            hint = "its experts are not packed one by one" if word == "experts" else "name them"
+            raise InputError(f"--lora.target_modules {words}: {type(model).__name__} has no {word}; {hint}")
+        own = word == "experts"
+        found += [path.rpartition(".")[2] if own else ".".join(path.split(".")[-2:]) for path in paths]
+    names = set(found)
+    if taken := _taken_for_fused(config, model, names):
+        raise InputError(
+            f"--lora.target_modules {words}: PEFT takes {', '.join(sorted(taken))} of {model.config.model_type} models "
+            "for names of fused experts, and adapts none of them; leave out the word that stands for them"
+        )
+    return sorted(names)
+
+
+def _taken_for_fused(config: Any, model: Any, names: Collection[str]) -> set[str]:
+    """Those names that PEFT takes for those of fused experts, in families whose experts are fused since transformers 5:
+    it looks for parameters instead, and linears of that name get no adapter."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a PEFT without that conversion
+        return set()
+    probe = copy.deepcopy(config)
+    probe.target_modules = set(names)
+    try:
+        convert_peft_config_for_transformers(probe, model, None)
+    except ValueError:  # only some of the names of a fused parameter are there
+        return {name for name in names if name.rpartition(".")[2] in ("gate_proj", "up_proj", "down_proj")}
+    return set(names) - set(probe.target_modules)
 
 
 def _not_merged(model: Any, merge: str, every: bool) -> list[str]:
@@ -177,10 +242,11 @@ def warn_without_adapter(adapted: Any, lora: Lora) -> None:
     """
     from ..model.targets import any_index
     from ..nn.adapters import without_adapter
+    from ..nn.experts import unfused_experts
 
     fused = any(getattr(config, "target_parameters", None) for config in adapted.peft_config.values())
     if (
-        not fused
+        not (fused or unfused_experts(adapted))
         or lora.target_modules != "all-linear"
         or lora.options.keys() & {"exclude_modules", "layers_to_transform"}
     ):

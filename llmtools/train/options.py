@@ -22,10 +22,11 @@ class Lora:
     alpha: float = 32
     """Scale of the update, which is multiplied by alpha / r."""
     dropout: float | None = None
-    """Probability of dropping an input of the update in training; 0.05 by default, and 0 for a model with fused
-    experts, which PEFT adapts without dropout only."""
+    """Probability of dropping an input of the update in training; 0.05 by default, and 0 for a dense mixture, whose
+    fused experts PEFT adapts without dropout only."""
     target_modules: str | list[str] = "all-linear"
-    """Linear layers to adapt: all-linear (all but the output head), or names such as [q_proj, v_proj]."""
+    """Linear layers to adapt: all-linear (all but the output head), or names such as [q_proj, v_proj]; of a mixture of
+    experts also attention, shared_experts and experts, joined by +, such as attention+shared_experts."""
     init: str = "zero"
     """LoRA initialisation; zero: B = 0, the model is unchanged; error: the best low-rank approximation of the
     quantization error (of a model that was quantized with --adapter_rank)."""

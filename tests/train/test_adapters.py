@@ -45,8 +45,8 @@ def data(tinystories: Path, tmp_path: Path) -> str:
     ("family", "adapted", "passed_over"),
     [
         ("qwen2_moe", {"q_proj", "gate_proj", "up_proj", "down_proj"}, None),
-        ("mixtral", {"q_proj", "experts"}, None),
-        ("deepseek_v3", {"q_a_proj", "experts"}, "shared_experts.gate_proj"),
+        ("mixtral", {"q_proj", "w_gate", "w_up", "w_down"}, None),
+        ("deepseek_v3", {"q_a_proj", "w_gate", "w_up", "w_down"}, "shared_experts.gate_proj"),
     ],
 )
 def test_the_defaults_train_a_mixture_and_the_adapter_comes_back(

@@ -32,6 +32,7 @@ from ..quant import Quantizer, proxy_loss
 from ..quant.base import BlockLearner, layout_bytes
 from ..quant.base import quantizer as named_quantizer
 from .blocks import Block, linear_at
+from .mixtures import with_linear_experts
 from .quantize import accumulating
 from .targets import Overrides, Plan, any_index
 from .walk import Batch, Calls, OnStep, evaluating, run_network, walk
@@ -83,6 +84,7 @@ class Allocation(NamedTuple):
         return f"{shown}\n{self.bits_per_weight:.3f} bits per weight, estimated KL {self.cost:.4f}"
 
 
+@with_linear_experts
 def choose_bits(
     model: nn.Module,
     quantizer: Quantizer,

@@ -19,21 +19,41 @@ Shapes: in — input features; n — tokens.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.experts import DOWN, unfused_experts
+from ..nn.experts import DOWN, unfused_experts, unfused_within
 from ..quant import HessianSum
 from .blocks import Block, Group, linear_at
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 PSEUDO_TOKENS = 0.25
 """Tokens of the layer's shared second moment in an expert's Hessian, for each input feature
 (`python -m benchmarks.experts calibration`)."""
 STAGE_BYTES = 4 * 2**30
 """Memory for the Hessians of experts that are measured together, in bytes."""
+
+
+def with_linear_experts(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """While `function` is at work, fused experts of its model are linears; those left dense are fused again."""
+
+    @wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        model: Any = args[0] if args else kwargs["model"]
+        storage: Any = kwargs.get("storage")
+        with unfused_within(model) as parts:
+            if storage is not None:
+                storage.unfused(parts)
+            return function(*args, **kwargs)
+
+    return wrapped
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, within
 from ..nn.experts import route_all as running_all_experts
-from ..nn.experts import unfused_within
 from ..nn.linear import QuantizedLinear
 from ..nn.lora_init import LoraInit, lora_init_from_error
 from ..nn.swap import aliases, set_everywhere
@@ -34,7 +32,7 @@ from ..quant import HessianSum, Quantizer
 from ..quant.base import BlockLearner, Learner
 from .batches import checked_calibration
 from .blocks import Block, Group, linear_at, unit_of
-from .mixtures import ExpertStage, PooledSum, expert_stages, in_order, pool, reads_shared_input
+from .mixtures import ExpertStage, PooledSum, expert_stages, in_order, pool, reads_shared_input, with_linear_experts
 from .options import BlockTuning
 from .processes import Processes
 from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
@@ -55,25 +53,8 @@ from .walk import Batch, Calls, Enough, OnStep, evaluating, on_inputs, run_netwo
 
 log = logging.getLogger(__name__)
 
-_P = ParamSpec("_P")
 
-
-def _with_linear_experts(function: Callable[_P, Report]) -> Callable[_P, Report]:
-    """While `function` is at work, fused experts of its model are linears; those left dense are fused again."""
-
-    @wraps(function)
-    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> Report:
-        model: Any = args[0] if args else kwargs["model"]
-        storage: Any = kwargs.get("storage")
-        with unfused_within(model) as parts:
-            if storage is not None:
-                storage.unfused(parts)
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-@_with_linear_experts
+@with_linear_experts
 def quantize(
     model: nn.Module,
     quantizer: str | Quantizer,

@@ -310,16 +310,18 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..model.memory import planning_attention
     from ..model.transformers_integration import empty_layer, tie_heads
     from ..nn.adapters import prepare_for_training
+    from ..nn.experts import unfused_within
     from ..nn.swap import set_module
     from ..train.adapters import fit_config, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
         model = _empty(config, recipe, attention)
-        quantizers, name = _quantizers(model, config, recipe)
-        if not dense:
-            for path, quantizer in quantizers.items():
-                set_module(model, path, empty_layer(model.get_submodule(path), quantizer, path))
-            tie_heads(model)
+        with unfused_within(model):
+            quantizers, name = _quantizers(model, config, recipe)
+            if not dense:
+                for path, quantizer in quantizers.items():
+                    set_module(model, path, empty_layer(model.get_submodule(path), quantizer, path))
+                tie_heads(model)
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
             config = lora_config(recipe.lora)

@@ -82,6 +82,9 @@ class Quantize(QuantizerOptions, ModelOptions):
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
     --lora.init error; with --recover they are then trained, and written to the folder's adapter; 0: none."""
+    route_all: bool = False
+    """Calibration of each expert of a mixture on all tokens instead of those that its router sends there: for experts
+    that see few (the report counts them), at several times the work."""
     hidden_states: float = 4.0
     """Gigabytes of memory for the hidden states of the calibration text; what is beyond is kept in files."""
     resume: bool = False
@@ -295,6 +298,7 @@ def _quantized(
                 tuning=recipe.finetune_blocks,
                 error_propagation=recipe.error_propagation or 0.0,
                 adapter_rank=recipe.adapter_rank,
+                route_all=recipe.route_all,
                 on_step=step,
                 device=device,
                 storage=storage,

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..nn.embedding import TiedLinear
+from ..nn.experts import is_fused
 from ..nn.loss import _ChunkedLoss, fits
 from ..nn.packed import PackedWeight
 from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, GEMV_TOKENS, gemv_tokens, materialize_budget
@@ -87,6 +88,8 @@ def tensors(model: nn.Module) -> Tensors:
         elif isinstance(module, nn.Linear):
             inside = _bare(path).startswith(blocks)
             kinds.setdefault(id(module.weight), "linears" if inside else "embeddings")
+        elif is_fused(module):
+            kinds |= {id(tensor): "linears" for tensor in module.parameters(recurse=False)}
     for tensor in [*model.parameters(), *model.buffers()]:
         kind = "adapters" if tensor.requires_grad else kinds.get(id(tensor), "others")
         sizes[kind] += tensor.nbytes

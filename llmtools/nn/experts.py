@@ -291,9 +291,11 @@ def _rows_of_all(self: Any, hidden_states: Tensor, sources: Tensor, counts: Sequ
 
 
 def _counts(ids: Tensor, experts: int) -> list[int]:
-    """Tokens of each expert; for tensors without values (meta, fake) as evenly as possible."""
+    """Tokens of each expert. Of tensors without values (meta, fake) a few experts get all, which needs the same memory
+    as if they were spread."""
     if ids.is_meta or type(ids).__name__ == "FakeTensor":
-        each, rest = divmod(len(ids), experts)
-        return [each + (index < rest) for index in range(experts)]
+        few = min(experts, 8)
+        each, rest = divmod(len(ids), few)
+        return [each + (index < rest) if index < few else 0 for index in range(experts)]
     counted: list[int] = torch.bincount(ids, minlength=experts)[:experts].tolist()
     return counted

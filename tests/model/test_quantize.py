@@ -257,12 +257,13 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_the_log_says_so(capl
     assert (layer.dequantize() - dense.weight).norm() <= 1.01 * (nearest.dequantize() - dense.weight).norm()
 
 
-def test_fused_experts_stay_and_are_named_with_their_share(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_linear_stays_and_is_named_with_its_share(caplog: pytest.LogCaptureFixture) -> None:
     from transformers import AutoModelForCausalLM, MixtralConfig
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MixtralConfig(vocab_size=512, num_key_value_heads=2, num_local_experts=4, pad_token_id=0, **sizes)
     model = AutoModelForCausalLM.from_config(config)
+    model.model.layers[0].mlp.experts.register_parameter("scale", nn.Parameter(torch.ones(4)))  # of no known layout
     with caplog.at_level(logging.WARNING):
         report = quantize(model, "optq", BATCHES, bits=4)
     assert sorted(row.path.rpartition(".")[2] for row in report.rows) == ["k_proj", "o_proj", "q_proj", "v_proj"]

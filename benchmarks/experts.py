@@ -1,0 +1,256 @@
+"""Mixtures of experts: a step and a token beside transformers' own in bfloat16, and what few tokens cost an expert.
+
+    python -m benchmarks.experts speed                     a step and a token, all variants in turn, in one run
+    python -m benchmarks.experts overhead                  microseconds of Python for each expert that is hit
+    python -m benchmarks.experts calibration               held-out loss of a small mixture by PSEUDO_TOKENS
+    python -m benchmarks.experts speed --layers 4          a part of the model
+
+The shape is that of Qwen3-MoE, 1.5 billion weights in 14 layers: 64 experts of which a token visits 8, hidden size
+1,024, 512 features in an expert. The baseline is what a user of transformers and PEFT has: bfloat16 weights and the
+experts' implementation that transformers chooses (``grouped_mm``). Adapters are on the attention, rank 8, in all
+variants. Weights are random; those of `rtn` have the layout of `optq`, hence its speed. Rows are appended to
+benchmarks/results/experts.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import llmtools
+from llmtools.nn.experts import experts_forward, unfuse_all
+
+from .quality import HERE, record
+
+RESULTS = HERE / "results" / "experts.jsonl"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+VARIANTS: dict[str, tuple[str, dict[str, Any]] | None] = {
+    "bf16": None,
+    "4 bits": ("rtn", {"bits": 4, "group_size": 64}),
+    "2 bits": ("rtn", {"bits": 2, "group_size": 64}),
+    "quip_sharp 2 bits": ("quip_sharp", {"bits": 2}),
+}
+
+
+def shape(layers: int) -> Any:
+    """The configuration of that many layers of the mixture."""
+    from transformers import Qwen3MoeConfig
+
+    return Qwen3MoeConfig(
+        vocab_size=32000, hidden_size=1024, num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=4,
+        head_dim=128, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=512, intermediate_size=2048,
+        norm_topk_prob=True, max_position_embeddings=4096, dtype="bfloat16", pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+
+
+def model_of(layers: int, variant: tuple[str, dict[str, Any]] | None) -> Any:
+    """A random model with LoRA on its attention; packed weights are drawn as they are stored."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    from .llama_memory import drawn
+
+    torch.manual_seed(0)
+    config = shape(layers)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if variant is not None:
+        packed(model, llmtools.quantizer(variant[0], **variant[1]))
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(drawn(parameter), requires_grad=False)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    llmtools.prepare_for_training(model, gradient_checkpointing=False)
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION))
+
+
+def packed(model: Any, quantizer: Any) -> None:
+    """Puts empty quantized layers in place of the linears of the blocks, in place, on the meta device."""
+    from llmtools.model.targets import Plan
+    from llmtools.model.transformers_integration import empty_layer
+    from llmtools.nn.swap import set_module
+
+    unfuse_all(model)
+    with torch.device("meta"):
+        for path, chosen in Plan.of(model, quantizer, {}, None).quantizers.items():
+            set_module(model, path, empty_layer(model.get_submodule(path), chosen, path))
+
+
+def step(model: Any, tokens: int) -> Callable[[], float]:
+    """Forward and backward of one sequence, in seconds."""
+    ids = torch.randint(3, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
+
+    def run() -> float:
+        model.train()
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return time.perf_counter() - began
+
+    return run
+
+
+def token(model: Any, count: int) -> Callable[[], float]:
+    """Greedy decoding of so many tokens after 16, in seconds for each."""
+    ids = torch.randint(3, 32000, (1, 16), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def run() -> float:
+        model.eval()
+        out = model(input_ids=ids, use_cache=True)
+        began = time.perf_counter()
+        for _ in range(count):
+            following = out.logits[:, -1:].argmax(dim=-1)
+            out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
+        return (time.perf_counter() - began) / count
+
+    return run
+
+
+def speed(layers: int, tokens: int, rounds: int, only: list[str] | None, out: Path) -> None:
+    """A step and a token of each variant, in turn."""
+    wanted = {name: variant for name, variant in VARIANTS.items() if not only or name in only}
+    models = {name: model_of(layers, variant) for name, variant in wanted.items()}
+    runs = {name: {"step": step(model, tokens), "token": token(model, 8)} for name, model in models.items()}
+    seen: dict[str, dict[str, list[float]]] = {name: {"step": [], "token": []} for name in models}
+    for turn in range(rounds + 1):
+        for name, kinds in runs.items():
+            for kind, run in kinds.items():
+                seconds = run()
+                if turn:
+                    seen[name][kind].append(seconds)
+            gc.collect()
+    for name, kinds in seen.items():
+        row: dict[str, Any] = {"variant": name, "layers": layers, "tokens": tokens, "threads": torch.get_num_threads()}
+        for kind, values in kinds.items():
+            row |= {f"{kind}_best": min(values), f"{kind}_median": statistics.median(values)}
+            if "bf16" in seen:
+                row[f"{kind}_of_bf16"] = min(values) / min(seen["bf16"][kind])
+        record("speed", row, out)
+        print(name, {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}, flush=True)
+
+
+def overhead(out: Path, calls: int = 200) -> None:
+    """Python's part: experts so small that their products cost nothing, one token to 8 of 64."""
+    from transformers import AutoModelForCausalLM
+
+    config = shape(1)
+    config.hidden_size = config.moe_intermediate_size = 64
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    x, weights = torch.randn(1, 64), torch.full((1, 8), 0.125)
+    ids = torch.arange(8)[None]
+    row: dict[str, Any] = {}
+    module = model.model.layers[0].mlp.experts
+    for name in ("grouped_mm", "linears", "packed"):
+        if name == "linears":
+            unfuse_all(model)
+        if name == "packed":
+            llmtools.quantize(model, "rtn", bits=4, group_size=32)
+            module = model.model.layers[0].mlp.experts
+        with torch.no_grad():
+            if name == "grouped_mm":
+                model.config._experts_implementation = "grouped_mm"
+            times = []
+            for _ in range(calls):
+                began = time.perf_counter()
+                module(x, ids, weights) if name == "grouped_mm" else experts_forward(module, x, ids, weights)
+                times.append(time.perf_counter() - began)
+        row[f"{name}_microseconds_per_expert"] = 1e6 * statistics.median(times) / 8
+    record("overhead", row, out)
+    print(row)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Calibration
+
+
+def small_mixture(text: Tensor, steps: int, seed: int) -> Any:
+    """A mixture of 16 experts, two of them a token, trained on token ids [n, t] for so many steps."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=int(text.max()) + 1, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=64,
+        max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - number / steps)
+        batch = text[torch.randint(len(text), (16,), generator=generator)]
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def loss_of(model: Any, text: Tensor) -> float:
+    """Nats per token on token ids [n, t]."""
+    losses = [float(model(input_ids=part, labels=part).loss) for part in text.split(32)]
+    return sum(losses) / len(losses)
+
+
+def calibration(file: Path, steps: int, seeds: int, out: Path) -> None:
+    """Held-out loss after `optq` at 2 bits, by PSEUDO_TOKENS and the amount of calibration text, over seeds."""
+    import copy
+
+    from llmtools.model import mixtures
+
+    data = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).long()
+    windows = data[: len(data) // 128 * 128].view(-1, 128)
+    held, learned = windows[::8], windows[[index for index in range(len(windows)) if index % 8]]
+    for seed in range(seeds):
+        model = small_mixture(learned, steps, seed)
+        dense = loss_of(model, held)
+        for count in (2, 8, 32):
+            row: dict[str, Any] = {"seed": seed, "calibration_tokens": 128 * count, "dense": dense}
+            for strength in (0.0, 0.0625, 0.25, 1.0, 4.0, 1e6, "route_all"):
+                mixed = copy.deepcopy(model)
+                mixtures.PSEUDO_TOKENS = 0.25 if isinstance(strength, str) else strength
+                given = list(learned[seed * 32 : seed * 32 + count].split(1))
+                llmtools.quantize(mixed, "optq", given, bits=2, group_size=32, route_all=strength == "route_all")
+                row[str(strength)] = loss_of(mixed, held) - dense
+            record("calibration", row, out)
+            print(
+                {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["speed", "overhead", "calibration"])
+    parser.add_argument("--layers", type=int, default=14)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", help="variants")
+    parser.add_argument("--text", type=Path, help="text for calibration, by bytes")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args(argv)
+    if given.what == "speed":
+        speed(given.layers, given.tokens, given.rounds, given.only, given.out)
+    elif given.what == "overhead":
+        overhead(given.out)
+    else:
+        calibration(given.text, given.steps, given.seeds, given.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -39,6 +39,7 @@ from ..nn.swap import own_linears, packed_layers
 from ..quant import Packed, Quantizer, UniformGrid
 from ..quant.grids.scalar import SCALE_TYPES
 from ..registry import Registry
+from .expert_names import split, stored_paths
 from .readers import readers_of
 from .tensors import Module, write_json, write_shards
 from .uniform import Limits, Requantized, Uniform, uniform_layers
@@ -76,6 +77,8 @@ class Format(ABC):
     """Quantization config of a folder without one, if the tensors describe themselves; else None."""
     unused: ClassVar[tuple[str, ...]] = ()
     """Names of tensors that some writers add, and that the weight does not depend on."""
+    by_expert: ClassVar[bool] = True
+    """Whether a mixture's experts are written one by one, under the names of its family (`expert_names`)."""
     limits: ClassVar[Limits | None] = None
     """Grids that the format can hold; None for a format that is read only."""
 
@@ -166,10 +169,13 @@ class Format(ABC):
         layers = own_linears(model)
         assert cls.limits is not None, cls.name
         uniform, requantized = uniform_layers(layers, cls.limits, lossy=lossy)
-        tensors = _others(model)
+        names = stored_paths(model)  # where the experts of a mixture are in the files
+        tensors = split(model, _others(model)) if names else _others(model)
+        uniform = {names.get(path, path): layer for path, layer in uniform.items()}
         for path, layer in uniform.items():
             tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in cls.write(layer).items()}
         dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in layers]
+        dense = [names.get(path, path) for path in [*dense, *(_routers(model) if names else [])]]
         inside = [path for path in dense if path.rpartition(".")[2] != "lm_head"]
         readers = readers_of(cls.name, list(uniform.values()), inside, reader)
         hf_model: Any = model
@@ -184,6 +190,18 @@ class Format(ABC):
         for name, contents in cls.files(config.quantization_config).items():
             write_json(folder / name, contents)
         return WriteResult(len(uniform), requantized, readers)
+
+
+def _routers(model: nn.Module) -> list[str]:
+    """Paths of the modules that compute with a matrix and are no linears, as a mixture's routers: other programs have
+    them as linears, and must be told that they are dense."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if not isinstance(module, nn.Linear | nn.Embedding)
+        and (weight := module._parameters.get("weight")) is not None
+        and weight.dim() == 2
+    ]
 
 
 def _others(model: nn.Module) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class GGUF(Format):
     """GGUF files as exports. They are read by `gguf_reading.py`, since a file is no folder with a config."""
 
     marker = "gguf"
+    by_expert = False
 
     @classmethod
     def detect(cls, config: Mapping[str, Any]) -> bool:

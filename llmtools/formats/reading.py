@@ -11,7 +11,7 @@ transformers opens some of these formats, too, with the packages that wrote them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +26,12 @@ from ..model.architectures import auto_class
 from ..model.integrity import config_of, read_headers, shards_of
 from ..model.offload import Keep
 from ..model.transformers_integration import METHOD, LLMToolsConfig, locate
+from ..nn.experts import unfuse, unfused_experts, unfused_within
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import computes_otherwise, quantized_linears
 from ..quant import Packed, Quantizer
 from .base import Format, formats, mapping
+from .expert_names import stored_paths
 from .quip_sharp import QUIP_PARAMS
 from .tensors import Module, Tensors
 
@@ -196,7 +198,9 @@ def open_model(found: External, options: Mapping[str, Any], keep: Keep | None = 
             delattr(config, key)
     with torch.device("meta"):
         skeleton = auto_class(config.to_dict()).from_config(config, **trust)
-    state, assigned = translate(found.format, Tensors(found.folder), skeleton, keep)
+    tensors = Tensors(found.folder)
+    names = _unfuse_stored(skeleton, found.format.modules(tensors))
+    state, assigned = translate(found.format, tensors, skeleton, keep, names)
     if "lm_head" in assigned:
         config.tie_word_embeddings = False
     config.quantization_config = LLMToolsConfig.of(assigned, origin=found.format.config).to_dict()
@@ -211,13 +215,31 @@ def open_model(found: External, options: Mapping[str, Any], keep: Keep | None = 
     return model, dict(info)
 
 
+def _unfuse_stored(skeleton: nn.Module, stored: Iterable[str]) -> dict[str, str]:
+    """Path in the files → path in the model, where they differ; experts that are quantized in the files are linears of
+    the skeleton afterwards. stored: paths of the quantized modules in the files."""
+    with unfused_within(skeleton):
+        names = {there: here for here, there in stored_paths(skeleton).items()}
+        mixtures = tuple(unfused_experts(skeleton))
+    quantized = {names[path] for path in stored if path in names}
+    for path in mixtures:
+        if any(each.startswith(f"{path}.") for each in quantized):
+            unfuse(skeleton, path)
+    return names
+
+
 def translate(
-    reader: Format, tensors: Mapping[str, Tensor], skeleton: nn.Module, keep: Keep | None = None
+    reader: Format,
+    tensors: Mapping[str, Tensor],
+    skeleton: nn.Module,
+    keep: Keep | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """(name → tensor of an llmtools checkpoint, path → quantizer).
 
     tensors: name → tensor in the file, shapes and dtypes as in the format's module. skeleton: the model on the meta
-    device, with linears [out, in]. keep: where the tensors of a module stay.
+    device, with linears [out, in]. keep: where the tensors of a module stay. names: path in the files → path in the
+    model, where they differ.
 
     Raises CheckpointError for damaged, missing or surplus tensors.
     """
@@ -231,7 +253,8 @@ def translate(
                 names_below[path].append(name.removeprefix(f"{path}."))
     for stored_path in paths:
         stored = Module(tensors, stored_path)
-        located = {path: locate(skeleton, path) for path in reader.parts(stored_path)}
+        parts = [(names or {}).get(path, path) for path in reader.parts(stored_path)]
+        located = {path: locate(skeleton, path) for path in parts}
         linears = {path: _linear(skeleton, path, stored_path) for path in located.values() if path is not None}
         if len(linears) < len(located):
             continue

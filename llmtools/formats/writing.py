@@ -20,6 +20,7 @@ from torch import nn
 
 from ..errors import InputError, did_you_mean
 from ..files import check_free, writing
+from ..nn.experts import unfused_experts
 from ..nn.swap import quantized_linears
 from .base import Format, formats
 from .readers import READERS
@@ -69,7 +70,8 @@ def export(
     check_free(folder, overwrite=overwrite)
     if not quantized_linears(model):
         raise InputError("the model has no quantized layers; quantize it first, or export it as dense")
-    if getattr(model, "_weight_conversions", None):
+    mixture = bool(unfused_experts(model))
+    if not (mixture and kind.by_expert) and (mixture or getattr(model, "_weight_conversions", None)):
         raise InputError(
             f"{type(model).__name__} has different tensors in memory and in files (such as mixtures of experts); "
             "only --format dense can write it"

@@ -33,6 +33,7 @@ from ..model.transformers_integration import locate
 from ..nn.embedding import TiedLinear
 from ..nn.linear import QuantizedLinear
 from ..nn.swap import own_linears, packed_layers
+from .expert_names import stored_paths
 from .gguf_header import StoredTensor, read_header
 from .gguf_reading import GGUFModel, Naming, Place, find, gguf_config, skeleton
 from .reading import External, detect
@@ -123,8 +124,9 @@ class FolderRewriter(Rewriter):
         """For each packed layer, name in the files → tensor, of its scales or codes."""
         tensors, reader = Tensors(self.found.folder), self.found.format
         layers = own_linears(model)
+        names = {there: here for here, there in stored_paths(model).items()}
         for stored_path in reader.modules(tensors):
-            paths = [locate(model, part) for part in reader.parts(stored_path)]
+            paths = [locate(model, names.get(part, part)) for part in reader.parts(stored_path)]
             if len(paths) != 1:
                 raise InputError(f"{stored_path} holds several layers in one")
             if paths[0] in layers and (changed is None or paths[0] in changed):

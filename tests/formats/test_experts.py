@@ -92,3 +92,28 @@ def test_formats_without_such_names_refuse(tmp_path: Path) -> None:
     llmtools.quantize(model, "rtn", bits=4, group_size=32)
     with pytest.raises(InputError, match="mixtures of experts"):
         export(model, None, tmp_path / "out", "gguf")
+
+
+def test_an_adapter_is_merged_into_the_files_codes(tmp_path: Path) -> None:
+    """`llmtools merge --into base` writes the same format again, experts under their own names."""
+    import peft
+
+    from llmtools.formats.rewriting import rewriter
+    from llmtools.nn.adapters import merge_into_packed
+
+    model = tiny_model("qwen3_moe")
+    llmtools.quantize(model, "rtn", bits=4, group_size=32)
+    export(model, None, tmp_path / "base", "gptq")
+    base = load_model(tmp_path / "base")
+    writes = rewriter(str(tmp_path / "base"), base, "codes")
+    assert writes is not None
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["w_up", "q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) / 8
+    merged, lost = merge_into_packed(adapted)
+    assert any(".experts." in path for path in lost)
+    (tmp_path / "merged").mkdir()
+    writes.write(merged, tmp_path / "merged", set(lost))
+    assert names_in(tmp_path / "merged") == names_in(tmp_path / "base")
+    assert torch.equal(logits(load_model(tmp_path / "merged")), logits(merged))

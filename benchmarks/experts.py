@@ -2,7 +2,7 @@
 
     python -m benchmarks.experts speed                     a step and a token, all variants in turn, in one run
     python -m benchmarks.experts overhead                  microseconds of Python for each expert that is hit
-    python -m benchmarks.experts calibration               held-out loss of a small mixture by PSEUDO_TOKENS
+    python -m benchmarks.experts calibration --text FILE   held-out error of a small mixture by PSEUDO_TOKENS
     python -m benchmarks.experts speed --layers 4          a part of the model
 
 The shape is that of Qwen3-MoE, 1.5 billion weights in 14 layers: 64 experts of which a token visits 8, hidden size
@@ -198,37 +198,81 @@ def small_mixture(text: Tensor, steps: int, seed: int) -> Any:
     return model.eval()
 
 
-@torch.no_grad()
-def loss_of(model: Any, text: Tensor) -> float:
-    """Nats per token on token ids [n, t]."""
-    losses = [float(model(input_ids=part, labels=part).loss) for part in text.split(32)]
-    return sum(losses) / len(losses)
-
-
 def calibration(file: Path, steps: int, seeds: int, out: Path) -> None:
-    """Held-out loss after `optq` at 2 bits, by PSEUDO_TOKENS and the amount of calibration text, over seeds."""
-    import copy
+    """Output error of each expert on held-out tokens that its router sends there, by PSEUDO_TOKENS.
 
+    Each linear of each expert is rounded by `optq` at 2 bits with the Hessian of few calibration tokens; the error is
+    tr(E H Eᵀ) / tr(W H Wᵀ) with the Hessian of the held-out tokens. A row is a mean over the linears whose experts saw
+    so many tokens, as a share of their inputs.
+    """
     from llmtools.model import mixtures
+    from llmtools.nn.experts import route_all
+    from llmtools.quant import proxy_loss
 
     data = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8).long()
     windows = data[: len(data) // 128 * 128].view(-1, 128)
     held, learned = windows[::8], windows[[index for index in range(len(windows)) if index % 8]]
+    quantizer = llmtools.quantizer("optq", bits=2, group_size=32)
+    errors: dict[str, dict[str, list[float]]] = {}
     for seed in range(seeds):
         model = small_mixture(learned, steps, seed)
-        dense = loss_of(model, held)
+        unfuse_all(model)
+        truth = moments(model, held)
         for count in (2, 8, 32):
-            row: dict[str, Any] = {"seed": seed, "calibration_tokens": 128 * count, "dense": dense}
-            for strength in (0.0, 0.0625, 0.25, 1.0, 4.0, 1e6, "route_all"):
-                mixed = copy.deepcopy(model)
-                mixtures.PSEUDO_TOKENS = 0.25 if isinstance(strength, str) else strength
-                given = list(learned[seed * 32 : seed * 32 + count].split(1))
-                llmtools.quantize(mixed, "optq", given, bits=2, group_size=32, route_all=strength == "route_all")
-                row[str(strength)] = loss_of(mixed, held) - dense
-            record("calibration", row, out)
-            print(
-                {key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()}, flush=True
-            )
+            text = learned[seed * 32 : seed * 32 + count]
+            sums = moments(model, text)
+            with route_all():
+                everything = moments(model, text)
+            pools = {
+                kind: mixtures.pool([each for path, each in sums.items() if _kind(path) == kind])
+                for kind in map(_kind, sums)
+            }
+            for path, own in sums.items():
+                weight = model.get_submodule(path).weight.detach()
+                if not truth[path].measured:
+                    continue
+                measure = truth[path].value()
+                signal = proxy_loss(weight, torch.zeros_like(weight), measure)
+                share = own.tokens / weight.shape[1]
+                bin_ = next(name for name, most in BINS.items() if share <= most)
+                row = errors.setdefault(bin_, {})
+                for strength in STRENGTHS:
+                    mixtures.PSEUDO_TOKENS = strength
+                    hessian = mixtures.PooledSum(own, pools[_kind(path)]).value()
+                    packed = quantizer.quantize(weight, hessian)
+                    error = proxy_loss(weight, quantizer.dequantize(packed), measure) / signal
+                    row.setdefault(f"{strength:g}", []).append(error)
+                packed = quantizer.quantize(weight, everything[path].value())
+                error = proxy_loss(weight, quantizer.dequantize(packed), measure) / signal
+                row.setdefault("route_all", []).append(error)
+    for name in BINS:
+        if name in errors:
+            means = {key: sum(values) / len(values) for key, values in errors[name].items()}
+            record("calibration", {"tokens_per_input": name, "linears": len(errors[name]["0"]), **means}, out)
+            print(name, {key: round(value, 4) for key, value in means.items()}, flush=True)
+
+
+STRENGTHS = (0.0, 0.0625, 0.25, 1.0, 4.0, 1e9)
+BINS = {"none": 0.0, "to 1/8": 0.125, "to 1/2": 0.5, "to 2": 2.0, "to 8": 8.0, "more": float("inf")}
+"""Name → most tokens of an expert, for each input feature."""
+
+
+def _kind(path: str) -> str:
+    """The layer and projection of an expert's linear, without the expert; gate and up read the same."""
+    layer, _, rest = path.partition(".experts.")
+    return f"{layer} {rest.rpartition('.')[2] == 'w_down'}"
+
+
+@torch.no_grad()
+def moments(model: Any, text: Tensor) -> dict[str, Any]:
+    """Second moments of the inputs of experts' up and down projections over token ids [n, t], by path."""
+    from llmtools.model.quantize import accumulating
+
+    paths = [path for path, _ in model.named_modules() if path.endswith((".w_up", ".w_down"))]
+    with accumulating(model, [[path] for path in paths]) as sums:
+        for part in text.split(16):
+            model(input_ids=part)
+    return dict(zip(paths, sums, strict=True))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,7 @@ Shapes: in — input features; n — tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 
 PSEUDO_TOKENS = 0.25
 """Tokens of the layer's shared second moment in an expert's Hessian, for each input feature
-(`python -m benchmarks.experts calibration`)."""
+(`python -m benchmarks.experts calibration --text FILE`: least or next to it, whatever the expert saw)."""
 STAGE_BYTES = 4 * 2**30
 """Memory for the Hessians of experts that are measured together, in bytes."""
 
@@ -149,15 +149,18 @@ def pool(sums: Sequence[HessianSum]) -> Tensor | None:
     return shared
 
 
-def tokens_per_expert(tokens: Mapping[str, int | None]) -> str | None:
-    """A line about the tokens that experts saw; None without experts. tokens: path of a quantized linear → tokens."""
-    seen = sorted(count for path, count in tokens.items() if path.endswith(f".{DOWN}") and count is not None)
-    if not seen:
+FEW_TOKENS = 1 / 8
+"""Tokens of an expert for each input feature below which `route_all` gives better weights, by the same measurement."""
+
+
+def tokens_per_expert(rows: Sequence[tuple[str, int | None, int]]) -> str | None:
+    """A line about the tokens that experts saw; None without experts. rows: path, tokens and inputs of each linear."""
+    experts = [(tokens, inputs) for path, tokens, inputs in rows if path.endswith(f".{DOWN}") and tokens is not None]
+    if not experts:
         return None
-    few = sum(count < FEW_TOKENS for count in seen)
+    seen = sorted(tokens for tokens, _ in experts)
+    few = sum(tokens < FEW_TOKENS * inputs for tokens, inputs in experts)
     line = f"tokens per expert: {seen[0]} at least, {seen[len(seen) // 2]} in the middle, {seen[-1]} at most"
-    return line + (f"; {few} of {len(seen)} experts saw fewer than {FEW_TOKENS}" if few else "")
-
-
-FEW_TOKENS = 128
-"""Number of tokens below which the report counts an expert as seen too little."""
+    if few:
+        line += f"; {few} of {len(seen)} experts saw too few, under 1/8 for each input: more text, or route_all, helps"
+    return line

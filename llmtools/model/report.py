@@ -156,7 +156,7 @@ class Report:
             ).rstrip()
             for line in lines
         ]
-        if experts := tokens_per_expert({row.path: row.tokens for row in self.rows}):
+        if experts := tokens_per_expert([(row.path, row.tokens, row.shape[1]) for row in self.rows]):
             shown.append(experts)
         reasons: dict[tuple[str, str], int] = {}
         for each in self.not_quantized:

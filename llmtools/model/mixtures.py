@@ -1,8 +1,8 @@
-"""Calibration of a mixture's experts: which are measured together, and what stands in where an expert sees few tokens.
+"""Calibration of a mixture's experts: which are measured together, and what stands in where an expert sees little text.
 
 A router sends an expert a small and uneven part of the text: with 128 experts and 8 of them a token, one sixteenth on
-average, and some see none. The Hessian of few tokens is nearly singular, and feedback by it moves errors into
-directions that were merely not seen. So an expert's own sum is continued with tokens of the average expert of its
+average, and some see none. The Hessian of so little text is nearly singular, and feedback by it moves errors
+into directions that were merely not seen. So an expert's own sum is continued with tokens of the average expert of its
 layer, `PSEUDO_TOKENS` for each input feature:
 
     H_e = (Σ_e x xᵀ + p · S) / (n_e + p),   S = Σ_e Σ x xᵀ / Σ_e n_e,   p = PSEUDO_TOKENS · in

@@ -503,7 +503,7 @@ def _quantize_on_arrival(owner: LLMToolsHfQuantizer) -> Any:
                 self.quantize(model, path)
             elif not any(each.is_meta for each in module.parameters(recurse=False)):  # all of its experts are here
                 unfuse(model, path)
-                for place, linear in list(module.named_modules(prefix=path)):
+                for place, linear in list(model.get_submodule(path).named_modules(prefix=path)):
                     if isinstance(linear, nn.Linear):
                         self.quantize(model, place)
                 fuse_dense(model)

@@ -20,6 +20,7 @@ Shapes: E — experts; H, I — features of the model and within an expert; T �
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .swap import set_module
 
 IMPLEMENTATION = "llmtools"
 """Name of `experts_forward` in transformers' ``config._experts_implementation``."""
@@ -70,8 +72,73 @@ class Part(NamedTuple):
 # Fused and unfused
 
 
+class BatchedExperts(nn.Module):
+    """In place of a module whose experts are given all tokens one after another, x [E · T, H] -> [E · T, H], as Llama
+    4's are; a row of zeros is a token that the router did not send there, and stays one."""
+
+    has_gate, has_bias, is_transposed = True, False, True
+
+    def __init__(self, former: Any) -> None:
+        super().__init__()
+        self.num_experts, self.act_fn = former.num_experts, former.act_fn
+        self.__dict__["former"] = former  # without its Parameters, for `fuse_dense`; no child
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return up * self.act_fn(gate)  # type: ignore[no-any-return]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rows = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])  # [E, T, H]
+        if _has_values(rows):
+            sent = rows.detach().ne(0).any(dim=-1)  # [E, T]
+            counts: list[int] = sent.sum(dim=1).tolist()
+            places = sent.reshape(-1).nonzero().squeeze(1)
+        else:
+            counts = [rows.shape[1]] * self.num_experts
+            places = torch.arange(rows.shape[0] * rows.shape[1], device=rows.device)
+        flat = rows.reshape(-1, rows.shape[-1])
+        hit = [index for index, count in enumerate(counts) if count]
+        if not hit:
+            return torch.zeros_like(flat)
+        experts = [self._modules[str(index)] for index in hit]
+        y = _outputs(self, experts, flat[places].split([counts[index] for index in hit]))
+        return torch.zeros_like(flat).index_copy(0, places, y.to(flat.dtype))
+
+
+def _is_batched(module: Any) -> bool:
+    """Whether `BatchedExperts` computes the same as a module, tested on a small copy of it with random numbers."""
+    held = {name: each for name, each in module._parameters.items() if each is not None}
+    if held.keys() != {"gate_up_proj", "down_proj"} or any(each.dim() != 3 for each in held.values()):
+        return False
+    if not (hasattr(module, "num_experts") and hasattr(module, "act_fn")) or hasattr(module, "has_gate"):
+        return False
+    (experts, hidden, _), inner = held["gate_up_proj"].shape, held["down_proj"].shape[1]
+    sizes = {experts: 2, hidden: 8, inner: 8 if inner == hidden else 6}
+    probe = copy.copy(module)
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = {"gate_up_proj": (2, 8, 2 * sizes[inner]), "down_proj": (2, sizes[inner], 8)}
+    small = {name: torch.randn(shape, generator=generator, device="cpu") for name, shape in shapes.items()}
+    probe.__dict__ |= {
+        name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes
+    }
+    probe.__dict__["_parameters"] = {name: nn.Parameter(values) for name, values in small.items()}
+    x = torch.randn(6, 8, generator=generator, device="cpu")
+    x[1] = 0
+    ours = BatchedExperts(probe)
+    for index in range(2):
+        linears = {name: _linear(part.of(small[part.parameter]), False) for name, part, _ in _parts(ours, small, index)}
+        ours.add_module(str(index), Expert(linears))
+    try:
+        with torch.no_grad():
+            return torch.allclose(probe(x), ours(x), rtol=1e-4, atol=1e-4)
+    except Exception:  # it takes other arguments
+        return False
+
+
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module holds fused experts that `experts_forward` can compute: transformers' flags say how."""
+    """Whether a module holds fused experts that we can compute: transformers' flags say how, or a test of it does."""
+    if "gate_up_proj" in module._parameters and not hasattr(module, "has_gate"):
+        return _is_batched(module)
     flags = ("num_experts", "has_gate", "has_bias", "is_transposed", "config")
     if not all(hasattr(module, flag) for flag in flags):
         return False
@@ -104,6 +171,11 @@ def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
     values are. Raises InputError under expert parallelism.
     """
     module: Any = model.get_submodule(path)
+    if not hasattr(module, "has_gate"):
+        former, module = module, BatchedExperts(module)
+        module._parameters |= former._parameters
+        former._parameters.clear()
+        set_module(model, path, module.train(former.training))
     if getattr(module, "_is_expert_parallel", False):
         raise InputError(f"{path}: expert parallelism does not work with packed experts; load the model without it")
     found: dict[str, tuple[str, Part]] = {}
@@ -119,7 +191,7 @@ def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
                 found[f"{path}.{expert}.{name}.bias"] = f"{path}.{bias.parameter}", bias
         module.add_module(str(expert), Expert(linears).train(module.training))
     module._is_hf_initialized = True  # transformers' _init_weights would look for the fused Parameters
-    if module.config._experts_implementation != IMPLEMENTATION:
+    if not isinstance(module, BatchedExperts) and module.config._experts_implementation != IMPLEMENTATION:
         module._implementation_before = module.config._experts_implementation
         module.config._experts_implementation = IMPLEMENTATION
     return found
@@ -135,16 +207,20 @@ def fuse_dense(model: nn.Module) -> None:
 
     In other modules a weight that stays dense becomes a copy of its part, and the fused Parameter can be given back.
     """
-    for module in unfused_experts(model).values():
+    for path, module in unfused_experts(model).items():
         linears = [linear for expert in _experts(module) for linear in expert.children()]
         dense = [each for each in linears if type(each) is nn.Linear]
         if len(dense) == len(linears):
             _fuse(module)
+            if isinstance(module, BatchedExperts):
+                former: nn.Module = module.__dict__["former"]
+                former._parameters |= module._parameters
+                set_module(model, path, former.train(module.training))
             continue
         for linear in dense:
             if linear.weight.untyped_storage().nbytes() > linear.weight.nbytes:
                 linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=linear.weight.requires_grad)
-    left = {id(module.config) for module in unfused_experts(model).values()}
+    left = {id(getattr(module, "config", None)) for module in unfused_experts(model).values()}
     for module in model.modules():
         if "_implementation_before" in vars(module) and id(module.config) not in left:
             before = vars(module).pop("_implementation_before")
@@ -172,7 +248,7 @@ def _interleaved(module: Any) -> bool:
     return not getattr(module, "is_concatenated", True)
 
 
-def _parts(module: Any, fused: Mapping[str, nn.Parameter], expert: int) -> Iterator[tuple[str, Part, Part | None]]:
+def _parts(module: Any, fused: Mapping[str, Tensor], expert: int) -> Iterator[tuple[str, Part, Part | None]]:
     """(name of a linear, where its weight is, where its bias is) for one expert."""
     for name, parameter in [*_projections(module), (DOWN, DOWN_PARAMETER)]:
         shape = fused[parameter].shape
@@ -290,10 +366,14 @@ def _rows_of_all(self: Any, hidden_states: Tensor, sources: Tensor, counts: Sequ
     return torch.cat([_outputs(self, [expert], [hidden_states])[chosen] for expert, chosen in rows])
 
 
+def _has_values(tensor: Tensor) -> bool:
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
+
+
 def _counts(ids: Tensor, experts: int) -> list[int]:
     """Tokens of each expert. Of tensors without values (meta, fake) a few experts get all, which needs the same memory
     as if they were spread."""
-    if ids.is_meta or type(ids).__name__ == "FakeTensor":
+    if not _has_values(ids):
         few = min(experts, 8)
         each, rest = divmod(len(ids), few)
         return [each + (index < rest) if index < few else 0 for index in range(experts)]

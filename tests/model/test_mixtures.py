@@ -26,8 +26,9 @@ from llmtools.quant import HessianSum
 from tests.models import tiny_ids
 
 FAMILIES = [
-    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "olmoe", "deepseek_v2", "deepseek_v3", "glm4_moe",
-    "gpt_oss", "granitemoe", "jamba", "ernie4_5_moe", "phimoe", "minimax_m2", "hunyuan_v1_moe", "nemotron_h",
+    "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe", "olmoe", "deepseek_v2", "deepseek_v3",
+    "glm4_moe", "gpt_oss", "granitemoe", "jamba", "ernie4_5_moe", "phimoe", "minimax_m2", "hunyuan_v1_moe",
+    "nemotron_h", "gemma4_text", "llama4_text", "zaya",
 ]  # fmt: skip
 
 
@@ -82,7 +83,7 @@ def test_experts_are_quantized_as_they_arrive(tmp_path: Path) -> None:
 
     from llmtools.model.transformers_integration import LLMToolsConfig
 
-    for family in ("mixtral", "gpt_oss", "qwen3_moe"):
+    for family in ("mixtral", "gpt_oss", "qwen3_moe", "llama4_text"):
         model = tiny_model(family)
         model.save_pretrained(tmp_path / family)
         asked = LLMToolsConfig("rtn", bits=4, group_size=32)
@@ -277,7 +278,7 @@ def test_adapters_of_experts_have_the_gradients_of_the_fused_dense_model(family:
     assert hit[False] > 0, "some expert is meant to see no token"
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
 def test_adapters_on_experts_are_stock_files_that_reload(family: str, tmp_path: Path) -> None:
     import peft
 

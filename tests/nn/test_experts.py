@@ -152,3 +152,27 @@ def test_a_module_with_other_parameters_stays_fused() -> None:
     assert not fused_experts(model)
     fuse_dense(model)
     assert model.config._experts_implementation != IMPLEMENTATION
+
+
+def test_experts_that_are_given_all_tokens_are_known_by_what_they_compute() -> None:
+    model = tiny_model("llama4_text")
+    path, module = next(iter(fused_experts(model).items()))
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(module.num_experts * 5, 64, generator=torch.Generator().manual_seed(0))  # type: ignore[operator]
+    x[3:12] = 0
+    expected = module(x)
+    with unfused_within(model):
+        assert model.get_submodule(path) is not module
+        torch.testing.assert_close(model.get_submodule(path)(x), expected, rtol=1e-5, atol=1e-6)
+    assert model.get_submodule(path) is module
+    assert all(torch.equal(model.state_dict()[name], values) for name, values in before.items())
+    module.act_fn = torch.nn.Identity()
+    assert fused_experts(model)
+    forward = type(module).forward
+
+    class Other(type(module)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return 2 * forward(self, hidden_states)
+
+    module.__class__ = Other
+    assert path not in fused_experts(model)

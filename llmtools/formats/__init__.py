@@ -3,9 +3,20 @@
 `base.Format` is the interface of a format; `formats` the registry, with the entry point ``llmtools.formats``.
 """
 
-from . import awq, bitsandbytes, compressed_tensors, exl3, gguf, gptq, hqq, qtip, quip_sharp
+from . import awq, bitsandbytes, compressed_tensors, exl3, gguf, gptq, hqq, mxfp4, qtip, quip_sharp
 from .base import Format, formats
 
 __all__ = ["Format", "formats"]
 
-del awq, bitsandbytes, compressed_tensors, exl3, gguf, gptq, hqq, qtip, quip_sharp  # imported so that they register
+del (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    exl3,
+    gguf,
+    gptq,
+    hqq,
+    mxfp4,
+    qtip,
+    quip_sharp,
+)  # imported so that they register

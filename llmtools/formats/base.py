@@ -41,7 +41,7 @@ from ..quant.grids.scalar import SCALE_TYPES
 from ..registry import Registry
 from .expert_names import split, stored_paths
 from .readers import readers_of
-from .tensors import Module, write_json, write_shards
+from .tensors import Module, Tensors, write_json, write_shards
 from .uniform import Limits, Requantized, Uniform, uniform_layers
 
 FLOATS = tuple(SCALE_TYPES.values())
@@ -124,6 +124,11 @@ class Format(ABC):
         """The module's tensors that hold the codes of `packed`: name → tensor of the file's shape and dtype; as
         `scales`. With it, a merged checkpoint is written in this format again."""
         raise InputError(f"{self.name} files cannot be written with other codes")
+
+    def tensors(self, folder: Path) -> Mapping[str, Tensor]:
+        """Name → tensor of the files, each read on access. A format whose files hold several modules in one tensor
+        gives them apart."""
+        return Tensors(folder)
 
     def modules(self, names: Iterable[str]) -> list[str]:
         """Paths of the quantized modules, in the order of the tensors' names."""

@@ -33,7 +33,7 @@ from ..quant import Packed, Quantizer
 from .base import Format, formats, mapping
 from .expert_names import stored_paths
 from .quip_sharp import QUIP_PARAMS
-from .tensors import Module, Tensors
+from .tensors import Module
 
 _SIDE_FILES = ("quantize_config.json", "quant_config.json")  # GPTQ's and AWQ's, where config.json has no entry
 _HUB_OPTIONS = ("revision", "token", "cache_dir")
@@ -198,7 +198,7 @@ def open_model(found: External, options: Mapping[str, Any], keep: Keep | None = 
             delattr(config, key)
     with torch.device("meta"):
         skeleton = auto_class(config.to_dict()).from_config(config, **trust)
-    tensors = Tensors(found.folder)
+    tensors = found.format.tensors(found.folder)
     names = _unfuse_stored(skeleton, found.format.modules(tensors))
     state, assigned = translate(found.format, tensors, skeleton, keep, names)
     if "lm_head" in assigned:

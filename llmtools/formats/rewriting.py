@@ -13,7 +13,7 @@ import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections import ChainMap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ from .expert_names import stored_paths
 from .gguf_header import StoredTensor, read_header
 from .gguf_reading import GGUFModel, Naming, Place, find, gguf_config, skeleton
 from .reading import External, detect
-from .tensors import Module, Tensors
+from .tensors import Module
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,8 @@ class FolderRewriter(Rewriter):
 
     def _modules(self, model: nn.Module, changed: Collection[str] | None) -> Iterator[dict[str, Tensor]]:
         """For each packed layer, name in the files → tensor, of its scales or codes."""
-        tensors, reader = Tensors(self.found.folder), self.found.format
+        reader = self.found.format
+        tensors = reader.tensors(self.found.folder)
         layers = own_linears(model)
         names = {there: here for here, there in stored_paths(model).items()}
         for stored_path in reader.modules(tensors):
@@ -132,7 +133,7 @@ class FolderRewriter(Rewriter):
             if paths[0] in layers and (changed is None or paths[0] in changed):
                 yield self._module(tensors, stored_path, layers[paths[0]])
 
-    def _module(self, tensors: Tensors, stored_path: str, layer: QuantizedLinear) -> dict[str, Tensor]:
+    def _module(self, tensors: Mapping[str, Tensor], stored_path: str, layer: QuantizedLinear) -> dict[str, Tensor]:
         """The tensors of one module, by their names in the files."""
         reader, packed = self.found.format, {name: each.detach().cpu() for name, each in layer.packed.items()}
         stored = Module(tensors, stored_path)

@@ -33,6 +33,15 @@ class Tensors(Mapping[str, Tensor]):
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor
 
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor, without its values."""
+        return list(self._files[name].get_slice(name).get_shape())
+
+    def row(self, name: str, index: int) -> Tensor:
+        """``tensor[index]``, without reading the rest."""
+        tensor: Tensor = self._files[name].get_slice(name)[index]
+        return tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

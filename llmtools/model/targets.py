@@ -72,6 +72,7 @@ class Plan:
         quantizers: dict[str, Quantizer] = {}
         not_quantized: list[NotQuantized] = []
         unused = dict(overrides)
+        globs = [pattern for pattern in overrides if set(pattern) & set("*?[")]
         variants = {pattern: _variant(base, pattern, options) for pattern, options in overrides.items()}
         for path, linear in linears(model):
             shape = (linear.out_features, linear.in_features)
@@ -79,7 +80,7 @@ class Plan:
             if reason is not None:
                 not_quantized.append(NotQuantized(path, shape, reason))
                 continue
-            matching = [pattern for pattern in overrides if _matches(path, pattern)]
+            matching = _matching(path, overrides, globs)
             for pattern in matching:
                 unused.pop(pattern, None)
             chosen = variants[matching[0]] if matching else base
@@ -140,6 +141,17 @@ def _skipped(path: str, inside: bool, skip: Sequence[str] | None) -> str | None:
         return None if inside else "outside the blocks, skipped by default"
     pattern = next((pattern for pattern in skip if _matches(path, pattern)), None)
     return None if pattern is None else f"skipped by {pattern!r}"
+
+
+def _matching(path: str, overrides: Overrides, globs: Sequence[str]) -> list[str]:
+    """The patterns that match a path, in their order. globs: those with wildcards; the others are looked up, since
+    there may be one for each of thousands of experts."""
+    if len(overrides) == len(globs):
+        return [pattern for pattern in globs if _matches(path, pattern)]
+    parts = path.split(".")
+    ends = {".".join(parts[start:]) for start in range(len(parts))}
+    found = {end for end in ends if end in overrides} | {each for each in globs if _matches(path, each)}
+    return [pattern for pattern in overrides if pattern in found] if len(found) > 1 else list(found)
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,30 @@ def test_an_expert_without_tokens_is_rounded_to_nearest_and_the_log_says_so(capl
     assert all(row.proxy_loss is None and row.tokens is None for row in idle)
     layer = model.model.layers[0].mlp.experts[1].up_proj
     assert (layer.dequantize() - dense.weight).norm() <= 1.01 * (nearest.dequantize() - dense.weight).norm()
+
+
+def test_patterns_without_wildcards_match_as_those_with_them() -> None:
+    from llmtools.model.targets import _matches, _matching
+
+    drawn = random.Random(0)
+    paths = [
+        f"model.layers.{i}.mlp.experts.{e}.w_{kind}" for i in range(3) for e in range(4) for kind in ("up", "down")
+    ]
+    patterns = [
+        *paths[:5],
+        "w_up",
+        "experts.2.w_down",
+        "*.layers.0.*",
+        "*up",
+        "mlp.*",
+        "lay?rs.0.mlp.experts.1.w_up",
+        "x",
+    ]
+    for _ in range(50):
+        overrides: dict[str, Any] = dict.fromkeys(drawn.sample(patterns, drawn.randint(0, len(patterns))))
+        globs = [pattern for pattern in overrides if set(pattern) & set("*?[")]
+        for path in paths:
+            assert _matching(path, overrides, globs) == [each for each in overrides if _matches(path, each)]
 
 
 def test_what_is_no_linear_stays_and_is_named_with_its_share(caplog: pytest.LogCaptureFixture) -> None:

@@ -113,6 +113,21 @@ def test_fused_experts_are_read_as_transformers_converts_them(stories: Path, tex
     assert tensors(tmp_path / "out") == tensors(in_memory(recipe, tmp_path / "expected"))
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4_text"])
+def test_a_mixture_is_read_by_experts_and_resumed(family: str, stories: Path, text: Path, tmp_path: Path) -> None:
+    from benchmarks.tiny import tiny_model as tiny_of
+
+    recipe = asked(saved(tiny_of(family), stories, tmp_path / "model"), tmp_path / "out", text, route_all=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Broken):
+        ended_after(1, fail, patch)
+        quantize(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        done = ended_after(0, fail, patch)
+        quantize(replace(recipe, resume=True))
+    assert "model.layers.0" not in done
+    assert tensors(tmp_path / "out") == tensors(in_memory(recipe, tmp_path / "expected", route_all=True))
+
+
 def test_hidden_states_beyond_their_budget_are_files_and_change_nothing(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from ..model.architectures import auto_class
 from ..model.integrity import Header, check_config
 from ..model.offload import Keep
 from ..model.transformers_integration import LLMToolsConfig
+from ..nn.experts import DOWN, GATE, UP, fused_experts, unfuse
 from ..nn.swap import computes_otherwise
 from ..pages import mapped
 from ..quant import GGMLBlocks, Quantizer
@@ -166,11 +167,14 @@ def _quantized(config: Any, assigned: Mapping[str, Quantizer], found: GGUFModel)
 
 def _assigned(file: GGUFFile, naming: Naming) -> dict[str, Quantizer]:
     places = {tensor: naming.place(tensor) for tensor in file.tensors.values()}
-    return {
+    assigned: dict[str, Quantizer] = {
         place.name.removesuffix(".weight"): GGMLBlocks(tensor.kind)
         for tensor, place in places.items()
         if place and place.packed
     }
+    for tensor in file.tensors.values():
+        assigned |= dict.fromkeys(naming.experts(tensor), GGMLBlocks(tensor.kind))
+    return assigned
 
 
 def translate(
@@ -181,7 +185,15 @@ def translate(
     mapping = None if keep is None else mapped(file.path)
     state: dict[str, Tensor] = {}
     assigned: dict[str, Quantizer] = {}
+    for path in naming.mixtures:
+        unfuse(empty, path)
     for tensor in file.tensors.values():
+        if experts := naming.experts(tensor):
+            assigned |= dict.fromkeys(experts, GGMLBlocks(tensor.kind))
+            stacked = file.read(tensor.name, mapping)  # [E, out, bytes of a row]
+            read = {f"{path}.blocks": each for path, each in zip(experts, stacked, strict=True)}
+            state |= read if keep is None else keep(read)
+            continue
         place = naming.place(tensor)
         if place is None:
             continue
@@ -196,6 +208,11 @@ def translate(
     state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     _check_shapes(file, empty, state)
     return state, assigned
+
+
+_EXPERTS = re.compile(r"(.*\.ffn_(gate|up|down)_exps)\.weight")
+"""Name of a tensor with the weights of all experts of a layer: (its name in `Naming.names`, projection)."""
+_LINEARS = {"gate": GATE, "up": UP, "down": DOWN}
 
 
 class Place(NamedTuple):
@@ -228,6 +245,32 @@ class Naming:
         self.processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config.to_dict())
         with opening(f"{file.path}: the tensors of {file.architecture} are not known"):
             self.names = gguf_names(file.architecture, empty, self.processor)
+
+        self.mixtures = self._packed_mixtures()
+        """Paths of fused experts whose weights stay packed, one by one."""
+
+    def experts(self, tensor: StoredTensor) -> list[str]:
+        """Paths of the linears whose weights, [E, out, in] together, a tensor holds; [] for other tensors."""
+        match = _EXPERTS.fullmatch(tensor.name)
+        holder = self.names.get(match[1], "").rpartition(".")[0] if match else ""
+        if not match or holder not in self.mixtures:
+            return []
+        return [f"{holder}.{index}.{_LINEARS[match[2]]}" for index in range(tensor.shape[0])]
+
+    def _packed_mixtures(self) -> frozenset[str]:
+        """Fused experts, without biases and in the usual layout, all of whose tensors are of a block type."""
+        kinds: dict[str, list[bool]] = {}
+        for tensor in self.file.tensors.values():
+            if match := _EXPERTS.fullmatch(tensor.name):
+                holder = self.names.get(match[1], "").rpartition(".")[0]
+                kinds.setdefault(holder, []).append(tensor.kind in TYPES and len(tensor.shape) == 3)
+        fused: dict[str, Any] = fused_experts(self.empty)
+        plain = {
+            path
+            for path, module in fused.items()
+            if module.has_gate and not module.has_bias and not module.is_transposed
+        }
+        return frozenset(path for path, packed in kinds.items() if path in plain and len(packed) == 3 and all(packed))
 
     def place(self, tensor: StoredTensor) -> Place | None:
         """The parameter for a tensor; None, with a warning, where the model has none."""

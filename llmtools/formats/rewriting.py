@@ -170,6 +170,8 @@ class GGUFRewriter(Rewriter):
         self.file = read_header(found.path)
         config = gguf_config(self.file)
         self.naming = Naming(self.file, config, skeleton(self.file, config))
+        if self.naming.mixtures:
+            raise InputError(f"{found.path}: the experts of a mixture in a GGUF file cannot be written again")
         self.places = {tensor: self.naming.place(tensor) for tensor in self.file.tensors.values()}
         dense = trained_parameters(model) if part == "scales" else {}
         self.maps = {

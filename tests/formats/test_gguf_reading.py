@@ -6,6 +6,7 @@ import copy
 import os
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import llmtools
+from llmtools.checkpoint.folder import load_model
 from llmtools.formats.gguf_reading import joined
 from llmtools.nn.embedding import QuantizedEmbedding, TiedLinear
 from llmtools.nn.swap import count_parameters, packed_bytes, packed_layers, quantized_linears
@@ -38,8 +40,10 @@ def write_gguf(
 
     kinds: types of weights beside `KINDS`.
     """
-    config = CONFIGS[family](**{"hidden_size": 256, "intermediate_size": 512} | changes)
-    arch = {"llama": "LLAMA", "qwen3": "QWEN3", "gemma3": "GEMMA3"}[family]
+    config = (CONFIGS | {"qwen3_moe": qwen3_moe_config})[family](
+        **{"hidden_size": 256, "intermediate_size": 512} | changes
+    )
+    arch = {"llama": "LLAMA", "qwen3": "QWEN3", "gemma3": "GEMMA3", "qwen3_moe": "QWEN3MOE"}[family]
     architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]]
     writer = gguf.GGUFWriter(folder / "m.gguf", architecture)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -55,6 +59,10 @@ def write_gguf(
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head_dim)
     writer.add_rope_freq_base(10000.0)
+    if family == "qwen3_moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     words = ["<unk>", "<s>", "</s>", *(chr(letter) for letter in range(33, 127))]
     words += ["th", "he", *(f"w{index}" for index in range(config.vocab_size - len(words) - 2))]
     writer.add_tokenizer_model("gpt2")
@@ -70,23 +78,46 @@ def write_gguf(
         from transformers import AutoModelForCausalLM
 
         empty = AutoModelForCausalLM.from_config(config)
-    for name, parameter in empty.named_parameters():
-        target = names.get_name(name, (".weight", ".bias"))
-        if parameter.ndim == 1:
-            writer.add_tensor(target, (1 + 0.1 * torch.randn(parameter.shape)).numpy())
+    for name, sizes in stored_shapes(empty):
+        shape = torch.Size(sizes)
+        layer, part = (name.split(".")[index] for index in (2, -2)) if "_exps" in name else ("", "")
+        target = names.get_name(name, (".weight", ".bias")) or f"blk.{layer}.ffn_{part}.weight"
+        if len(shape) == 1:
+            writer.add_tensor(target, (1 + 0.1 * torch.randn(shape)).numpy())
             continue
         kind = (KINDS | (kinds or {})).get(target.split(".")[-2], "Q4_1")
         kind = embedding if target.startswith(("token_embd", "output.")) else kind
         if kind == "F16":
-            writer.add_tensor(target, torch.randn(parameter.shape).half().numpy())
+            writer.add_tensor(target, torch.randn(shape).half().numpy())
             continue
-        packed = blocks(kind, *parameter.shape).numpy()
+        packed = blocks(kind, shape[:-1].numel(), shape[-1]).reshape(*shape[:-1], -1).numpy()
         writer.add_tensor(target, packed, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return folder / "m.gguf"
+
+
+def stored_shapes(empty: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names, as of a model with an expert by itself, and shapes of the file's tensors; experts are stacked."""
+    for name, parameter in empty.named_parameters():
+        if parameter.ndim < 3:
+            yield name, tuple(parameter.shape)
+        elif name.endswith("gate_up_proj"):
+            experts, rows, columns = parameter.shape
+            for part in ("gate_exps", "up_exps"):
+                yield f"model.layers.{name.split('.')[2]}.mlp.experts.{part}.weight", (experts, rows // 2, columns)
+        else:
+            yield f"model.layers.{name.split('.')[2]}.mlp.experts.down_exps.weight", tuple(parameter.shape)
+
+
+def qwen3_moe_config(**changes: Any) -> Any:
+    from transformers import Qwen3MoeConfig
+
+    mixture = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    shape = {"vocab_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return Qwen3MoeConfig(**shape | {"max_position_embeddings": 128, "head_dim": 64} | mixture | changes)
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +161,22 @@ def test_logits_are_those_of_transformers(family: str, options: dict[str, Any], 
     assert isinstance(model.get_input_embeddings(), QuantizedEmbedding) == packed
     assert isinstance(model.lm_head, TiedLinear) == (packed and model.config.tie_word_embeddings)
     assert_same_logits(model, other)
+
+
+def test_experts_of_a_mixture_stay_packed_one_by_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = write_gguf(tmp_path, "qwen3_moe", kinds={"ffn_down_exps": "Q6_K", "ffn_gate_inp": "F16"})
+    model, other = llmtools.load(path)[0], theirs(path)
+    layers = quantized_linears(model)
+    names = ("w_gate", "w_up", "w_down")
+    assert {
+        f"model.layers.{i}.mlp.experts.{e}.{name}" for i in (0, 1) for e in range(4) for name in names
+    } <= layers.keys()
+    down = other.model.layers[1].mlp.experts.down_proj
+    assert torch.equal(layers["model.layers.1.mlp.experts.3.w_down"].dequantize(dtype=torch.float32), down[3])
+    assert_same_logits(model, other)
+    llmtools.save(model, None, tmp_path / "ours")
+    assert_same_logits(load_model(tmp_path / "ours"), model)
 
 
 def test_a_folder_with_the_name_of_the_file_is_the_same(folder: Path) -> None:

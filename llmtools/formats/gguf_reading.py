@@ -172,9 +172,9 @@ def _assigned(file: GGUFFile, naming: Naming) -> dict[str, Quantizer]:
         for tensor, place in places.items()
         if place and place.packed
     }
-    for tensor in file.tensors.values():
-        assigned |= dict.fromkeys(naming.experts(tensor), GGMLBlocks(tensor.kind))
-    return assigned
+    return assigned | {
+        path: GGMLBlocks(tensor.kind) for tensor in file.tensors.values() for path in naming.experts(tensor)
+    }
 
 
 def translate(

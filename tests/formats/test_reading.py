@@ -193,7 +193,7 @@ def test_every_method_of_transformers_opens_or_is_named_in_one_line_with_a_way_o
         load_model(dense)
     except CheckpointError as error:
         assert method in str(error) and "\n" not in str(error)
-        ours = method in ("awq", "gptq", "hqq")
+        ours = method in ("awq", "gptq", "hqq", "mxfp4")
         assert ("no module has a tensor" if ours else "give the dense model") in str(error)
 
 

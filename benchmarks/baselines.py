@@ -279,6 +279,7 @@ def ours(
     tuning: BlockTuning | None = None,
     recovery: Recovery = NO_RECOVERY,
     error_propagation: float = 0.0,
+    rounding: str = "one_sided",
 ) -> Case:
     """Our quantizer `name` with these options; those it does not have are left out."""
     factory = llmtools.quantizers.get(name)
@@ -289,7 +290,9 @@ def ours(
         model = source.model()
         text = source.calibration if factory.needs_hessian or tuning is not None or error_propagation else None
         with recovering(model, source.calibration, recovery, seed=0) as recover:
-            report = llmtools.quantize(model, name, text, tuning=tuning, error_propagation=error_propagation, **options)
+            report = llmtools.quantize(
+                model, name, text, tuning=tuning, error_propagation=error_propagation, rounding=rounding, **options
+            )
             recover({})
         return Made(model, report.bits_per_weight)
 
@@ -298,6 +301,8 @@ def ours(
         shown["tuned"] = True
     if error_propagation:
         shown["error_propagation"] = error_propagation
+    if rounding != "one_sided":
+        shown["rounding"] = rounding
     if recovery.steps:
         shown["recovered"] = True
     return Case("llmtools", name, options.get("bits", 4), options.get("group_size"), shown, make)

@@ -201,7 +201,7 @@ def output_gradients(
     with ExitStack() as stack:
         for path in paths:
             stack.callback(linear_at(model, path).register_full_backward_hook(collect(path)).remove)
-        backward_of_samples(model, sequences, seed=seed)
+        backward_of_samples(model, enumerate(sequences, seed))
     idle = [path for path in paths if not counts[path]]
     reached = [sums[path] / counts[path] for path in paths if counts[path]]
     mean = sum(reached) / max(1, len(reached))

@@ -31,7 +31,7 @@ from ..quant import HessianSum, Quantizer
 from ..quant.base import BlockLearner, Learner
 from .batches import checked_calibration
 from .blocks import Block, linear_at, unit_of
-from .fisher import BlockGradients, block_gradients, output_moments
+from .fisher import BlockGradients, block_gradients, gradient_sums
 from .options import BlockTuning, check_rounding
 from .processes import Processes
 from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
@@ -145,7 +145,7 @@ def quantize(
             if work.reconstructs:
                 batches = stacked(batches, work.sequences)
             if two_sided:
-                work.gradients = block_gradients(model, processes.share(batches), plan.blocks, seed=processes.rank)
+                work.gradients = block_gradients(model, processes.share([*enumerate(batches)]), plan.blocks)
             walk(model, batches, work.visit, device=device, storage=storage, processes=processes)
             work.outside_blocks(batches)
         storage.complete()
@@ -195,7 +195,7 @@ class _Quantization:
         self.error_propagation = error_propagation
         self.original = OriginalStream()
         self.gradients: BlockGradients = {}
-        self.moments: dict[str, Tensor] = {}  # of the outputs of linears in the current block, for two-sided rounding
+        self.moments: dict[str, Tensor] = {}  # G of linears in the current block, for two-sided rounding
         self.sequences = max(
             [each.block_batch for each in learners] + ([self.tuning.batch] if self.tuning else []) or [1]
         )
@@ -280,7 +280,7 @@ class _Quantization:
         paths = [path for path in paths if self.plan.quantizers[path].rounds_two_sided()]
         if not gradients or not paths:
             return {}
-        sums = output_moments(self.model, block, calls, gradients, paths)
+        sums = gradient_sums(self.model, block, calls, gradients, paths)
         self._reduce(list(sums.values()))
         found = {}
         for path, total in sums.items():

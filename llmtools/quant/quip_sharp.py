@@ -191,7 +191,7 @@ def _joint_corrections(weight: Tensor, approximation: Tensor, hessian: Tensor, o
     seen = approximation @ hessian
     matrix = (outputs * (seen @ approximation.mT)).double()
     slope = (outputs * (seen @ (weight - approximation).mT)).double().sum(1)
-    matrix.diagonal().add_(ROW_DAMPING * float(matrix.diagonal().mean()))
+    matrix.diagonal().mul_(1 + ROW_DAMPING).masked_fill_(matrix.diagonal() == 0, 1)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         return torch.ones(len(weight), dtype=weight.dtype, device=weight.device)

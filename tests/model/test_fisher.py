@@ -1,0 +1,230 @@
+"""Two-sided rounding: the moments are the Fisher information, and the network is nearer to the original."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmtools.errors import InputError
+from llmtools.model.blocks import Block
+from llmtools.model.fisher import (
+    GradientSum,
+    backward_of_samples,
+    block_gradients,
+    gradient_sums,
+    token_weights,
+    weighted,
+)
+from llmtools.model.options import BlockTuning
+from llmtools.model.quantize import quantize
+from llmtools.model.walk import Calls, walk
+from llmtools.nn import quantized_linears
+from llmtools.quant import HessianSum
+from tests.model.test_processes import in_threads
+from tests.models import FAMILIES, tiny_ids, tiny_mixture, tiny_model
+
+BATCHES = [tiny_ids(2, 48, seed=seed) for seed in range(3)]
+
+
+def sums_of(model: nn.Module, paths: list[str]) -> dict[str, GradientSum]:
+    """By block: what a walk finds in a network that nothing changes."""
+    kept = block_gradients(model, enumerate(BATCHES), [f"model.layers.{k}" for k in range(2)])
+    found: dict[str, GradientSum] = {}
+
+    def visit(block: Block, calls: Calls) -> None:
+        here = [path for path in paths if path.startswith(block.path)]
+        found.update(gradient_sums(model, block, calls, kept[block.path], here))
+
+    walk(model, BATCHES, visit)
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_moments_by_block_are_those_of_one_backward_pass(family: str) -> None:
+    model: Any = tiny_model(family)
+    names = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    paths = [f"model.layers.{k}.{name}" for k in range(2) for name in names]
+    found = sums_of(model, paths)
+    outputs: dict[str, list[Tensor]] = {path: [] for path in paths}
+
+    def keep(path: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            output.retain_grad()
+            outputs[path].append(output)
+
+        return hook
+
+    handles = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    for seed, ids in enumerate(BATCHES):
+        logits = model(ids).logits.flatten(0, -2)
+        sampled = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(seed))
+        (-logits.log_softmax(-1).gather(1, sampled).sum()).backward()
+    for handle in handles:
+        handle.remove()
+    for path in paths:
+        g = torch.cat([each.grad.flatten(0, 1) for each in outputs[path] if each.grad is not None])
+        moment = HessianSum.value(found[path])
+        torch.testing.assert_close(moment, g.T @ g / len(g), rtol=1e-3, atol=1e-5 * float(moment.max()))
+        weights = torch.cat([each.flatten() for each in found[path].weights])
+        torch.testing.assert_close(weights, g.square().sum(1), rtol=1e-3, atol=1e-5 * float(weights.max()))
+
+
+def test_the_second_moments_estimate_the_divergence() -> None:
+    """½ tr(G E H Eᵀ), over many samples, beside the divergence that a small change of one weight makes."""
+    model: Any = tiny_model("llama")
+    ids, path = torch.cat(BATCHES), "model.layers.1.mlp.down_proj"
+    linear = model.get_submodule(path)
+    seen: list[Tensor] = []
+    gradients: list[Tensor] = []
+    hooks = [linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))]
+    hooks += [linear.register_full_backward_hook(lambda module, ins, outs: gradients.append(outs[0].flatten(0, 1)))]
+    backward_of_samples(model, ((seed, ids) for seed in range(20)))
+    for hook in hooks:
+        hook.remove()
+    x, g = torch.cat(seen), torch.cat(gradients)
+    moment, hessian = g.T @ g / len(g), x.T @ x / len(x)
+    with torch.no_grad():
+        original = model(ids).logits.log_softmax(-1)
+        error = 0.05 * linear.weight.std() * torch.randn_like(linear.weight)
+        linear.weight += error
+        changed = model(ids).logits.log_softmax(-1)
+    true = float((original.exp() * (original - changed)).sum(-1).mean())
+    assert 0.7 < 0.5 * float(((moment @ error @ hessian) * error).sum()) / true < 1.4
+
+
+def test_a_moment_is_shrunk_by_what_its_tokens_leave_open() -> None:
+    """By Ledoit and Wolf's share, spelt out; half the tokens, twice the share; and nearer to the truth for it."""
+    g = torch.Generator().manual_seed(0)
+    truth = torch.diag(torch.linspace(0.5, 3, 20))
+    shares, apart = [], []
+    for tokens in (100, 200):
+        rows = torch.randn(tokens, 20, generator=g) @ truth.sqrt()
+        total = GradientSum(20)
+        total.expect(rows)(rows)
+        mean, found = rows.T @ rows / tokens, total.value()
+        average = mean.diagonal().mean() * torch.eye(20)
+        noise = sum(float((row[:, None] * row - mean).square().sum()) for row in rows) / tokens**2
+        share = noise / float((mean - average).square().sum())
+        torch.testing.assert_close(found, (1 - share) * mean + share * average)
+        shares.append(share)
+        apart.append((found - truth).norm() / (mean - truth).norm())
+    assert 0 < shares[1] < shares[0] < 1 and max(apart) < 0.95
+    one = GradientSum(20)
+    one.expect(rows[:1])(rows[:1])
+    assert torch.equal(one.value(), one.value().diagonal().diag())
+
+
+def test_tokens_count_by_their_gradients() -> None:
+    """The mean over linears that read one input, of mean 1; tokens that are others count alike."""
+    sums = [GradientSum(3), GradientSum(5)]
+    gradients = [[torch.randn(2, 4, size) for size in (3, 5)] for _ in range(2)]
+    for call in gradients:
+        for total, gradient in zip(sums, call, strict=True):
+            total.expect(gradient)(gradient)
+    found = token_weights(sums, 6)
+    whole = [torch.stack([call[k].square().sum(-1) for call in gradients]) for k in range(2)]
+    expected = torch.zeros(2, 2, 4)
+    for each in whole:
+        worth = float(each.sum() ** 2 / each.square().sum())
+        expected += ((each / each.mean()) * worth / (6 + worth) + 6 / (6 + worth)) / 2
+    assert float(expected.mean()) == pytest.approx(1)
+    torch.testing.assert_close(torch.stack(list(found)), expected)
+    x = torch.randn(2, 4, 6)
+    torch.testing.assert_close(weighted(x, found, 1).square(), x.square() * expected[1][..., None])
+    assert weighted(x[:1], found, 1).shape == (1, 4, 6) and torch.equal(weighted(x, found, 2), x)
+
+
+def test_no_parameter_is_changed_or_gets_a_gradient() -> None:
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)  # type: ignore[union-attr, operator]
+    before = {name: (each.clone(), each.requires_grad) for name, each in model.named_parameters()}
+    sums_of(model, ["model.layers.0.mlp.up_proj"])
+    for name, each in model.named_parameters():
+        assert torch.equal(each, before[name][0]) and each.requires_grad == before[name][1] and each.grad is None
+
+
+def divergence(original: nn.Module, model: nn.Module, ids: Tensor) -> float:
+    with torch.no_grad():
+        one, other = (each(ids).logits.float().log_softmax(-1) for each in (original, model))
+    return float((one.exp() * (one - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("propagated", [0.0, 0.5])
+def test_the_network_is_nearer_to_the_original(propagated: float) -> None:
+    """The divergence over text that was not in the calibration, summed over some models and grids."""
+    sums = {"one_sided": 0.0, "two_sided": 0.0}
+    for seed in range(3):
+        original = tiny_model("llama", seed=seed)
+        for name, options in (("optq", {"bits": 3, "group_size": 16}), ("quip_sharp", {"bits": 2})):
+            for rounding in sums:
+                model = tiny_model("llama", seed=seed)
+                quantize(model, name, BATCHES, rounding=rounding, error_propagation=propagated, **options)
+                sums[rounding] += divergence(original, model, tiny_ids(8, 48, seed=9))
+    assert sums["two_sided"] < 0.9 * sums["one_sided"], sums
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_rounded(family: str) -> None:
+    plain, model = tiny_model(family), tiny_model(family)
+    for each, rounding in ((plain, "one_sided"), (model, "two_sided")):
+        quantize(each, "optq", BATCHES, bits=3, group_size=16, rounding=rounding)
+    one, two = quantized_linears(plain), quantized_linears(model)
+    assert one.keys() == two.keys()
+    changed = [path for path in one if not torch.equal(one[path].packed["qweight"], two[path].packed["qweight"])]
+    assert len(changed) > 0.7 * len(one), changed
+
+
+def test_a_mixture_of_experts_and_other_quantizers_beside_it() -> None:
+    """Experts see gradients of their own tokens; linears of a quantizer without a sweep are rounded as ever."""
+    model = tiny_mixture("mixtral")
+    report = quantize(
+        model, "optq", BATCHES, bits=3, group_size=16, rounding="two_sided",
+        overrides={"o_proj": {"name": "rtn", "bits": 3, "group_size": 16}},
+    )  # fmt: skip
+    assert {row.quantizer["name"] for row in report.rows} == {"optq", "rtn"}
+    assert torch.isfinite(model(BATCHES[0]).logits).all()
+
+
+def test_with_block_tuning_and_adapters() -> None:
+    model = tiny_model("llama")
+    report = quantize(
+        model,
+        "optq",
+        BATCHES,
+        bits=3,
+        group_size=16,
+        rounding="two_sided",
+        tuning=BlockTuning(epochs=1),
+        adapter_rank=2,
+    )
+    assert report.reconstruction and report.lora_init and torch.isfinite(model(BATCHES[0]).logits).all()
+
+
+def test_processes_find_the_moments_of_one() -> None:
+    alone = tiny_model("llama")
+    quantize(alone, "optq", BATCHES, bits=3, group_size=16, rounding="two_sided")
+
+    def work(processes: Any) -> dict[str, Tensor]:
+        model = tiny_model("llama")
+        quantize(model, "optq", BATCHES, bits=3, group_size=16, rounding="two_sided", processes=processes)
+        return {path: layer.dequantize() for path, layer in quantized_linears(model).items()}
+
+    first, second = in_threads(2, work)
+    for path, layer in quantized_linears(alone).items():
+        assert torch.equal(first[path], second[path])
+        apart = first[path] - layer.dequantize()
+        assert apart.norm() < 0.02 * first[path].norm(), path  # a code here and there is rounded otherwise
+
+
+def test_what_it_needs_and_what_it_does_not_go_with() -> None:
+    with pytest.raises(InputError, match="two-sided rounding needs calibration text"):
+        quantize(tiny_model("llama"), "rtn", rounding="two_sided")
+    with pytest.raises(InputError, match="rtn has no two-sided rounding; use optq"):
+        quantize(tiny_model("llama"), "rtn", BATCHES, rounding="two_sided")
+    with pytest.raises(InputError, match="signround has no two-sided rounding; use optq"):
+        quantize(tiny_model("llama"), "signround", BATCHES, rounding="two_sided")
+    with pytest.raises(InputError, match="rounding='twosided'; did you mean"):
+        quantize(tiny_model("llama"), "optq", BATCHES, rounding="twosided")

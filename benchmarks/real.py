@@ -126,7 +126,7 @@ def measured(case: Case, source: Source, texts: dict[str, Tensor]) -> Row:
 
 @torch.no_grad()
 def divergence(original: torch.nn.Module, model: torch.nn.Module, windows: Tensor) -> float:
-    """KL divergence from the original's next-token distributions in nats, the mean over the tokens of windows [n, t]."""
+    """KL divergence from the original's next-token distributions in nats, the mean over windows [n, t] of tokens."""
     total = 0.0
     for ids in windows:
         one, other = (each(ids[None]).logits[0].float().log_softmax(-1) for each in (original, model))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import llmtools
 from llmtools.errors import InputError
 from llmtools.model.blocks import Block
 from llmtools.model.fisher import (
@@ -15,8 +18,6 @@ from llmtools.model.fisher import (
     backward_of_samples,
     block_gradients,
     gradient_sums,
-    token_weights,
-    weighted,
 )
 from llmtools.model.options import BlockTuning
 from llmtools.model.quantize import quantize
@@ -68,8 +69,6 @@ def test_moments_by_block_are_those_of_one_backward_pass(family: str) -> None:
         g = torch.cat([each.grad.flatten(0, 1) for each in outputs[path] if each.grad is not None])
         moment = HessianSum.value(found[path])
         torch.testing.assert_close(moment, g.T @ g / len(g), rtol=1e-3, atol=1e-5 * float(moment.max()))
-        weights = torch.cat([each.flatten() for each in found[path].weights])
-        torch.testing.assert_close(weights, g.square().sum(1), rtol=1e-3, atol=1e-5 * float(weights.max()))
 
 
 def test_the_second_moments_estimate_the_divergence() -> None:
@@ -96,45 +95,30 @@ def test_the_second_moments_estimate_the_divergence() -> None:
 
 
 def test_a_moment_is_shrunk_by_what_its_tokens_leave_open() -> None:
-    """By Ledoit and Wolf's share, spelt out; half the tokens, twice the share; and nearer to the truth for it."""
+    """By Ledoit and Wolf's share, spelt out; the more tokens, the less; and it is nearer to the truth for it."""
     g = torch.Generator().manual_seed(0)
-    truth = torch.diag(torch.linspace(0.5, 3, 20))
-    shares, apart = [], []
-    for tokens in (100, 200):
+    truth, shares = torch.diag(torch.linspace(0.5, 3, 20)), []
+    for tokens in (60, 240):
         rows = torch.randn(tokens, 20, generator=g) @ truth.sqrt()
         total = GradientSum(20)
-        total.expect(rows)(rows)
+        for part in rows.view(2, -1, 20):
+            total.add(part)
         mean, found = rows.T @ rows / tokens, total.value()
         average = mean.diagonal().mean() * torch.eye(20)
         noise = sum(float((row[:, None] * row - mean).square().sum()) for row in rows) / tokens**2
-        share = noise / float((mean - average).square().sum())
-        torch.testing.assert_close(found, (1 - share) * mean + share * average)
-        shares.append(share)
-        apart.append((found - truth).norm() / (mean - truth).norm())
-    assert 0 < shares[1] < shares[0] < 1 and max(apart) < 0.95
-    one = GradientSum(20)
-    one.expect(rows[:1])(rows[:1])
-    assert torch.equal(one.value(), one.value().diagonal().diag())
+        shares.append(noise / float((mean - average).square().sum()))
+        torch.testing.assert_close(found, (1 - shares[-1]) * mean + shares[-1] * average)
+        assert (found - truth).norm() < (mean - truth).norm()
+    assert 0 < shares[1] < shares[0] < 1
 
 
-def test_tokens_count_by_their_gradients() -> None:
-    """The mean over linears that read one input, of mean 1; tokens that are others count alike."""
-    sums = [GradientSum(3), GradientSum(5)]
-    gradients = [[torch.randn(2, 4, size) for size in (3, 5)] for _ in range(2)]
-    for call in gradients:
-        for total, gradient in zip(sums, call, strict=True):
-            total.expect(gradient)(gradient)
-    found = token_weights(sums, 6)
-    whole = [torch.stack([call[k].square().sum(-1) for call in gradients]) for k in range(2)]
-    expected = torch.zeros(2, 2, 4)
-    for each in whole:
-        worth = float(each.sum() ** 2 / each.square().sum())
-        expected += ((each / each.mean()) * worth / (6 + worth) + 6 / (6 + worth)) / 2
-    assert float(expected.mean()) == pytest.approx(1)
-    torch.testing.assert_close(torch.stack(list(found)), expected)
-    x = torch.randn(2, 4, 6)
-    torch.testing.assert_close(weighted(x, found, 1).square(), x.square() * expected[1][..., None])
-    assert weighted(x[:1], found, 1).shape == (1, 4, 6) and torch.equal(weighted(x, found, 2), x)
+def test_one_token_with_all_of_the_gradient_says_nothing() -> None:
+    rows = torch.randn(50, 8) * 1e-3
+    rows[7] = torch.randn(8)
+    total = GradientSum(8)
+    total.add(rows)
+    found = total.value()
+    assert (found - found.diagonal().diag()).abs().max() < 0.1 * found.diagonal().mean()
 
 
 def test_no_parameter_is_changed_or_gets_a_gradient() -> None:
@@ -152,18 +136,22 @@ def divergence(original: nn.Module, model: nn.Module, ids: Tensor) -> float:
     return float((one.exp() * (one - other)).sum(-1).mean())
 
 
+@pytest.mark.parametrize(("name", "options"), [("quip_sharp", {"bits": 2}), ("qtip", {"bits": 3, "state_bits": 8})])
 @pytest.mark.parametrize("propagated", [0.0, 0.5])
-def test_the_network_is_nearer_to_the_original(propagated: float) -> None:
-    """The divergence over text that was not in the calibration, summed over some models and grids."""
-    sums = {"one_sided": 0.0, "two_sided": 0.0}
-    for seed in range(3):
-        original = tiny_model("llama", seed=seed)
-        for name, options in (("optq", {"bits": 3, "group_size": 16}), ("quip_sharp", {"bits": 2})):
-            for rounding in sums:
-                model = tiny_model("llama", seed=seed)
-                quantize(model, name, BATCHES, rounding=rounding, error_propagation=propagated, **options)
-                sums[rounding] += divergence(original, model, tiny_ids(8, 48, seed=9))
-    assert sums["two_sided"] < 0.9 * sums["one_sided"], sums
+def test_the_network_is_nearer_to_the_original(
+    name: str, options: dict[str, Any], propagated: float, stories: Path, tinystories: Path
+) -> None:
+    """By the divergence of a trained model on text that is in no calibration."""
+    original, tokenizer = llmtools.load(stories)
+    text = llmtools.calibration(tinystories / "train.txt", tokenizer, samples=8, tokens=256)
+    held_out = (tinystories / "held_out.txt").read_text()[:8000]
+    ids = tokenizer(held_out, return_tensors="pt", verbose=False).input_ids[:, :2048].view(-1, 256)
+    found = {}
+    for rounding in ("one_sided", "two_sided"):
+        model, _ = llmtools.load(stories)
+        quantize(model, name, text, rounding=rounding, error_propagation=propagated, **options)
+        found[rounding] = divergence(original, model, ids)
+    assert found["two_sided"] < 0.95 * found["one_sided"], found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -205,18 +193,19 @@ def test_with_block_tuning_and_adapters() -> None:
 
 def test_processes_find_the_moments_of_one() -> None:
     alone = tiny_model("llama")
+    models = [copy.deepcopy(alone) for _ in range(2)]
     quantize(alone, "optq", BATCHES, bits=3, group_size=16, rounding="two_sided")
 
     def work(processes: Any) -> dict[str, Tensor]:
-        model = tiny_model("llama")
+        model = models[processes.rank]
         quantize(model, "optq", BATCHES, bits=3, group_size=16, rounding="two_sided", processes=processes)
         return {path: layer.dequantize() for path, layer in quantized_linears(model).items()}
 
     first, second = in_threads(2, work)
     for path, layer in quantized_linears(alone).items():
         assert torch.equal(first[path], second[path])
-        apart = first[path] - layer.dequantize()
-        assert apart.norm() < 0.02 * first[path].norm(), path  # a code here and there is rounded otherwise
+        same = torch.isclose(first[path], layer.dequantize(), rtol=1e-2, atol=1e-4)
+        assert same.float().mean() > 0.9, path  # a code here and there is rounded otherwise, and those after it
 
 
 def test_what_it_needs_and_what_it_does_not_go_with() -> None:

@@ -144,5 +144,5 @@ def test_an_exception_of_a_quantizer_is_an_outcome_not_a_crash() -> None:
 def test_the_laws_are_the_architectures() -> None:
     assert set(LAWS) == {
         "layout", "rows", "determinism", "meta", "linear", "trained", "in_place", "requantized", "updated", "shifted",
-        "round_trip", "calibration_helps", "monotone", "degenerate",
+        "round_trip", "calibration_helps", "two_sides_help", "monotone", "degenerate",
     }  # fmt: skip

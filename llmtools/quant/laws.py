@@ -267,7 +267,7 @@ def two_sides_help(quantizer: Quantizer, weight: Tensor, hessian: Tensor) -> Non
     generator = torch.Generator().manual_seed(0)
     with_rows = without = 0.0
     for _ in range(2):
-        weight, hessian = _sample((max(64, weight.shape[0]), weight.shape[1]), generator)
+        weight, hessian = _sample((max(128, weight.shape[0]), weight.shape[1]), generator)
         outputs = _sample((1, len(weight)), generator)[1]
         both = quantizer.quantize_two_sided(weight, hessian, outputs)
         got = {name: (tuple(t.shape), t.dtype) for name, t in both.items()}

@@ -58,6 +58,7 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
         ("optq", {"group_size": 128}),
         ("optq", {"group_size": 64, "act_order": True, "passes": 2}),
         ("quip", {}),
+        *((("quip", {"mid_rise": True}),) if bits == 2 else ()),
         ("awq", {"group_size": 64}),
     ):
         yield baselines.ours(name, {"bits": bits} | options)

@@ -19,6 +19,7 @@ from .base import ALL, Packed, Quantizer, TensorSpec
 from .bases import Basis
 from .grids.affine import Affine
 from .grids.base import Grid
+from .grids.mid_rise import MidRise
 from .hessian import check_hessian
 from .materialize import materialized_linear
 from .rounding import Rounding, Sequential, split
@@ -156,7 +157,7 @@ class Composed(Quantizer):
         """The unrounded scale of each group of weights, and the group's norm in float64; of equal shapes."""
         if self.basis is not None and not self.basis.by_rows:
             weight, _ = self.basis.transform(weight, None, self.basis.init(weight, None))
-        assert isinstance(self.grid, Affine)
+        assert isinstance(self.grid, Affine | MidRise)
         grid = dataclasses.replace(self.grid, scale_type="float32", clip=False)
         groups = [part.flatten(0, 1) for part in split(weight, grid.resolve_group_size(weight.shape[1]))]
         scales = torch.cat([grid.fit(group)[:, 0] for group in groups])

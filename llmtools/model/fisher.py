@@ -4,7 +4,7 @@ Of a change E of one weight the Kullback–Leibler divergence from the original 
 input and g the gradient of −log p of tokens that are sampled from the model's own distribution: the Fisher information.
 With g and x independent that is ½ tr(G E H Eᵀ), G = E[g gᵀ] and H = E[x xᵀ], which `Sequential` makes small (YAQA,
 arXiv:2505.22988, which goes on to factors that weigh tokens by one another). The estimate of G is shrunk to a multiple
-of the identity as far as it is noise: in some layers a few tokens have most of the gradient.
+of the identity as far as it is noise: in some layers most of the gradient is that of one or two tokens.
 
 The gradients come from one backward pass through the original model, of which the gradients in each block's outputs are
 kept: blocks · tokens · hidden values of the model's dtype. When a block's turn comes, they are carried back through it,
@@ -99,8 +99,8 @@ class GradientSum(HessianSum):
         """(1 − ρ) E[g gᵀ] + ρ μ, [out, out] float32, μ the mean of the diagonal.
 
         ρ is Ledoit and Wolf's (2004, Journal of Multivariate Analysis 88, section 3.3): the share of what distinguishes
-        E[g gᵀ] from μ that is due to the choice of the tokens. A few tokens with large gradients make it large, as do
-        few tokens.
+        E[g gᵀ] from μ that is due to the choice of the tokens. Single tokens with large gradients make it large, as does
+        a short text.
         """
         mean = super().value()
         average = mean.diagonal().mean()

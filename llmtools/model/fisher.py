@@ -99,8 +99,8 @@ class GradientSum(HessianSum):
         """(1 − ρ) E[g gᵀ] + ρ μ, [out, out] float32, μ the mean of the diagonal.
 
         ρ is Ledoit and Wolf's (2004, Journal of Multivariate Analysis 88, section 3.3): the share of what distinguishes
-        E[g gᵀ] from μ that is due to the choice of the tokens. Single tokens with large gradients make it large, as does
-        a short text.
+        E[g gᵀ] from μ that is due to the choice of the tokens. Single tokens with large gradients make it large, as
+        does a short text.
         """
         mean = super().value()
         average = mean.diagonal().mean()

@@ -281,6 +281,7 @@ def ours(
     recovery: Recovery = NO_RECOVERY,
     error_propagation: float = 0.0,
     bits_per_weight: float | None = None,
+    rounding: str = "one_sided",
 ) -> Case:
     """Our quantizer `name` with these options; those it does not have are left out.
 
@@ -298,8 +299,9 @@ def ours(
             overrides = choose_bits(model, factory(**options), source.calibration, bits_per_weight).overrides
         with recovering(model, source.calibration, recovery, seed=0) as recover:
             report = llmtools.quantize(
-                model, name, text, tuning=tuning, error_propagation=error_propagation, overrides=overrides, **options
-            )
+                model, name, text, tuning=tuning, error_propagation=error_propagation, overrides=overrides,
+                rounding=rounding, **options,
+            )  # fmt: skip
             recover({})
         return Made(model, report.bits_per_weight)
 
@@ -310,6 +312,8 @@ def ours(
         shown["bits_per_weight"] = bits_per_weight
     if error_propagation:
         shown["error_propagation"] = error_propagation
+    if rounding != "one_sided":
+        shown["rounding"] = rounding
     if recovery.steps:
         shown["recovered"] = True
     return Case("llmtools", name, options.get("bits", 4), options.get("group_size"), shown, make)

@@ -12,7 +12,8 @@ stopped.
 
 Of a file of documents (.jsonl), every fourth is held-out text and the others are calibration. The model
 is loaded in the dtype that it is stored in, by everyone, as users do; perplexity is computed in that dtype, too, from
-the dequantized weights of every library, so that nothing but the weights differs.
+the dequantized weights of every library, so that nothing but the weights differs. `kl` of a row is the Kullback–Leibler
+divergence from the original model on the same text; rows of before it was measured have none.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
         ("optq", {"group_size": 128}),
         ("optq", {"group_size": 64, "act_order": True, "passes": 2}),
         ("quip", {}),
+        *((("quip", {"mid_rise": True}),) if bits == 2 else ()),
         ("awq", {"group_size": 64}),
     ):
         yield baselines.ours(name, {"bits": bits} | options)
@@ -68,6 +70,9 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
     ):
         yield baselines.ours(name, {"bits": bits} | options, error_propagation=0.5)
     yield baselines.ours("quip_sharp", {"bits": bits, "passes": 2})
+    for name, options in (("qtip", {}), ("quip_sharp", {"passes": 2}), ("optq", {"group_size": 64})):
+        for strength in (0.5, 0.0):
+            yield baselines.ours(name, {"bits": bits} | options, error_propagation=strength, rounding="two_sided")
     here = baselines.installed()
     if bits == 4:
         yield baselines.ours("nf4", {"double_quantization": True})
@@ -108,15 +113,28 @@ def measured(case: Case, source: Source, texts: dict[str, Tensor]) -> Row:
         "cpu_seconds": _cpu_seconds() - cpu,
         "seconds": time.perf_counter() - wall,
         "peak_bytes": resident("VmHWM") - before,
+        "kl": {},
         "perplexity": {},
         "nlls": {},
     }
     model = dequantize(made.model, torch.bfloat16) if case.by == "llmtools" else made.model
+    original = source.model()
     for name, windows in texts.items():
+        row["kl"][name] = divergence(original, model, windows)
         nlls = window_nlls(model, windows)
         row["perplexity"][name] = math.exp(float(nlls.mean()))
         row["nlls"][name] = [round(value, 4) for value in nlls.tolist()]
     return row
+
+
+@torch.no_grad()
+def divergence(original: torch.nn.Module, model: torch.nn.Module, windows: Tensor) -> float:
+    """KL divergence from the original's next-token distributions in nats, the mean over windows [n, t] of tokens."""
+    total = 0.0
+    for ids in windows:
+        one, other = (each(ids[None]).logits[0].float().log_softmax(-1) for each in (original, model))
+        total += float((one.exp() * (one - other)).sum(-1).mean())
+    return total / len(windows)
 
 
 def _cpu_seconds() -> float:

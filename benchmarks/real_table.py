@@ -54,29 +54,31 @@ def _width(rows: list[Row], whole: Row) -> str:
     ranked = sorted(by_label.values(), key=lambda found: _mean(found, "perplexity", texts[0]))
     lines = [_line(found, whole, texts) for found in ranked]
     head = ["", "bits stored", *(f"{text}: perplexity" for text in texts), f"× 16 bits, {texts[0]}"]
-    return markdown_table([*head, "CPU seconds", "peak memory, MB", "seeds"], lines) if lines else ""
+    head += [f"KL from 16 bits, {texts[0]}", "CPU seconds", "peak memory, MB", "seeds"]
+    return markdown_table(head, lines) if lines else ""
 
 
 def _line(found: list[Row], whole: Row, texts: list[str]) -> list[str]:
     label = found[0]["label"].replace(f" {found[0]['bits']}-bit", "")
     if any("failed" in row for row in found):
-        return [label, "fails", *[""] * (len(texts) + 4)]
+        return [label, "fails", *[""] * (len(texts) + 5)]
     ratio = _mean(found, "perplexity", texts[0]) / whole["perplexity"][texts[0]]
     return [
         label,
         f"{found[0]['bits_per_weight']:.2f}",
         *(_spread([row["perplexity"][text] for row in found]) for text in texts),
         f"{ratio:.3f}",
+        _spread([row["kl"][texts[0]] for row in found], 3) if all("kl" in row for row in found) else "",
         f"{sum(row['cpu_seconds'] for row in found) / len(found):.0f}",
         f"{max(row['peak_bytes'] for row in found) / 1e6:.0f}",
         str(len(found)),
     ]
 
 
-def _spread(values: list[float]) -> str:
+def _spread(values: list[float], digits: int = 2) -> str:
     mean = sum(values) / len(values)
     half = (max(values) - min(values)) / 2
-    return f"{mean:.2f}" + (f" ± {half:.2f}" if len(values) > 1 else "")
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
 
 
 def _mean(found: list[Row], key: str, text: str) -> float:

@@ -32,10 +32,11 @@ from ..quant import Quantizer, proxy_loss
 from ..quant.base import BlockLearner, layout_bytes
 from ..quant.base import quantizer as named_quantizer
 from .blocks import Block, linear_at
+from .fisher import backward_of_samples
 from .mixtures import with_linear_experts
 from .quantize import accumulating
 from .targets import Overrides, Plan, any_index
-from .walk import Batch, Calls, OnStep, evaluating, run_network, walk
+from .walk import Batch, Calls, OnStep, walk
 
 WIDTHS = (2, 3, 4, 8)
 """Bits that a linear may get, of those that the quantizer has."""
@@ -201,26 +202,10 @@ def output_gradients(
 
         return hook
 
-    wanted = [parameter.requires_grad for parameter in model.parameters()]
-    generator = torch.Generator().manual_seed(seed)
     with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.enable_grad())
         for path in paths:
             stack.callback(linear_at(model, path).register_full_backward_hook(collect(path)).remove)
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        stack.callback(
-            embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)).remove
-        )
-        model.requires_grad_(False)
-        try:
-            for batch in sequences:
-                logits = run_network(model, batch).logits.float().flatten(0, -2)  # [b · t, vocabulary]
-                sampled = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-                nn.functional.cross_entropy(logits, sampled.to(logits.device), reduction="sum").backward()
-        finally:
-            for parameter, value in zip(model.parameters(), wanted, strict=True):
-                parameter.requires_grad_(value)
+        backward_of_samples(model, enumerate(sequences, seed))
     idle = [path for path in paths if not counts[path]]
     reached = [sums[path] / counts[path] for path in paths if counts[path]]
     mean = sum(reached) / max(1, len(reached))

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import InputError
+from ..errors import InputError, did_you_mean
+
+ROUNDINGS = ("one_sided", "two_sided")
+"""Values of `rounding`: what a quantizer's sweep minimises, tr(E H Eᵀ) or tr(G E H Eᵀ)."""
+
+
+def check_rounding(rounding: str) -> None:
+    """Raises InputError for a value that is not in `ROUNDINGS`."""
+    if rounding not in ROUNDINGS:
+        raise InputError(f"rounding={rounding!r}; {did_you_mean(str(rounding), ROUNDINGS)}")
 
 
 @dataclass(frozen=True)

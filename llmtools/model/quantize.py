@@ -32,8 +32,9 @@ from ..quant import HessianSum, Quantizer
 from ..quant.base import BlockLearner, Learner
 from .batches import checked_calibration
 from .blocks import Block, Group, linear_at, unit_of
+from .fisher import BlockGradients, block_gradients, gradient_sums
 from .mixtures import ExpertStage, PooledSum, expert_stages, in_order, pool, reads_shared_input, with_linear_experts
-from .options import BlockTuning
+from .options import BlockTuning, check_rounding
 from .processes import Processes
 from .propagation import ErrorSum, OriginalStream, check_strength, comparing, corrected
 from .reconstruct import (
@@ -65,6 +66,7 @@ def quantize(
     sequential: bool = True,
     tuning: BlockTuning | None = None,
     error_propagation: float = 0.0,
+    rounding: str = "one_sided",
     adapter_rank: int = 0,
     route_all: bool = False,
     on_step: OnStep | None = None,
@@ -92,6 +94,9 @@ def quantize(
         in the report are relative to the weight that was quantized, which earlier tuning of the block may have changed.
     error_propagation: strength, from 0 to 1, of a correction of each weight for the errors of the layers before it, see
         `propagation.py`; needs calibration text, about twice the time of the walk, and a copy of one block.
+    rounding: "two_sided" rounds for what an error costs the whole network, not the layer's output alone, where the
+        quantizer rounds by a sweep (optq, quip, quip_sharp, qtip). It needs calibration text, and a backward pass
+        through the original model, which is in memory; see `fisher.py` for what it keeps.
     adapter_rank: also computes the LoRA initialisation of this rank from the quantization error, for finetuning at
         that rank or a lower one (`Report.lora_init`).
     route_all: measures each expert of a mixture on all tokens instead of those that its router sends there; see
@@ -117,11 +122,20 @@ def quantize(
     check_strength(error_propagation, tuned=tuning is not None and bool(tuning.epochs))
     if batches is None and error_propagation:
         raise InputError("error propagation needs calibration text and none was given; pass `calibration`")
+    check_rounding(rounding)
+    two_sided = rounding == "two_sided"
+    if batches is None and two_sided:
+        raise InputError("two-sided rounding needs calibration text and none was given; pass `calibration`")
+    if two_sided and not any(each.rounds_two_sided() for each in plan.quantizers.values()):
+        name = next(iter(plan.quantizers.values())).name
+        raise InputError(f"{name} has no two-sided rounding; use optq, quip, quip_sharp or qtip, or round one-sided")
     if adapter_rank < 0:
         raise InputError(f"adapter_rank={adapter_rank}; give the rank of the LoRA initialisation, or 0 for none")
     storage = storage or Storage()
     if storage.resident:
         _check_weights(model, plan.quantizers)
+    elif two_sided:
+        raise InputError("two-sided rounding needs gradients through the whole model; load it into memory")
     storage.planned(plan.quantizers)
     processes = processes or Processes()
     work = _Quantization(
@@ -138,6 +152,8 @@ def quantize(
         else:
             if work.reconstructs:
                 batches = stacked(batches, work.sequences)
+            if two_sided:
+                work.gradients = block_gradients(model, processes.share([*enumerate(batches)]), plan.blocks)
             walk(model, batches, work.visit, device=device, storage=storage, processes=processes)
             work.outside_blocks(batches)
         storage.complete()
@@ -187,6 +203,8 @@ class _Quantization:
         self.reconstructs = bool(learners) or self.tuning is not None
         self.error_propagation = error_propagation
         self.original = OriginalStream()
+        self.gradients: BlockGradients = {}
+        self.moments: dict[str, Tensor] = {}  # G of linears in the current block, for two-sided rounding
         self.sequences = max(
             [each.block_batch for each in learners] + ([self.tuning.batch] if self.tuning else []) or [1]
         )
@@ -235,6 +253,7 @@ class _Quantization:
             return
         mixtures = expert_stages(self.model, block, self.plan.quantizers)
         groups = block.groups_among(self.plan.quantizers.keys() - {path for each in mixtures for path in each.paths})
+        self.moments = self._output_moments(block, groups, calls)
         stages = [[group] for group in groups] if self.sequential else [groups] if groups else []
         for stage in in_order(block, stages, mixtures):
             if isinstance(stage, ExpertStage):
@@ -289,6 +308,22 @@ class _Quantization:
             self._reduce(sums)
             pooled = pool(sums)
             self._replace_groups(part, [PooledSum(each, pooled) for each in sums], target)
+
+    def _output_moments(self, block: Block, groups: Sequence[Group], calls: Calls) -> dict[str, Tensor]:
+        """G [out, out] of the linears of these groups that are rounded two-sided, and that gradients reach."""
+        gradients = self.gradients.pop(block.path, [])
+        paths = [path for group in groups for path in group.paths]
+        paths = [path for path in paths if self.plan.quantizers[path].rounds_two_sided()]
+        if not gradients or not paths:
+            return {}
+        sums = gradient_sums(self.model, block, calls, gradients, paths)
+        self._reduce(list(sums.values()))
+        found = {}
+        for path, total in sums.items():
+            with within(path):
+                if total.tokens and (moment := total.value()).any():
+                    found[path] = moment
+        return found
 
     def _advance(self, original: Calls | None) -> None:
         """Runs the original block, if it runs beside the quantized one."""
@@ -455,7 +490,8 @@ class _Quantization:
                 learner = quantizer.learner(weight, given)
                 self._put(path, learnable_linear(linear, learner))
             else:
-                self._put(path, QuantizedLinear.from_linear(linear, quantizer, given))
+                outputs = self.moments.pop(path, None)
+                self._put(path, QuantizedLinear.from_linear(linear, quantizer, given, outputs))
         self.changed += 1
         self.pending[path] = _Pending(linear, learner, hessian, tokens, time.perf_counter() - started)
         if target is None:

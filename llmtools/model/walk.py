@@ -119,14 +119,14 @@ class Calls:
     def output(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
         """Runs the block on one batch, floating arguments in `dtype`; returns its hidden states [batch, t,
         features]."""
-        return _hidden_of(self._output(index, self.stream, dtype), self.path)
+        return hidden_of(self._output(index, self.stream, dtype), self.path)
 
     def advance(self, stream: Stream) -> Iterator[Tensor]:
         """Runs the current block on `stream`, one batch per step, and advances `stream` to the next block, in place;
         yields the block's hidden states [batch, t, features]."""
         for index, call in enumerate(self._calls):
             output = self._output(index, stream, None, keep=True)
-            hidden = _hidden_of(output, self.path)
+            hidden = hidden_of(output, self.path)
             values = stream[call.batch]
             for number, tensor in enumerate(_tensors(output)):
                 if Slot(self.path, number) in self._last_use:
@@ -656,7 +656,7 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     return value
 
 
-def _hidden_of(output: Any, path: str) -> Tensor:
+def hidden_of(output: Any, path: str) -> Tensor:
     """The hidden states [batch, t, features] in a block's output: its first tensor."""
     hidden = next(_tensors(output), None)
     if hidden is None:

@@ -55,13 +55,18 @@ class QuantizedLinear(PackedWeight, nn.Linear):  # type: ignore[override]
         )
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None) -> QuantizedLinear:
+    def from_linear(
+        cls, linear: nn.Linear, quantizer: Quantizer, hessian: Tensor | None = None, outputs: Tensor | None = None
+    ) -> QuantizedLinear:
         """A quantized copy of `linear`; hessian [in, in] where the quantizer needs one. The bias is kept.
 
-        The layer's quantizer is `quantizer.suited(weight)`, as a rule `quantizer` itself.
+        outputs [out, out]: for two-sided rounding, see `Quantizer.quantize_two_sided`. The layer's quantizer is
+        `quantizer.suited(weight)`, as a rule `quantizer` itself.
         """
-        quantizer = quantizer.suited(linear.weight)
-        return cls.from_packed(linear, quantizer, quantizer.quantize(linear.weight.detach(), hessian))
+        quantizer, weight = quantizer.suited(linear.weight), linear.weight.detach()
+        if hessian is None or outputs is None:
+            return cls.from_packed(linear, quantizer, quantizer.quantize(weight, hessian))
+        return cls.from_packed(linear, quantizer, quantizer.quantize_two_sided(weight, hessian, outputs))
 
     @classmethod
     def from_packed(cls, linear: nn.Linear, quantizer: Quantizer, packed: Packed) -> QuantizedLinear:

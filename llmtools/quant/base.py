@@ -157,6 +157,21 @@ class Quantizer(Rows):
         """Whether `requantize` is there."""
         return type(self).requantize is not Quantizer.requantize
 
+    def quantize_two_sided(self, weight: Tensor, hessian: Tensor, outputs: Tensor) -> Packed:
+        """As `quantize`, for the least tr(G E H Eᵀ) instead of tr(E H Eᵀ); E the error of the weight, G = outputs
+        [out, out] float32 = E[g gᵀ] the second moment of a loss' gradients in the layer's outputs.
+
+        Optional: raises InputError where the quantizer has no such method.
+        """
+        raise InputError(
+            f"{where()}{self.name} has no two-sided rounding (Quantizer.quantize_two_sided); choose optq, quip, "
+            "quip_sharp or qtip"
+        )
+
+    def rounds_two_sided(self) -> bool:
+        """Whether `quantize_two_sided` is there."""
+        return type(self).quantize_two_sided is not Quantizer.quantize_two_sided
+
     def updated(self, packed: Packed, b: Tensor, a: Tensor) -> Packed:
         """`packed` with the codes of Ŵ + b a on its own scales, block of rows by block of rows.
 

@@ -62,6 +62,11 @@ class Basis(ABC):
         float32. The default is for a basis that is `by_rows`."""
         return b.float(), self.transform(a.float(), None, state)[0]
 
+    def output_moment(self, moment: Tensor, state: Packed) -> Tensor:
+        """E[g gᵀ] [out, out] of the gradients in the outputs of W -> that of W' in the new coordinates, Lᵀ E[g gᵀ] L.
+        The default is for a basis that is `by_rows`."""
+        return moment
+
     @abstractmethod
     def inverse_transform(self, rotated: Tensor, state: Packed) -> Tensor:
         """W' [out, in'] -> W [out, in]. Where `by_rows`, the same of some rows."""
@@ -221,6 +226,16 @@ class SignedHadamard(Basis):
         for columns in _chunks(size):
             moment[:, columns] = self._spread(moment[: len(hessian), columns].mT).mT
         return moment
+
+    def output_moment(self, moment: Tensor, state: Packed) -> Tensor:
+        sv = state["sv"].to(moment)
+        extra = self.rows(len(moment)) - len(moment)
+        rotated = F.pad(moment * sv[:, None] * sv, (0, extra, 0, extra))
+        for _ in range(2):  # Qᵀ (sv G sv) Q, a side at a time
+            for rows in _chunks(len(rotated)):
+                rotated[rows] = self._mix(rotated[rows])
+            rotated = rotated.mT.contiguous()
+        return rotated
 
     def _spread(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., in'], Q_inᵀ of the padded vectors."""

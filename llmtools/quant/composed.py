@@ -19,9 +19,10 @@ from .base import ALL, Packed, Quantizer, TensorSpec
 from .bases import Basis
 from .grids.affine import Affine
 from .grids.base import Grid
+from .grids.mid_rise import MidRise
 from .hessian import check_hessian
 from .materialize import materialized_linear
-from .rounding import Rounding, split
+from .rounding import Rounding, Sequential, split
 from .update import updated
 
 log = logging.getLogger(__name__)
@@ -61,12 +62,31 @@ class Composed(Quantizer):
         return rotated | self.basis.layout(out_features, in_features)
 
     def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+        return self._quantize(weight, hessian, None)
+
+    def quantize_two_sided(self, weight: Tensor, hessian: Tensor, outputs: Tensor) -> Packed:
+        """As `Quantizer.quantize_two_sided`, for every grid whose rounding is a sweep."""
+        if not self.rounds_two_sided():
+            return super().quantize_two_sided(weight, hessian, outputs)
+        check_hessian(outputs)
+        return self._quantize(weight, hessian, outputs.to(weight.device))
+
+    def rounds_two_sided(self) -> bool:
+        return isinstance(self.rounding, Sequential)
+
+    def _quantize(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor | None) -> Packed:
+        """outputs: the second moment of the outputs' gradients [out, out], for a `Sequential` rounding."""
         weight = self._checked(weight, hessian)
         state: Packed = {}
         if self.basis:
             state = self.basis.init(weight, hessian)
             weight, hessian = self.basis.transform(weight, hessian, state)
-        codes, params = self.rounding(weight, hessian, self.grid)
+            outputs = None if outputs is None else self.basis.output_moment(outputs, state)
+        if outputs is None:
+            codes, params = self.rounding(weight, hessian, self.grid)
+        else:
+            assert isinstance(self.rounding, Sequential)
+            codes, params = self.rounding(weight, hessian, self.grid, outputs)
         return self.grid.pack(codes, params, weight.shape[1]) | state
 
     def requantize(self, weight: Tensor, packed: Packed, rows: slice = ALL) -> Packed:
@@ -137,7 +157,7 @@ class Composed(Quantizer):
         """The unrounded scale of each group of weights, and the group's norm in float64; of equal shapes."""
         if self.basis is not None and not self.basis.by_rows:
             weight, _ = self.basis.transform(weight, None, self.basis.init(weight, None))
-        assert isinstance(self.grid, Affine)
+        assert isinstance(self.grid, Affine | MidRise)
         grid = dataclasses.replace(self.grid, scale_type="float32", clip=False)
         groups = [part.flatten(0, 1) for part in split(weight, grid.resolve_group_size(weight.shape[1]))]
         scales = torch.cat([grid.fit(group)[:, 0] for group in groups])

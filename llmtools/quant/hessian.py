@@ -115,7 +115,9 @@ def feedback(hessian: Tensor, width: int, damping: float) -> Tensor | None:
     return None if factors is None else factors.update
 
 
-def factor(hessian: Callable[[], Tensor], width: int, damping: float) -> Factors | None:
+def factor(
+    hessian: Callable[[], Tensor], width: int, damping: float, *, otherwise: str = "this layer is rounded to nearest"
+) -> Factors | None:
     """H + λI = M D Mᵀ with M unit upper triangular in blocks of `width`, which divides in, and D block diagonal.
 
     hessian() [in, in] float32 or float64 -> M [in, in] and the diagonal of D [in] in that type (LDLQ: QuIP,
@@ -123,7 +125,7 @@ def factor(hessian: Callable[[], Tensor], width: int, damping: float) -> Factors
 
     M is a Cholesky factor of the reversed matrix, in the place and the precision of what `hessian` gives, a new copy at
     each call. Where that fails, the damping λ = damping · mean(diag H) is doubled, up to the mean itself;
-    None, with a log line, when even that is not positive definite.
+    None, with a log line that says what is done `otherwise`, when even that is not positive definite.
     """
     tried = damping
     while True:
@@ -135,10 +137,10 @@ def factor(hessian: Callable[[], Tensor], width: int, damping: float) -> Factors
             break
         if tried >= 1:
             logger.warning(
-                "%sthe Hessian is not positive definite even with damping %g; this layer is rounded to nearest. "
-                "More calibration tokens may help.",
+                "%sthe Hessian is not positive definite even with damping %g; %s. More calibration tokens may help.",
                 where(),
                 tried,
+                otherwise,
             )
             return None
         tried = min(1.0, max(2 * tried, 1e-4))

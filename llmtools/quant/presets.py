@@ -28,6 +28,7 @@ from .composed import Composed
 from .grids.affine import BITS, Affine
 from .grids.base import Grid
 from .grids.codebook import Codebook
+from .grids.mid_rise import MidRise
 from .grids.scalar import check_group_size, check_scale_type
 from .proximal import Proximal
 from .rounding import Clipped, Nearest, Rounding, Sequential
@@ -221,6 +222,9 @@ class QuIP(Composed):
     """Version of the rules that say which Hadamard matrix belongs to a size."""
     scale_type: str = later("float16")
     """Type of the scales: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
+    mid_rise: bool = later(False)
+    """Whether the levels are odd multiples of half a scale, ±½, ±1½ at 2 bits, and zero is none of them (Qift); such a
+    grid is symmetric and stores no zero points."""
 
     def __post_init__(self) -> None:
         _check(self.name, self.bits, self.group_size, self.scale_type)
@@ -229,6 +233,8 @@ class QuIP(Composed):
 
     @cached_property
     def grid(self) -> Grid:
+        if self.mid_rise:
+            return MidRise(self.bits, self.group_size, self.clip, self.scale_type)
         return Affine(self.bits, self.group_size, self.symmetric, self.clip, self.scale_type)
 
     @property

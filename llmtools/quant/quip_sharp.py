@@ -33,7 +33,7 @@ from .composed import Composed
 from .grids.base import Grid
 from .grids.lattice import SCALE, Lattice
 from .hessian import proxy_loss
-from .rounding import Nearest, Sequential
+from .rounding import ROW_DAMPING, Nearest, Sequential
 
 SCALES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
 """Scales that are tried, relative to the one for Gaussian weights."""
@@ -78,7 +78,7 @@ class Rotated(Composed):
         scale = self.fitting_scale if self.scale is None else self.scale
         return SignedHadamard(self.seed, scale, self.grid.width, self.hadamard, self.scale_type)
 
-    def quantize(self, weight: Tensor, hessian: Tensor | None = None) -> Packed:
+    def _quantize(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor | None) -> Packed:
         weight = self._checked(weight, hessian)
         assert hessian is not None
         hessian, basis = hessian.to(weight.device), self.basis
@@ -88,11 +88,13 @@ class Rotated(Composed):
             scale = search_scale(rotated, basis.second_moment(hessian, state), self.grid, self.rows_tried)
             rotated *= scale
             state["sv"] = basis.stored(state["sv"].float() / scale)
-        codes, params = self.rounding.sweep(rotated, lambda: basis.second_moment(hessian, state), self.grid)
+        moment = None if outputs is None else basis.output_moment(outputs, state)
+        codes, params = self.rounding.sweep(rotated, lambda: basis.second_moment(hessian, state), self.grid, moment)
+        del moment
         columns = rotated.shape[1]
         del rotated
         packed = self.grid.pack(codes, params, columns) | state
-        corrections = row_corrections(weight, self.dequantize(packed, dtype=weight.dtype), hessian)
+        corrections = row_corrections(weight, self.dequantize(packed, dtype=weight.dtype), hessian, outputs)
         packed["sv"] = basis.stored(packed["sv"].to(corrections) * corrections)
         return packed
 
@@ -163,16 +165,34 @@ def search_scale(weight: Tensor, hessian: Tensor, grid: Grid, most: int = ROWS) 
     return SCALES[losses.index(min(losses))]
 
 
-def row_corrections(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
+def row_corrections(weight: Tensor, approximation: Tensor, hessian: Tensor, outputs: Tensor | None = None) -> Tensor:
     """g [out]: the factor of each row of the approximation [out, in] that brings it closest to the weight's.
 
-    Closest under the Hessian [in, in] of the weight's own coordinates; in the weight's type, between ½ and 2.
+    Closest under the Hessian [in, in] of the weight's own coordinates, and with `outputs` [out, out] under the second
+    moment of the gradients there, too; in the weight's type, between ½ and 2.
     """
-    corrections = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
     hessian = hessian.to(weight)
+    if outputs is not None:
+        return _joint_corrections(weight, approximation, hessian, outputs.to(weight.device))
+    corrections = torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
     for start in range(0, len(weight), 64):
         rows = slice(start, start + 64)
         seen = approximation[rows] @ hessian
         power, shared = (seen * approximation[rows]).sum(1), (seen * weight[rows]).sum(1)
         corrections[rows] = torch.where(power > 0, shared / power, 1).clamp(0.5, 2)
     return corrections
+
+
+def _joint_corrections(weight: Tensor, approximation: Tensor, hessian: Tensor, outputs: Tensor) -> Tensor:
+    """g [out] of the least tr(G (W − diag(g) Ŵ) H (W − diag(g) Ŵ)ᵀ): (G ∘ Ŵ H Ŵᵀ) g = (G ∘ Ŵ H Wᵀ) 1.
+
+    Solved for g − 1, so that rows that cost nothing stay as they are.
+    """
+    seen = approximation @ hessian
+    matrix = (outputs * (seen @ approximation.mT)).double()
+    slope = (outputs * (seen @ (weight - approximation).mT)).double().sum(1)
+    matrix.diagonal().mul_(1 + ROW_DAMPING).masked_fill_(matrix.diagonal() == 0, 1)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        return torch.ones(len(weight), dtype=weight.dtype, device=weight.device)
+    return (1 + torch.cholesky_solve(slope[:, None], factor)[:, 0]).to(weight.dtype).clamp(0.5, 2)

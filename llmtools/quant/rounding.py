@@ -16,6 +16,11 @@ Without groups, chunks and act-order the sweep is a few lines (`tests/quant/test
         codes.append(grid.quantize_values(target, params))
         error[:, j:j+1] = W[:, j:j+1] - grid.dequantize_codes(codes[-1], params)
 
+The rows can be swept, too. What an error costs the whole network depends on the other errors of its column: the loss
+is tr(G E H Eᵀ), G the second moment of the gradients in the layer's outputs (YAQA, arXiv:2505.22988). With G + λI =
+N B Nᵀ in strips of rows, strip R is rounded by the sweep above after adding Σ_{S<R} N_SRᵀ E_S; written out, that is the
+feedback from both sides, W + Nᵀ E M − E.
+
 Shapes: out, in — features; h, w — the grid's height and width; G — groups in a row; p — parameters of a group. Where w
 does not divide `in`, or h `out`, weights are padded with zeros that no input sees and no output shows.
 """
@@ -35,6 +40,12 @@ from .grids.base import Grid
 from .hessian import clear_dead, factor
 
 _CHUNK = 128  # columns between two products with all earlier errors
+STRIPS = 32
+"""Most strips of rows with feedback between them, each a sweep by itself."""
+LEAST_ROWS = 16
+"""Fewest rows of a strip."""
+ROW_DAMPING = 0.01
+"""Damping added to the diagonal of the outputs' moment, as a fraction of its mean."""
 
 
 class Rounding(ABC):
@@ -104,6 +115,7 @@ class Sequential(Rounding):
     A group's grid is fitted when the sweep reaches it, to weights that carry the feedback of *all* earlier columns
     (GPTQ's own code leaves out those of the current block of 128, which is worse for smaller groups). With H + λI =
     M D Mᵀ the loss is Σ_j D_jj e_j² in the errors e of rounding alone: what a grid's search for a range should weigh.
+    With the second moment of the outputs' gradients the rows have feedback, too.
     """
 
     damping: float = 0.01
@@ -123,17 +135,22 @@ class Sequential(Rounding):
         if self.passes < 0:
             raise InputError(f"passes={self.passes}; give 0 or a positive number of passes")
 
-    def __call__(self, weight: Tensor, hessian: Tensor | None, grid: Grid) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, weight: Tensor, hessian: Tensor | None, grid: Grid, outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         if hessian is None:
             raise InputError(f"{where()}this rounding needs calibration data: pass a Hessian")
         weight, seen = clear_dead(weight, hessian.to(weight.device))
-        return self.sweep(weight.clone(), lambda: seen.to(torch.float64, copy=True), grid)
+        return self.sweep(weight.clone(), lambda: seen.to(torch.float64, copy=True), grid, outputs)
 
-    def sweep(self, weight: Tensor, hessian: Callable[[], Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
+    def sweep(
+        self, weight: Tensor, hessian: Callable[[], Tensor], grid: Grid, outputs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As a call, for large weights: W [out, in] becomes W − Ŵ, and H is made when it is needed.
 
         `hessian` gives a new copy each time, [in, in], in the precision to work in. So three matrices of the weight's
-        size are never in memory at once.
+        size are never in memory at once. outputs: E[g gᵀ] [out, out] of the gradients in the layer's outputs, for
+        feedback between rows, too; None, or a diagonal matrix: there is none.
         """
         out_features, weight = len(weight), _padded(weight, grid)
 
@@ -149,14 +166,54 @@ class Sequential(Rounding):
             return codes, params[:out_features]
         update, cost, damping = factors.update.to(weight.dtype), factors.cost.to(weight.dtype), factors.damping
         del factors
-        if self.static_groups or perm is not None:
-            codes, params = _sweep_static(weight, update, grid, perm)
-        else:
-            codes, params = _sweep(weight, update, cost, grid)
-        del update
-        if self.passes:
-            codes = _descend(weight, moment().to(weight.dtype), damping, grid, codes, params, self.passes)
+        seen = moment().to(weight.dtype) if self.passes else None
+        if seen is not None:
+            seen.diagonal().add_(damping * seen.diagonal().mean())
+
+        def rounded(error: Tensor) -> tuple[Tensor, Tensor]:
+            if self.static_groups or perm is not None:
+                codes, params = _sweep_static(error, update, grid, perm)
+            else:
+                codes, params = _sweep(error, update, cost, grid)
+            if seen is not None:
+                codes = _descend(error, seen, grid, codes, params, self.passes)
+            return codes, params
+
+        codes, params = _by_strips(weight, outputs, grid, rounded)
         return codes, params[:out_features]
+
+
+def _by_strips(
+    error: Tensor, outputs: Tensor | None, grid: Grid, rounded: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Rounds strips of rows one after the other, each with the feedback of those before it; or all of them at once.
+
+    error [out, in] is W and becomes W − Ŵ, as `rounded` does it with some rows; outputs [out, out] float. With one
+    strip only, or where no row of `outputs` has to do with another, the result is `rounded` of the whole.
+    """
+    height = -(-len(error) // (STRIPS * grid.height)) * grid.height
+    height = max(height, -(-LEAST_ROWS // grid.height) * grid.height)
+    if outputs is None or len(error) <= height:
+        return rounded(error)
+
+    def moment() -> Tensor:
+        own = outputs.to(device=error.device, dtype=torch.float64, copy=True)
+        return _padded_hessian(_padded_hessian(own, grid.height) if not grid.ragged else own, height)
+
+    factors = factor(moment, height, ROW_DAMPING, otherwise="its rows are rounded without regard to one another")
+    if factors is None or not factors.update.triu(1).any():
+        return rounded(error)
+    feedback = factors.update.to(error.dtype)  # N
+    del factors
+    parts = []
+    for start in range(0, len(error), height):
+        rows = slice(start, min(start + height, len(error)))
+        shift = feedback[:start, rows].mT @ error[:start]  # Σ_{S<R} N_SRᵀ E_S
+        strip = error[rows] + shift
+        parts.append(rounded(strip))
+        error[rows] = strip - shift
+    codes, params = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(params)
 
 
 def _sweep(error: Tensor, update: Tensor, cost: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -227,18 +284,15 @@ def _sweep_static(weight: Tensor, update: Tensor, grid: Grid, perm: Tensor | Non
     return torch.empty_like(swept).index_copy_(1, perm, swept), params
 
 
-def _descend(
-    error: Tensor, hessian: Tensor, damping: float, grid: Grid, codes: Tensor, params: Tensor, iterations: int
-) -> Tensor:
+def _descend(error: Tensor, hessian: Tensor, grid: Grid, codes: Tensor, params: Tensor, iterations: int) -> Tensor:
     """Codes [out / h, in / w] after coordinate descent over the columns, last to first, all others fixed at each.
 
-    With G = E (H + λI) the loss as a function of the values v of block k is least at v + G_k H_kk⁻¹; the code nearest
-    to that is taken in the rows (strips of h rows) where it lowers the loss, which in a block of one weight it always
-    does. The error [out, in] and the Hessian [in, in], here damped, are changed in place; params [out, G, p].
+    With G = E H the loss as a function of the values v of block k is least at v + G_k H_kk⁻¹; the code nearest to that
+    is taken in the rows (strips of h rows) where it lowers the loss, which in a block of one weight it always does. The
+    error [out, in] is changed in place; the Hessian [in, in] is damped; params [out, G, p].
     """
     width, height, group_size = grid.width, grid.height, grid.resolve_group_size(error.shape[1])
     codes = codes.clone()
-    hessian.diagonal().add_(damping * hessian.diagonal().mean())
     blocks = [hessian[j : j + width, j : j + width] for j in range(0, len(hessian), width)]
     inverses = torch.linalg.inv(torch.stack(blocks))  # H_kk⁻¹
     for _ in range(iterations):

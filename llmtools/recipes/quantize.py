@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
-from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery
+from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery, check_rounding
 from ..model.processes import Processes, together
 from .quality import expanded, with_quality
 
@@ -70,6 +70,10 @@ class Quantize(QuantizerOptions, ModelOptions):
     error_propagation: float | None = None
     """Strength, from 0 to 1, of a correction of each weight, before it is quantized, for the errors of the layers
     before it; --error_propagation 0.5. The walk takes about twice as long. By default 0, or what the quality says."""
+    rounding: str = "one_sided"
+    """What the rounding of optq, quip, quip_sharp and qtip makes least: one_sided, the error of a layer's output;
+    two_sided, its effect on the whole model's distributions, by gradients of the original model, which is read into
+    memory as a whole."""
     finetune_blocks: BlockTuning = OPEN_TUNING
     """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
     --finetune_blocks.epochs 5."""
@@ -189,6 +193,8 @@ def _why_resident(recipe: Quantize) -> str | None:
         return "--recover runs the original"
     if recipe.bits_per_weight is not None:
         return "--bits_per_weight compares all of its linears"
+    if recipe.rounding == "two_sided":
+        return "--rounding two_sided needs gradients through all of it"
     return why_not_streamed(recipe.model, trust_remote_code=recipe.trust_remote_code)
 
 
@@ -297,6 +303,7 @@ def _quantized(
                 sequential=recipe.sequential,
                 tuning=recipe.finetune_blocks,
                 error_propagation=recipe.error_propagation or 0.0,
+                rounding=recipe.rounding,
                 adapter_rank=recipe.adapter_rank,
                 route_all=recipe.route_all,
                 on_step=step,
@@ -372,6 +379,7 @@ def checked_quantizer(recipe: Quantize) -> Any:
             ways_out = ", or take what needs none: --quality fast, or --quantizer rtn"
         raise InputError(f"{reader} needs calibration text: pass --calibration FILE (.txt or .jsonl){ways_out}")
     check_strength(recipe.error_propagation or 0.0, tuned=bool(recipe.finetune_blocks.epochs))
+    check_rounding(recipe.rounding)
     if recipe.bits_per_weight is not None and recipe.bits is not None:
         raise InputError("--bits_per_weight chooses the bits of each linear; pass it or --bits, not both")
     if not recipe.recover.steps and recipe.recover != NO_RECOVERY:
@@ -393,6 +401,7 @@ def _reader_of_text(recipe: Quantize, quantizer: Any) -> str | None:
         quantizer.name: quantizer.needs_hessian,
         "--finetune_blocks": recipe.finetune_blocks.epochs,
         "--error_propagation": recipe.error_propagation,
+        "--rounding two_sided": recipe.rounding == "two_sided",
         "--bits_per_weight": recipe.bits_per_weight is not None,
         "--recover": recipe.recover.steps,
     }

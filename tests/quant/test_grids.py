@@ -13,6 +13,7 @@ from llmtools.quant.grids.affine import Affine
 from llmtools.quant.grids.base import Grid
 from llmtools.quant.grids.codebook import DYNAMIC, NF4, Codebook
 from llmtools.quant.grids.lattice import SCALE, Lattice
+from llmtools.quant.grids.mid_rise import MidRise
 from llmtools.quant.rounding import Nearest
 
 
@@ -229,3 +230,35 @@ def test_lattices_have_two_to_four_bits(bits: int) -> None:
 def test_residual_scales_are_positive_numbers(scale: float) -> None:
     with pytest.raises(InputError, match=r"residual_scale=.*; give a positive number, as 3\.45"):
         Lattice(4, scale)
+
+
+# ---- levels without a zero -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_mid_rise_levels_are_odd_multiples_of_half_a_scale_and_codes_the_nearest(bits: int) -> None:
+    """Nearest of all levels by brute force; and what is packed decodes to the same values."""
+    grid, weight = MidRise(bits, 32, clip=True, scale_type="float32"), torch.randn(6, 70)
+    codes, params = Nearest()(weight, None, grid)
+    packed = grid.pack(codes, params, 70)
+    scales = packed["scales"].repeat_interleave(32, 1)[:, :70, None]
+    levels = scales * (torch.arange(2**bits) - (2**bits - 1) / 2)
+    expected = levels.gather(2, (levels - weight[..., None]).abs().argmin(2, keepdim=True))[..., 0]
+    torch.testing.assert_close(grid.dequantize(packed), expected)
+    assert (grid.dequantize(packed) != 0).all()
+
+
+def test_at_two_bits_levels_without_a_zero_suit_gaussian_weights_better() -> None:
+    """The best four equally spaced levels for them are ±½ and ±1½ times 0.9957: an error of 0.1188 (Max 1960)."""
+    weight, errors = torch.randn(8, 20_000), []
+    for grid in (MidRise(2, clip=True), Affine(2, clip=True)):
+        codes, params = Nearest()(weight, None, grid)
+        errors.append(float((grid.dequantize(grid.pack(codes, params, 20_000)) - weight).square().mean()))
+    assert errors[0] == pytest.approx(0.1188, rel=0.03) and errors[0] < 0.9 * errors[1], errors
+
+
+def test_a_group_of_zeros_is_zeros_without_a_level_for_it() -> None:
+    grid, weight = MidRise(2, 16), torch.randn(3, 48)
+    weight[1, 16:32] = 0
+    codes, params = Nearest()(weight, None, grid)
+    assert not grid.dequantize(grid.pack(codes, params, 48))[1, 16:32].any()

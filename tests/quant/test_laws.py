@@ -30,7 +30,11 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     ],
     "hqq": [{"bits": 2, "group_size": 24}, {"bits": 3, "group_size": 7}, {"bits": 8, "group_size": -1}],
     "awq": [{"bits": 2, "group_size": 16, "clip": False}, {"bits": 3, "group_size": 20, "symmetric": True}],
-    "quip": [{"bits": 2, "passes": 0}, {"bits": 3, "group_size": 16, "clip": False, "passes": 2, "seed": 5}],
+    "quip": [
+        {"bits": 2, "passes": 0},
+        {"bits": 3, "group_size": 16, "clip": False, "passes": 2, "seed": 5},
+        {"bits": 2, "mid_rise": True, "passes": 0},
+    ],
     "quip_sharp": [
         {"bits": 2, "passes": 0, "scale": 0.9},
         {"bits": 3, "passes": 1, "seed": 3},
@@ -144,5 +148,5 @@ def test_an_exception_of_a_quantizer_is_an_outcome_not_a_crash() -> None:
 def test_the_laws_are_the_architectures() -> None:
     assert set(LAWS) == {
         "layout", "rows", "determinism", "meta", "linear", "trained", "in_place", "requantized", "updated", "shifted",
-        "round_trip", "calibration_helps", "monotone", "degenerate",
+        "round_trip", "calibration_helps", "two_sides_help", "monotone", "degenerate",
     }  # fmt: skip

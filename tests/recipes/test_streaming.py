@@ -295,6 +295,36 @@ def test_another_run_is_refused_by_content(llama: Path, text: Path, tmp_path: Pa
 def test_what_runs_in_memory_cannot_be_resumed(llama: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing is kept of this run, since --bits_per_weight compares"):
         quantize(asked(llama, tmp_path / "out", text, bits_per_weight=3.5, resume=True))
+    with pytest.raises(InputError, match="nothing is kept of this run, since --rounding two_sided needs gradients"):
+        quantize(asked(llama, tmp_path / "out", text, rounding="two_sided", resume=True))
+    assert not any(tmp_path.iterdir())
+
+
+def test_two_sided_rounding_reads_the_whole_model_and_gives_the_same_bits_again(
+    llama: Path, text: Path, tmp_path: Path
+) -> None:
+    for name in ("out", "again"):
+        quantize(asked(llama, tmp_path / name, text, "optq", rounding="two_sided"))
+    quantize(asked(llama, tmp_path / "plain", text, "optq"))
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "again") != tensors(tmp_path / "plain")
+    assert "two_sided" in (tmp_path / "out" / "llmtools.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounding": "both"}, "rounding='both'"),
+        ({"rounding": "two_sided", "calibration": None}, "--rounding two_sided needs calibration text"),
+        ({"rounding": "two_sided", "quantizer": "awq"}, "awq has no two-sided rounding; use optq"),
+    ],
+    ids=["unknown", "without text", "without a sweep"],
+)
+def test_two_sided_rounding_that_cannot_be(
+    options: dict[str, Any], message: str, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = asked(llama, tmp_path / "out", text, "quip_sharp")
+    with pytest.raises(InputError, match=message):
+        quantize(replace(recipe, **({"quantizer": "rtn"} if "calibration" in options else {}) | options))
     assert not any(tmp_path.iterdir())
 
 

@@ -81,7 +81,7 @@ def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
     from llmtools.checkpoint.folder import load_model
     from llmtools.nn.adapters import prepare_for_training
     from llmtools.nn.loss import chunked_loss
-    from llmtools.train.heap import map_large_blocks
+    from llmtools.train.heap import guard_heap, map_large_blocks
 
     map_large_blocks()  # as finetune does
     before = status("RssAnon")
@@ -96,6 +96,7 @@ def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
         prepare_for_training(model, gradient_checkpointing=True)
         options = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         adapted = peft.get_peft_model(model, options).train()
+        guard_heap(adapted)
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         losses, wall, cpu = [], [], []

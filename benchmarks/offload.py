@@ -124,13 +124,13 @@ def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def peaks() -> Iterator[dict[str, int]]:
-    """The largest RssAnon and RssFile of this process meanwhile, in bytes."""
+def peaks(seconds: float = 0.01) -> Iterator[dict[str, int]]:
+    """The largest RssAnon and RssFile of this process meanwhile, in bytes, sampled so often."""
     found = dict.fromkeys(("RssAnon", "RssFile"), 0)
     done = threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.01):
+        while not done.wait(seconds):
             found.update({key: max(value, status(key)) for key, value in found.items()})
 
     thread = threading.Thread(target=sample, daemon=True)
@@ -177,7 +177,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             "cache": "cold" if args.cold else "warm",
             "tokens": args.tokens,
             "weight_bytes": resident,
-            "planned_anon_bytes": plan.total - (resident if way == "disk" else 0),
+            "planned_anon_bytes": plan.total - plan.program - (resident if way == "disk" else 0),
             **json.loads(done.stdout.splitlines()[-1]),
         }
         append(row, args.out)

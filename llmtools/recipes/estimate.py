@@ -17,9 +17,12 @@ from .quantize import QuantizerOptions, resolve_quantizer
 
 LORA = Lora()
 
+PROGRAM_BYTES = 380_000_000
+"""Anonymous memory of `llmtools finetune` before the first step, without the model and its adapters, on Linux
+(`python -m benchmarks.plan_memory`)."""
 NOT_COUNTED = (
-    "what a kernel allocates within itself, what the allocator rounds up or caches, libraries and the program "
-    "(on a GPU the CUDA context, some 0.5 GB)"
+    "what a kernel allocates within itself, what the allocator rounds up or caches, pages of the libraries' files (on "
+    "a GPU the CUDA context, some 0.5 GB)"
 )
 
 
@@ -78,6 +81,8 @@ class Memory:
     """Logits and what is computed from them, if they are live at the peak."""
     work: int
     """Scratch memory of one block, if that is the peak: recomputed activations, gradients, dequantized rows."""
+    program: int = 0
+    """The program with its libraries, where they share the memory: on a CPU."""
 
     @property
     def total(self) -> int:
@@ -146,6 +151,7 @@ class PlanResult:
             "activations": "activations for the backward",
             "loss": "logits and loss",
             "work": "scratch memory of one block",
+            "program": "program and libraries",
         }
         width = max(map(len, names.values()))
         column = max(len(self.quantizer), 10)
@@ -235,6 +241,8 @@ def read_config(recipe: Plan) -> Any:
     from ..checkpoint.loading import check_model
     from ..files import read_json
     from ..formats.gguf_reading import described, find
+    from ..formats.reading import described as external_config
+    from ..formats.reading import detect
     from ..model.integrity import check_config
 
     path = Path(recipe.model).expanduser()
@@ -246,6 +254,8 @@ def read_config(recipe: Plan) -> Any:
             check_config(values, None, str(path))
             return AutoConfig.for_model(**values)
     check_model(recipe.model)
+    if path.is_dir() and recipe.quantizer is None and (external := detect(str(path), {})) is not None:
+        return external_config(external, trust_remote_code=recipe.trust_remote_code)
     name = str(path) if path.is_dir() else recipe.model
     with opening(f"{recipe.model}: its configuration cannot be loaded", error=InputError):
         check_config(PreTrainedConfig.get_config_dict(name)[0], None, name)
@@ -278,7 +288,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     held = tensors(model)
     how: dict[str, Any] = {
         "device": str(recipe.device),
-        "autocast": recipe.device == "cuda",
+        "autocast": recipe.device == "cuda" or _is_bfloat16(model),  # as `train.arguments.arguments_of` sets it
         "chunked_loss": recipe.chunked_loss,
     }
     transient = peak(model, recipe.batch_size, recipe.max_length, **how)
@@ -293,13 +303,20 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         activations=transient.activations,
         loss=transient.loss,
         work=transient.work,
+        program=PROGRAM_BYTES if recipe.device == "cpu" else 0,
     )
     validation = 0
     if recipe.eval_batch_size is not None:
         forward = peak(model, recipe.eval_batch_size, recipe.max_length, training=False, **how)
-        validation = held.frozen + held.adapters + memory.optimizer + forward.total
+        validation = held.frozen + held.adapters + memory.optimizer + forward.total + memory.program
     facts = {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
     return memory, name, {**facts, "validation": validation}
+
+
+def _is_bfloat16(model: Any) -> bool:
+    import torch
+
+    return bool(model.get_input_embeddings().weight.dtype == torch.bfloat16)
 
 
 def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
@@ -363,8 +380,8 @@ def _quantizers(model: Any, config: Any, recipe: Plan) -> tuple[dict[str, Any], 
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         if stored.get("quant_method") != "llmtools":
             raise InputError(
-                f"{recipe.model} was quantized by {stored.get('quant_method')}; pass --quantizer to plan for one of "
-                f"llmtools', or plan for a folder that `llmtools quantize` wrote"
+                f"{recipe.model} was quantized by {stored.get('quant_method')}; give the folder of the whole checkpoint, "
+                "if llmtools reads it, or pass --quantizer to plan for one of llmtools'"
             )
         made = [from_spec(spec) for spec in stored["quantizers"]]
         chosen = {path: made[index] for path, index in stored["modules"].items()}

@@ -1,8 +1,8 @@
 """The memory of `llmtools finetune` on a CPU, beside what `llmtools plan` says of it.
 
-    python -m benchmarks.plan_memory --model DIR                              batches of 1 × 128, 4 × 256, 8 × 256 tokens
+    python -m benchmarks.plan_memory --model DIR                         batches of 1 × 128, 4 × 256, 8 × 256 tokens
     python -m benchmarks.plan_memory --model DIR --shapes 8x256 --checkpointing
-    python -m benchmarks.plan_memory --table                                  the rows as Markdown
+    python -m benchmarks.plan_memory --table                             the rows as Markdown
 
 Each shape is a run of its own process, of a few steps on made-up text in windows of full length. Measured is the peak
 of RssAnon, sampled every 5 ms from the first step's beginning to the last one's end, and the bytes of weights that are
@@ -27,7 +27,7 @@ from .quality import HERE, append, rows_of
 
 RESULTS = HERE / "results" / "plan_memory.jsonl"
 SHAPES = ("1x128", "4x256", "8x256")
-WORDS = "the a cat dog sat ran on under mat tree house and but or blue red green fast slow".split()
+WORDS = ("the", "a", "cat", "dog", "sat", "on", "under", "mat", "tree", "house", "and", "but", "blue", "red", "slow")
 
 
 def measure(model: str, batch: int, length: int, checkpointing: bool, steps: int) -> dict[str, Any]:

@@ -191,26 +191,14 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
 
     Raises InputError for sizes, types and names that cannot be, and for sequences longer than the model's positions.
     """
-    from ..data.metrics import model_positions
-
-    _check(recipe)
-    device = recipe.device or _best_device()
-    shown: Any = SimpleNamespace(config=config)
-    positions = model_positions(shown)
-    length = recipe.max_length if recipe.max_length is not None else min(1024, positions or 1024)
-    if positions is not None and length > positions:
-        raise InputError(
-            f"max_length={length} is longer than the model's {positions} positions; use at most {positions}"
-        )
-    checkpointing = device == "cuda" if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
-    recipe = dataclasses.replace(recipe, device=device, max_length=length, gradient_checkpointing=checkpointing)
+    recipe = resolved(config, recipe)
     quantized, name, facts = step_memory(config, recipe)
     dense, _, dense_facts = step_memory(config, recipe, dense=True)
     available, where = _available(recipe)
     in_files = quantized.weights if recipe.offload else 0
-    fits = None if available is None else _needed(quantized, facts, recipe) <= available
-    checkpointed = "with checkpointing" if checkpointing else "without checkpointing"
-    where_it_runs = f"on {'a GPU' if device == 'cuda' else 'the CPU'}"
+    fits = None if available is None else needed(quantized, facts, recipe) <= available
+    checkpointed = "with checkpointing" if recipe.gradient_checkpointing else "without checkpointing"
+    where_it_runs = f"on {'a GPU' if recipe.device == 'cuda' else 'the CPU'}"
     return PlanResult(
         model=recipe.model,
         quantizer=name,
@@ -218,7 +206,9 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
         weights=facts["weights"],
         bits_per_weight=8 * quantized.packed / facts["weights"],
         trainable=facts["trainable"],
-        step=", ".join([f"{recipe.batch_size} × {length} tokens", checkpointed, where_it_runs, recipe.optim]),
+        step=", ".join(
+            [f"{recipe.batch_size} × {recipe.max_length} tokens", checkpointed, where_it_runs, recipe.optim]
+        ),
         memory=quantized,
         total=quantized.total,
         lora_16_bit=dense,
@@ -232,6 +222,24 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
         eval_batch_size=recipe.eval_batch_size,
         in_files=in_files,
     )
+
+
+def resolved(config: Any, recipe: Plan) -> Plan:
+    """The recipe with its device, length and checkpointing as they are where it leaves them open; checked as in
+    `plan_for`."""
+    from ..data.metrics import model_positions
+
+    _check(recipe)
+    device = recipe.device or _best_device()
+    shown: Any = SimpleNamespace(config=config)
+    positions = model_positions(shown)
+    length = recipe.max_length if recipe.max_length is not None else min(1024, positions or 1024)
+    if positions is not None and length > positions:
+        raise InputError(
+            f"max_length={length} is longer than the model's {positions} positions; use at most {positions}"
+        )
+    checkpointing = device == "cuda" if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
+    return dataclasses.replace(recipe, device=device, max_length=length, gradient_checkpointing=checkpointing)
 
 
 def read_config(recipe: Plan) -> Any:
@@ -331,7 +339,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..train.adapters import fit_config, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
-        model = _empty(config, recipe, attention)
+        model = empty_model(config, recipe, attention)
         quantizers, name = _quantizers(model, config, recipe)
         if not dense:
             for path, quantizer in quantizers.items():
@@ -347,7 +355,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
         return adapted.train(), name, len(quantizers)
 
 
-def _empty(config: Any, recipe: Plan, attention: str) -> Any:
+def empty_model(config: Any, recipe: Plan, attention: str = "sdpa") -> Any:
     """The model on the meta device, with the attention implementation for planning where its family allows a choice."""
     import copy
 
@@ -380,8 +388,8 @@ def _quantizers(model: Any, config: Any, recipe: Plan) -> tuple[dict[str, Any], 
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         if stored.get("quant_method") != "llmtools":
             raise InputError(
-                f"{recipe.model} was quantized by {stored.get('quant_method')}; give the folder of the whole checkpoint, "
-                "if llmtools reads it, or pass --quantizer to plan for one of llmtools'"
+                f"{recipe.model} was quantized by {stored.get('quant_method')}; give the folder of the whole "
+                "checkpoint, if llmtools reads it, or pass --quantizer to plan for one of llmtools'"
             )
         made = [from_spec(spec) for spec in stored["quantizers"]]
         chosen = {path: made[index] for path, index in stored["modules"].items()}
@@ -419,15 +427,15 @@ def _remedies(config: Any, recipe: Plan, available: int) -> list[str]:
     for flags, change in _changes(recipe):
         recipe = dataclasses.replace(recipe, **change)
         memory, _, facts = step_memory(config, recipe)
-        needed = _needed(memory, facts, recipe)
-        fits = needed <= available
-        remedies.append(f"{'and ' if remedies else ''}{flags}: {size(needed)}{', fits' if fits else ''}")
+        count = needed(memory, facts, recipe)
+        fits = count <= available
+        remedies.append(f"{'and ' if remedies else ''}{flags}: {size(count)}{', fits' if fits else ''}")
         if fits:
             return remedies
     return [*remedies, "a smaller model, more memory, or several devices"]
 
 
-def _needed(memory: Memory, facts: dict[str, int], recipe: Plan) -> int:
+def needed(memory: Memory, facts: dict[str, int], recipe: Plan) -> int:
     """Bytes of memory of a step, and of validation: those that do not stay in files."""
     return max(memory.total, facts["validation"]) - (memory.weights if recipe.offload else 0)
 

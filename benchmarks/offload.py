@@ -81,7 +81,7 @@ def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
     from llmtools.checkpoint.folder import load_model
     from llmtools.nn.adapters import prepare_for_training
     from llmtools.nn.loss import chunked_loss
-    from llmtools.train.heap import map_large_blocks
+    from llmtools.train.heap import guard_heap, map_large_blocks
 
     map_large_blocks()  # as finetune does
     before = status("RssAnon")
@@ -96,6 +96,7 @@ def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
         prepare_for_training(model, gradient_checkpointing=True)
         options = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
         adapted = peft.get_peft_model(model, options).train()
+        guard_heap(adapted)
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         losses, wall, cpu = [], [], []
@@ -123,13 +124,13 @@ def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def peaks() -> Iterator[dict[str, int]]:
-    """The largest RssAnon and RssFile of this process meanwhile, in bytes."""
+def peaks(seconds: float = 0.01) -> Iterator[dict[str, int]]:
+    """The largest RssAnon and RssFile of this process meanwhile, in bytes, sampled so often."""
     found = dict.fromkeys(("RssAnon", "RssFile"), 0)
     done = threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.01):
+        while not done.wait(seconds):
             found.update({key: max(value, status(key)) for key, value in found.items()})
 
     thread = threading.Thread(target=sample, daemon=True)
@@ -176,7 +177,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             "cache": "cold" if args.cold else "warm",
             "tokens": args.tokens,
             "weight_bytes": resident,
-            "planned_anon_bytes": plan.total - (resident if way == "disk" else 0),
+            "planned_anon_bytes": plan.total - plan.program - (resident if way == "disk" else 0),
             **json.loads(done.stdout.splitlines()[-1]),
         }
         append(row, args.out)

@@ -55,6 +55,7 @@ llmtools quantize --model DIR --quantizer optq --bits 3 --group_size 64 --calibr
   --num_samples 64 --max_length 512 --out QDIR
 llmtools quantize --model DIR --quantizer quip_sharp --bits 2 --calibration train.txt --recover --out QDIR
 llmtools quantize --model DIR --quantizer optq --bits_per_weight 2.5 --calibration train.txt --out QDIR
+llmtools quantize --model DIR --fit 6GB --fit_step.batch_size 4 --quality fast --out QDIR
 llmtools quantize --model DIR --quantizer nf4 --out QDIR
 llmtools quantize --config recipe.yaml --bits 2 --options.damping 0.05
 llmtools quantize --config recipe.yaml --resume""",

@@ -116,9 +116,10 @@ def gguf_config(file: GGUFFile) -> Any:
 
 
 def described(found: GGUFModel) -> Any:
-    """The config of a GGUF model, including its quantization config, without reading weights."""
+    """The config of a GGUF model as it is opened, including its quantization config, without reading weights."""
     file = read_header(found.path)
     config = gguf_config(file)
+    config.dtype = _dtype(None, file)
     _quantized(config, _assigned(file, Naming(file, config, skeleton(file, config))), found)
     return config
 

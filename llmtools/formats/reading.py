@@ -188,22 +188,12 @@ def open_model(found: External, options: Mapping[str, Any], keep: Keep | None = 
 
     Raises CheckpointError for damaged files, or ones that do not fit config.json.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     options = {key: value for key, value in options.items() if key not in (*_HUB_OPTIONS, "use_safetensors")}
-    trust = {"trust_remote_code": options.pop("trust_remote_code", False)}
-    config = AutoConfig.from_pretrained(found.folder, **trust)
-    for key in ("quantization_config", "compression_config", QUIP_PARAMS):
-        if hasattr(config, key):
-            delattr(config, key)
-    with torch.device("meta"):
-        skeleton = auto_class(config.to_dict()).from_config(config, **trust)
-    tensors = found.format.tensors(found.folder)
-    names = _unfuse_stored(skeleton, found.format.modules(tensors))
-    state, assigned = translate(found.format, tensors, skeleton, keep, names)
-    if "lm_head" in assigned:
-        config.tie_word_embeddings = False
-    config.quantization_config = LLMToolsConfig.of(assigned, origin=found.format.config).to_dict()
+    config, skeleton = _outline(found, options.pop("trust_remote_code", False))
+    state, assigned = _translated(found, skeleton, keep)
+    _describe(config, assigned, found)
     with opening(f"{found.folder} does not fit its config.json"):
         model, info = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, **options
@@ -213,6 +203,47 @@ def open_model(found: External, options: Mapping[str, Any], keep: Keep | None = 
     if (found.folder / "generation_config.json").exists() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)
     return model, dict(info)
+
+
+def described(found: External, *, trust_remote_code: bool = False) -> Any:
+    """The config of a third-party checkpoint, including its quantization config as one of llmtools.
+
+    Which quantizer a module has may depend on its values, so that all are read, those of one module at a time.
+    """
+    config, skeleton = _outline(found, trust_remote_code)
+    _, assigned = _translated(found, skeleton, _without_values)
+    _describe(config, assigned, found)
+    return config
+
+
+def _without_values(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
+
+
+def _outline(found: External, trust_remote_code: bool) -> tuple[Any, Any]:
+    """(config without an entry of quantization, model with dense layers on the meta device)."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(found.folder, trust_remote_code=trust_remote_code)
+    for key in ("quantization_config", "compression_config", QUIP_PARAMS):
+        if hasattr(config, key):
+            delattr(config, key)
+    with torch.device("meta"):
+        return config, auto_class(config.to_dict()).from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _describe(config: Any, assigned: Mapping[str, Quantizer], found: External) -> None:
+    if "lm_head" in assigned:
+        config.tie_word_embeddings = False
+    config.quantization_config = LLMToolsConfig.of(assigned, origin=found.format.config).to_dict()
+
+
+def _translated(
+    found: External, skeleton: nn.Module, keep: Keep | None
+) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
+    """`translate` of a folder; experts that are quantized there are linears of the skeleton afterwards."""
+    tensors = found.format.tensors(found.folder)
+    return translate(found.format, tensors, skeleton, keep, _unfuse_stored(skeleton, found.format.modules(tensors)))
 
 
 def _unfuse_stored(skeleton: nn.Module, stored: Iterable[str]) -> dict[str, str]:

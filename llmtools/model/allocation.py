@@ -104,10 +104,8 @@ def choose_bits(
 
     Raises InputError for a quantizer without `bits`, and for a size that no choice of widths meets.
     """
-    plan = Plan.of(model, quantizer, overrides or {}, skip)
-    paths = [path for path, each in plan.quantizers.items() if each == quantizer]
     variants = _variants(quantizer)
-    inside = [path for path in paths if path.startswith(tuple(f"{block}." for block in plan.blocks))]
+    inside = chosen_among(model, quantizer, overrides, skip)
     weights = {path: linear_at(model, path).weight.numel() for path in inside}
     if not inside:
         raise InputError("bits_per_weight: no linear within the blocks is left to choose for")
@@ -135,6 +133,15 @@ def choose_bits(
         sum(each.cost for each in picked.values()),
         choices,
     )
+
+
+def chosen_among(
+    model: nn.Module, quantizer: Quantizer, overrides: Overrides | None = None, skip: Sequence[str] | None = None
+) -> list[str]:
+    """The paths of the linears that `choose_bits` chooses for."""
+    plan = Plan.of(model, quantizer, overrides or {}, skip)
+    blocks = tuple(f"{block}." for block in plan.blocks)
+    return [path for path, each in plan.quantizers.items() if each == quantizer and path.startswith(blocks)]
 
 
 def allocate(choices: Mapping[str, Sequence[Choice]], weights: Mapping[str, int], budget: float) -> dict[str, int]:
@@ -268,5 +275,9 @@ def _variants(quantizer: Quantizer) -> list[Quantizer]:
 
 
 def _stored(quantizer: Quantizer, linear: nn.Linear) -> float:
-    size = layout_bytes(quantizer.layout(linear.out_features, linear.in_features))
-    return 8 * size / (linear.out_features * linear.in_features)
+    return 8 * stored_bytes(quantizer, linear) / (linear.out_features * linear.in_features)
+
+
+def stored_bytes(quantizer: Quantizer, linear: nn.Linear) -> int:
+    """Bytes of a linear's packed weight."""
+    return layout_bytes(quantizer.layout(linear.out_features, linear.in_features))

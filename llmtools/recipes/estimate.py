@@ -17,9 +17,12 @@ from .quantize import QuantizerOptions, resolve_quantizer
 
 LORA = Lora()
 
+PROGRAM_BYTES = 380_000_000
+"""Anonymous memory of `llmtools finetune` before the first step, without the model and its adapters, on Linux
+(`python -m benchmarks.plan_memory`)."""
 NOT_COUNTED = (
-    "what a kernel allocates within itself, what the allocator rounds up or caches, libraries and the program "
-    "(on a GPU the CUDA context, some 0.5 GB)"
+    "what a kernel allocates within itself, what the allocator rounds up or caches, pages of the libraries' files (on "
+    "a GPU the CUDA context, some 0.5 GB)"
 )
 
 
@@ -78,6 +81,8 @@ class Memory:
     """Logits and what is computed from them, if they are live at the peak."""
     work: int
     """Scratch memory of one block, if that is the peak: recomputed activations, gradients, dequantized rows."""
+    program: int = 0
+    """The program with its libraries, where they share the memory: on a CPU."""
 
     @property
     def total(self) -> int:
@@ -146,6 +151,7 @@ class PlanResult:
             "activations": "activations for the backward",
             "loss": "logits and loss",
             "work": "scratch memory of one block",
+            "program": "program and libraries",
         }
         width = max(map(len, names.values()))
         column = max(len(self.quantizer), 10)
@@ -185,26 +191,14 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
 
     Raises InputError for sizes, types and names that cannot be, and for sequences longer than the model's positions.
     """
-    from ..data.metrics import model_positions
-
-    _check(recipe)
-    device = recipe.device or _best_device()
-    shown: Any = SimpleNamespace(config=config)
-    positions = model_positions(shown)
-    length = recipe.max_length if recipe.max_length is not None else min(1024, positions or 1024)
-    if positions is not None and length > positions:
-        raise InputError(
-            f"max_length={length} is longer than the model's {positions} positions; use at most {positions}"
-        )
-    checkpointing = device == "cuda" if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
-    recipe = dataclasses.replace(recipe, device=device, max_length=length, gradient_checkpointing=checkpointing)
+    recipe = resolved(config, recipe)
     quantized, name, facts = step_memory(config, recipe)
     dense, _, dense_facts = step_memory(config, recipe, dense=True)
     available, where = _available(recipe)
     in_files = quantized.weights if recipe.offload else 0
-    fits = None if available is None else _needed(quantized, facts, recipe) <= available
-    checkpointed = "with checkpointing" if checkpointing else "without checkpointing"
-    where_it_runs = f"on {'a GPU' if device == 'cuda' else 'the CPU'}"
+    fits = None if available is None else needed(quantized, facts, recipe) <= available
+    checkpointed = "with checkpointing" if recipe.gradient_checkpointing else "without checkpointing"
+    where_it_runs = f"on {'a GPU' if recipe.device == 'cuda' else 'the CPU'}"
     return PlanResult(
         model=recipe.model,
         quantizer=name,
@@ -212,7 +206,9 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
         weights=facts["weights"],
         bits_per_weight=8 * quantized.packed / facts["weights"],
         trainable=facts["trainable"],
-        step=", ".join([f"{recipe.batch_size} × {length} tokens", checkpointed, where_it_runs, recipe.optim]),
+        step=", ".join(
+            [f"{recipe.batch_size} × {recipe.max_length} tokens", checkpointed, where_it_runs, recipe.optim]
+        ),
         memory=quantized,
         total=quantized.total,
         lora_16_bit=dense,
@@ -228,6 +224,24 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
     )
 
 
+def resolved(config: Any, recipe: Plan) -> Plan:
+    """The recipe with its device, length and checkpointing as they are where it leaves them open; checked as in
+    `plan_for`."""
+    from ..data.metrics import model_positions
+
+    _check(recipe)
+    device = recipe.device or _best_device()
+    shown: Any = SimpleNamespace(config=config)
+    positions = model_positions(shown)
+    length = recipe.max_length if recipe.max_length is not None else min(1024, positions or 1024)
+    if positions is not None and length > positions:
+        raise InputError(
+            f"max_length={length} is longer than the model's {positions} positions; use at most {positions}"
+        )
+    checkpointing = device == "cuda" if recipe.gradient_checkpointing is None else recipe.gradient_checkpointing
+    return dataclasses.replace(recipe, device=device, max_length=length, gradient_checkpointing=checkpointing)
+
+
 def read_config(recipe: Plan) -> Any:
     """The model's configuration, from a folder, a file or the hub."""
     from transformers import AutoConfig, PreTrainedConfig
@@ -235,6 +249,8 @@ def read_config(recipe: Plan) -> Any:
     from ..checkpoint.loading import check_model
     from ..files import read_json
     from ..formats.gguf_reading import described, find
+    from ..formats.reading import described as external_config
+    from ..formats.reading import detect
     from ..model.integrity import check_config
 
     path = Path(recipe.model).expanduser()
@@ -246,6 +262,8 @@ def read_config(recipe: Plan) -> Any:
             check_config(values, None, str(path))
             return AutoConfig.for_model(**values)
     check_model(recipe.model)
+    if path.is_dir() and recipe.quantizer is None and (external := detect(str(path), {})) is not None:
+        return external_config(external, trust_remote_code=recipe.trust_remote_code)
     name = str(path) if path.is_dir() else recipe.model
     with opening(f"{recipe.model}: its configuration cannot be loaded", error=InputError):
         check_config(PreTrainedConfig.get_config_dict(name)[0], None, name)
@@ -278,7 +296,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     held = tensors(model)
     how: dict[str, Any] = {
         "device": str(recipe.device),
-        "autocast": recipe.device == "cuda",
+        "autocast": recipe.device == "cuda" or _is_bfloat16(model),  # as `train.arguments.arguments_of` sets it
         "chunked_loss": recipe.chunked_loss,
     }
     transient = peak(model, recipe.batch_size, recipe.max_length, **how)
@@ -293,13 +311,20 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         activations=transient.activations,
         loss=transient.loss,
         work=transient.work,
+        program=PROGRAM_BYTES if recipe.device == "cpu" else 0,
     )
     validation = 0
     if recipe.eval_batch_size is not None:
         forward = peak(model, recipe.eval_batch_size, recipe.max_length, training=False, **how)
-        validation = held.frozen + held.adapters + memory.optimizer + forward.total
+        validation = held.frozen + held.adapters + memory.optimizer + forward.total + memory.program
     facts = {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
     return memory, name, {**facts, "validation": validation}
+
+
+def _is_bfloat16(model: Any) -> bool:
+    import torch
+
+    return bool(model.get_input_embeddings().weight.dtype == torch.bfloat16)
 
 
 def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
@@ -315,7 +340,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..train.adapters import fit_config, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
-        model = _empty(config, recipe, attention)
+        model = empty_model(config, recipe, attention)
         with unfused_within(model):
             quantizers, name = _quantizers(model, config, recipe)
             if not dense:
@@ -332,7 +357,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
         return adapted.train(), name, len(quantizers)
 
 
-def _empty(config: Any, recipe: Plan, attention: str) -> Any:
+def empty_model(config: Any, recipe: Plan, attention: str = "sdpa") -> Any:
     """The model on the meta device, with the attention implementation for planning where its family allows a choice."""
     import copy
 
@@ -365,8 +390,8 @@ def _quantizers(model: Any, config: Any, recipe: Plan) -> tuple[dict[str, Any], 
         stored = stored if isinstance(stored, dict) else stored.to_dict()
         if stored.get("quant_method") != "llmtools":
             raise InputError(
-                f"{recipe.model} was quantized by {stored.get('quant_method')}; pass --quantizer to plan for one of "
-                f"llmtools', or plan for a folder that `llmtools quantize` wrote"
+                f"{recipe.model} was quantized by {stored.get('quant_method')}; give the folder of the whole "
+                "checkpoint, if llmtools reads it, or pass --quantizer to plan for one of llmtools'"
             )
         made = [from_spec(spec) for spec in stored["quantizers"]]
         chosen = {path: made[index] for path, index in stored["modules"].items()}
@@ -404,15 +429,15 @@ def _remedies(config: Any, recipe: Plan, available: int) -> list[str]:
     for flags, change in _changes(recipe):
         recipe = dataclasses.replace(recipe, **change)
         memory, _, facts = step_memory(config, recipe)
-        needed = _needed(memory, facts, recipe)
-        fits = needed <= available
-        remedies.append(f"{'and ' if remedies else ''}{flags}: {size(needed)}{', fits' if fits else ''}")
+        count = needed(memory, facts, recipe)
+        fits = count <= available
+        remedies.append(f"{'and ' if remedies else ''}{flags}: {size(count)}{', fits' if fits else ''}")
         if fits:
             return remedies
     return [*remedies, "a smaller model, more memory, or several devices"]
 
 
-def _needed(memory: Memory, facts: dict[str, int], recipe: Plan) -> int:
+def needed(memory: Memory, facts: dict[str, int], recipe: Plan) -> int:
     """Bytes of memory of a step, and of validation: those that do not stay in files."""
     return max(memory.total, facts["validation"]) - (memory.weights if recipe.offload else 0)
 

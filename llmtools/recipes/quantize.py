@@ -14,6 +14,7 @@ from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery, check_rounding
 from ..model.processes import Processes, together
+from .fit import STEP, FitStep, fitted
 from .quality import expanded, with_quality
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,11 @@ class Quantize(QuantizerOptions, ModelOptions):
     bits_per_weight: float | None = None
     """Stored bits per weight, scales included, to divide among the linears where they lower the estimated loss most; in
     place of --bits. The widths are written to allocation.yaml, to be edited and used by --config."""
+    fit: str | float | None = None
+    """Memory that a later finetuning step is to fit into, such as 6GB, in place of --bits: the widest codes that do are
+    chosen by `llmtools plan`, and with calibration text what is left is divided as by --bits_per_weight."""
+    fit_step: FitStep = STEP
+    """The step that is to fit; --fit_step.batch_size 4 --fit_step.max_length 512."""
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune
     --lora.init error; with --recover they are then trained, and written to the folder's adapter; 0: none."""
@@ -153,6 +159,7 @@ def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     began = time.monotonic()
     check_model(recipe.model)
     import_plugins(recipe.plugin)
+    recipe = fitted(recipe, divide=processes.count == 1)
     quantizer = checked_quantizer(recipe)
     recipe = with_quality(recipe)
     _check_divided(recipe, processes.count)

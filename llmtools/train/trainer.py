@@ -63,7 +63,7 @@ def make_trainer(
     except ImportError as error:
         raise InputError(NEEDS_TRAIN.format(error=error)) from error
     from ..nn.adapters import prepare_for_training, refuse_fsdp1
-    from .heap import map_large_blocks
+    from .heap import guard_heap, map_large_blocks
 
     try:
         args = SFTConfig(**arguments)
@@ -91,6 +91,7 @@ def make_trainer(
             hint = " Fused experts are adapted, too: pass --lora.dropout 0, or --lora.target_modules with a list"
         raise InputError(f"this cannot be trained: {error}{hint}") from error
     trainer.remove_callback(PrinterCallback)
+    guard_heap(trainer.model)
     return trainer
 
 

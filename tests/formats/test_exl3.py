@@ -21,6 +21,7 @@ from llmtools.formats.exl3 import EXL3
 from llmtools.formats.tensors import Module
 from llmtools.nn.swap import quantized_linears
 from llmtools.recipes.quantize import Quantize, quantize
+from tests.formats.writers import assert_planned, tiny_tokenizer
 from tests.models import tiny_ids, tiny_model
 
 FACTORS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}
@@ -177,6 +178,11 @@ def opened(folder: Path) -> Any:
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
         return model(input_ids=tiny_ids()).logits
+
+
+def test_a_step_on_it_is_planned(written: tuple[Path, Any]) -> None:
+    tiny_tokenizer().save_pretrained(written[0])
+    assert_planned(written[0])
 
 
 def test_a_model_computes_as_its_dense_one(written: tuple[Path, Any]) -> None:

@@ -18,6 +18,7 @@ from llmtools.checkpoint.folder import load_model
 from llmtools.formats.gguf_reading import joined
 from llmtools.nn.embedding import QuantizedEmbedding, TiedLinear
 from llmtools.nn.swap import count_parameters, packed_bytes, packed_layers, quantized_linears
+from tests.formats.writers import assert_planned
 from tests.kernels.test_ggml import blocks
 from tests.models import CONFIGS, tiny_ids
 
@@ -184,6 +185,10 @@ def test_a_folder_with_the_name_of_the_file_is_the_same(folder: Path) -> None:
     assert model.name_or_path == str(folder / "m.gguf") == joined(str(folder), "m.gguf")
     assert tokenizer.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False) == "[the]"
     assert tokenizer("the").input_ids and tokenizer.eos_token_id == 2
+
+
+def test_a_step_on_it_is_planned(folder: Path) -> None:
+    assert_planned(next(folder.glob("*.gguf")))
 
 
 def test_what_is_saved_opens_again_with_the_same_bits(folder: Path, tmp_path: Path) -> None:

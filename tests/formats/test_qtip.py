@@ -17,6 +17,7 @@ from llmtools.formats.qtip import QTIPFiles
 from llmtools.formats.tensors import Module
 from llmtools.nn.swap import quantized_linears
 from tests.formats.test_quip_sharp import opened, orthogonal
+from tests.formats.writers import assert_planned, tiny_tokenizer
 from tests.models import tiny_ids, tiny_model
 
 PARAMS = {"L": 16, "K": 2, "V": 2, "td_x": 16, "td_y": 16, "tlut_bits": 9, "decode_mode": "quantlut_sym"}
@@ -135,6 +136,11 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     config = model.config.to_dict() | {"quip_params": params, "dtype": "float32", "architectures": ["LlamaForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(config))
     return folder, model
+
+
+def test_a_step_on_it_is_planned(written: tuple[Path, Any]) -> None:
+    tiny_tokenizer().save_pretrained(written[0])
+    assert_planned(written[0])
 
 
 def test_a_model_computes_trains_and_is_saved(written: tuple[Path, Any], tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from llmtools import CheckpointError
 from llmtools.checkpoint.folder import load_model
 from llmtools.model.integrity import check_values
 from tests.formats import test_awq, test_bitsandbytes, test_compressed_tensors, test_gptq, test_hqq
-from tests.formats.writers import write
+from tests.formats.writers import assert_planned, write
 from tests.models import tiny_ids, tiny_model
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -56,6 +56,10 @@ def test_it_is_saved_as_ours_and_remembers_where_it_came_from(folder: Path, tmp_
     assert torch.equal(logits(back), logits(model))
     told = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
     assert told["quant_method"] == "llmtools" and told["origin"]["an_unknown_key"] == {"kept": [1, 2]}
+
+
+def test_a_step_on_it_is_planned(folder: Path) -> None:
+    assert_planned(folder)
 
 
 def test_adapters_train_on_it(folder: Path) -> None:

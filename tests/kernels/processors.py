@@ -8,10 +8,11 @@ that needs, for ARM on an x86:
 
     apt-get install gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
 
-`build.library` is replaced by a stand-in. Each call of its functions is a process of its own, a program of `driver.c` and
-the library. How to call comes from the caller's own declarations (`argtypes`, `restype`), so that a new function needs
-nothing here; and a function that is declared and that no test calls is an error. A pointer stands for the tensor whose `data_ptr()` gave it: all of its memory goes with the call and comes back changed, and the
-driver lets nobody read or write beyond it.
+`build.library` is replaced by a stand-in. Each call of its functions is a process of its own, a program of `driver.c`
+and the library. How to call comes from the caller's own declarations (`argtypes`, `restype`), so that a new function
+needs nothing here; and a function that is declared and that no test calls is an error. A pointer stands for the tensor
+whose `data_ptr()` gave it: all of its memory goes with the call and comes back changed, and the driver lets nobody read
+or write beyond it.
 """
 
 from __future__ import annotations
@@ -152,6 +153,10 @@ class Library:
         """Those that a caller has declared."""
         return [each for each in vars(self).values() if isinstance(each, Function)]
 
+    def forget(self) -> None:
+        """Lets go of the tensors of earlier calls."""
+        self._memory.storages.clear()
+
     def compile(self) -> Path:
         """The program that calls the functions declared so far. Raises AssertionError with the compiler's words."""
         if self._program is None:
@@ -291,7 +296,7 @@ class _Message:
 
 
 @contextmanager
-def libraries_for(processor: Processor, *options: str) -> Iterator[tuple[dict[str, Library], Memory]]:
+def libraries_for(processor: Processor, *options: str) -> Iterator[dict[str, Library]]:
     """In the block the kernels are those of the processor."""
     with pytest.MonkeyPatch.context() as patch:
         memory = Memory(patch)
@@ -303,7 +308,7 @@ def libraries_for(processor: Processor, *options: str) -> Iterator[tuple[dict[st
         try:
             for caller in callers:
                 caller()  # declares the functions
-            yield libraries, memory
+            yield libraries
         finally:
             for caller in callers:
                 caller.cache_clear()
@@ -332,7 +337,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if name := config.getoption("--processor"):
         manager = libraries_for(PROCESSORS[name])
-        config.stash[_installed] = manager, *manager.__enter__()
+        config.stash[_installed] = manager, manager.__enter__()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -342,7 +347,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if installed := item.config.stash.get(_installed, None):
-        installed[2].storages.clear()
+        for each in installed[1].values():
+            each.forget()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -380,7 +386,7 @@ def _check(name: str) -> tuple[bool, str]:
     print(f"\n== {name}", flush=True)
     if not processor.compiler():
         return True, "not compiled: no compiler"
-    with libraries_for(processor) as (libraries, _):
+    with libraries_for(processor) as libraries:
         try:
             for each in libraries.values():
                 each.compile()

@@ -14,6 +14,7 @@ import torch
 
 from llmtools.kernels import grouped, lattice, trellis
 from llmtools.kernels.bits import pack
+from llmtools.kernels.ggml.native import KINDS
 from llmtools.quant.grids.affine import Affine
 from tests.kernels.cases import CASES, TYPES, Case, check, ggml
 from tests.kernels.processors import LIBRARIES, PROCESSORS, libraries_for, uncalled
@@ -55,7 +56,7 @@ def odd_sizes() -> None:
             ):
                 case = Case("grouped", function, lambda: ())
                 check(case, case.of("native")(*arguments), arguments)
-    for kind in ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"):
+    for kind in KINDS:
         blocks = ggml(kind)[0][:3, : 3 * TYPES[kind].bytes]
         for case, arguments in (
             (Case("ggml", "dequantize_ggml", lambda: ()), (blocks, kind, torch.float32)),

@@ -70,20 +70,6 @@ def test_processes_at_the_same_time_build_what_later_ones_find(tmp_path: Path) -
     assert made.stat().st_mtime_ns == before
 
 
-@needs_compiler
-@pytest.mark.parametrize("processor", ["haswell", "x86-64"])
-def test_other_processors_get_the_same_bits(processor: str, tmp_path: Path) -> None:
-    """AVX2 and plain loops, on a machine that has more; the wrapper's -march is the last and holds."""
-    if processor == "x86-64" and "sse2" not in build.features():
-        pytest.skip("not an x86")
-    if processor == "haswell" and not {"avx2", "fma", "f16c", "bmi2"} <= build.features():
-        pytest.skip("no AVX2")
-    wrapper = tmp_path / "compiler"
-    wrapper.write_text(f'#!/bin/sh\nexec "{COMPILER}" "$@" -march={processor}\n')
-    wrapper.chmod(0o700)
-    assert finish(start(tmp_path, CC=str(wrapper))) == ("native", "")
-
-
 @pytest.mark.parametrize(
     "compiler, says",
     [

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from llmtools.errors import InputError
-from llmtools.kernels import build, trellis
+from llmtools.kernels import trellis
 from llmtools.kernels.trellis import (
     CODES,
     SCALE,
@@ -235,37 +233,6 @@ def test_tiles_are_coded_by_themselves_whatever_the_number_of_threads() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(encode_trellis(weight[16:32, 16:32], 3, 9, "3inst"), whole[16:32, 3:6])
     assert torch.equal(encode_trellis(weight[32:, :16], 3, 9, "3inst"), whole[32:, :3])
-
-
-@pytest.mark.skipif(not native.usable(torch.device("cpu")), reason="no C compiler")
-@pytest.mark.parametrize("flags", [(), ("-march=x86-64-v3",)], ids=["plain", "AVX2"])
-def test_other_processors_find_the_same(
-    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import ctypes
-
-    source, made = Path(trellis.__file__).parent / "native.c", tmp_path / "other.so"
-    command = [*build._compiler(), *build._FLAGS, *flags, "-o", str(made), str(source), "-lm"]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("the compiler does not know that processor")
-    weight, packed = torch.randn(18, 32, generator=torch.Generator().manual_seed(8)), drawn(18, 3, 3)
-    expected = [encode_trellis(weight, bits, 9, "3inst") for bits in WIDTHS]
-    values = [dequantize_trellis(packed, 3, 12, code) for code in CODES]
-    wide = drawn(16, 3, 7)
-    ordered = [dequantize_trellis(wide, 7, 16, code, order="exl3") for code in CODES]
-    library = ctypes.CDLL(str(made))
-    monkeypatch.setattr(build, "library", lambda name: library)
-    native._library.cache_clear()
-    try:
-        for bits, codes in zip(WIDTHS, expected, strict=True):
-            assert torch.equal(encode_trellis(weight, bits, 9, "3inst"), codes)
-        for code, rows in zip(CODES, values, strict=True):
-            assert torch.equal(dequantize_trellis(packed, 3, 12, code), rows)
-        for code, rows in zip(CODES, ordered, strict=True):
-            assert torch.equal(dequantize_trellis(wide, 7, 16, code, order="exl3"), rows)
-    finally:
-        monkeypatch.undo()
-        native._library.cache_clear()
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------

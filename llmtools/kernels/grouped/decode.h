@@ -4,8 +4,8 @@
  * columns. For a uniform grid level[k] = k; for a codebook zero = 0 and the levels are its table. A group has at most 16
  * values, so they are computed and rounded once, and each code then costs a look-up. With AVX-512 a look-up takes 32
  * codes at once: bytes are brought under their lanes, shifted, and index a register that holds the table. AVX2 and NEON
- * look up the two bytes of a 16-bit result, 32 and 16 codes at once; otherwise the compiler does what it can. Codes of 8
- * bits are computed one by one.
+ * look up the two bytes of a 16-bit result, 32 and 16 codes at once, and NEON the four of a float; otherwise the compiler
+ * does what it can. Codes of 8 bits are computed one by one.
  *
  * Work goes in runs of 32 codes, which are 4·bits bytes; they start at multiples of 8 columns, where codes start bytes.
  * Runs at the edge of a group are computed whole and stored in part, so a group may have any size.
@@ -235,9 +235,27 @@ static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *t
     }
 }
 
+static ALWAYS_INLINE void look_up_floats(const uint8_t *codes, const float *table, float *out) {
+    const uint8x16x4_t bytes = vld4q_u8((const uint8_t *)table); /* the first to the fourth bytes of the 16 values */
+    for (int i = 0; i < RUN; i += 16) {
+        const uint8x16_t code = vld1q_u8(codes + i);
+        const uint8x16x4_t found = {{vqtbl1q_u8(bytes.val[0], code), vqtbl1q_u8(bytes.val[1], code),
+                                     vqtbl1q_u8(bytes.val[2], code), vqtbl1q_u8(bytes.val[3], code)}};
+        vst4q_u8((uint8_t *)(out + i), found);
+    }
+}
+
 #else
 
 static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *table, uint16_t *out) {
+    for (int i = 0; i < RUN; i++) out[i] = table[codes[i]];
+}
+
+#endif
+
+#if !defined(__aarch64__) || !defined(__ARM_NEON)
+
+static ALWAYS_INLINE void look_up_floats(const uint8_t *codes, const float *table, float *out) {
     for (int i = 0; i < RUN; i++) out[i] = table[codes[i]];
 }
 
@@ -251,7 +269,7 @@ static ALWAYS_INLINE void look_up(const uint8_t *p, int64_t left, int bits, cons
     void *found = to - from == RUN ? out : aside;
     unpack(p, left, bits, codes);
     if (type == FLOAT32)
-        for (int i = 0; i < RUN; i++) ((float *)found)[i] = table.full[codes[i]];
+        look_up_floats(codes, table.full, found);
     else
         look_up_halves(codes, table.half, found);
     if (found == aside) {

@@ -171,9 +171,9 @@ def test_the_walk_measures_each_expert_on_its_tokens(all_tokens: bool, monkeypat
     given: dict[str, Tensor] = {}
     make = llmtools.nn.QuantizedLinear.from_linear
 
-    def noted(linear: nn.Linear, quantizer: Any, hessian: Tensor | None = None) -> Any:
+    def noted(linear: nn.Linear, quantizer: Any, hessian: Tensor | None = None, *more: Any) -> Any:
         given[next(path for path, each in model.named_modules() if each is linear)] = hessian
-        return make(linear, quantizer, hessian)
+        return make(linear, quantizer, hessian, *more)
 
     monkeypatch.setattr(llmtools.nn.QuantizedLinear, "from_linear", noted)
     report = llmtools.quantize(model, "optq", ids, bits=8, group_size=32, route_all=all_tokens)

@@ -7,7 +7,7 @@ encoder-decoder. Of a multimodal model only the text decoder's are used (transfo
 offset, shape and version. Such a group (query, key and value; gate and up) shares one Hessian, and groups are quantized
 in the order of the calls (arXiv:2210.17323, "true sequential" in its code).
 
-Unsupported weights are reported: a network with its weights outside `nn.Linear` (GPT-2's ``Conv1D``, fused experts) is
+Unsupported weights are reported: a network with its weights outside `nn.Linear` (GPT-2's ``Conv1D``) is
 refused, or its `unsupported_weights` are listed.
 """
 

@@ -429,7 +429,8 @@ def page(rows: list[Row]) -> str:
         *(f"* **{what}** — {meaning}." for what, meaning in STEPS.items()),
         "",
         "*share* is that of the quantized weights among all matrices outside embeddings and head. What is no "
-        "`nn.Linear` (convolutions, routers, experts outside transformers' interface) or belongs to another modality stays as it is.",
+        "`nn.Linear` (convolutions, routers, experts outside transformers' interface) or belongs to another modality "
+        "stays as it is.",
         "",
         f"| model type | class | share | {' | '.join(STEPS)} | why not |",
         f"|---|---|---|{'---|' * len(STEPS)}---|",

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
@@ -117,3 +118,25 @@ def test_an_adapter_is_merged_into_the_files_codes(tmp_path: Path) -> None:
     writes.write(merged, tmp_path / "merged", set(lost))
     assert names_in(tmp_path / "merged") == names_in(tmp_path / "base")
     assert torch.equal(logits(load_model(tmp_path / "merged")), logits(merged))
+
+
+def test_awq_files_of_a_mixture_are_opened_to_the_bit(tmp_path: Path) -> None:
+    from tests.formats.test_awq import config, gemm
+
+    model = tiny_model("qwen3_moe")
+    model.config.quantization_config = config()
+    tensors: dict[str, Tensor] = {}
+    with unfused_within(model):
+        for path, stored in stored_paths(model).items():
+            linear = model.get_submodule(path)
+            if isinstance(linear, nn.Linear) and path != "lm_head":
+                written, weight = gemm(stored, *linear.weight.shape)
+                tensors |= {f"{stored}.{name}": tensor.contiguous() for name, tensor in written.items()}
+                linear.weight = nn.Parameter(weight)
+            else:
+                tensors[f"{stored}.weight"] = model.get_parameter(f"{path}.weight").detach().contiguous()
+    model.config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    opened = load_model(tmp_path)
+    assert len(quantized_linears(opened)) == 2 * (4 + 3 * 4)
+    torch.testing.assert_close(logits(opened), logits(model))

@@ -23,7 +23,7 @@ from llmtools.model.processes import Processes
 from llmtools.model.propagation import ErrorSum
 from llmtools.nn.swap import quantized_linears
 from llmtools.quant import HessianSum
-from tests.models import tiny_ids, tiny_model
+from tests.models import tiny_ids, tiny_mixture, tiny_model
 
 
 class Thread(Processes):
@@ -102,11 +102,14 @@ def timeless(report: Any) -> list[dict[str, Any]]:
         ("llama", "optq", {"error_propagation": 0.5, "adapter_rank": 2}),
         ("llama", "optq", {"sequential": False, "skip": ()}),
         ("experts", "optq", {}),
+        ("mixture", "optq", {}),
     ],
-    ids=["optq", "propagated, adapters", "one stage, with the head", "experts"],
+    ids=["optq", "propagated, adapters", "one stage, with the head", "experts", "fused experts"],
 )
 def test_processes_hold_the_same_bits_which_are_those_of_one(family: str, name: str, options: dict[str, Any]) -> None:
     original, text = tiny_model("llama"), [tiny_ids(1, 24, seed=seed) for seed in range(5)]
+    if family == "mixture":
+        original = tiny_mixture("qwen2_moe")
     if family == "experts":
         for layer in original.model.layers:
             layer.mlp = Experts(layer.mlp, tiny_model(seed=1).model.layers[0].mlp)

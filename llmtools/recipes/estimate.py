@@ -321,6 +321,19 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     return memory, name, {**facts, "validation": validation}
 
 
+def _share_fused(model: Any, quantizers: dict[str, Any]) -> None:
+    """Has the parts of a matrix that QuIP# fused hold its codes once, in place, as its folders are opened."""
+    from ..quant.external import FusedLattice
+
+    known: dict[tuple[Any, ...], Any] = {}
+    for path, quantizer in quantizers.items():
+        if isinstance(quantizer, FusedLattice):
+            layer, parent = model.get_submodule(path), path.rpartition(".")[0]
+            for name, tensor in layer.packed.items():
+                if name != "sv":  # the part's own
+                    layer._parameters[name] = known.setdefault((parent, name, tensor.shape), layer._parameters[name])
+
+
 def _is_bfloat16(model: Any) -> bool:
     import torch
 
@@ -344,6 +357,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
         if not dense:
             for path, quantizer in quantizers.items():
                 set_module(model, path, empty_layer(model.get_submodule(path), quantizer, path))
+            _share_fused(model, quantizers)
             tie_heads(model)
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:

@@ -17,7 +17,7 @@ from .quantize import QuantizerOptions, resolve_quantizer
 
 LORA = Lora()
 
-PROGRAM_BYTES = 380_000_000
+PROGRAM_BYTES = 390_000_000
 """Anonymous memory of `llmtools finetune` before the first step, without the model and its adapters, on Linux
 (`python -m benchmarks.plan_memory`)."""
 NOT_COUNTED = (
@@ -83,6 +83,8 @@ class Memory:
     """Scratch memory of one block, if that is the peak: recomputed activations, gradients, dequantized rows."""
     program: int = 0
     """The program with its libraries, where they share the memory: on a CPU."""
+    heap: int = 0
+    """Holes of the heap that are let be (`train/heap.py`), on a CPU."""
 
     @property
     def total(self) -> int:
@@ -152,6 +154,7 @@ class PlanResult:
             "loss": "logits and loss",
             "work": "scratch memory of one block",
             "program": "program and libraries",
+            "heap": "holes of the heap",
         }
         width = max(map(len, names.values()))
         column = max(len(self.quantizer), 10)
@@ -290,6 +293,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     the optimizer's state and the forward's tensors, without gradients.
     """
     from ..model.memory import peak, tensors
+    from ..train.heap import LEAST, SLACK
 
     assert recipe.max_length is not None
     model, name, modules = _model(config, recipe, dense)
@@ -311,14 +315,30 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         activations=transient.activations,
         loss=transient.loss,
         work=transient.work,
-        program=PROGRAM_BYTES if recipe.device == "cpu" else 0,
     )
+    if recipe.device == "cpu":
+        moving = memory.total - memory.weights + PROGRAM_BYTES
+        memory = dataclasses.replace(memory, program=PROGRAM_BYTES, heap=max(LEAST, int(SLACK * moving)))
     validation = 0
     if recipe.eval_batch_size is not None:
         forward = peak(model, recipe.eval_batch_size, recipe.max_length, training=False, **how)
-        validation = held.frozen + held.adapters + memory.optimizer + forward.total + memory.program
+        stays = held.frozen + held.adapters + memory.optimizer
+        validation = stays + forward.total + memory.program + memory.heap
     facts = {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
     return memory, name, {**facts, "validation": validation}
+
+
+def _share_fused(model: Any, quantizers: dict[str, Any]) -> None:
+    """Has the parts of a matrix that QuIP# fused hold its codes once, in place, as its folders are opened."""
+    from ..quant.external import FusedLattice
+
+    known: dict[tuple[Any, ...], Any] = {}
+    for path, quantizer in quantizers.items():
+        if isinstance(quantizer, FusedLattice):
+            layer, parent = model.get_submodule(path), path.rpartition(".")[0]
+            for name, tensor in layer.packed.items():
+                if name != "sv":  # the part's own
+                    layer._parameters[name] = known.setdefault((parent, name, tensor.shape), layer._parameters[name])
 
 
 def _is_bfloat16(model: Any) -> bool:
@@ -346,6 +366,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
             if not dense:
                 for path, quantizer in quantizers.items():
                     set_module(model, path, empty_layer(model.get_submodule(path), quantizer, path))
+                _share_fused(model, quantizers)
                 tie_heads(model)
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:

@@ -25,6 +25,8 @@ from ..nn.packed import PackedWeight
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _BYTES = 8 * 2**20
+SLACK, LEAST = 1 / 50, 16 * 2**20
+"""How much more than the most that was needed a `HeapGuard` lets be: a share of it, and bytes."""
 
 
 def map_large_blocks() -> None:
@@ -51,8 +53,8 @@ class HeapGuard:
         held: Callable[[], int],
         trim: Callable[[], object],
         *,
-        slack: float = 1 / 50,
-        least: int = 16 * 2**20,
+        slack: float = SLACK,
+        least: int = LEAST,
     ) -> None:
         """held: bytes of the process. trim: gives holes back. slack, least: how much more than the most that was needed
         is let be, as a share of it and in bytes."""

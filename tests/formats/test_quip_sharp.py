@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import llmtools
 from llmtools import CheckpointError
 from llmtools.nn.swap import quantized_linears
+from tests.formats.writers import assert_planned, tiny_tokenizer
 from tests.models import tiny_ids, tiny_model
 
 ROWS_OF_NORM_12 = """
@@ -176,6 +177,12 @@ def test_parts_share_their_codes_and_gradients_pass(tmp_path: Path) -> None:
     attention.k_proj(x).square().sum().backward()
     weight = expected.model.layers[0].self_attn.k_proj.weight
     torch.testing.assert_close(x.grad, 2 * x.detach() @ weight.T @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_on_it_is_planned_with_its_codes_once(tmp_path: Path) -> None:
+    write(tmp_path / "q", 2)
+    tiny_tokenizer().save_pretrained(tmp_path / "q")
+    assert_planned(tmp_path / "q")
 
 
 def test_it_is_saved_as_ours(tmp_path: Path) -> None:

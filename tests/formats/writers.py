@@ -106,10 +106,11 @@ def assert_same(folder: Path, expected: Any, dtypes: tuple[torch.dtype, ...] = (
 def assert_planned(model: str | Path) -> None:
     """`llmtools plan` of a checkpoint says, to the byte, what the opened model holds, with weights in files too."""
     from llmtools.checkpoint.loading import open_model
-    from llmtools.nn.swap import packed_bytes
+    from llmtools.nn.swap import packed_layers
     from llmtools.recipes.estimate import Plan, plan
 
     opened, _ = open_model(str(model))
     planned = plan(Plan(str(model), max_length=16, device="cpu", offload="disk"))
-    assert planned.memory.packed == packed_bytes(opened) > 0
+    packed = {id(each): each.nbytes for layer in packed_layers(opened).values() for each in layer.packed.values()}
+    assert planned.memory.packed == sum(packed.values()) > 0
     assert planned.in_files == sum(each.nbytes for each in [*opened.parameters(), *opened.buffers()])

@@ -185,10 +185,10 @@ def test_weights_in_files_need_no_memory() -> None:
     assert streamed.memory == held.memory and held.in_files == 0
     memory = held.memory
     assert streamed.in_files == memory.packed + memory.linears + memory.embeddings + memory.others
-    rest = (held.total - streamed.in_files) / 1e9
-    assert planned(memory=1.01 * rest, offload="disk").fits is True
-    assert planned(memory=0.99 * rest, offload="disk").fits is False
-    assert planned(memory=1.01 * rest).remedies[0].startswith("--offload disk: ")
+    rest, near = (held.total - streamed.in_files) / 1e9, 1e-5
+    assert planned(memory=rest + near, offload="disk").fits is True
+    assert planned(memory=rest - near, offload="disk").fits is False
+    assert planned(memory=rest + near).remedies[0].startswith("--offload disk: ")
     with pytest.raises(InputError, match="--device cpu"):
         plan_for(llama_config(), recipe(device="cuda", offload="disk"))
     with pytest.raises(InputError, match="did you mean 'disk'"):
@@ -256,6 +256,7 @@ def test_validation_is_that_of_a_real_forward() -> None:
 
     validate()
     kept = held(base) + planned.memory.optimizer  # adapters are in the model
+    kept += planned.memory.program + planned.memory.heap
     assert planned.validation is not None
     assert planned.validation - kept == pytest.approx(peak_growth(validate), rel=0.1)
     assert "validation, batches of 4" in str(planned)

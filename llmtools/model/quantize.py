@@ -225,6 +225,8 @@ class _Quantization:
                 self._advance(original)
             return
         groups = block.groups_among(self.plan.quantizers)
+        stops = all(group.calls == 1 for group in groups)
+        repeats = self.sequential and original is None and target is None and stops
         for stage in [[group] for group in groups] if self.sequential else [groups] if groups else []:
             paths = [group.paths for group in stage]
             stop = len(stage) == 1 and stage[0].calls == 1
@@ -238,6 +240,8 @@ class _Quantization:
                     calls.run_one(index)
             self._reduce(sums, errors)
             self._replace_groups(paths, sums, target, errors)
+            if repeats:  # each later run stops at its group: what it computes before is final
+                calls.remember(linear_at(self.model, path) for path in stage[0].paths)
             if target is not None and not any(each.learner for each in self.pending.values()):
                 self._tune(block, target)
         if target is not None:

@@ -246,11 +246,13 @@ def walk(
                         following = copied(stream)
                         for _ in calls.advance(following):
                             pass
-                    visit(block, calls)
-                    if propagate and not last:
-                        for _ in calls.advance(stream):
-                            pass
-                    calls.forget()
+                    try:
+                        visit(block, calls)
+                        if propagate and not last:
+                            for _ in calls.advance(stream):
+                                pass
+                    finally:
+                        calls.forget()
                 stream = following
                 recording.calls[path].clear()
                 done += 1

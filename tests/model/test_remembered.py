@@ -56,6 +56,21 @@ def test_quantizing_is_the_same_with_less_computed(monkeypatch: pytest.MonkeyPat
     assert once < fewer < often
 
 
+def test_an_error_leaves_the_layers_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, text = tiny_model("llama"), [torch.randint(0, 60, (1, 24))]
+    steps: list[str] = []
+
+    def stop(done: int, total: int, path: str) -> None:
+        steps.append(path)
+        if "gate_proj" in path:
+            raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        lt.quantize(model, "optq", text, bits=3, group_size=16, on_step=stop)
+    assert any("o_proj" in path for path in steps)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
 def test_a_layer_is_computed_once_for_a_batch_and_call() -> None:
     layer, kept = Counting(4, 4), Remembered()
     kept.add([layer])

@@ -17,6 +17,7 @@ from ..content import rows_content
 from ..errors import InputError, first_line
 from ..files import METADATA, RUN, read_info, read_json
 from ..options import fits
+from ..startup import libraries_loaded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,6 +59,7 @@ def open_model(
 
     check_offload(offload, load=load)
     check_model(name)
+    import_libraries()
     if adapter is not None:
         check_adapter(adapter)
     compared = verify and adapter is not None and is_verified(name, adapter)
@@ -348,6 +350,13 @@ def with_current_folder() -> None:
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
         importlib.invalidate_caches()
+
+
+def import_libraries() -> None:
+    """Imports what opening a model imports, before it is opened: nothing of the model is put aside by the collector."""
+    import transformers.modeling_utils  # noqa: F401
+
+    libraries_loaded()
 
 
 def quiet_libraries() -> None:

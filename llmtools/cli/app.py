@@ -21,7 +21,7 @@ import traceback
 import typing
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from ..errors import InputError, did_you_mean
@@ -29,6 +29,7 @@ from ..options import current_name
 from ..ranks import is_first, on_one_machine, rank
 from ..recipes.configs import with_packaged
 from ..recipes.plain_yaml import read_value, shown
+from ..startup import collector_resting
 from .arguments import check_numbers, read_arguments, with_declared
 from .help import HelpAll, formatter
 from .legacy import translated
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code. 0: done; 1: a check failed; 2: an error that the user can fix, in one line; 70: a bug of
     llmtools, in one line; 130: Ctrl-C; 143: SIGTERM.
     """
-    with _streams():
+    with _streams(), collector_resting() if argv is None else nullcontext():  # of a process of the command's own
         return _main(list(sys.argv[1:] if argv is None else argv))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..signals import Request, interruptible
+from ..startup import libraries_loaded
 
 SUMMARIES = {
     "serve": "serve a model with transformers' server (OpenAI's API)",
@@ -46,6 +47,7 @@ def run(command: str, args: Sequence[str]) -> int:
         _check_served(args)
         _make_cache()
     app = _app(command)
+    libraries_loaded()
     hook, request = sys.excepthook, Request()
     try:
         with interruptible() as request, ExitStack() as stack:  # the server passes SIGTERM on once it has shut down

@@ -255,11 +255,15 @@ class _Quantization:
         groups = block.groups_among(self.plan.quantizers.keys() - {path for each in mixtures for path in each.paths})
         self.moments = self._output_moments(block, groups, calls)
         stages = [[group] for group in groups] if self.sequential else [groups] if groups else []
+        repeats = self.sequential and original is None and target is None and not mixtures
+        repeats = repeats and all(group.calls == 1 for group in groups)
         for stage in in_order(block, stages, mixtures):
             if isinstance(stage, ExpertStage):
                 self._quantize_experts(stage, calls, target)
             else:
                 self._quantize_groups(block, stage, calls, original, target)
+                if repeats:  # each later run stops at its group: what it computes before is final
+                    calls.remember(linear_at(self.model, path) for path in stage[0].paths)
             if target is not None and not any(each.learner for each in self.pending.values()):
                 self._tune(block, target)
         if target is not None:

@@ -38,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import InputError
 from .blocks import Block, find_blocks, merged_groups, observe
 from .processes import Processes
+from .remembered import Remembered
 from .storage import AROUND, Storage
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class Calls:
         """Identity of the segment: within it, tensors are passed on unchanged."""
         self._calls, self._last_use, self._device = recording.calls[path], recording.last_use, device
         self._kept = recording.storage.kept
+        self._remembered: Remembered | None = None
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -98,8 +100,21 @@ class Calls:
     def on(self, block: nn.Module, stream: Stream) -> Calls:
         """The same calls of another module, with the values of another stream."""
         other = copy.copy(self)
-        other.block, other.stream = block, stream
+        other.block, other.stream, other._remembered = block, stream, None
         return other
+
+    def remember(self, layers: Iterable[nn.Module]) -> None:
+        """Takes from now on what these layers of the block give for a batch, and its attention, from the first run
+        that comes as far, see `Remembered`: the layers, and all before them, must not change any more. Until
+        `forget`."""
+        self._remembered = self._remembered or Remembered()
+        self._remembered.add(layers)
+
+    def forget(self) -> None:
+        """Ends what `remember` began."""
+        if self._remembered is not None:
+            self._remembered.close()
+            self._remembered = None
 
     def outputs(self) -> Iterator[Tensor]:
         """Runs the current block, one batch per step; yields its hidden states [batch, t, features]."""
@@ -139,7 +154,10 @@ class Calls:
         """keep: the block's in-place writes to its arguments persist."""
         call = self._calls[index]
         args, kwargs = call.resolved(stream[call.batch], self._device, dtype, keep=keep)
-        return self.block(*args, **kwargs)
+        if self._remembered is None or stream is not self.stream or dtype is not None:
+            return self.block(*args, **kwargs)
+        with self._remembered.run(index):
+            return self.block(*args, **kwargs)
 
 
 Visit = Callable[[Block, Calls], None]
@@ -228,10 +246,13 @@ def walk(
                         following = copied(stream)
                         for _ in calls.advance(following):
                             pass
-                    visit(block, calls)
-                    if propagate and not last:
-                        for _ in calls.advance(stream):
-                            pass
+                    try:
+                        visit(block, calls)
+                        if propagate and not last:
+                            for _ in calls.advance(stream):
+                                pass
+                    finally:
+                        calls.forget()
                 stream = following
                 recording.calls[path].clear()
                 done += 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, where
+from ..kernels.gram import add_gram, has_gram
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +36,17 @@ class HessianSum:
 
     def add(self, x: Tensor) -> None:
         """Adds activations x [..., in] of any float dtype; raises InputError for NaN or infinities."""
-        rows = x.detach().reshape(-1, x.shape[-1]).float()  # [t, in]
-        if not torch.isfinite(rows).all():
+        rows = x.detach().reshape(-1, x.shape[-1])  # [t, in]
+        if not (has_gram(self._sum, rows) and add_gram(self._sum, rows)):
+            rows = rows.float()
+            for strip in _strips(len(self._sum)):  # the part left of a strip's own block is its transpose
+                self._sum[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
+        # What is no number in x is none in its squares; sums of large ones may be infinite, too, see `value`.
+        if not torch.isfinite(self._sum.diagonal()).all() and not torch.isfinite(rows).all():
             raise InputError(
                 f"{where()}NaN or inf in the activations of a calibration batch; "
                 "look at the model's outputs, or load it in bfloat16 or float32 if it is in float16"
             )
-        for strip in _strips(len(self._sum)):  # the part left of a strip's own block is its transpose
-            self._sum[strip, strip.start :].addmm_(rows[:, strip].T, rows[:, strip.start :])
         self.tokens += rows.shape[0]
 
     def reduce(self, add_up: Callable[[Tensor], None]) -> None:
@@ -62,10 +66,8 @@ class HessianSum:
         if not self.tokens:
             raise InputError(f"{where()}no calibration token reached this layer")
         check_hessian(self._sum.diagonal() / self.tokens)
-        mean = self._sum / self.tokens
-        for strip in _strips(len(mean)):
-            mean[strip.stop :, strip] = mean[strip, strip.stop :].T
-        return (mean + mean.T) / 2
+        upper = (self._sum / self.tokens).triu_()
+        return upper + upper.triu(1).T
 
 
 def check_hessian(hessian: Tensor) -> None:

@@ -235,6 +235,10 @@ def _sweep(error: Tensor, update: Tensor, cost: Tensor, grid: Grid) -> tuple[Ten
             if fed is not None:
                 target += fed[:, start - first : stop - first]
             # Within a chunk block after block, each after the errors of those before it.
+            chunk = slice(start, stop)
+            if (swept := grid.sweep(target, error[:, chunk], update[chunk, chunk], params[-1])) is not None:
+                codes.append(swept)
+                continue
             for j in range(start, stop, width):
                 column = slice(j, j + width)
                 x = target[:, j - start : j - start + width] + error[:, start:j] @ update[start:j, column]

@@ -208,6 +208,7 @@ def _why_resident(recipe: Quantize) -> str | None:
 @contextmanager
 def _streamed(recipe: Quantize, processes: Processes) -> Iterator[tuple[Any, Any, Any]]:
     """(model on the meta device, tokenizer, its `Streamed`), with the finished blocks in OUT.quantizing."""
+    from ..checkpoint.loading import import_libraries
     from ..checkpoint.streaming import open_unread
     from ..model.streaming import Streamed
     from ..train.heap import map_large_blocks
@@ -215,6 +216,7 @@ def _streamed(recipe: Quantize, processes: Processes) -> Iterator[tuple[Any, Any
     with _work_folder(recipe, processes) as work:
         map_large_blocks()  # so that the memory of a block is given back when it is done
         converted = work / (f"converted.{processes.rank}" if processes.rank else "converted")
+        import_libraries()
         opened = open_unread(recipe.model, converted, verify=recipe.verify)
         budget = int(recipe.hidden_states * 2**30)
         yield opened.model, opened.tokenizer, Streamed(opened.model, opened.index, work, hidden_states=budget)

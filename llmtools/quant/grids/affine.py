@@ -19,6 +19,7 @@ from ...errors import InputError
 from ...kernels.bits import pack, unpack, words
 from ...kernels.build import TYPES
 from ...kernels.ranges import Kind, best_shares, searches
+from ...kernels.sweep import sweep_columns, sweeps
 from ..base import ALL, Packed, TensorSpec
 from ..shift import stored
 from .scalar import SCALE_TYPES, Scalar, check_group_size, check_scale_type, columns, scale_range, stream_layout
@@ -122,6 +123,13 @@ class Affine(Scalar):
     def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
         scale, zero = params.unbind(-1)
         return scale[:, None] * (codes - zero[:, None])
+
+    def sweep(self, target: Tensor, error: Tensor, update: Tensor, params: Tensor) -> Tensor | None:
+        if not sweeps(target):
+            return None
+        scale, zero = params.unbind(-1)
+        top = 2**self.bits - 1
+        return sweep_columns(target, error, update, scale, zero, top, whole_zeros=not self.float_zeros)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         groups = -(-in_features // self.resolve_group_size(in_features))

@@ -57,6 +57,15 @@ class Grid(Rows):
     def dequantize_codes(self, codes: Tensor, params: Tensor) -> Tensor:
         """[n / h, c / w] and [n, p] -> [n, c], in the type of `params`."""
 
+    def sweep(self, target: Tensor, error: Tensor, update: Tensor, params: Tensor) -> Tensor | None:
+        """The codes [n / h, c / w] of columns of a group rounded in turn, each with the feedback of those before it.
+
+        target [n, c], where column j takes Σ_{i<j} E_i M_ij, too; error [n, c] is W and becomes E = W − Ŵ, in place;
+        update [c, c] is M. Optional, for speed: None, with nothing done, where `quantize_values` is to be called for
+        column after column.
+        """
+        return None
+
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """As `Quantizer.layout`."""

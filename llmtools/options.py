@@ -22,6 +22,7 @@ def built(what: str, cls: type[T], options: Mapping[str, Any]) -> T:
     for option in options:
         if option not in known:
             raise InputError(f"{what}: no option {option!r}; {did_you_mean(str(option), known)}")
+    options = nested(what, cls, options)
     try:
         made = cls(**options)
     except InputError:
@@ -33,11 +34,28 @@ def built(what: str, cls: type[T], options: Mapping[str, Any]) -> T:
     return made
 
 
-def _check_types(what: str, cls: type, options: Mapping[str, Any]) -> None:
+def nested(what: str, cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a dataclass, with mappings as the dataclasses that are declared for them. Raises InputError as
+    `built`."""
+    hints = _hints(cls)
+    return {
+        option: built(f"{what}: {option}", hints[option], value)
+        if dataclasses.is_dataclass(hints.get(option)) and isinstance(value, Mapping)
+        else value
+        for option, value in options.items()
+    }
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    """The declared types of a class; none where an annotation is one that only a type checker can resolve."""
     try:
-        hints = get_type_hints(cls)
-    except NameError:  # an annotation that only a type checker can resolve
-        return
+        return get_type_hints(cls)
+    except NameError:
+        return {}
+
+
+def _check_types(what: str, cls: type, options: Mapping[str, Any]) -> None:
+    hints = _hints(cls)
     for option, value in options.items():
         if option in hints and not fits(value, hints[option]):
             raise InputError(f"{what}: {option}={value!r}; {type_name(hints[option])} is expected")

@@ -24,8 +24,8 @@ import itertools
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +36,7 @@ from ..checkpoint.loading import without_data
 from ..checkpoint.run_info import as_json, command, given, versions
 from ..errors import InputError, did_you_mean
 from ..files import METADATA, claim, clear_unfinished, read_json, write_whole
-from ..options import built, fits, type_name, with_current_names
+from ..options import fits, nested, type_name, with_current_names
 from ..recipes import plain_yaml as config
 from ..recipes.evaluate import Evaluate
 from ..recipes.finetune import Finetune, Lora
@@ -647,10 +647,9 @@ def _built(cls: Any, fixed: dict[str, Any], asked: dict[str, Any], where: str) -
             why = "the sweep sets it" if key in fixed else did_you_mean(key, known)
             raise InputError(f"{where}: {key!r} cannot be given for {cls.__name__.lower()}; {why}")
     hints = get_type_hints(cls)
+    asked = nested(where, cls, asked)
     for key, value in asked.items():
-        if is_dataclass(hints[key]) and isinstance(value, Mapping):
-            asked = {**asked, key: built(f"{where}: {key}", hints[key], value)}
-        elif not fits(value, hints[key]):
+        if not fits(value, hints[key]):
             raise InputError(f"{where}: {key}={config.shown(value)}; {type_name(hints[key])} is expected")
     for each in fields(cls):
         if each.default is MISSING and each.default_factory is MISSING and each.name not in {*asked, *fixed}:

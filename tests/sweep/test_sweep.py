@@ -378,6 +378,7 @@ def test_options_of_quantize_reach_it_with_the_text_that_they_read(recipe: Sweep
         ({}, False),
         ({"error_propagation": 0.5}, True),
         ({"recover": {"steps": 3, "top_k": 8}}, True),
+        ({"fit": "1GB", "fit_step": {"batch_size": 2, "lora": {"r": 4}}}, False),
         ({"finetune_blocks": {"epochs": 1}}, True),
     ):
         runner = module._Runner(replace(recipe, quantize={"calibration": text, **options}, baselines=[]))

@@ -67,6 +67,12 @@ def seconds(command: list[str], checkout: Path) -> tuple[float, float]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
 
 
+def commit(checkout: Path) -> str | None:
+    """The commit of a checkout; None where it is none of git's."""
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=checkout)
+    return git.stdout.strip() or None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.commands", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("section", choices=("start", "quantize"))
@@ -87,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
                 taken[key].append(seconds(command, checkout))
         for key, pairs in taken.items():
             row: dict[str, Any] = {"case": f"commands, {args.section}", "problem": name, "candidate": key}
+            row["commit"] = commit(checkouts[key])
             row["median_cpu_seconds"] = statistics.median(cpu for cpu, _ in pairs)
             row["median_seconds"] = statistics.median(wall for _, wall in pairs)
             row |= {
@@ -96,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:<20}{key:<8}{row['median_cpu_seconds']:8.2f} CPU s{row['median_seconds']:9.2f} s", flush=True)
             if args.append:
                 with args.append.open("a") as out:
-                    out.write(json.dumps(row | where) + "\n")
+                    out.write(json.dumps(where | row) + "\n")
     return 0
 
 

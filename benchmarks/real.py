@@ -87,6 +87,7 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
     for size in {2: (2.25, 2.5), 3: (3.0, 3.5)}.get(bits, ()):
         for recovery in (NO_RECOVERY, Recovery()):
             yield baselines.ours("qtip", {"bits": bits}, recovery=recovery, error_propagation=0.5, bits_per_weight=size)
+        yield baselines.ours("qtip", {"bits": bits}, error_propagation=0.5, bits_per_weight=size, rounding="two_sided")
     for name in ("quip_sharp", "optq", "quip"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, tuning=BlockTuning())

@@ -91,14 +91,13 @@ class _Reader:
         else:
             whole = self._renamed({name: contents}, where)
             contents = whole[name]
-        for group in self.groups & whole.keys():
-            if not isinstance(whole[group], dict):
-                raise InputError(f"{where}: {group}: a mapping (key: value) is expected, not {shown(whole[group])}")
+        for group in self.groups:
+            for found in _at(whole, group):
+                if not isinstance(found, dict):
+                    raise InputError(f"{where}: {group}: a mapping (key: value) is expected, not {shown(found)}")
         for key in self.open:
-            first, _, second = key.partition(".")
-            inner = whole.get(first) if second else whole
-            if isinstance(inner, dict) and (second or first) in inner:
-                self._store(key, inner[second or first])
+            for found in _at(whole, key):
+                self._store(key, found)
         self.args.append(f"--{name}={json.dumps(contents)}")
 
     def flag(self, name: str, text: str) -> None:
@@ -193,6 +192,15 @@ def _nested(contents: dict[str, Any]) -> dict[str, Any]:
     for key, value in contents.items():
         found = _with(found, key.split("."), value)
     return found
+
+
+def _at(mapping: Any, key: str) -> list[Any]:
+    """The value at a dotted path of keys, or none."""
+    for part in key.split("."):
+        if not isinstance(mapping, dict) or part not in mapping:
+            return []
+        mapping = mapping[part]
+    return [mapping]
 
 
 def _with(mapping: Any, keys: list[str], value: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import shutil
 import pytest
 import torch
 
-from llmtools.kernels import grouped, lattice, trellis
+from llmtools.kernels import grouped, lattice, sweep, trellis
 from llmtools.kernels.bits import pack
 from llmtools.kernels.ggml.native import KINDS
 from llmtools.quant.grids.affine import Affine
@@ -66,7 +66,13 @@ def odd_sizes() -> None:
 
 
 def encoders() -> None:
-    """What gives codes: the reference's."""
+    """What gives codes: the reference's. A sweep without feedback rounds to the nearest."""
+    weight, scale, zero = torch.randn(37, 21), torch.rand(37) + 0.1, torch.full((37,), 3.0)
+    error = weight.clone()
+    found = sweep.sweep_columns(weight, error, torch.zeros(21, 21), scale, zero, 7, whole_zeros=True)
+    expected = ((weight / scale[:, None]).round() + 3).clamp(0, 7)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(error, weight - scale[:, None] * (expected - 3))
     x = torch.randn(65, 8)
     assert torch.equal(lattice.native.encode_e8p(x), lattice.reference.encode_e8p(x))
     assert torch.equal(lattice.native.encode_e81b(x), lattice.reference.encode_e81b(x))

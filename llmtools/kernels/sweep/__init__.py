@@ -37,15 +37,16 @@ def sweep_columns(
     a code is round(x / s + z). error and update may be parts of larger matrices.
     """
     library = _library()
-    assert library is not None and error.stride(1) == 1 and error.shape == target.shape
+    assert library is not None and error.shape == target.shape
+    rows = error if error.stride(1) == 1 else error.contiguous()
     update = update if update.stride(1) == 1 else update.contiguous()
     parts = [target.contiguous(), scale.contiguous(), zero.contiguous()]
     codes = torch.empty_like(parts[0])
     library.sweep_columns(
         parts[0].data_ptr(),
         *target.shape,
-        error.data_ptr(),
-        error.stride(0),
+        rows.data_ptr(),
+        rows.stride(0),
         update.data_ptr(),
         update.stride(0),
         parts[1].data_ptr(),
@@ -55,6 +56,8 @@ def sweep_columns(
         codes.data_ptr(),
         torch.get_num_threads() if target.numel() > _SMALL else 1,
     )
+    if rows is not error:
+        error.copy_(rows)
     return codes
 
 

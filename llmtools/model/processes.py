@@ -114,6 +114,8 @@ class Together(Processes):
         self.rank, self.count, self._store = rank(), processes(), store
         self.ended = False
         """Whether the others know that this process fails, or cannot be reached."""
+        self._cause: Exception | None = None
+        """Why this process ends, where another one ended without a word."""
         self._control: Any = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._devices: Any = None
         if torch.cuda.is_available():
@@ -191,22 +193,25 @@ class Together(Processes):
     def _lost(self) -> Exception:
         """The error where another process ended without a word. The first one says it, if it lives."""
         text = "another process of this run ended; start it again, with --resume where finished blocks are kept"
+        self._cause = InputError(text) if self.is_first else ConnectionError(text)
         with suppress(Exception):
             if self.is_first:
                 self._store.set(_SIGN, "1")
             else:
                 self._store.wait([_SIGN], _FAREWELL)
-            return InputError(text)
-        return InputError(text) if self.is_first else ConnectionError(text)
+                self._cause = InputError(text)
+        return self._cause
 
     def fail(self, error: BaseException) -> BaseException:
         """Tells the others of an error, which the first process says; returns the one to raise."""
         failure = _Failure.of(error)
+        if failure.kind == "stopped" and self._cause is not None:
+            return self._cause  # torchrun stops the others after one that was killed, wherever they are by then
         if not self.ended:
             self.ended = True
             try:
                 self._gathered(failure)
-            except RuntimeError:  # torchrun stops the others after one that was killed: that one is the cause
+            except RuntimeError:
                 return self._lost() if failure.kind == "stopped" else error
             if not self.is_first and failure.kind == "input" and on_one_machine():
                 error = InputError(failure.text)
@@ -237,19 +242,18 @@ def together() -> Iterator[Processes]:
     if owned:
         store, number, count = next(iter(rendezvous("env://")))
         dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=_PATIENCE)
+    group = Together(store)
     try:
-        group = Together(store)
-        try:
-            yield group
-            group.wait()
-        except BaseException as error:
-            with deferred(Request()):  # torchrun ends all processes as soon as one has failed
-                found = group.fail(error)
-                if owned:
-                    group.wait_for_the_first()
-            if found is error:
-                raise
-            raise found from error
-    finally:
-        if owned:
-            dist.destroy_process_group()
+        yield group
+        group.wait()
+    except BaseException as error:
+        with deferred(Request()):  # torchrun ends all processes as soon as one has failed
+            found = group.fail(error)
+            if owned:
+                group.wait_for_the_first()
+                dist.destroy_process_group()
+        if found is error:
+            raise
+        raise found from error
+    if owned:
+        dist.destroy_process_group()

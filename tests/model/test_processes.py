@@ -19,10 +19,11 @@ import llmtools
 from llmtools.errors import InputError
 from llmtools.model.blocks import Group, merged_groups
 from llmtools.model.options import BlockTuning
-from llmtools.model.processes import Processes
+from llmtools.model.processes import Processes, Together
 from llmtools.model.propagation import ErrorSum
 from llmtools.nn.swap import quantized_linears
 from llmtools.quant import HessianSum
+from llmtools.signals import Stopped
 from tests.models import tiny_ids, tiny_mixture, tiny_model
 
 
@@ -212,3 +213,9 @@ def test_what_cannot_be_divided_is_refused_before_anything_changes(
 
     with pytest.raises(InputError, match=expected):
         in_threads(2, work)
+
+
+def test_a_stop_after_another_process_was_lost_is_not_the_cause() -> None:
+    group = Together.__new__(Together)
+    group.ended, group._cause = True, InputError("another process of this run ended")
+    assert group.fail(Stopped()) is group._cause

@@ -8,14 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ..checkpoint.options import CodeOptions, OffloadOptions
+from ..checkpoint.options import CodeOptions
 from ..errors import InputError, did_you_mean, opening
 from ..model.options import OPTIMIZERS
 from ..pages import free_memory
-from ..train.options import Lora
+from ..train.options import StepOptions
 from .quantize import QuantizerOptions, resolve_quantizer
-
-LORA = Lora()
 
 PROGRAM_BYTES = 390_000_000
 """Anonymous memory of `llmtools finetune` before the first step, without the model and its adapters, on Linux
@@ -27,32 +25,20 @@ NOT_COUNTED = (
 
 
 @dataclass(frozen=True)
-class Plan(QuantizerOptions, CodeOptions, OffloadOptions):
+class Plan(QuantizerOptions, CodeOptions, StepOptions):
     """Estimate the memory of a finetuning step, beside 16-bit LoRA's and what is free; no weights are loaded."""
 
     model: str
     """Folder, hub name or config.json of the model."""
     quantizer: str | dict[str, Any] | None = field(default=None, kw_only=True)
     """Quantizer, as in quantize; by default that of the checkpoint, or optq."""
-    lora: Lora = LORA
-    """LoRA adapter, as in finetune."""
-    batch_size: int = 1
-    """Number of sequences per device and step (per_device_train_batch_size)."""
     eval_batch_size: int | None = None
     """Number of sequences in a validation batch (per_device_eval_batch_size); by default validation is not counted: in
     batches of the same size it holds less than a step."""
-    max_length: int | None = None
-    """Length of a sequence in tokens; by default the model's positions, at most 1024, as in finetune."""
-    gradient_checkpointing: bool | None = None
-    """Whether only the inputs of blocks are kept, and the rest is recomputed; by default on a GPU, as in finetune."""
-    optim: str = "adamw_torch"
-    """Optimizer by transformers' name: adamw_torch | adamw_bnb_8bit | sgd."""
     chunked_loss: bool = True
     """Whether the loss is computed in chunks, without all logits at once; false for trainers that make them."""
     dtype: str | None = None
     """Type of what is not quantized: bfloat16 | float16 | float32; by default the checkpoint's."""
-    device: str | None = None
-    """Device of the step: cuda | cpu; by default a GPU if there is one."""
     memory: float | None = None
     """Memory that may be used, in GB (10⁹ bytes); by default what is free on this machine."""
 

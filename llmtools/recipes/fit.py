@@ -11,43 +11,22 @@ import logging
 import math
 import re
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
-from ..train.options import Lora
+from ..train.options import StepOptions
 
 if TYPE_CHECKING:
     from .quantize import Quantize
 
 log = logging.getLogger(__name__)
 
-LORA = Lora()
 _SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(GB|GiB|MB|MiB)?")
 _UNITS = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
 
 
-@dataclass(frozen=True)
-class FitStep:
-    """The finetuning step that is to fit, as `llmtools plan` has it."""
-
-    batch_size: int = 1
-    """Number of sequences per device and step (per_device_train_batch_size)."""
-    max_length: int | None = None
-    """Length of a sequence in tokens; by default the model's positions, at most 1024, as in finetune."""
-    gradient_checkpointing: bool | None = None
-    """Whether only the inputs of blocks are kept, and the rest is recomputed; by default on a GPU, as in finetune."""
-    optim: str = "adamw_torch"
-    """Optimizer by transformers' name: adamw_torch | adamw_bnb_8bit | sgd."""
-    lora: Lora = LORA
-    """LoRA adapter, as in finetune."""
-    device: str | None = None
-    """Device of the step: cpu | cuda; by default the GPU, if there is one."""
-    offload: str | None = None
-    """Place of the weights: disk (finetune --offload disk); by default in memory."""
-
-
-STEP = FitStep()
+STEP = StepOptions()
 
 
 class Width(NamedTuple):
@@ -61,6 +40,8 @@ class Width(NamedTuple):
     """Stored bits per quantized weight, scales included."""
     needed: int
     """Bytes of memory of the step."""
+    streamed: int | None
+    """The same with its weights in files; None on a GPU, where they cannot be."""
 
 
 def fitted(recipe: Quantize, *, divide: bool) -> Quantize:
@@ -70,6 +51,9 @@ def fitted(recipe: Quantize, *, divide: bool) -> Quantize:
 
     Raises InputError for a memory that cannot be read, options of widths beside it, and where no width fits.
     """
+    from ..checkpoint.loading import quiet_libraries
+    from .estimate import read_config
+
     if recipe.fit is None:
         if recipe.fit_step != STEP:
             raise InputError("--fit_step is the step that is to fit; pass --fit with the memory, such as --fit 6GB")
@@ -77,7 +61,9 @@ def fitted(recipe: Quantize, *, divide: bool) -> Quantize:
     memory = bytes_of(recipe.fit)
     if recipe.bits_per_weight is not None:
         raise InputError("--fit chooses the bits; pass it or --bits_per_weight, not both")
-    widths = _widths(recipe)
+    quiet_libraries()
+    config = read_config(_planned(recipe))
+    widths = _widths(recipe, config)
     fitting = [width for width in widths if width.needed <= memory]
     log.info("%s", _table(recipe, widths))
     if not fitting:
@@ -88,7 +74,7 @@ def fitted(recipe: Quantize, *, divide: bool) -> Quantize:
         log.info("--fit %s: %s", recipe.fit, _shown(chosen))
         return replace(recipe, bits=chosen.bits) if _is_open(recipe) else recipe
     spare = memory - chosen.needed
-    stored, weights = _divisible(recipe, chosen)
+    stored, weights = _divisible(recipe, chosen, config)
     bits = min(8 * (stored + spare) / weights, max(width.stored for width in wider))
     bits = math.floor(1000 * bits) / 1000
     log.info("--fit %s: %.3f bits per weight, divided among the linears (--bits_per_weight)", recipe.fit, bits)
@@ -104,16 +90,12 @@ def bytes_of(size: str | float) -> int:
     return int(count)
 
 
-def _widths(recipe: Quantize) -> list[Width]:
+def _widths(recipe: Quantize, config: Any) -> list[Width]:
     """The step at each width that the quantizer has, by rising size; at the one that the recipe names, if it does."""
-    from ..checkpoint.loading import quiet_libraries
     from ..model.allocation import WIDTHS
-    from .estimate import read_config
     from .quality import with_quality
     from .quantize import resolve_quantizer
 
-    quiet_libraries()
-    config = read_config(_planned(recipe))
     named = [replace(recipe, bits=bits) for bits in WIDTHS] if _is_open(recipe) else []
     found: list[Width] = []
     for each in named:
@@ -131,8 +113,14 @@ def _width(recipe: Quantize, config: Any) -> Width:
     quantizer = resolve_quantizer(with_quality(recipe))
     planned = resolved(config, _planned(recipe))
     memory, _, facts = step_memory(config, planned)
-    stored = 8 * memory.packed / facts["weights"]
-    return Width(getattr(quantizer, "bits", None), quantizer, stored, needed(memory, facts, planned))
+    in_files = None if planned.device != "cpu" else needed(memory, facts, replace(planned, offload="disk"))
+    return Width(
+        bits=getattr(quantizer, "bits", None),
+        quantizer=quantizer,
+        stored=8 * memory.packed / facts["weights"],
+        needed=needed(memory, facts, planned),
+        streamed=in_files,
+    )
 
 
 def _planned(recipe: Quantize) -> Any:
@@ -152,36 +140,30 @@ def _is_open(recipe: Quantize) -> bool:
     return recipe.bits is None and "bits" not in {**named, **recipe.options}
 
 
-def _divisible(recipe: Quantize, width: Width) -> tuple[int, int]:
+def _divisible(recipe: Quantize, width: Width, config: Any) -> tuple[int, int]:
     """(bytes of packed weights, number of weights) of the linears that widths are chosen for, at one width."""
     import torch
 
     from ..model.allocation import chosen_among, stored_bytes
-    from .estimate import empty_model, read_config
+    from ..nn.experts import unfused_within
+    from .estimate import empty_model
 
-    planned = _planned(recipe)
     with torch.device("meta"):
-        model = empty_model(read_config(planned), planned)
-    linears = [
-        model.get_submodule(path) for path in chosen_among(model, width.quantizer, recipe.overrides, recipe.skip)
-    ]
+        model = empty_model(config, _planned(recipe))
+        with unfused_within(model):
+            paths = chosen_among(model, width.quantizer, recipe.overrides, recipe.skip)
+            linears = [model.get_submodule(path) for path in paths]
     return sum(stored_bytes(width.quantizer, each) for each in linears), sum(each.weight.numel() for each in linears)
 
 
 def _refusal(recipe: Quantize, widths: list[Width]) -> str:
-    from .estimate import needed, read_config, resolved, size, step_memory
+    from .estimate import size
 
     least = min(widths, key=lambda width: width.needed)
     text = f"--fit {recipe.fit}: no width fits; the step takes at least {size(least.needed)}, with {_shown(least)}"
-    if recipe.fit_step.offload is not None:
+    if recipe.fit_step.offload is not None or least.streamed is None:
         return f"{text}; choose a smaller step (--fit_step.batch_size, --fit_step.max_length), or more memory"
-    config = read_config(_planned(recipe))
-    planned = resolved(config, _planned(recipe))
-    if planned.device != "cpu":
-        return f"{text}; choose a smaller step (--fit_step.batch_size, --fit_step.max_length), or more memory"
-    memory, _, facts = step_memory(config, planned)
-    streamed = needed(memory, facts, replace(planned, offload="disk"))
-    return f"{text}; with weights in files (--fit_step.offload disk) it takes {size(streamed)} at any width"
+    return f"{text}; with weights in files (--fit_step.offload disk) it takes {size(least.streamed)} at any width"
 
 
 def _table(recipe: Quantize, widths: list[Width]) -> str:

@@ -14,7 +14,8 @@ from ..checkpoint.options import ModelOptions
 from ..errors import InputError
 from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery, check_rounding
 from ..model.processes import Processes, together
-from .fit import STEP, FitStep, fitted
+from ..train.options import StepOptions
+from .fit import STEP, fitted
 from .quality import expanded, with_quality
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Quantize(QuantizerOptions, ModelOptions):
     fit: str | float | None = None
     """Memory that a later finetuning step is to fit into, such as 6GB, in place of --bits: the widest codes that do are
     chosen by `llmtools plan`, and with calibration text what is left is divided as by --bits_per_weight."""
-    fit_step: FitStep = STEP
+    fit_step: StepOptions = STEP
     """The step that is to fit; --fit_step.batch_size 4 --fit_step.max_length 512."""
     adapter_rank: int = 0
     """Largest rank of LoRA adapters whose initialisation from the quantization error is stored, for finetune

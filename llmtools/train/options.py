@@ -34,6 +34,27 @@ class Lora:
     """Other arguments of peft.LoraConfig, such as --lora.options.use_dora true."""
 
 
+LORA = Lora()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions(OffloadOptions):
+    """A finetuning step whose memory is planned."""
+
+    lora: Lora = LORA
+    """LoRA adapter, as in finetune."""
+    batch_size: int = 1
+    """Number of sequences per device and step (per_device_train_batch_size)."""
+    max_length: int | None = None
+    """Length of a sequence in tokens; by default the model's positions, at most 1024, as in finetune."""
+    gradient_checkpointing: bool | None = None
+    """Whether only the inputs of blocks are kept, and the rest is recomputed; by default on a GPU, as in finetune."""
+    optim: str = "adamw_torch"
+    """Optimizer by transformers' name: adamw_torch | adamw_bnb_8bit | sgd."""
+    device: str | None = None
+    """Device of the step: cuda | cpu; by default a GPU if there is one."""
+
+
 @dataclass(frozen=True)
 class Finetune(ModelOptions, OffloadOptions):
     """Train LoRA adapters on a model, quantized or not, on your own text, question/answer pairs or chats."""

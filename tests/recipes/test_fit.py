@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmtools.cli.app import main
 from llmtools.errors import InputError
 from llmtools.recipes.estimate import Plan, plan
 from llmtools.recipes.finetune import Lora
-from llmtools.recipes.fit import FitStep, bytes_of
+from llmtools.recipes.fit import bytes_of
 from llmtools.recipes.quantize import Quantize, quantize
+from llmtools.train.options import StepOptions
+from tests.models import tiny_mixture
 
 STEP = {"batch_size": 2, "max_length": 32, "device": "cpu", "lora": Lora(r=2)}
 RTN: dict[str, Any] = {"quantizer": "rtn", "group_size": 32}
@@ -24,7 +28,7 @@ def planned(model: Path, **options: Any) -> Any:
 
 
 def asked(model: Path, out: Path, memory: float, **options: Any) -> Quantize:
-    step = FitStep(**STEP | options.pop("step", {}))
+    step = StepOptions(**STEP | options.pop("step", {}))
     return Quantize(str(model), str(out), fit=f"{memory / 1e6:.6f}MB", fit_step=step, **RTN | options)
 
 
@@ -51,6 +55,20 @@ def test_calibration_text_divides_what_is_left(stories: Path, tmp_path: Path) ->
     assert two < found.total <= memory
     assert memory - found.total < 0.4 * (three - two)
     assert (tmp_path / "q" / "allocation.yaml").exists() and made.bits_per_weight == found.bits_per_weight
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")  # PEFT, of the dense mixture
+def test_what_is_left_is_divided_among_the_experts_of_a_mixture_too(tmp_path: Path, stories: Path) -> None:
+    model = tmp_path / "mixture"
+    tiny_mixture("mixtral").to(torch.bfloat16).save_pretrained(model)  # type: ignore[arg-type]
+    for file in stories.glob("tokenizer*"):
+        shutil.copy(file, model)
+    two, three = (planned(model, bits=bits, **RTN).total for bits in (2, 3))
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little dog. The dog liked to play in the park all day. " * 60)
+    memory = two + (three - two) * 0.6
+    quantize(asked(model, tmp_path / "q", memory, calibration=str(text), num_samples=4, max_length=32))
+    assert two < planned(tmp_path / "q").total <= memory
 
 
 def test_weights_in_files_fit_at_any_width(stories: Path, tmp_path: Path) -> None:
@@ -93,7 +111,7 @@ def test_mistakes_are_one_line(stories: Path, tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(InputError, match="--bits_per_weight, not both"):
         quantize(Quantize(str(stories), out, fit="1GB", bits_per_weight=2.5, **RTN))
     with pytest.raises(InputError, match="pass --fit"):
-        quantize(Quantize(str(stories), out, fit_step=FitStep(batch_size=2), **RTN))
+        quantize(Quantize(str(stories), out, fit_step=StepOptions(batch_size=2), **RTN))
     words = ["quantize", "--model", str(stories), "--quantizer", "rtn", "--fit", "1kB", "--out", out]
     assert main([*words, "--fit_step.batch_size", "2"]) != 0
     assert "fit='1kB'" in capsys.readouterr().err

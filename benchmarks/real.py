@@ -38,7 +38,7 @@ from benchmarks import baselines
 from benchmarks.baselines import Case, Source
 from benchmarks.quality import Row, append, hash_of_weights, note, reset_peak, resident, rows_of, window_nlls
 from llmtools.data.calibration import documents_of
-from llmtools.model.options import NO_RECOVERY, BlockTuning, Recovery
+from llmtools.model.options import BlockTuning, Recovery
 from llmtools.nn.adapters import dequantize
 
 HERE = Path(__file__).resolve().parent
@@ -85,9 +85,8 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
     for name, options in (("quip_sharp", {"passes": 2}), ("qtip", {})):
         yield baselines.ours(name, {"bits": bits} | options, recovery=Recovery(), error_propagation=0.5)
     for size in {2: (2.25, 2.5), 3: (3.0, 3.5)}.get(bits, ()):
-        for recovery in (NO_RECOVERY, Recovery()):
-            yield baselines.ours("qtip", {"bits": bits}, recovery=recovery, error_propagation=0.5, bits_per_weight=size)
-        yield baselines.ours("qtip", {"bits": bits}, error_propagation=0.5, bits_per_weight=size, rounding="two_sided")
+        for more in ({}, {"recovery": Recovery()}, {"rounding": "two_sided"}):
+            yield baselines.ours("qtip", {"bits": bits}, error_propagation=0.5, bits_per_weight=size, **more)
     for name in ("quip_sharp", "optq", "quip"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, tuning=BlockTuning())

@@ -199,7 +199,7 @@ class Format(ABC):
 
 def _routers(model: nn.Module) -> list[str]:
     """Paths of the modules that compute with a matrix and are no linears, as a mixture's routers: other programs have
-    them as linears, and must be told that they are dense."""
+    them as linears, so their names are listed as dense ones."""
     return [
         path
         for path, module in model.named_modules()

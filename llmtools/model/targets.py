@@ -146,8 +146,6 @@ def _skipped(path: str, inside: bool, skip: Sequence[str] | None) -> str | None:
 def _matching(path: str, overrides: Overrides, globs: Sequence[str]) -> list[str]:
     """The patterns that match a path, in their order. globs: those with wildcards; the others are looked up, since
     there may be one for each of thousands of experts."""
-    if len(overrides) == len(globs):
-        return [pattern for pattern in globs if _matches(path, pattern)]
     parts = path.split(".")
     ends = {".".join(parts[start:]) for start in range(len(parts))}
     found = {end for end in ends if end in overrides} | {each for each in globs if _matches(path, each)}

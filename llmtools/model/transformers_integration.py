@@ -306,16 +306,14 @@ class LLMToolsHfQuantizer(HfQuantizer):
 
     def _mixture_bytes(self, model: nn.Module, path: str) -> int:
         """Size of the experts of a layer after quantization."""
+
+        def size(place: str, weight: Tensor) -> int:
+            chosen = self.assigned.get(place)
+            return weight.nbytes if chosen is None else layout_bytes(chosen.layout(*weight.shape))
+
         with unfused_within(model):
-            size = 0
-            for place, module in model.get_submodule(path).named_modules(prefix=path):
-                if isinstance(module, nn.Linear):
-                    chosen = self.assigned.get(place)
-                    dense = (
-                        module.weight.nbytes if chosen is None else layout_bytes(chosen.layout(*module.weight.shape))
-                    )
-                    size += dense
-            return size
+            linears = model.get_submodule(path).named_modules(prefix=path)
+            return sum(size(place, each.weight) for place, each in linears if isinstance(each, nn.Linear))
 
     def get_quantize_ops(self) -> Any:
         return _quantize_on_arrival(self)

@@ -81,10 +81,8 @@ def not_adaptable(model: nn.Module) -> list[str]:
 
     Raises InputError where no linear is left that can carry an adapter.
     """
-    network: Any = model
-    head = network.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     refused = getattr(getattr(model, "config", None), "model_type", None) in _MAMBA
-    linears = {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
+    linears = linears_but_head(model)
     excluded = [
         path
         for path, each in linears.items()
@@ -107,13 +105,15 @@ def without_adapter(peft_model: Any) -> list[str]:
     """Paths, in the base model, of the linears that carry no adapter; the head and excluded ones are not counted."""
     base: nn.Module = peft_model.get_base_model()
     wrapped = {id(each) for module in base.modules() if hasattr(module, "base_layer") for each in module.modules()}
-    head = getattr(base, "get_output_embeddings", lambda: None)()
     excluded = {path for config in peft_model.peft_config.values() for path in config.exclude_modules or ()}
-    return [
-        path
-        for path, module in base.named_modules()
-        if isinstance(module, nn.Linear) and id(module) not in wrapped and module is not head and path not in excluded
-    ]
+    return [path for path, each in linears_but_head(base).items() if id(each) not in wrapped and path not in excluded]
+
+
+def linears_but_head(model: nn.Module) -> dict[str, nn.Linear]:
+    """All linears by path, quantized or not, without the output head."""
+    network: Any = model
+    head = network.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return {path: each for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head}
 
 
 def _is_plain(linear: nn.Linear) -> bool:

@@ -4,7 +4,7 @@ transformers keeps the experts of a layer as one module with three-dimensional P
 ``down_proj [E, H, I]``. `unfuse` gives that module children instead, ``experts.3.w_gate``, ``experts.3.w_up``,
 ``experts.3.w_down``, which are plain `nn.Linear`; their weights are views, so nothing is copied. From there on an
 expert is like any other linear: quantizers, the walk, checkpoints, adapters, merging and offloading need to know
-nothing of mixtures. `fuse` is the way back, for a model that is dense again.
+nothing of mixtures. `fuse_dense` is the way back, for a model that is dense again.
 
 The module itself stays, with its class and flags, by which its forward is known: whether it has a gate, biases, a
 transposed or interleaved layout, and how it applies the gate. `experts_forward` reads nothing else, so it serves every

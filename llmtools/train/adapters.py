@@ -149,7 +149,7 @@ def fit_config(config: Any, model: Any, lora: Lora, merge: str | None = None) ->
     merge: as in `Finetune`; with it linears that are not quantized are left out, too. Raises InputError for a word that
     no linear of the model answers to, or that PEFT cannot adapt.
     """
-    from ..nn.adapters import has_fused_experts, not_adaptable
+    from ..nn.adapters import has_fused_experts, linears_but_head, not_adaptable
     from ..nn.experts import unfused_experts
 
     every = config.target_modules == "all-linear" and not config.exclude_modules
@@ -159,7 +159,7 @@ def fit_config(config: Any, model: Any, lora: Lora, merge: str | None = None) ->
     if isinstance(config.target_modules, str) and set(config.target_modules.split("+")) <= WORDS.keys():
         config.target_modules = _named(config, model, config.target_modules)
     elif config.target_modules == "all-linear" and unfused_experts(model):
-        names = {path.rpartition(".")[2] for path in _linears(model)}
+        names = {path.rpartition(".")[2] for path in linears_but_head(model)}
         config.target_modules = sorted(names - _taken_for_fused(config, model, names))
     if lora.dropout is None and has_fused_experts(model):
         config.lora_dropout = 0.0
@@ -173,20 +173,14 @@ WORDS = {
 """Words for --lora.target_modules, joined by +, → what the path of a linear has in it."""
 
 
-def _linears(model: Any) -> list[str]:
-    """Paths of the linears but the output head."""
-    from torch import nn
-
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return [path for path, each in model.named_modules() if isinstance(each, nn.Linear) and each is not head]
-
-
 def _named(config: Any, model: Any, words: str) -> list[str]:
     """The names, as PEFT takes them, of the linears that words such as ``attention+shared_experts`` stand for.
 
     Raises InputError where a word stands for none, or for some that PEFT takes for fused experts.
     """
-    linears, found = _linears(model), []
+    from ..nn.adapters import linears_but_head
+
+    linears, found = linears_but_head(model), []
     for word in words.split("+"):
         paths = [path for path in linears if re.search(WORDS[word], path)]
         if not paths:

@@ -1,11 +1,10 @@
 """The C library's allocator, for training on a CPU.
 
 What a step frees is not always given back: between tensors that stay (activations, gradients) the heap has holes, and a
-hole that a smaller tensor was put into is no room for a larger one any more. A step of a 135M model, 8 × 256 tokens,
-had 3.5 GB of tensors and a process of 4.8 GB. Two of glibc's functions (malloc.h) help: `mallopt` keeps the largest
-tensors out of the heap, and `malloc_trim` gives the pages of all holes back, which costs time for each page that is
-used again. So it is called only where the process is about to hold more than it has needed so far (`HeapGuard`): in a
-first step several times, later hardly ever.
+hole that a smaller tensor was put into is no room for a larger one any more. Two of glibc's functions (malloc.h) help:
+`mallopt` keeps the largest tensors out of the heap, and `malloc_trim` gives the pages of all holes back, which costs
+time for each page that is used again. So it is called only where the process is about to hold more than it has needed
+so far (`HeapGuard`): in a first step several times, later hardly ever.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What glibc is told before training on a CPU, and meanwhile."""
+"""How glibc's allocator is set before training on a CPU, and trimmed during it."""
 
 from __future__ import annotations
 

@@ -156,34 +156,29 @@ static ALWAYS_INLINE __m512i iq4_codes(__m512i codes) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(levels), codes);
 }
 
-static ALWAYS_INLINE __m512i codes_q4_0(const uint8_t *b, int j, int second) {
-    const uint8_t *p = b + 36 * j + 2;
-    return two_runs(p, second ? p + 18 : p);
+/* Those of blocks 2·j and 2·j + 1, of `bytes` bytes, whose nibbles begin at byte `at`; of the first alone without second. */
+static ALWAYS_INLINE __m512i runs_at(const uint8_t *b, int bytes, int at, int j, int second) {
+    const uint8_t *p = b + 2 * bytes * j + at;
+    return two_runs(p, second ? p + bytes : p);
 }
 
-static ALWAYS_INLINE __m512i codes_q4_1(const uint8_t *b, int j, int second) {
-    const uint8_t *p = b + 40 * j + 4;
-    return two_runs(p, second ? p + 20 : p);
-}
+static ALWAYS_INLINE __m512i codes_q4_0(const uint8_t *b, int j, int second) { return runs_at(b, 18, 2, j, second); }
 
-/* Codes of 5 bits: the top ones in the 4 bytes at p, then 16 bytes of nibbles; and those at q. */
-static ALWAYS_INLINE __m512i two_fives(const uint8_t *p, const uint8_t *q) {
+static ALWAYS_INLINE __m512i codes_q4_1(const uint8_t *b, int j, int second) { return runs_at(b, 20, 4, j, second); }
+
+/* As runs_at, of codes of 5 bits: their top ones are 4 bytes from byte `at` on, before the nibbles. */
+static ALWAYS_INLINE __m512i fives_at(const uint8_t *b, int bytes, int at, int j, int second) {
+    const uint8_t *p = b + 2 * bytes * j + at;
     uint32_t first, last;
     memcpy(&first, p, 4);
-    memcpy(&last, q, 4);
-    const __m512i low = two_runs(p + 4, q + 4);
+    memcpy(&last, second ? p + bytes : p, 4);
+    const __m512i low = runs_at(b, bytes, at + 4, j, second);
     return _mm512_mask_add_epi8(low, first | (uint64_t)last << 32, low, _mm512_set1_epi8(16));
 }
 
-static ALWAYS_INLINE __m512i codes_q5_0(const uint8_t *b, int j, int second) {
-    const uint8_t *p = b + 44 * j + 2;
-    return two_fives(p, second ? p + 22 : p);
-}
+static ALWAYS_INLINE __m512i codes_q5_0(const uint8_t *b, int j, int second) { return fives_at(b, 22, 2, j, second); }
 
-static ALWAYS_INLINE __m512i codes_q5_1(const uint8_t *b, int j, int second) {
-    const uint8_t *p = b + 48 * j + 4;
-    return two_fives(p, second ? p + 24 : p);
-}
+static ALWAYS_INLINE __m512i codes_q5_1(const uint8_t *b, int j, int second) { return fives_at(b, 24, 4, j, second); }
 
 static ALWAYS_INLINE __m512i codes_q8_0(const uint8_t *b, int j, int second) {
     const uint8_t *p = b + 68 * j + 2;

@@ -12,7 +12,7 @@ from ..checkpoint.options import CodeOptions
 from ..errors import InputError, did_you_mean, opening
 from ..model.options import OPTIMIZERS
 from ..pages import free_memory
-from ..train.options import StepOptions
+from ..train.options import Lora, StepOptions  # noqa: F401  jsonargparse looks for the types of inherited fields here
 from .quantize import QuantizerOptions, resolve_quantizer
 
 PROGRAM_BYTES = 390_000_000

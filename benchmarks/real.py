@@ -44,6 +44,7 @@ from llmtools.nn.adapters import dequantize
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "real.jsonl"
 HELD_OUT_EVERY = 4
+BOTH: dict[str, Any] = {"rounding": "two_sided", "recovery": Recovery()}
 
 
 def cases(bits: int, iterations: int) -> Iterator[Case]:
@@ -84,9 +85,10 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
         yield baselines.ours(name, options, recovery=Recovery())
     for name, options in (("quip_sharp", {"passes": 2}), ("qtip", {})):
         yield baselines.ours(name, {"bits": bits} | options, recovery=Recovery(), error_propagation=0.5)
-    for size in {2: (2.25, 2.5), 3: (3.0, 3.5)}.get(bits, ()):
-        for more in ({}, {"recovery": Recovery()}, {"rounding": "two_sided"}):
-            yield baselines.ours("qtip", {"bits": bits}, error_propagation=0.5, bits_per_weight=size, **more)
+    for size in (None, *{2: (2.25, 2.5), 3: (3.0, 3.25, 3.5)}.get(bits, ())):
+        for more in ({}, {"recovery": Recovery()}, {"rounding": "two_sided"}, BOTH):
+            if size is not None or more == BOTH:
+                yield baselines.ours("qtip", {"bits": bits}, error_propagation=0.5, bits_per_weight=size, **more)
     for name in ("quip_sharp", "optq", "quip"):
         options = {"bits": bits} | ({"group_size": 64} if name == "optq" else {})
         yield baselines.ours(name, options, tuning=BlockTuning())

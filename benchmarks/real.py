@@ -1,7 +1,7 @@
 """Quality per bit on a real model: whole-model perplexity, ours beside other libraries', one JSON line a row.
 
     python -m benchmarks.real --model FOLDER --calibration c4=c4.jsonl.gz --texts wikitext2=test.txt c4=c4.jsonl.gz
-    python -m benchmarks.real … --only "optq,quip_sharp" --bits 2 --seed 1
+    python -m benchmarks.real … --only "optq;quip_sharp" --bits 2 --seed 1
     python -m benchmarks.real --list                 what would run, and what is done
     python -m benchmarks.real --table                docs/results/quality.md, from the rows
 
@@ -221,7 +221,7 @@ def rows(file: Path) -> list[Row]:
 
 def run(args: argparse.Namespace) -> None:
     setting = _setting(args)
-    wanted, unwanted = ([part for part in each.split(",") if part] for each in (args.only, args.without))
+    wanted, unwanted = ([part for part in each.split(";") if part] for each in (args.only, args.without))
     chosen = [
         case
         for case in _all_cases(args)
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=1024, help="tokens in a window of held-out text")
     parser.add_argument("--iterations", type=int, default=200, help="auto-round's steps for a block")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration sequences")
-    parser.add_argument("--only", default="", help="rows whose label holds this, or one of these parted by commas")
+    parser.add_argument("--only", default="", help="rows whose label holds this, or one of these parted by ;")
     parser.add_argument("--without", default="", help="no rows whose label holds this, or one of these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file that rows are appended to")
     parser.add_argument("--list", action="store_true", help="show what would run")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..errors import InputError, did_you_mean
 
-ROUNDINGS = ("one_sided", "two_sided")
+ROUNDINGS = ONE_SIDED, TWO_SIDED = ("one_sided", "two_sided")
 """Values of `rounding`: what a quantizer's sweep minimises, tr(E H Eᵀ) or tr(G E H Eᵀ)."""
 
 

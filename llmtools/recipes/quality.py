@@ -12,11 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, did_you_mean
+from ..model.options import ONE_SIDED
 
 if TYPE_CHECKING:
     from .quantize import Quantize
 
 DEFAULT, DEFAULT_BITS = "balanced", 4
+OF_ITS_QUANTIZER = ("options", "group_size", "rounding", "bits_per_weight")
+"""Options of a set that were chosen for its quantizer, and do not go to another."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def with_quality(recipe: Quantize) -> Quantize:
     options = dict(bundle_of(quality, _width(recipe)).options)
     name = recipe.quantizer["name"] if isinstance(recipe.quantizer, dict) else recipe.quantizer
     if name not in (None, options["quantizer"]):  # another's options are not this one's
-        options = {key: value for key, value in options.items() if key not in ("options", "group_size")}
+        options = {key: value for key, value in options.items() if key not in OF_ITS_QUANTIZER}
     return _filled(replace(recipe, quality=quality), options)
 
 
@@ -107,6 +110,7 @@ def _filled(recipe: Quantize, bundle: Mapping[str, Any]) -> Quantize:
     group_size = recipe.group_size
     if group_size is None and "group_size" not in {**named, **recipe.options}:
         group_size = bundle.get("group_size")
+    divided = _divided(recipe, bundle)
     tuning, recovery = recipe.finetune_blocks, recipe.recover
     if tuning.epochs is None:
         tuning = replace(tuning, epochs=bundle.get("finetune_blocks", {}).get("epochs", 0))
@@ -115,12 +119,14 @@ def _filled(recipe: Quantize, bundle: Mapping[str, Any]) -> Quantize:
     return replace(
         recipe,
         quantizer=recipe.quantizer if recipe.quantizer is not None else bundle.get("quantizer", "optq"),
-        bits=_bits(recipe, bundle),
+        bits=_bits(recipe, bundle) if divided == recipe.bits_per_weight else None,
+        bits_per_weight=divided,
         group_size=group_size,
         options={**options, **recipe.options},
         num_samples=recipe.num_samples if recipe.num_samples is not None else bundle.get("num_samples", 128),
         max_length=recipe.max_length if recipe.max_length is not None else bundle.get("max_length"),
         error_propagation=_error_propagation(recipe, bundle, tuned=bool(tuning.epochs)),
+        rounding=recipe.rounding or (bundle.get("rounding") if recipe.calibration is not None else None) or ONE_SIDED,
         finetune_blocks=tuning,
         recover=recovery,
     )
@@ -133,6 +139,16 @@ def _error_propagation(recipe: Quantize, bundle: Mapping[str, Any], *, tuned: bo
         return recipe.error_propagation
     strength: float = bundle.get("error_propagation", 0.0)
     return strength if recipe.calibration is not None and not tuned else 0.0
+
+
+def _divided(recipe: Quantize, bundle: Mapping[str, Any]) -> float | None:
+    """The stored bits per weight that widths are chosen within: those that are given, or the bundle's, where neither
+    `fit` nor a quantizer's own options say the width."""
+    named = recipe.quantizer if isinstance(recipe.quantizer, dict) else {}
+    if recipe.bits_per_weight is not None or recipe.fit is not None or "bits" in {**named, **recipe.options}:
+        return recipe.bits_per_weight
+    size: float | None = bundle.get("bits_per_weight") if recipe.calibration is not None else None
+    return size
 
 
 def _bits(recipe: Quantize, bundle: Mapping[str, Any]) -> int | None:
@@ -152,7 +168,9 @@ def expanded(recipe: Quantize) -> str:
     if recipe.calibration is not None:
         options |= {"num_samples": recipe.num_samples, "max_length": recipe.max_length}
     options |= {
+        "bits_per_weight": recipe.bits_per_weight,
         "error_propagation": recipe.error_propagation,
+        "rounding": recipe.rounding if recipe.rounding != ONE_SIDED else None,
         "finetune_blocks": {"epochs": recipe.finetune_blocks.epochs},
         "recover": {"steps": recipe.recover.steps},
     }

@@ -12,7 +12,16 @@ from typing import Any
 
 from ..checkpoint.options import ModelOptions
 from ..errors import InputError
-from ..model.options import NO_RECOVERY, OPEN_RECOVERY, OPEN_TUNING, BlockTuning, Recovery, check_rounding
+from ..model.options import (
+    NO_RECOVERY,
+    ONE_SIDED,
+    OPEN_RECOVERY,
+    OPEN_TUNING,
+    TWO_SIDED,
+    BlockTuning,
+    Recovery,
+    check_rounding,
+)
 from ..model.processes import Processes, together
 from ..train.options import StepOptions
 from .fit import STEP, fitted
@@ -72,10 +81,10 @@ class Quantize(QuantizerOptions, ModelOptions):
     error_propagation: float | None = None
     """Strength, from 0 to 1, of a correction of each weight, before it is quantized, for the errors of the layers
     before it; --error_propagation 0.5. The walk takes about twice as long. By default 0, or what the quality says."""
-    rounding: str = "one_sided"
+    rounding: str | None = None
     """What the rounding of optq, quip, quip_sharp and qtip makes least: one_sided, the error of a layer's output;
     two_sided, its effect on the whole model's distributions, by gradients of the original model, which is read into
-    memory as a whole."""
+    memory as a whole. By default one_sided, or what the quality says."""
     finetune_blocks: BlockTuning = OPEN_TUNING
     """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
     --finetune_blocks.epochs 5."""
@@ -186,7 +195,7 @@ def _check_divided(recipe: Quantize, count: int) -> None:
     }
     option = next((name for name, value in asked.items() if value), None)
     if count > 1 and option is not None:
-        chosen = "" if recipe.quality is None else f" (--quality {recipe.quality}; {option} 0 is without)"
+        chosen = "" if recipe.quality is None else f" (--quality {recipe.quality}; --quantizer NAME is without)"
         raise InputError(
             f"{option} {asked[option]}{chosen} works in one process, and this run has {count}; start it without "
             f"torchrun"
@@ -201,8 +210,8 @@ def _why_resident(recipe: Quantize) -> str | None:
         return "--recover runs the original"
     if recipe.bits_per_weight is not None:
         return "--bits_per_weight compares all of its linears"
-    if recipe.rounding == "two_sided":
-        return "--rounding two_sided needs gradients through all of it"
+    if recipe.rounding == TWO_SIDED:
+        return f"--rounding {TWO_SIDED} needs gradients through all of it"
     return why_not_streamed(recipe.model, trust_remote_code=recipe.trust_remote_code)
 
 
@@ -313,7 +322,7 @@ def _quantized(
                 sequential=recipe.sequential,
                 tuning=recipe.finetune_blocks,
                 error_propagation=recipe.error_propagation or 0.0,
-                rounding=recipe.rounding,
+                rounding=recipe.rounding or ONE_SIDED,
                 adapter_rank=recipe.adapter_rank,
                 route_all=recipe.route_all,
                 on_step=step,
@@ -389,7 +398,7 @@ def checked_quantizer(recipe: Quantize) -> Any:
             ways_out = ", or take what needs none: --quality fast, or --quantizer rtn"
         raise InputError(f"{reader} needs calibration text: pass --calibration FILE (.txt or .jsonl){ways_out}")
     check_strength(recipe.error_propagation or 0.0, tuned=bool(recipe.finetune_blocks.epochs))
-    check_rounding(recipe.rounding)
+    check_rounding(recipe.rounding or ONE_SIDED)
     if recipe.bits_per_weight is not None and recipe.bits is not None:
         raise InputError("--bits_per_weight chooses the bits of each linear; pass it or --bits, not both")
     if not recipe.recover.steps and recipe.recover != NO_RECOVERY:
@@ -411,7 +420,7 @@ def _reader_of_text(recipe: Quantize, quantizer: Any) -> str | None:
         quantizer.name: quantizer.needs_hessian,
         "--finetune_blocks": recipe.finetune_blocks.epochs,
         "--error_propagation": recipe.error_propagation,
-        "--rounding two_sided": recipe.rounding == "two_sided",
+        f"--rounding {TWO_SIDED}": recipe.rounding == TWO_SIDED,
         "--bits_per_weight": recipe.bits_per_weight is not None,
         "--recover": recipe.recover.steps,
     }

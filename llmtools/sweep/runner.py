@@ -65,7 +65,8 @@ class Sweep:
     out: str = "sweep"
     """Output folder; the same command again runs only what is missing in it."""
     quantizers: list[dict[str, Any]] = field(default_factory=list)
-    """Quantizers, such as {name: optq, bits: [4, 3], group_size: 64}; a list of values makes a variant of each."""
+    """Quantizers, such as {name: optq, bits: [4, 3], group_size: 64}; a list of values makes a variant of each. Options
+    of quantize for one of them go under its own `quantize`: {name: qtip, quantize: {bits_per_weight: 2.25}}."""
     baselines: list[str] = field(default_factory=lambda: list(BASELINES))
     """Variants to compare with. lora: LoRA on the unquantized model; nf4, int8: quantized by bitsandbytes, skipped
     where it is not installed."""
@@ -515,8 +516,11 @@ class _Runner:
             "overwrite": True,
         }
         fixed["plugin"] = self.recipe.plugin
+        common, own = (
+            with_current_names("quantize", each) for each in (self.recipe.quantize, options.pop("quantize", {}))
+        )
         fixed |= {key: options.pop(key, None) for key in ("bits", "group_size")} | {"options": options}
-        recipe: Quantize = _built(Quantize, fixed, with_current_names("quantize", self.recipe.quantize), "quantize")
+        recipe: Quantize = _built(Quantize, fixed, {**common, **own}, "quantize")
         return without_unread_text(recipe)
 
     def finetune(self, run: Run) -> Finetune:
@@ -612,6 +616,7 @@ def _check(recipe: Sweep) -> None:
     for options in recipe.quantizers:
         if not isinstance(options.get("name"), str):
             raise InputError(f"quantizers: {{name: …, bits: …, options}} is expected, not {options!r}")
+        _check_mapping(f"quantizers.{options['name']}.quantize", options.get("quantize", {}))
         if empty := [key for key, value in options.items() if value == []]:
             raise InputError(f"quantizers: {options['name']} has {empty[0]}: [], which makes no variant; give a value")
 
@@ -632,8 +637,18 @@ def _unrolled(quantizers: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _label(quantizer: dict[str, Any]) -> str:
     """``optq 3-bit, group_size 32``"""
     bits = f" {quantizer['bits']}-bit" if quantizer.get("bits") is not None else ""
-    others = [f"{key} {value}" for key, value in quantizer.items() if key not in ("name", "bits")]
+    options = {key: value for key, value in quantizer.items() if key not in ("name", "bits", "quantize")}
+    others = [f"{key} {value}" for key, value in _flat({**options, **quantizer.get("quantize", {})})]
     return ", ".join([f"{quantizer['name']}{bits}", *others])
+
+
+def _flat(options: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of options of any depth: {recover: {steps: 60}} is ("recover steps", 60)."""
+    for key, value in options.items():
+        if isinstance(value, dict):
+            yield from ((f"{key} {inner}", each) for inner, each in _flat(value))
+        else:
+            yield key, value
 
 
 def _built(cls: Any, fixed: dict[str, Any], asked: dict[str, Any], where: str) -> Any:

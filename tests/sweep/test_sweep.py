@@ -289,6 +289,8 @@ def test_what_cannot_be_run_is_said_before_anything_is(
         ({"ranks": [0]}, "ranks"),
         ({"seeds": []}, "seeds"),
         ({"quantizers": [{"name": "rtn", "bits": []}]}, "bits: []"),
+        ({"quantizers": [{"name": "rtn", "quantize": {"sead": 1}}]}, "did you mean 'seed'"),
+        ({"quantizers": [{"name": "rtn", "quantize": 3}]}, "quantizers.rtn.quantize: a mapping"),
         ({"data": {"dogs": "x"}}, "--data.dogs"),
         ({"data": {"cats": "x"}}, "--data.cats: under finetune and evaluate this task names data of its own"),
         ({"data": {"mnli": __file__}, "tasks": {"mnli": {"data": "x"}}}, "would be trained on and evaluated on"),
@@ -370,6 +372,22 @@ def test_lists_make_variants_and_data_are_replaced(recipe: Sweep) -> None:
     assert runner.finetune(runs[0]).data == runner.evaluate(runs[0]).data == str(ASSETS / "mnli")
     assert {runner.finetune(one).lora.r for one in runs} == {1, 2}
     assert runs[0].seed == 0 and runs[-1].seed == 1  # seed by seed
+
+
+def test_a_quantizer_has_options_of_quantize_of_its_own(recipe: Sweep, data: Path) -> None:
+    own = {"rounding": "two_sided", "recover": {"steps": 3}}
+    many = replace(
+        recipe, baselines=[],
+        quantize={"calibration": str(data / "text.txt"), "num_samples": 4, "rounding": "one_sided"},
+        quantizers=[{"name": "optq", "bits": 3}, {"name": "optq", "bits": 3, "quantize": own}],
+    )  # fmt: skip
+    runner = module._Runner(many)
+    plain, other = (run.variant for run in runner.runs())
+    assert (plain.label, other.label) == ("optq 3-bit", "optq 3-bit, rounding two_sided, recover steps 3")
+    one, two = runner.quantize(plain), runner.quantize(other)
+    assert one is not None and two is not None
+    assert (one.rounding, one.recover.steps) == ("one_sided", None)
+    assert (two.rounding, two.recover.steps, two.num_samples, two.options) == ("two_sided", 3, 4, {})
 
 
 def test_options_of_quantize_reach_it_with_the_text_that_they_read(recipe: Sweep, data: Path) -> None:

@@ -7,9 +7,9 @@ arXiv:2505.22988, which goes on to factors that weigh tokens by one another). Th
 of the identity as far as it is noise: in some layers most of the gradient is that of one or two tokens.
 
 The gradients come from one backward pass through the original model, of which the gradients in each block's outputs are
-kept: blocks · tokens · hidden values of the model's dtype. When a block's turn comes, they are carried back through it,
-still dense, to its linears. So the moments [out, out] of one block only are in memory at a time, and not all of them,
-which are larger than the model.
+kept: blocks · tokens · hidden values of the dtype that the model is computed in. When a block's turn comes, they are
+carried back through it, still dense, to its linears. So the moments [out, out] of one block only are in memory at a
+time, and not all of them, which are larger than the model.
 
 Shapes: out — features of a linear; b, t — sequences and tokens of a batch.
 """
@@ -47,7 +47,7 @@ def backward_of_samples(model: nn.Module, sequences: Iterable[tuple[int, Batch]]
             embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)).remove
         )
         for seed, batch in sequences:
-            logits = getattr(run_network(model, batch), "logits", None)
+            logits = getattr(run_network(model, batch, wide=True), "logits", None)
             if logits is None:
                 raise InputError(f"{type(model).__name__} gives no logits of tokens, from which to sample")
             slope = logits.detach().float().softmax(-1).flatten(0, -2)  # p, [b · t, vocabulary]

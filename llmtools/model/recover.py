@@ -33,6 +33,7 @@ from ..nn.linear import QuantizedLinear
 from ..nn.lora_init import LoraInit
 from ..nn.swap import own_linears, packed_layers
 from ..nn.tuning import AdaptedLinear, TuningLinear
+from ..nn.wide import computed_in, run_wide
 from .options import Recovery
 from .reconstruct import divided, relative_to, replaced, shuffled
 from .walk import evaluating
@@ -386,11 +387,14 @@ class _Training:
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """ids [1, t] -> [t, v] float32, computed in the dtype of the model's linears where that is half precision."""
+    """ids [1, t] -> [t, v] float32, computed in the dtype of the model's linears where that is half precision, and fast
+    on the device."""
     linear = next(each for each in model.modules() if isinstance(each, TuningLinear | nn.Linear))
     dtype = linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype
     home = next(model.parameters()).device
     half = dtype if dtype in (torch.bfloat16, torch.float16) else None
+    if computed_in(dtype, home) != dtype:
+        half = None
     with torch.autocast(home.type, dtype=half, enabled=half is not None):
-        found: Tensor = model(input_ids=ids.to(home), use_cache=False).logits[0]
+        found: Tensor = run_wide(model, input_ids=ids.to(home), use_cache=False).logits[0]
     return found.float()

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import InputError
+from ..nn.wide import computed_in, run_wide
 from .blocks import Block, find_blocks, merged_groups, observe
 from .processes import Processes
 from .remembered import Remembered
@@ -154,10 +155,12 @@ class Calls:
         """keep: the block's in-place writes to its arguments persist."""
         call = self._calls[index]
         args, kwargs = call.resolved(stream[call.batch], self._device, dtype, keep=keep)
-        if self._remembered is None or stream is not self.stream or dtype is not None:
+        if dtype is not None:
             return self.block(*args, **kwargs)
+        if self._remembered is None or stream is not self.stream:
+            return run_wide(self.block, *args, cast=_widened, **kwargs)
         with self._remembered.run(index):
-            return self.block(*args, **kwargs)
+            return run_wide(self.block, *args, cast=_widened, **kwargs)
 
 
 Visit = Callable[[Block, Calls], None]
@@ -200,9 +203,9 @@ def walk(
     so blocks also run on padding under a mask. propagate: the inputs of the next block are the outputs of the changed
     block; otherwise those of the original one. device: blocks, one at a time, and their inputs are moved there.
     storage: where the weights are; by default in memory. processes: of several, each walks with its share of the
-    batches, and all with the same groups of linears. With a visitor that does nothing the inputs of every block
-    are, bit for bit, those in ``model(ids)``. The model is put in evaluation mode; the former mode is restored, also
-    after an error.
+    batches, and all with the same groups of linears. With a visitor that does nothing the inputs of every block are,
+    bit for bit, those in ``model(ids)``, or in the same model in float32 where that is faster (`nn/wide.py`). The model
+    is put in evaluation mode; the former mode is restored, also after an error.
 
     Raises InputError where no block runs, or where one runs for some batches only.
     """
@@ -268,13 +271,13 @@ def _agree(block: Block, processes: Processes) -> None:
         block.idle = [path for path in block.idle if path not in reached]
 
 
-def run_network(model: nn.Module, batch: Batch) -> Any:
+def run_network(model: nn.Module, batch: Batch, *, wide: bool = False) -> Any:
     """``model(input_ids=…)`` on one batch, on the model's device, without a cache of keys and values.
 
     batch: token ids [batch, t] or keyword arguments. An encoder-decoder without `decoder_input_ids` gets the text
-    itself there, shifted by one.
+    itself there, shifted by one. wide: by `run_wide`, which may take a float32 copy of the weights.
     """
-    return _run(model, _complete(model, batch))
+    return _run(model, _complete(model, batch), wide=wide)
 
 
 def _complete(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -288,13 +291,13 @@ def _complete(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def _run(module: nn.Module, inputs: Mapping[str, Any]) -> Any:
+def _run(module: nn.Module, inputs: Mapping[str, Any], *, wide: bool = False) -> Any:
     home = _first_device(module)
     moved = {name: value.to(home) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     accepted = inspect.signature(module.forward).parameters
     if "use_cache" in accepted or any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
         moved["use_cache"] = False
-    return module(**moved)
+    return run_wide(module, **moved) if wide else module(**moved)
 
 
 def copied(stream: Stream) -> Stream:
@@ -675,6 +678,15 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
                 object.__setattr__(made, field.name, _mapped(getattr(value, field.name), change))
         return made
     return value
+
+
+def _widened(value: Any) -> Any:
+    """Arguments with their half-precision tensors in the type that a model is computed in."""
+
+    def wide(leaf: Any) -> Any:
+        return leaf.to(computed_in(leaf.dtype, leaf.device)) if isinstance(leaf, Tensor) else leaf
+
+    return _mapped(value, wide)
 
 
 def hidden_of(output: Any, path: str) -> Tensor:

@@ -343,6 +343,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..nn.adapters import prepare_for_training
     from ..nn.experts import unfused_within
     from ..nn.swap import set_module
+    from ..nn.wide import widen
     from ..train.adapters import fit_config, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
@@ -354,6 +355,8 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
                     set_module(model, path, empty_layer(model.get_submodule(path), quantizer, path))
                 _share_fused(model, quantizers)
                 tie_heads(model)
+        if recipe.offload is None:
+            widen(model, recipe.device)
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
             config = lora_config(recipe.lora)

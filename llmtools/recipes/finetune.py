@@ -73,7 +73,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
     from ..checkpoint.folder import load_lora_init
     from ..checkpoint.gguf_base import facts_of_base
     from ..checkpoint.inputs import content_of_model
-    from ..checkpoint.loading import content_of_template, import_plugins, open_model, quiet_libraries
+    from ..checkpoint.loading import compute_fast, content_of_template, import_plugins, open_model, quiet_libraries
     from ..checkpoint.run_info import as_json, record
     from ..content import rows_content, tensors_content
     from ..data.tasks.base import needs_chat_template
@@ -111,6 +111,7 @@ def _finetune(recipe: Finetune, out: Path, work: Path, callbacks: Sequence[Any])
         inputs |= {TENSORS: tensors} if (tensors := tensors_content(recipe.model)) is not None else {}
     base = fingerprint(model)
     file = facts_of_base(recipe.model, model) if is_first() else {}
+    compute_fast(model, recipe.offload)
     fit_config(config, model, recipe.lora, merge=recipe.merge)
     if prompt_format["record_format"] == "messages":
         needs_chat_template(tokenizer)

@@ -1,0 +1,66 @@
+"""Half-precision models in float32, on processors without products of half-precision matrices.
+
+Packed weights are multiplied in the type that is fast, whatever that of their inputs is (`quant/materialize.py`). The
+rest of a model, and a model that is not quantized, is torch's; on a CPU with AVX2 alone, as many laptops have, a
+product of bfloat16 matrices takes it 7 times as long as one in float32, and the product of its gradient 40 times as
+long (torch 2.13, 128 tokens; `python -m benchmarks.layers`). There a model is computed in float32, which has every
+value of the half types: only roundings between the operations are left out. `widen` does that for good, for twice the
+memory of what is not packed, `run_wide` for one call, with copies that end with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.materialize import product_type
+from .packed import PackedWeight
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def computed_in(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
+    """The type in which a model of `dtype` is computed: its own, or float32 where that is faster on the device."""
+    return product_type(torch.empty(0, dtype=dtype, device=device)) if dtype in _HALVES else dtype
+
+
+def growth(model: nn.Module) -> int:
+    """Bytes of memory that `widen` takes."""
+    return sum(tensor.nbytes for tensor in _narrow(model).values())
+
+
+def widen(model: nn.Module, device: str | None = None) -> None:
+    """Casts a model in place, but for its packed tensors, to the type that it is computed in, on its device or, on the
+    meta device, on this one."""
+    if _narrow(model, device):
+        nn.Module.float(model)  # transformers' own refuses quantized models, whose packed tensors do not change
+
+
+def run_wide(module: nn.Module, *args: Any, cast: Callable[[Any], Any] = lambda value: value, **kwargs: Any) -> Any:
+    """``module(*args, **kwargs)``, with float32 copies of its half-precision tensors where it is computed in that.
+
+    cast: what is then done to the arguments. The result is float32, too.
+    """
+    wide = {name: tensor.float() for name, tensor in _narrow(module).items()}
+    if not wide:
+        return module(*args, **kwargs)
+    return torch.func.functional_call(module, wide, cast(args), cast(kwargs))
+
+
+def _narrow(module: nn.Module, device: str | None = None) -> dict[str, Tensor]:
+    """Name → tensor, of those that are not packed and not computed in their own type."""
+    packed = {
+        f"{path}.{name}" if path else name
+        for path, each in module.named_modules()
+        if isinstance(each, PackedWeight)
+        for name in each.packed
+    }
+    found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if name not in packed and computed_in(tensor.dtype, device or tensor.device) != tensor.dtype
+    }

@@ -396,5 +396,5 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     if computed_in(dtype, home) != dtype:
         half = None
     with torch.autocast(home.type, dtype=half, enabled=half is not None):
-        found: Tensor = run_wide(model, input_ids=ids.to(home), use_cache=False).logits[0]
+        found: Tensor = run_wide(model, (), {"input_ids": ids.to(home), "use_cache": False}).logits[0]
     return found.float()

@@ -158,9 +158,9 @@ class Calls:
         if dtype is not None:
             return self.block(*args, **kwargs)
         if self._remembered is None or stream is not self.stream:
-            return run_wide(self.block, *args, cast=_widened, **kwargs)
+            return run_wide(self.block, args, kwargs, _widened)
         with self._remembered.run(index):
-            return run_wide(self.block, *args, cast=_widened, **kwargs)
+            return run_wide(self.block, args, kwargs, _widened)
 
 
 Visit = Callable[[Block, Calls], None]
@@ -297,7 +297,7 @@ def _run(module: nn.Module, inputs: Mapping[str, Any], *, wide: bool = False) ->
     accepted = inspect.signature(module.forward).parameters
     if "use_cache" in accepted or any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
         moved["use_cache"] = False
-    return run_wide(module, **moved) if wide else module(**moved)
+    return run_wide(module, (), moved) if wide else module(**moved)
 
 
 def copied(stream: Stream) -> Stream:

@@ -39,10 +39,12 @@ def widen(model: nn.Module, device: str | None = None) -> None:
         nn.Module.float(model)  # transformers' own refuses quantized models, whose packed tensors do not change
 
 
-def run_wide(module: nn.Module, *args: Any, cast: Callable[[Any], Any] = lambda value: value, **kwargs: Any) -> Any:
+def run_wide(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cast: Callable[[Any], Any] = lambda value: value
+) -> Any:
     """``module(*args, **kwargs)``, with float32 copies of its half-precision tensors where it is computed in that.
 
-    cast: what is then done to the arguments. The result is float32, too.
+    cast: what is then done to `args` and `kwargs`. The result is float32, too.
     """
     wide = {name: tensor.float() for name, tensor in _narrow(module).items()}
     if not wide:

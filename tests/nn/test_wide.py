@@ -47,7 +47,7 @@ def test_a_run_is_that_of_the_model_in_float32(family: str, slow_halves: None) -
     model: Any = tiny_mixture("mixtral").to(torch.bfloat16) if family == "mixture" else bfloat16(family)
     before = {name: (each.data_ptr(), each.dtype) for name, each in model.named_parameters()}
     with torch.no_grad():
-        found = run_wide(model, input_ids=IDS).logits
+        found = run_wide(model, (), {"input_ids": IDS}).logits
         assert torch.equal(found, copy.deepcopy(model).float()(input_ids=IDS).logits)
         assert not torch.equal(found, model(input_ids=IDS).logits.float())
     assert {name: (each.data_ptr(), each.dtype) for name, each in model.named_parameters()} == before
@@ -72,7 +72,7 @@ def test_where_half_precision_is_fast_nothing_changes(fast_halves: None) -> None
     assert growth(model) == 0
     widen(model)
     assert model.dtype == torch.bfloat16
-    assert torch.equal(run_wide(model, input_ids=IDS).logits, expected)
+    assert torch.equal(run_wide(model, (), {"input_ids": IDS}).logits, expected)
 
 
 def test_quantizing_is_that_of_the_model_in_float32(slow_halves: None) -> None:

@@ -44,6 +44,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 2, "state_bits": 9, "seed": 3},
         {"bits": 3, "state_bits": 8, "passes": 2, "code": "1mad"},
         {"bits": 4, "state_bits": 10, "scale": 1.0},
+        {"bits": 6, "state_bits": 10},
     ],
     "gguf": [{"type": "Q4_0"}, {"type": "Q4_1"}, {"type": "Q5_0"}, {"type": "Q5_1"}],
 }

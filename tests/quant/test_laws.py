@@ -54,7 +54,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "quip": {"passes": 2},
     "quip_sharp": {"passes": 2},
     "signround": {"iterations": 5},
-    "exl3": {"state_bits": 8},
+    "exl3": {"bits": 2, "state_bits": 8},
     "qtip_hybrid": {"state_bits": 9},
 }
 """In place of the defaults, where those take many rounds."""

@@ -137,6 +137,11 @@ def test_the_trellis_has_less_loss_than_the_lattice(bits: int) -> None:
     assert loss("qtip", bits=bits, state_bits=10) < 0.97 * loss("quip_sharp", bits=bits, passes=0)
 
 
+def test_a_weight_for_exl3_is_rounded_with_feedback() -> None:
+    """Nearly as well as qtip's: runs of 128 features instead of whole rows, and 64 rows padded to 128."""
+    assert loss("exl3", bits=3, state_bits=10, code="3inst") < 1.3 * loss("qtip", bits=3, state_bits=10)
+
+
 def test_passes_on_a_trellis_never_hurt() -> None:
     losses = [loss("qtip", bits=3, state_bits=8, passes=passes) for passes in (0, 1, 3)]
     assert losses == sorted(losses, reverse=True)

@@ -174,27 +174,43 @@ class Format(ABC):
         layers = own_linears(model)
         assert cls.limits is not None, cls.name
         uniform, requantized = uniform_layers(layers, cls.limits, lossy=lossy)
-        names = stored_paths(model)  # where the experts of a mixture are in the files
-        tensors = split(model, _others(model)) if names else _others(model)
+        names = stored_paths(model)
         uniform = {names.get(path, path): layer for path, layer in uniform.items()}
-        for path, layer in uniform.items():
-            tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in cls.write(layer).items()}
         dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path not in layers]
         dense = [names.get(path, path) for path in [*dense, *(_routers(model) if names else [])]]
         inside = [path for path in dense if path.rpartition(".")[2] != "lm_head"]
         readers = readers_of(cls.name, list(uniform.values()), inside, reader)
-        hf_model: Any = model
-        config = copy.deepcopy(hf_model.config)
-        config.quantization_config = cls.describe(uniform, dense)
-        config.save_pretrained(folder)
-        if hf_model.can_generate():
-            hf_model.generation_config.save_pretrained(folder)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        write_shards(folder, tensors, max_shard_size)
-        for name, contents in cls.files(config.quantization_config).items():
+        described = cls.describe(uniform, dense)
+        written = {path: cls.write(layer) for path, layer in uniform.items()}
+        write_folder(model, tokenizer, folder, written, described, max_shard_size)
+        for name, contents in cls.files(described).items():
             write_json(folder / name, contents)
         return WriteResult(len(uniform), requantized, readers)
+
+
+def write_folder(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    described: Mapping[str, Any],
+    max_shard_size: str | int,
+) -> None:
+    """A folder in transformers' layout: path → tensors of each quantized linear, under its stored path
+    (`expert_names.stored_paths`); all others of the model; `described` as its quantization config."""
+    others = _others(model)
+    tensors = split(model, others) if stored_paths(model) else others
+    for path, own in modules.items():
+        tensors |= {f"{path}.{name}": tensor.contiguous() for name, tensor in own.items()}
+    hf_model: Any = model
+    config = copy.deepcopy(hf_model.config)
+    config.quantization_config = dict(described)
+    config.save_pretrained(folder)
+    if hf_model.can_generate():
+        hf_model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_shards(folder, tensors, max_shard_size)
 
 
 def _routers(model: nn.Module) -> list[str]:

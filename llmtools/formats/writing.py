@@ -5,6 +5,7 @@
 | `compressed-tensors` | a uniform grid, renamed                                | vLLM, transformers, llm-compressor |
 | `gptq`, `gptq_v2`    | a uniform grid, transposed                             | GPTQModel, vLLM, SGLang            |
 | `gguf`               | the first of Q4_0, Q4_1, Q5_0 and Q8_0 that is exact   | llama.cpp, transformers            |
+| `exl3`               | a trellis of the quantizer `exl3`, turned              | exllamav3, by its source; untested |
 
 A layer that a format cannot hold exactly is an error, with the reason. With `lossy` it is re-quantized, and the
 relative error is reported. Adapters are exported by `lora.py`.

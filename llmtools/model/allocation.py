@@ -38,7 +38,7 @@ from .quantize import accumulating
 from .targets import Overrides, Plan, any_index
 from .walk import Batch, Calls, OnStep, walk
 
-WIDTHS = (2, 3, 4, 8)
+WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 """Bits that a linear may get, of those that the quantizer has."""
 SEQUENCES = 16
 """Most sequences of the calibration text that the gradients are measured on."""

@@ -192,7 +192,8 @@ class SignedHadamard(Basis):
         if self.scale is None:
             scales = sizes / (sizes.square().mean().sqrt() if sizes.any() else 1)
         else:
-            scales = sizes * (unit / (self.scale * (self.columns(in_features) / in_features) ** 0.5))
+            padding = self.columns(in_features) / in_features * (self.rows(out_features) / out_features)
+            scales = sizes * (unit / (self.scale * padding**0.5))
         dtype = SCALE_TYPES[self.scale_type]
         return {"su": su, "sv": sv * torch.where(sizes > 0, scales.clamp(*scale_range(dtype)), 0).to(dtype)}
 

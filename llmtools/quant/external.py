@@ -11,7 +11,8 @@
 | `qtip_hybrid`    | a trellis with a table of pairs, rotated         | QTIP                               |
 
 They are quantizers like any other, so `QuantizedLinear`, our checkpoints, finetuning and export do not depend on
-a layer's origin. To quantize, each rounds to nearest. The readers and writers are in `llmtools.formats`.
+a layer's origin. To quantize, each rounds to nearest, but `exl3`, which sweeps as `qtip` does. The readers and writers
+are in `llmtools.formats`.
 
 Shapes: out, in — features; P = ceil(out / group_size) rows of scales of `affine_columns`.
 """
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from ..errors import InputError, did_you_mean
 from ..kernels.bits import pack, unpack
-from .base import ALL, Packed, Quantizer, TensorSpec, quantizers
+from .base import ALL, Packed, Quantizer, TensorSpec, later, quantizers
 from .bases import Basis, Permutation, SignedHadamard
 from .composed import Composed
 from .dither import offsets
@@ -39,7 +40,7 @@ from .grids.lattice import Lattice
 from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
 from .grids.trellis import HybridTrellis, Trellis
 from .materialize import materialized_linear
-from .quip_sharp import QuIPSharp
+from .quip_sharp import QuIPSharp, Rotated
 from .rounding import Nearest, Rounding
 from .update import updated
 
@@ -269,34 +270,45 @@ class FusedLattice(Quantizer):
 
 @quantizers.register("exl3")
 @dataclass(frozen=True)
-class EXL3Trellis(Composed):
-    """A trellis in the coordinates of EXL3: runs of 128 features are mixed on either side, both padded to whole runs.
+class EXL3Trellis(Rotated):
+    """EXL3's form of QTIP, for exllamav3: 1 to 8 bits on a trellis of 2^16 states, very slow to quantize.
 
-    Stored: trellis [out', in'/16 · bits] int16 in the order "exl3" of `kernels.trellis`, su [in] and sv [out] float16;
-    out', in' are the next multiples of 128. Of vectors padded with zeros no input, and of padded outputs none is seen.
+    Runs of 128 features are mixed on either side, both padded to whole runs. Stored: trellis [out', in'/16 · bits]
+    int16 in the order "exl3" of `kernels.trellis`, su [in] and sv [out] float16; out', in' are the next multiples of
+    128. Of vectors padded with zeros no input, and of padded outputs none is seen.
     """
+
+    needs_hessian: ClassVar[bool] = True
+    rows_tried: ClassVar[int] = 32
 
     bits: int = 4
     """Bits per weight, 1 to 8."""
     code: str = "mul1"
-    """Function from states to weights: mul1, mcg, 3inst or 1mad."""
+    """Function from states to weights: mul1, mcg, 3inst or 1mad, which EXL3's files have not."""
     state_bits: int = 16
     """Bits of the trellis' state, 8 to 16; always 16 in EXL3's files."""
+    scale: float | None = later(None)
+    """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
+    weights best downwards."""
+    damping: float = later(0.01)
+    """Damping added to the Hessian's diagonal, as a fraction of its mean."""
+    passes: int = later(0)
+    """Largest number of coordinate-descent iterations after the sweep; each takes about as long as the sweep."""
+    seed: int = later(0)
+    """Seed of the random signs, which are stored."""
 
-    def __post_init__(self) -> None:
-        _ = self.grid
+    @property
+    def fitting_scale(self) -> float:
+        return self.grid.scale
 
     @cached_property
     def grid(self) -> Trellis:
         return Trellis(self.bits, self.state_bits, self.code, "exl3")
 
-    @property
-    def rounding(self) -> Rounding:
-        return Nearest()
-
     @cached_property
     def basis(self) -> SignedHadamard:
-        return SignedHadamard(scale=self.grid.scale, mixed=EXL3_RUN)
+        scale = self.fitting_scale if self.scale is None else self.scale
+        return SignedHadamard(self.seed, scale, mixed=EXL3_RUN)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         return super().layout(out_features, in_features) | self.grid.layout(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
-from ..errors import InputError
 from .base import later, quantizers
 from .grids.trellis import Trellis
 from .quip_sharp import Rotated
@@ -21,16 +20,17 @@ from .quip_sharp import Rotated
 class QTIP(Rotated):
     """QTIP (arXiv:2406.11235): rotated weights, 256 at a time on a trellis; the least error per bit, slow to quantize.
 
-    1 to 4 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes.
+    1 to 8 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes.
     """
 
     needs_hessian: ClassVar[bool] = True
     rows_tried: ClassVar[int] = 32
 
     bits: int = 2
-    """Bits per weight, 1, 2, 3 or 4."""
+    """Bits per weight, 1 to 8."""
     state_bits: int = 12
-    """Bits of the trellis' state, 8 to 16; each more takes twice the time to quantize, and brings less."""
+    """Bits of the trellis' state, 8 to 16 and at least bits + 4; each more takes twice the time to quantize, and brings
+    less."""
     code: str = "3inst"
     """Function from states to weights: 3inst, 1mad, or EXL3's mcg and mul1."""
     scale: float | None = None
@@ -46,11 +46,6 @@ class QTIP(Rotated):
     """Version of the rules that say which Hadamard matrix belongs to a size."""
     scale_type: str = later("float16")
     """Type of the scales of rows: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
-
-    def __post_init__(self) -> None:
-        if self.bits not in (1, 2, 3, 4) or isinstance(self.bits, bool):
-            raise InputError(f"{self.name}: bits={self.bits!r}; choose 1, 2, 3 or 4")
-        super().__post_init__()
 
     @property
     def fitting_scale(self) -> float:

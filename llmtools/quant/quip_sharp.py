@@ -64,10 +64,10 @@ class Rotated(Composed):
         """The standard deviation of Gaussian weights that fit the grid best."""
 
     def __post_init__(self) -> None:
-        """Raises InputError for options out of range; the grid checks its own."""
-        _ = self.grid
-        Sequential(self.damping, passes=self.passes)
-        SignedHadamard(scale=self.scale, rules=self.hadamard, scale_type=self.scale_type)
+        """Raises InputError for options out of range; grid, rounding and basis check their own."""
+        _ = self.grid, self.rounding
+        SignedHadamard(scale=self.scale)
+        _ = self.basis
 
     @property
     def rounding(self) -> Sequential:

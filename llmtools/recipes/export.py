@@ -20,7 +20,7 @@ class Export(AdaptedModelOptions):
     """Write a quantized model for servers and other programs, exactly; or a merged dense model; or a plain adapter."""
 
     format: str
-    """Format to write: compressed-tensors, gptq, gptq_v2, gguf (of an adapter: the adapter alone, for llama.cpp),
+    """Format to write: compressed-tensors, gptq, gptq_v2, exl3, gguf (of an adapter: the adapter alone, for llama.cpp),
     dense (dequantized, with the adapter merged), or lora (the adapter alone)."""
     out: str
     """Folder to write to; with --format gguf and --adapter also a file, whose name ends in .gguf."""

@@ -96,7 +96,8 @@ def _widths(recipe: Quantize, config: Any) -> list[Width]:
     from .quality import with_quality
     from .quantize import resolve_quantizer
 
-    named = [replace(recipe, bits=bits) for bits in WIDTHS] if _is_open(recipe) else []
+    wide = [bits for bits in WIDTHS if bits > 1]  # one bit is for linears among others of more
+    named = [replace(recipe, bits=bits) for bits in wide] if _is_open(recipe) else []
     found: list[Width] = []
     for each in named:
         with suppress(InputError):  # a width that the quantizer does not have, or a quantizer of one width

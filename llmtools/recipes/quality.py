@@ -51,11 +51,12 @@ BUNDLES: dict[str, dict[int, Bundle]] = {
         ),
         3: Bundle(PROPAGATED, "7 min, × 1.24 (16 sequences of 1024)"),
         4: Bundle(PROPAGATED, "7 min, × 1.07 (16 sequences of 1024)"),
+        6: Bundle(PROPAGATED),
         8: RTN8,
     },
     "best": {
         bits: Bundle({**TRELLIS, **LONG, "finetune_blocks": {"epochs": 5}, "recover": {"steps": 240}})
-        for bits in (2, 3, 4)
+        for bits in (2, 3, 4, 6)
     }
     | {8: RTN8},
 }

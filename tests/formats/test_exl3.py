@@ -17,9 +17,12 @@ from transformers import AutoTokenizer
 import llmtools
 from llmtools import CheckpointError
 from llmtools.errors import InputError
-from llmtools.formats.exl3 import EXL3
+from llmtools.formats.exl3 import EXL3, tensors_of
 from llmtools.formats.tensors import Module
+from llmtools.formats.writing import export
+from llmtools.nn import QuantizedLinear
 from llmtools.nn.swap import quantized_linears
+from llmtools.quant import EXL3Trellis
 from llmtools.recipes.quantize import Quantize, quantize
 from tests.formats.writers import assert_planned, tiny_tokenizer
 from tests.models import tiny_ids, tiny_model
@@ -296,3 +299,73 @@ def test_a_folder_without_a_config_is_not_quantized_again(
     with pytest.raises(InputError, match="quantized already"):
         quantize(Quantize(model=str(source), out=str(tmp_path / "q"), quantizer="rtn"))
     assert [path.name for path in tmp_path.iterdir()] == ["exl3"]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_linear_that_was_read_is_written_to_the_bit(bits: int, code: str) -> None:
+    m, n = [(128, 256), (200, 130)][bits % 2]
+    tensors = drawn(padded(m), padded(n), bits, code, bits)
+    tensors["suh"][n:], tensors["svh"][m:] = 1, 0  # of what is padded
+    quantizer, packed = read(tensors, m, n)
+    layer = QuantizedLinear(n, m, quantizer)
+    layer.pack_(packed)
+    again = tensors_of(layer)
+    assert again.keys() == tensors.keys()
+    assert all(
+        again[name].dtype == tensor.dtype and torch.equal(again[name], tensor) for name, tensor in tensors.items()
+    )
+
+
+def test_a_model_is_written_as_it_was_read(written: tuple[Path, Any], tmp_path: Path) -> None:
+    folder, _ = written
+    model = opened(folder)
+    done = export(model, None, tmp_path / "out", "exl3")
+    assert (done.modules, done.requantized) == (15, [])
+    theirs, ours = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        live: Any = ...
+        if name.endswith(("suh", "svh", "bias")):  # what is padded is not seen
+            linear = model.get_submodule(name.rpartition(".")[0])
+            live = slice(linear.in_features if name.endswith("suh") else linear.out_features)
+        assert torch.equal(ours[name][live], tensor[live]) and ours[name].shape == tensor.shape, name
+    assert torch.equal(logits(opened(tmp_path / "out")), logits(model))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "exl3" and config["head_bits"] == 6 and 1 < config["bits"] < 8
+    storage = json.loads((tmp_path / "out" / "quantization_config.json").read_text())["tensor_storage"]
+    for path, layer in quantized_linears(model).items():
+        assert storage[path]["bits_per_weight"] == layer.quantizer.bits
+        for name, each in storage[path]["stored_tensors"].items():
+            tensor = ours[name]
+            assert each == {"shape": list(tensor.shape), "n_bytes": tensor.nbytes, "dtype": str(tensor.dtype)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("qtip", {"state_bits": 8}, "EXL3 does not hold weights of qtip.*--quantizer exl3"),
+        ("rtn", {}, "EXL3 does not hold weights of rtn"),
+        ("exl3", {"state_bits": 8}, "states of 8 bits; EXL3's have 16"),
+    ],
+)
+def test_what_does_not_fit_to_the_bit_is_refused(
+    name: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = tiny_model(hidden_size=64, intermediate_size=64)
+    llmtools.quantize(model, name, [tiny_ids()], bits=2, **options)
+    for lossy in (False, True):
+        with pytest.raises(InputError, match=message):
+            export(model, None, tmp_path / "out", "exl3", lossy=lossy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_code_that_exl3_has_not_is_refused(tmp_path: Path) -> None:
+    layer = QuantizedLinear(128, 128, EXL3Trellis(2, "1mad"))
+    model = tiny_model(hidden_size=128, intermediate_size=128)
+    model.model.layers[0].mlp.up_proj = layer
+    with pytest.raises(InputError, match="EXL3 has no code 1mad"):
+        export(model, None, tmp_path / "out", "exl3")

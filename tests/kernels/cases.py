@@ -104,6 +104,7 @@ CASES = {
     "trellis": Case("trellis", "dequantize_trellis", lambda: (*trellis("3inst"), 3, OUT - 7, torch.bfloat16)),
     "trellis, bytes": Case("trellis", "dequantize_trellis", lambda: (*trellis("1mad"), 0, OUT, torch.float32)),
     "trellis, product": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("3inst"), False)),
+    "trellis, six bits": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("3inst", 6), False)),
     "trellis, transposed": Case("trellis", "multiply_trellis", lambda: (x(OUT), *trellis("3inst"), True)),
     "trellis, EXL3": Case("trellis", "dequantize_trellis", lambda: (*trellis("mul1", 5, "exl3"), 3, 29, torch.float32)),
     "trellis, EXL3's product": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("mcg", 4, "exl3"), False)),

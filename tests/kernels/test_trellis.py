@@ -21,7 +21,7 @@ from llmtools.kernels.trellis import (
     reference,
 )
 
-WIDTHS = (1, 2, 3, 4)
+WIDTHS = range(1, 9)
 
 
 def drawn(out: int, blocks: int, bits: int, seed: int = 0) -> Tensor:
@@ -77,7 +77,7 @@ def test_fewer_bits_of_state_are_the_first_states(code: str) -> None:
 
 
 @pytest.mark.parametrize("state_bits", [8, 11, 16])
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("out", [1, 16, 37])
 def test_weights_are_cut_from_the_circle_of_their_tile(out: int, bits: int, state_bits: int) -> None:
     packed = drawn(out, 3, bits)
@@ -164,6 +164,7 @@ def test_products_equal_the_dense_ones_whatever_the_number_of_threads(out: int, 
 @pytest.mark.parametrize(("out", "blocks", "state_bits"), [(21, 2, 8), (3, 1, 9), (16, 1, 10)])
 def test_c_and_torch_find_the_same_codes(out: int, blocks: int, state_bits: int, bits: int, code: str) -> None:
     weight = torch.randn(out, 16 * blocks, generator=torch.Generator().manual_seed(1))
+    state_bits = max(state_bits, bits + 4)
     assert torch.equal(
         encode_trellis(weight, bits, state_bits, code), reference.encode_trellis(weight, bits, state_bits, code)
     )
@@ -173,8 +174,9 @@ def test_c_and_torch_find_the_same_codes(out: int, blocks: int, state_bits: int,
 def test_ties_are_broken_alike(bits: int) -> None:
     """Of few values, so that many paths cost the same; and of zeros."""
     weight = torch.randint(-1, 2, (20, 32), generator=torch.Generator().manual_seed(2)).float()
+    options = bits, max(8, bits + 4), "1mad"
     for each in (weight, torch.zeros(20, 16)):
-        assert torch.equal(encode_trellis(each, bits, 8, "1mad"), reference.encode_trellis(each, bits, 8, "1mad"))
+        assert torch.equal(encode_trellis(each, *options), reference.encode_trellis(each, *options))
 
 
 def test_the_search_finds_the_best_free_path() -> None:
@@ -205,13 +207,14 @@ def test_the_search_finds_the_best_circle_with_the_joint_that_it_is_held_to() ->
 
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_the_error_on_gaussian_weights_is_near_the_bound(bits: int) -> None:
-    """Above the rate-distortion bound 4⁻ᵏ, and not far with 2^10 states; a tile of fewer rows is no worse."""
+    """Above the rate-distortion bound 4⁻ᵏ, and not far with 2^10 to 2^14 states; a tile of fewer rows is no worse."""
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(5))
-    scale = SCALE[bits] * decode_states("3inst", 10).std()
-    values = dequantize_trellis(encode_trellis(weight * scale, bits, 10, "3inst"), bits, 10, "3inst") / scale
+    options = bits, 10 if bits < 5 else bits + 6, "3inst"
+    scale = SCALE[bits] * decode_states("3inst", options[1]).std()
+    values = dequantize_trellis(encode_trellis(weight * scale, *options), *options) / scale
     error = (values - weight).square()
     for rows in (slice(32), slice(32, 40)):
-        assert 4.0**-bits < error[rows].mean() < 4.0**-bits * (1.75 if bits == 4 else 1.55)
+        assert 4.0**-bits < error[rows].mean() < 4.0**-bits * (1.55 if bits < 4 else 1.95)
 
 
 def test_more_states_have_less_error() -> None:

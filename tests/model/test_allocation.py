@@ -112,6 +112,15 @@ def test_more_bits_cost_less_and_the_estimate_is_of_the_divergence() -> None:
     assert all(0.2 < ratio < 5 for ratio in ratios), ratios
 
 
+def test_every_width_that_a_quantizer_has_is_a_choice() -> None:
+    qtip = quantizer("qtip", state_bits=10)  # which has 1 to 6
+    found = choose_bits(tiny_model("llama"), qtip, BATCHES, 7.0, overrides={"*.1.*": None})
+    for choices in found.choices.values():
+        assert [each.bits for each in choices] == [1, 2, 3, 4, 5, 6]
+        assert [each.cost for each in choices] == sorted((each.cost for each in choices), reverse=True)
+    assert {5, 6} & set(found.bits.values())
+
+
 def test_mixed_widths_beat_the_line_between_uniform_ones(stories: Path, tinystories: Path) -> None:
     base = quantizer("rtn", bits=2, group_size=32)
 

@@ -44,6 +44,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 2, "state_bits": 9, "seed": 3},
         {"bits": 3, "state_bits": 8, "passes": 2, "code": "1mad"},
         {"bits": 4, "state_bits": 10, "scale": 1.0},
+        {"bits": 6, "state_bits": 10},
     ],
     "gguf": [{"type": "Q4_0"}, {"type": "Q4_1"}, {"type": "Q5_0"}, {"type": "Q5_1"}],
 }
@@ -53,7 +54,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "quip": {"passes": 2},
     "quip_sharp": {"passes": 2},
     "signround": {"iterations": 5},
-    "exl3": {"state_bits": 8},
+    "exl3": {"bits": 2, "state_bits": 8},
     "qtip_hybrid": {"state_bits": 9},
 }
 """In place of the defaults, where those take many rounds."""

@@ -33,6 +33,7 @@ def bits_per_weight(packed: Packed, out: int, n: int) -> float:
         ("quip_sharp", {"bits": 4, "passes": 0}, 4 + 16 / 8 + 16 / 1024),
         ("qtip", {"bits": 1, "state_bits": 8}, 1 + 16 / 8 + 16 / 1024),
         ("qtip", {"bits": 3, "state_bits": 8}, 3 + 16 / 8 + 16 / 1024),
+        ("qtip", {"bits": 6, "state_bits": 10}, 6 + 16 / 8 + 16 / 1024),
     ],
     ids=lambda value: str(value),
 )
@@ -58,8 +59,8 @@ def test_quip_sharp_has_two_to_four_bits(bits: Any) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 0}, {"bits": 5}, {"bits": True}, {"passes": -1}, {"damping": 0.0}, {"scale": -1.0}, {"hadamard": 2},
-     {"state_bits": 7}, {"state_bits": 17}, {"state_bits": 12.0}, {"code": "2inst"}],
+    [{"bits": 0}, {"bits": 9}, {"bits": True}, {"passes": -1}, {"damping": 0.0}, {"scale": -1.0}, {"hadamard": 2},
+     {"state_bits": 7}, {"state_bits": 9, "bits": 6}, {"state_bits": 17}, {"state_bits": 12.0}, {"code": "2inst"}],
     ids=str,
 )  # fmt: skip
 def test_impossible_options_of_qtip_are_refused_when_it_is_made(options: dict[str, Any]) -> None:
@@ -136,6 +137,11 @@ def test_the_trellis_has_less_loss_than_the_lattice(bits: int) -> None:
     assert loss("qtip", bits=bits, state_bits=10) < 0.97 * loss("quip_sharp", bits=bits, passes=0)
 
 
+def test_a_weight_for_exl3_is_rounded_with_feedback() -> None:
+    """Nearly as well as qtip's: runs of 128 features instead of whole rows, and 64 rows padded to 128."""
+    assert loss("exl3", bits=3, state_bits=10, code="3inst") < 1.3 * loss("qtip", bits=3, state_bits=10)
+
+
 def test_passes_on_a_trellis_never_hurt() -> None:
     losses = [loss("qtip", bits=3, state_bits=8, passes=passes) for passes in (0, 1, 3)]
     assert losses == sorted(losses, reverse=True)
@@ -180,10 +186,11 @@ def test_hqq_keeps_a_group_far_from_zero() -> None:
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (7, 33), (1, 1), (5, 172)], ids=str)
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("name", ["quip_sharp", "qtip"])
+@pytest.mark.parametrize(
+    ("name", "bits"), [*((name, bits) for name in ("quip_sharp", "qtip") for bits in (2, 3, 4)), ("qtip", 5)]
+)
 def test_rotated_layers_take_every_shape(name: str, bits: int, shape: tuple[int, int]) -> None:
-    made = quantizer(name, bits=bits, passes=1, **({"state_bits": 8} if name == "qtip" else {}))
+    made = quantizer(name, bits=bits, passes=1, **({"state_bits": 9} if name == "qtip" else {}))
     weight = torch.randn(shape)
     packed = made.quantize(weight, torch.eye(shape[1]))
     codes = (shape[0], -(-shape[1] // 8)) if name == "quip_sharp" else (shape[0], -(-shape[1] // 16) * bits)

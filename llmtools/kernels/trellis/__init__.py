@@ -11,7 +11,7 @@ with its sixteen weights. So a row needs no other than itself and the first word
 for the last), and its weights are decoded side by side. Where the rows of a weight end within a tile, the circle is
 shorter.
 
-EXL3's files have the same circles, up to eight bits, two more codes, and another order of a tile's weights
+EXL3's files have the same circles, two more codes, and another order of a tile's weights
 (`tables.py`): there a row finds its weights in the 2k words that it shares with the row eight above or below.
 
 Shapes: b — blocks of sixteen columns; k — `bits`, 1 to 8; L — `state_bits`, 8 to 16; t — tokens.
@@ -49,7 +49,7 @@ __all__ = [
     "multiply_trellis",
 ]
 
-SCALE = {1: 1.0, 2: 0.95, 3: 0.9} | dict.fromkeys(range(4, 9), 0.85)
+SCALE = {1: 1.0, 2: 0.95, 3: 0.9, 4: 0.85, 5: 0.8, 6: 0.75, 7: 0.75, 8: 0.75}
 
 
 def check_trellis(bits: int, state_bits: int, code: str, order: str = "rows") -> None:

@@ -40,7 +40,8 @@ typedef struct {
     uint16_t *back;           /* [steps, families / 16, k] */
 } Search;
 
-/* WIDE families at a time: their least costs so far and where those come from. Three functions know the processor. */
+/* WIDE families at a time: their least costs so far and where those come from; `lesser` takes the first of equals. Four
+ * functions know the processor. */
 #if defined(__AVX512F__)
 
 enum { WIDE = 16 };
@@ -49,16 +50,13 @@ typedef struct {
     __m512i from;
 } Least;
 
-static ALWAYS_INLINE void compare(Least *least, const float *restrict cost, int j) {
-    const __m512 other = _mm512_loadu_ps(cost);
-    if (j == 0) {
-        least->cost = other;
-        least->from = _mm512_setzero_si512();
-        return;
-    }
-    const __mmask16 less = _mm512_cmp_ps_mask(other, least->cost, _CMP_LT_OQ);
-    least->cost = _mm512_min_ps(other, least->cost);
-    least->from = _mm512_mask_mov_epi32(least->from, less, _mm512_set1_epi32(j));
+static ALWAYS_INLINE Least member(const float *restrict cost, int j) {
+    return (Least){_mm512_loadu_ps(cost), _mm512_set1_epi32(j)};
+}
+
+static ALWAYS_INLINE Least lesser(Least one, Least later) {
+    const __mmask16 less = _mm512_cmp_ps_mask(later.cost, one.cost, _CMP_LT_OQ);
+    return (Least){_mm512_min_ps(later.cost, one.cost), _mm512_mask_mov_epi32(one.from, less, later.from)};
 }
 
 static ALWAYS_INLINE uint32_t plane(const Least *least, int bit) {
@@ -70,8 +68,10 @@ static ALWAYS_INLINE void extend(const Least *least, float x, const float *restr
                                  const int k) {
     const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i family = _mm512_srli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(WIDE * e)), (unsigned)k);
+    const __m512 from = k < 4 ? _mm512_permutexvar_ps(family, least->cost)
+                              : _mm512_set1_ps(((const float *)&least->cost)[WIDE * e >> k]); /* all of one family */
     const __m512 off = _mm512_sub_ps(_mm512_set1_ps(x), _mm512_loadu_ps(values));
-    _mm512_storeu_ps(next, _mm512_add_ps(_mm512_permutexvar_ps(family, least->cost), _mm512_mul_ps(off, off)));
+    _mm512_storeu_ps(next, _mm512_add_ps(from, _mm512_mul_ps(off, off)));
 }
 
 #elif defined(__AVX2__)
@@ -82,16 +82,13 @@ typedef struct {
     __m256i from;
 } Least;
 
-static ALWAYS_INLINE void compare(Least *least, const float *restrict cost, int j) {
-    const __m256 other = _mm256_loadu_ps(cost);
-    if (j == 0) {
-        least->cost = other;
-        least->from = _mm256_setzero_si256();
-        return;
-    }
-    const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(other, least->cost, _CMP_LT_OQ));
-    least->cost = _mm256_min_ps(other, least->cost);
-    least->from = _mm256_blendv_epi8(least->from, _mm256_set1_epi32(j), less);
+static ALWAYS_INLINE Least member(const float *restrict cost, int j) {
+    return (Least){_mm256_loadu_ps(cost), _mm256_set1_epi32(j)};
+}
+
+static ALWAYS_INLINE Least lesser(Least one, Least later) {
+    const __m256i less = _mm256_castps_si256(_mm256_cmp_ps(later.cost, one.cost, _CMP_LT_OQ));
+    return (Least){_mm256_min_ps(later.cost, one.cost), _mm256_blendv_epi8(one.from, later.from, less)};
 }
 
 static ALWAYS_INLINE uint32_t plane(const Least *least, int bit) {
@@ -102,8 +99,10 @@ static ALWAYS_INLINE void extend(const Least *least, float x, const float *restr
                                  const int k) {
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     const __m256i family = _mm256_srli_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(WIDE * e)), k);
+    const __m256 from = k < 3 ? _mm256_permutevar8x32_ps(least->cost, family)
+                              : _mm256_set1_ps(((const float *)&least->cost)[WIDE * e >> k]); /* all of one family */
     const __m256 off = _mm256_sub_ps(_mm256_set1_ps(x), _mm256_loadu_ps(values));
-    _mm256_storeu_ps(next, _mm256_add_ps(_mm256_permutevar8x32_ps(least->cost, family), _mm256_mul_ps(off, off)));
+    _mm256_storeu_ps(next, _mm256_add_ps(from, _mm256_mul_ps(off, off)));
 }
 
 #else
@@ -114,12 +113,22 @@ typedef struct {
     int32_t from[WIDE];
 } Least;
 
-static ALWAYS_INLINE void compare(Least *least, const float *restrict cost, int j) {
+static ALWAYS_INLINE Least member(const float *restrict cost, int j) {
+    Least least;
     for (int l = 0; l < WIDE; l++) {
-        const int less = j == 0 || cost[l] < least->cost[l];
-        least->from[l] = less ? j : least->from[l];
-        least->cost[l] = less ? cost[l] : least->cost[l];
+        least.cost[l] = cost[l];
+        least.from[l] = j;
     }
+    return least;
+}
+
+static ALWAYS_INLINE Least lesser(Least one, Least later) {
+    for (int l = 0; l < WIDE; l++) {
+        const int less = later.cost[l] < one.cost[l];
+        one.cost[l] = less ? later.cost[l] : one.cost[l];
+        one.from[l] = less ? later.from[l] : one.from[l];
+    }
+    return one;
 }
 
 static ALWAYS_INLINE uint32_t plane(const Least *least, int bit) {
@@ -138,15 +147,28 @@ static ALWAYS_INLINE void extend(const Least *least, float x, const float *restr
 
 #endif
 
+enum { CHAIN = 8 }; /* members compared one after the other: longer chains would wait for each comparison */
+
+/* The least of a chain of members from j on. */
+static ALWAYS_INLINE Least first_of(const float *restrict cost, int64_t families, int j, const int k) {
+    const int end = j + (1 << k < CHAIN ? 1 << k : CHAIN);
+    Least least = member(cost + j * families, j);
+#pragma GCC unroll 8
+    for (int i = j + 1; i < end; i++) least = lesser(least, member(cost + i * families, i));
+    return least;
+}
+
 /* One step for weight x: `cost` of the states before becomes `next`. */
 static ALWAYS_INLINE void step(const Search *restrict s, float x, uint16_t *restrict back, const int k) {
     const int members = 1 << k;
     for (int64_t q = 0; q < s->families; q += LANES) {
         uint32_t planes[8] = {0};
         for (int at = 0; at < LANES; at += WIDE) {
-            Least least;
-            for (int j = 0; j < members; j++) compare(&least, s->cost + j * s->families + q + at, j);
+            const float *cost = s->cost + q + at;
+            Least least = first_of(cost, s->families, 0, k);
+            for (int j = CHAIN; j < members; j += CHAIN) least = lesser(least, first_of(cost, s->families, j, k));
             for (int b = 0; b < k; b++) planes[b] |= plane(&least, b) << at;
+#pragma GCC unroll 16
             for (int e = 0; e < members; e++) {
                 const int64_t first = (q + at) * members + WIDE * e;
                 extend(&least, x, s->values + first, s->next + first, e, k);

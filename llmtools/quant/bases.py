@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..kernels.hadamard import hadamard, rule_for
+from ..kernels.hadamard import hadamard, rotate, rule_for
 from ..kernels.ops import constant_result
 from .base import Packed, TensorSpec
 from .grids.base import Grid
@@ -258,11 +258,12 @@ class SignedHadamard(Basis):
         return weight[: len(sv), : len(su)].contiguous()
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
-        return self._spread((x * (state["su"] / _guard(x))).to(x.dtype))
+        size, su = self.columns(x.shape[-1]), state["su"]
+        return rotate(x, self._rule(size), size, before=su, factor=1 / _guard(x), transpose=True)
 
     def outputs(self, y: Tensor, state: Packed) -> Tensor:
-        mixed = hadamard(y, self._rule(y.shape[-1]))[..., : len(state["sv"])]
-        return (mixed * (state["sv"] * _guard(y))).to(y.dtype)
+        size, sv = y.shape[-1], state["sv"]
+        return rotate(y, self._rule(size), size, after=sv, length=sv.shape[0], factor=_guard(y))
 
 
 @constant_result

@@ -12,6 +12,8 @@ Rules of several factors, vectors too long for the registers of a multiprocessor
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -50,6 +52,11 @@ def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
         run.bit_length() - 1, rows, 32, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return out
+
+
+def rotate(x: Tensor, *arguments: Any) -> Tensor:
+    """As `reference.rotate`, with this transform."""
+    return reference.rotate(x, *arguments, hadamard)
 
 
 @triton.jit

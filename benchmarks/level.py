@@ -8,8 +8,8 @@
 LLaMA shapes of 160M parameters (JackFram/llama-160m) and 1.1B (TinyLlama) with random weights, built here. Every
 variant gets stock PEFT: rank 8 on all linears, float32 adapters. The baseline is what a user of transformers and PEFT
 has: a bfloat16 base, the model's own loss. Ours is what `llmtools finetune` runs: bfloat16 autocast (`bf16` of the
-training arguments), where the processor has such products, and the loss of `llmtools/nn/loss.py`. So that the gain from these two is separated from that of
-packed weights, the same is done to the 16-bit model in a row of its own.
+training arguments) where the processor has such products, and the loss of `llmtools/nn/loss.py`. So that the gain from
+these is separated from that of packed weights, the same is done to the 16-bit model in a row of its own.
 
 Weights of `rtn` have the layout of `optq`, hence its speed. A peak of memory is measured in a process of its own that
 does two steps: the most that was resident, and that less what was resident once the model with its adapters was

@@ -120,7 +120,7 @@ CASES = {
     "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
     "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),
     "rotation": Case("hadamard", "rotate", lambda: (x(765), rule_for(768), 768, signs(765), None, 768, 0.5, True)),
-    "rotation back": Case("hadamard", "rotate", lambda: (x(384), rule_for(384), 384, None, sizes(380), 380, 2.0, False)),
+    "rotation back": Case("hadamard", "rotate", lambda: (x(96), rule_for(96), 96, None, sizes(90), 90, 2.0, False)),
 }
 
 TRITON = {

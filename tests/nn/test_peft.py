@@ -310,7 +310,9 @@ def test_a_model_without_gradient_checkpointing_is_detected() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2}], ids=["plain", "dropout"])
-def test_inputs_that_are_not_cast_give_the_same_gradients_and_are_kept_once(base: Path, options: dict[str, Any]) -> None:
+def test_inputs_that_are_not_cast_give_the_same_gradients_and_are_kept_once(
+    base: Path, options: dict[str, Any]
+) -> None:
     model = shaken(get_peft_model(quantized(base, dtype=torch.bfloat16), lora(**options))).train()
     layers = plain_lora(model)
     assert len(layers) == len(quantized_linears(model))

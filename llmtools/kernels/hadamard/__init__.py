@@ -64,8 +64,8 @@ def rotate(
 ) -> Tensor:
     """factor · after ∘ Q (before ∘ x), or with Qᵀ, for x [..., k] padded with zeros to `size` features: [..., length].
 
-    before [k] and after [length] are of any float type, or 1; `length` entries are kept, by default all. The factor is 1
-    where there is neither. Differentiable in x, before and after.
+    before [k] and after [length] are of any float type, or 1; `length` entries are kept, by default all. The factor is
+    1 where there is neither vector. Differentiable in x, before and after.
     """
     length = size if length is None else length
     if torch.is_grad_enabled():
@@ -115,9 +115,9 @@ _hadamard = define(
     backward=_backward,
     setup_context=_setup_context,
 )
+_VECTORS = "Tensor? before, Tensor? after"
 _rotate = define(
-    "rotate(Tensor x, str rule, SymInt size, Tensor? before, Tensor? after, SymInt length, float factor, bool transpose)"
-    " -> Tensor",
+    f"rotate(Tensor x, str rule, SymInt size, {_VECTORS}, SymInt length, float factor, bool transpose) -> Tensor",
     package=__name__,
     reference=reference.rotate,
     native=native.rotate,

@@ -48,7 +48,8 @@ def rotate(
 ) -> Tensor:
     """As `reference.rotate` on the CPU, rounded only once; what C cannot do, by the reference."""
     library, types, given = _library(), build.TYPES, x.shape[-1]
-    if library is None or x.dtype not in types or x.numel() == 0 or (rotation := _rotation(rule, size, transpose)) is None:
+    rotation = _rotation(rule, size, transpose) if library is not None and x.dtype in types and x.numel() else None
+    if library is None or rotation is None:
         return reference.rotate(x, rule, size, before, after, length, factor, transpose)
     x, rows = x.contiguous(), x.numel() // given
     threads = max(1, min(torch.get_num_threads(), rows, rows * size // _FLOATS_A_THREAD))

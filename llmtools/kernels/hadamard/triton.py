@@ -12,7 +12,7 @@ Rules of several factors, vectors too long for the registers of a multiprocessor
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
@@ -54,9 +54,8 @@ def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
     return out
 
 
-def rotate(x: Tensor, *arguments: Any) -> Tensor:
-    """As `reference.rotate`, with this transform."""
-    return reference.rotate(x, *arguments, hadamard)
+rotate = partial(reference.rotate, transform=hadamard)
+"""As `reference.rotate`, with this transform."""
 
 
 @triton.jit

@@ -242,6 +242,12 @@ def test_a_rotation_is_the_transform_between_two_products(
             torch.testing.assert_close(y.double(), truth, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize(("given", "length"), [(11, 12), (13, 12), (12, 11), (12, 13)])
+def test_vectors_that_do_not_fit_a_rotation_are_refused(given: int, length: int) -> None:
+    with pytest.raises(InputError, match="do not fit a rotation of 12 features"):
+        rotate(torch.randn(2, 12), rule_for(12), 12, before=torch.ones(given), after=torch.ones(12), length=length)
+
+
 def test_gradients_of_a_rotation_are_those_of_its_parts() -> None:
     before, after = torch.randn(10, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)

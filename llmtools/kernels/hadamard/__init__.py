@@ -65,9 +65,16 @@ def rotate(
     """factor · after ∘ Q (before ∘ x), or with Qᵀ, for x [..., k] padded with zeros to `size` features: [..., length].
 
     before [k] and after [length] are of any float type, or 1; `length` entries are kept, by default all. The factor is
-    1 where there is neither vector. Differentiable in x, before and after.
+    1 where there is neither vector. Differentiable in x, before and after. Raises InputError where sizes do not fit.
     """
-    length = size if length is None else length
+    length, given = size if length is None else length, x.shape[-1]
+    if (
+        max(given, length) > size
+        or (before is not None and before.shape != (given,))
+        or (after is not None and after.shape != (length,))
+    ):
+        vectors = " and ".join(str(list(each.shape)) for each in (before, after) if each is not None)
+        raise InputError(f"activations of shape {list(x.shape)} do not fit a rotation of {size} features, by {vectors}")
     if torch.is_grad_enabled():
         if any(vector is not None and vector.requires_grad for vector in (before, after)):
             return reference.rotate(x, rule, size, before, after, length, factor, transpose, hadamard)

@@ -1,10 +1,10 @@
 /* Rotation of rows: y = after · Q (before · x), for Q = scale · (M₁ ⊗ … ⊗ S) along the diagonal, S Sylvester's matrix.
  *
  * A row is converted to float32, padded, transformed and rounded once, all in cache. S of order 2^t is a product of t
- * stages, each a sum and a difference at a stride of 1, 2, 4 …; stages commute. Two are done at a time, so that a row passes
- * through the first-level cache t/2 times. Stages of stride 1 and 2 work on four neighbours, which the compiler turns into
- * shuffles; all others run along contiguous floats, and so do the products with the small matrices M. Additions happen in
- * a fixed order: a row's result depends neither on the number of threads nor on other rows.
+ * stages, each a sum and a difference at a stride of 1, 2, 4 …; stages commute. The first four mix sixteen neighbours, by
+ * shuffles. The others run along contiguous floats, two at a time, so that a row passes through the first-level cache half
+ * as often, and so do the products with the small matrices M. Additions happen in a fixed order: a row's result depends
+ * neither on the number of threads nor on other rows.
  */
 #include <stdint.h>
 
@@ -40,7 +40,7 @@ static inline void two_stages(float *restrict p, float *restrict q, float *restr
     }
 }
 
-/* The stages of strides 1, 2, 4 and 8. A sum or difference is one product with ±1 and the neighbour: exact, and rounded once. */
+/* The stages of strides 1, 2, 4 and 8. A sum or a difference is ±1 times one number, which is exact, and the other. */
 static void neighbours(float *restrict x, int64_t n) {
 #if defined(__AVX512F__)
     const __m512 one = _mm512_set4_ps(-1, 1, -1, 1), two = _mm512_set4_ps(-1, -1, 1, 1), plus = _mm512_set1_ps(1);

@@ -47,11 +47,12 @@ def rotate(
     transpose: bool,
 ) -> Tensor:
     """As `reference.rotate` on the CPU, rounded only once; what C cannot do, by the reference."""
-    library, types, given = _library(), build.TYPES, x.shape[-1]
-    rotation = _rotation(rule, size, transpose) if library is not None and x.dtype in types and x.numel() else None
-    if library is None or rotation is None:
+    library, given = _library(), x.shape[-1]
+    rotation = _rotation(rule, size, transpose) if _taken(x) and x.numel() else None
+    if library is None or rotation is None or not (_taken(before) and _taken(after)):
         return reference.rotate(x, rule, size, before, after, length, factor, transpose)
-    x, rows = x.contiguous(), x.numel() // given
+    x, rows, types = x.contiguous(), x.numel() // given, build.TYPES
+    before, after = (None if each is None else each.contiguous() for each in (before, after))
     threads = max(1, min(torch.get_num_threads(), rows, rows * size // _FLOATS_A_THREAD))
     y = torch.empty(*x.shape[:-1], length, dtype=x.dtype, device="cpu")
     scratch = torch.empty(given + length + 2 * threads * size, dtype=torch.float32, device="cpu")
@@ -63,6 +64,11 @@ def rotate(
         *(size, rotation.scale * factor, scratch.data_ptr(), y.data_ptr(), threads),
     )
     return y
+
+
+def _taken(tensor: Tensor | None) -> bool:
+    """Whether C takes this tensor [...]; none is fine."""
+    return tensor is None or (tensor.dtype in build.TYPES and tensor.is_cpu)
 
 
 @cache

@@ -8,8 +8,8 @@
 LLaMA shapes of 160M parameters (JackFram/llama-160m) and 1.1B (TinyLlama) with random weights, built here. Every
 variant gets stock PEFT: rank 8 on all linears, float32 adapters. The baseline is what a user of transformers and PEFT
 has: a bfloat16 base, the model's own loss. Ours is what `llmtools finetune` runs: bfloat16 autocast (`bf16` of the
-training arguments) and the loss of `llmtools/nn/loss.py`. So that the gain from these two is separated from that of
-packed weights, the same is done to the 16-bit model in a row of its own.
+training arguments) where the processor has such products, and the loss of `llmtools/nn/loss.py`. So that the gain from
+these is separated from that of packed weights, the same is done to the 16-bit model in a row of its own.
 
 Weights of `rtn` have the layout of `optq`, hence its speed. A peak of memory is measured in a process of its own that
 does two steps: the most that was resident, and that less what was resident once the model with its adapters was
@@ -34,7 +34,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,9 @@ import torch
 from torch import Tensor, nn
 
 import llmtools
+from llmtools.kernels.build import has_bfloat16
 from llmtools.nn import QuantizedLinear
+from llmtools.nn.adapters import inputs_uncast, plain_lora
 from llmtools.nn.loss import CausalLoss
 from llmtools.nn.swap import set_module
 from llmtools.train.heap import map_large_blocks
@@ -180,12 +181,15 @@ def step(variant: str, model: nn.Module, ids: Tensor) -> Callable[[], Tensor]:
     """Forward and backward; gradients are dropped."""
     ours = CausalLoss(model) if lean(variant) else None
     trained = [p for p in model.parameters() if p.requires_grad]
+    autocast = ours is not None and has_bfloat16()
+    layers = plain_lora(model) if autocast else []
 
     def run() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16) if ours else nullcontext():
-            found = ours(model, {"input_ids": ids, "labels": ids}) if ours else None
-            loss = model(input_ids=ids, labels=ids).loss if found is None else found.sum / found.tokens
-        loss.backward()
+        with inputs_uncast(layers):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = ours(model, {"input_ids": ids, "labels": ids}) if ours else None
+                loss = model(input_ids=ids, labels=ids).loss if found is None else found.sum / found.tokens
+            loss.backward()
         for p in trained:
             p.grad = None
         return loss.detach()

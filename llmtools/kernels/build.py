@@ -259,6 +259,11 @@ def features() -> frozenset[str]:
     return frozenset(word for line in lines if line.startswith(keys) for word in line.partition(":")[2].split())
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor has products of bfloat16; taken for granted where its features are not known."""
+    return not features() or bool(features() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def _processor() -> bytes:
     """What `-march=native` depends on: homes are shared between machines."""
     try:

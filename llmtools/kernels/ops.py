@@ -74,16 +74,20 @@ def define(
 
 
 def direct(tensor: Tensor) -> bool:
-    """Whether an op on `tensor` [...] may skip the dispatcher: no tracing, no autograd, a plain tensor on the CPU.
+    """Whether an op on `tensor` [...] may skip the dispatcher: a `plain` tensor without autograd.
 
     A call through the dispatcher to Python and back takes 10 to 20 µs, as long as a small layer's product.
     """
+    return plain(tensor) and not (tensor.requires_grad and torch.is_grad_enabled())
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether `tensor` [...] is torch's own, on the CPU, and nothing is being traced or transformed."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # by torch.func
         return False
-    plain = (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter) and tensor.is_cpu
-    return plain and not (tensor.requires_grad and torch.is_grad_enabled())
+    return (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter) and tensor.is_cpu
 
 
 def gpu(package: str, reference: Op) -> Op:

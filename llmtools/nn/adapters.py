@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,6 +71,33 @@ def refuse_fsdp1(version: str | None = None) -> None:
             "FSDP1 cannot shard packed weights, which are integers; use FSDP2 (training.fsdp_config: {version: 2}; "
             "fsdp_version: 2 in accelerate's configuration, or accelerate launch --fsdp_version 2)"
         )
+
+
+def plain_lora(model: nn.Module) -> list[Any]:
+    """PEFT's LoRA layers on linears, quantized or not, that are no variant such as DoRA."""
+    layers: Iterator[Any] = model.modules()
+    return [
+        each
+        for each in layers
+        if isinstance(getattr(each, "base_layer", None), nn.Linear)
+        and hasattr(each, "cast_input_dtype_enabled")
+        and not getattr(each, "lora_variant", True)
+    ]
+
+
+@contextmanager
+def inputs_uncast(layers: list[Any]) -> Iterator[None]:
+    """Within this context PEFT's layers do not cast their inputs to the adapters' type; for use under autocast.
+
+    Autocast would cast them back: to the same values, but in a copy for each layer, which is kept for backward.
+    """
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
 
 
 def not_adaptable(model: nn.Module) -> list[str]:

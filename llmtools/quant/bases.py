@@ -8,17 +8,20 @@ Shapes: out, in — features; in' — columns of the rotated weight.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..kernels.hadamard import hadamard, rule_for
-from ..kernels.ops import constant_result
+from ..kernels.hadamard import hadamard, rotate, rule_for
+from ..kernels.ops import constant_result, plain
 from .base import Packed, TensorSpec
 from .grids.base import Grid
 from .grids.scalar import SCALE_TYPES, check_scale_type, scale_range
@@ -259,11 +262,46 @@ class SignedHadamard(Basis):
         return weight[: len(sv), : len(su)].contiguous()
 
     def inputs(self, x: Tensor, state: Packed) -> Tensor:
-        return self._spread((x * (state["su"] / _guard(x))).to(x.dtype))
+        """x [..., in] -> x R; of siblings such as q, k and v, whose R is the same, the first computes it for all."""
+        size, su = self.columns(x.shape[-1]), state["su"]
+        rule = self._rule(size)
+
+        def rotated() -> Tensor:
+            return rotate(x, rule, size, before=su, factor=1 / _guard(x), transpose=True)
+
+        if su.requires_grad or not (plain(x) and plain(su)) or x.is_inference() or su.is_inference():
+            return rotated()
+        return _last.result(x, su, rule, rotated)
 
     def outputs(self, y: Tensor, state: Packed) -> Tensor:
-        mixed = hadamard(y, self._rule(y.shape[-1]))[..., : len(state["sv"])]
-        return (mixed * (state["sv"] * _guard(y))).to(y.dtype)
+        size, sv = y.shape[-1], state["sv"]
+        return rotate(y, self._rule(size), size, after=sv, length=sv.shape[0], factor=_guard(y))
+
+
+class _LastInput(threading.local):
+    """The input that this thread rotated last, and the result, until the input is gone or another is rotated.
+
+    Layers that read one input, as q, k and v or gate and up do, have the same signs where they were quantized with one
+    seed. The gradients in their rotated inputs are then summed by autograd, and go through the rotation once.
+    """
+
+    source: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    """weak: what is kept here keeps no input alive"""
+    key: tuple[Any, ...] = ()
+    kept: list[Tensor]
+    """the result, and the signs; empty once the input is gone"""
+
+    def result(self, x: Tensor, su: Tensor, rule: str, compute: Callable[[], Tensor]) -> Tensor:
+        """`compute()`, or what it gave for this very x, unchanged since, and equal signs."""
+        key = (rule, x._version, x.requires_grad, torch.is_grad_enabled(), su.dtype)
+        if self.source() is x and self.key == (*key, self.kept[1]._version) and torch.equal(self.kept[1], su):
+            return self.kept[0]
+        kept = [compute(), su]
+        self.source, self.kept, self.key = weakref.ref(x, lambda _: kept.clear()), kept, (*key, su._version)
+        return kept[0]
+
+
+_last = _LastInput()
 
 
 @constant_result

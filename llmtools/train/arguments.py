@@ -151,7 +151,8 @@ def arguments_of(
 
     work: the run folder. record_format: text, prompt or messages. length: the task's max_length, if it has one.
     Adapters are float32. "bf16" computes with them in bfloat16 (autocast) on a GPU that supports it, and on a CPU only
-    for a bfloat16 model: then no precision is lost, and PEFT keeps no float32 copy of each layer's input.
+    for a bfloat16 model, where no precision is lost and PEFT keeps no float32 copy of each layer's input. A processor
+    without products of bfloat16 takes many times longer for them than for float32's, so there adapters stay in float32.
     Checkpointing recomputes activations to save memory, which on a CPU is worth less than its time.
     Raises InputError for sequences longer than the model's positions, and for gradient accumulation that the processes
     cannot share.
@@ -159,11 +160,12 @@ def arguments_of(
     import torch
 
     from ..data.metrics import model_positions
+    from ..kernels.build import has_bfloat16
 
     gpu = torch.cuda.is_available()
     positions = model_positions(model)
     cpu = not gpu and not torch.accelerator.is_available()
-    half = cpu and model.get_input_embeddings().weight.dtype == torch.bfloat16
+    half = cpu and model.get_input_embeddings().weight.dtype == torch.bfloat16 and has_bfloat16()
     defaults: dict[str, Any] = {
         "learning_rate": 2e-4,
         "seed": recipe.seed,

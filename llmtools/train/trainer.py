@@ -102,6 +102,7 @@ def _with_chunked_loss(trainer: type) -> type:
     """
     import torch
 
+    from ..nn.adapters import inputs_uncast, plain_lora
     from ..nn.loss import CausalLoss
 
     class ChunkedLossTrainer(trainer):
@@ -119,6 +120,7 @@ def _with_chunked_loss(trainer: type) -> type:
             self.from_logits = plain and hasattr(
                 head, "token_adapter"
             )  # trained tokens of a tied head, which TRL's loss ignores
+            self.uncast = plain_lora(self.model) if self.accelerator.native_amp else []
             self.accuracies: list[Any] = []
             self.losses: list[Any] = []
 
@@ -150,6 +152,10 @@ def _with_chunked_loss(trainer: type) -> type:
                 return found.sum / found.tokens.clamp(min=1)
             loss = found.sum / torch.as_tensor(num_items_in_batch).to(found.sum).clamp(min=1)
             return loss * self.accelerator.num_processes if self.args.average_tokens_across_devices else loss
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            with inputs_uncast(self.uncast):
+                return super().training_step(*args, **kwargs)
 
         def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
             """The Trainer's, whose loss is a mean over batches, with the mean over all target tokens instead."""

@@ -52,6 +52,16 @@ def x(columns: int, tokens: int = TOKENS) -> Tensor:
     return torch.randn(tokens, columns).bfloat16()
 
 
+def signs(count: int) -> Tensor:
+    """Random signs [count], float16."""
+    return torch.randint(0, 2, (count,)).mul(2).sub(1).half()
+
+
+def sizes(count: int) -> Tensor:
+    """Factors [count] bfloat16."""
+    return torch.randn(count).bfloat16()
+
+
 def uniform(bits: int) -> tuple[Any, ...]:
     """A weight [OUT, IN] on a uniform grid, as `kernels/grouped` takes it."""
     codes, zeros = torch.randint(0, 2**bits, (OUT, IN)), torch.randint(0, 2**bits, (OUT, IN // 64))
@@ -110,6 +120,8 @@ CASES = {
     "trellis, EXL3's product": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("mcg", 4, "exl3"), False)),
     "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
     "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),
+    "rotation": Case("hadamard", "rotate", lambda: (x(765), rule_for(768), 768, signs(765), None, 768, 0.5, True)),
+    "rotation back": Case("hadamard", "rotate", lambda: (x(96), rule_for(96), 96, None, sizes(90), 90, 2.0, False)),
 }
 
 TRITON = {

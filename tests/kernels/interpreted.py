@@ -254,6 +254,13 @@ def test_rotations_are_as_accurate_as_the_reference(n, transpose):
             assert off(result, truth) <= 2 * off(plain, truth) + torch.finfo(dtype).eps / 8, (dtype, rule)
 
 
+def test_a_rotation_is_the_transform_between_two_products():
+    x, before, after = torch.randn(3, 93, device=DEVICE), torch.randn(93, device=DEVICE), torch.randn(90, device=DEVICE)
+    arguments = (hadamard.rule_for(96), 96, before, after, 90, 0.5, True)
+    expected = hadamard.reference.rotate(x, *arguments)
+    torch.testing.assert_close(KERNELS[hadamard].rotate(x, *arguments), expected)
+
+
 def test_rules_that_the_kernel_does_not_know_go_to_the_reference():
     rule = "paley1:11*paley1:19"
     x = torch.randn(2, 240, device=DEVICE)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmtools.errors import InputError
 from llmtools.kernels import hadamard as package
-from llmtools.kernels.hadamard import hadamard, matrix, rule_for
+from llmtools.kernels.hadamard import hadamard, matrix, rotate, rule_for
 from llmtools.kernels.hadamard.matrices import order, prime_power
 from llmtools.kernels.hadamard.rules import MAX_FACTOR, factors
 
@@ -219,6 +219,64 @@ def test_factors_first_built_in_inference_mode_serve_training_later() -> None:
     x = torch.randn(84, requires_grad=True)
     hadamard(x, "paley1:83").sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("given", "size", "length"), [(93, 96, 96), (768, 768, 761), (33, 40, 12), (4096, 4096, 4096)])
+def test_a_rotation_is_the_transform_between_two_products(
+    given: int, size: int, length: int, dtype: torch.dtype
+) -> None:
+    x, before, after = torch.randn(2, 3, given).to(dtype), torch.randn(given).half(), torch.randn(length).bfloat16()
+    q = dense(rule_for(size), size)
+    for transpose in (False, True):
+        right = q if transpose else q.T
+        for left, last in ((before, after), (before, None), (None, after), (None, None)):
+            truth = x.double() * (1 if left is None else left.double()) @ right[:given, :length]
+            truth = 0.25 * truth * (1 if last is None else last.double()) if last is not left else truth
+            y = rotate(
+                x, rule_for(size), size, before=left, after=last, length=length,
+                factor=1.0 if last is left else 0.25, transpose=transpose,
+            )  # fmt: skip
+            assert y.dtype == dtype and y.shape == (2, 3, length)
+            rounding = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
+            torch.testing.assert_close(y.double(), truth, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize(("given", "length"), [(11, 12), (13, 12), (12, 11), (12, 13)])
+def test_vectors_that_do_not_fit_a_rotation_are_refused(given: int, length: int) -> None:
+    with pytest.raises(InputError, match="do not fit a rotation of 12 features"):
+        rotate(torch.randn(2, 12), rule_for(12), 12, before=torch.ones(given), after=torch.ones(12), length=length)
+
+
+def test_gradients_of_a_rotation_are_those_of_its_parts() -> None:
+    before, after = torch.randn(10, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
+    x = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+
+    def rotated(x: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return rotate(x, rule_for(12), 12, before=before, after=after, length=9, factor=0.5, transpose=True)
+
+    assert torch.autograd.gradcheck(lambda x: rotated(x, before, after), x)
+    assert torch.autograd.gradgradcheck(lambda x: rotated(x, before, after), x)
+    trained = (before.requires_grad_(), after.requires_grad_())
+    assert torch.autograd.gradcheck(rotated, (x, *trained))
+
+
+def test_a_rotation_keeps_nothing_for_backward() -> None:
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda _: torch.empty(0)):
+        rotate(torch.randn(2, 12, requires_grad=True), rule_for(12), 12, before=torch.ones(12)).sum()
+    assert not kept
+
+
+def test_a_rotation_does_not_depend_on_its_neighbours_or_the_number_of_threads() -> None:
+    x, before, threads = torch.randn(70, 768).bfloat16(), torch.randn(768), torch.get_num_threads()
+    whole = rotate(x, rule_for(768), 768, before=before)
+    assert torch.equal(whole[3:4], rotate(x[3:4], rule_for(768), 768, before=before))
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(whole, rotate(x, rule_for(768), 768, before=before))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_meta_tensors_give_shapes() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import llmtools
 from llmtools import InputError, QuantizedLinear
+from llmtools.nn.adapters import inputs_uncast, plain_lora
 from llmtools.nn.swap import quantized_linears
 from tests.models import tiny_ids, tiny_model
 
@@ -306,3 +307,37 @@ def test_a_model_without_gradient_checkpointing_is_detected() -> None:
     with pytest.raises(InputError, match="gradient_checkpointing=False"):
         llmtools.prepare_for_training(nn.Linear(4, 4))
     assert not llmtools.prepare_for_training(nn.Linear(4, 4), gradient_checkpointing=False).weight.requires_grad
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_dropout": 0.2}], ids=["plain", "dropout"])
+def test_inputs_that_are_not_cast_give_the_same_gradients_and_are_kept_once(
+    base: Path, options: dict[str, Any]
+) -> None:
+    model = shaken(get_peft_model(quantized(base, dtype=torch.bfloat16), lora(**options))).train()
+    layers = plain_lora(model)
+    assert len(layers) == len(quantized_linears(model))
+
+    def step(layers: list[Any]) -> tuple[Tensor, int]:
+        """The adapters' gradients in one tensor, and bytes kept for backward."""
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.zero_grad()
+        torch.manual_seed(0)
+        with inputs_uncast(layers):
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+                loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+        gradients = [each.grad.flatten() for each in model.parameters() if each.grad is not None]
+        return torch.cat(gradients), sum(kept.values())
+
+    (gradient, kept), (former, more) = step(layers), step([])
+    assert torch.equal(gradient, former)
+    assert kept < more
+
+
+def test_variants_of_lora_cast_their_inputs(base: Path) -> None:
+    assert not plain_lora(get_peft_model(quantized(base), lora(use_dora=True)))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from llmtools.errors import InputError
 from llmtools.kernels.hadamard import matrix, rule_for
+from llmtools.quant import bases
 from llmtools.quant.bases import Basis, Permutation, Rescale, SignedHadamard
 from llmtools.quant.grids.affine import Affine
 
@@ -123,6 +127,75 @@ def test_signs_depend_on_the_seed_and_nothing_else() -> None:
     assert torch.equal(first["su"], again["su"]) and torch.equal(first["sv"], again["sv"])
     assert not torch.equal(first["su"], other["su"])
     assert set(first["su"].tolist()) == {-1.0, 1.0}
+
+
+def siblings(count: int = 3) -> list[tuple[Basis, dict[str, Tensor]]]:
+    """Bases of layers that read one input and were quantized with one seed; each has its own copy of the signs."""
+    return [(SignedHadamard(scale=1.0), SignedHadamard().init(problem(12, 96)[0], None)) for _ in range(count)]
+
+
+@pytest.fixture
+def rotations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The inputs' sizes of all rotations that are computed."""
+    made: list[int] = []
+
+    def rotate(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        made.append(x.shape[-1])
+        return real(x, *args, **options)
+
+    real = bases.rotate
+    monkeypatch.setattr(bases, "rotate", rotate)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_siblings_rotate_their_input_once_with_the_same_values_and_gradients(
+    dtype: torch.dtype, rotations: list[int]
+) -> None:
+    layers, grads = siblings(), torch.randn(3, 5, 96).to(dtype)
+    x = torch.randn(5, 96).to(dtype).requires_grad_()
+    shared = [basis.inputs(x, state) for basis, state in layers]
+    assert rotations == [96]
+    (gradient,) = torch.autograd.grad(shared, x, list(grads))
+    apart = [x.detach().clone().requires_grad_() for _ in layers]
+    own = [basis.inputs(each, state) for (basis, state), each in zip(layers, apart, strict=True)]
+    assert all(torch.equal(*pair) for pair in zip(shared, own, strict=True))
+    expected = sum(part.double() for part in torch.autograd.grad(own, apart, list(grads)))
+    torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_changed_input_is_rotated_again(rotations: list[int]) -> None:
+    (first, state), (second, others), _ = siblings()
+    x = torch.randn(5, 96)
+    before = first.inputs(x, state)
+    assert second.inputs(x, others) is before
+    x.mul_(2)
+    torch.testing.assert_close(second.inputs(x, others), 2 * before)
+    others["su"][3] *= -1
+    assert not torch.equal(second.inputs(x, others), first.inputs(x, state))
+    state["su"][5] *= -1  # the signs that were used last
+    again = first.inputs(x, state)
+    torch.testing.assert_close(again, first.inputs(x.clone(), state))
+    assert len(rotations) == 6
+
+
+def test_a_result_without_a_graph_serves_no_training(rotations: list[int]) -> None:
+    (basis, state), *_ = siblings()
+    x = torch.randn(5, 96, requires_grad=True)
+    with torch.no_grad():
+        assert not basis.inputs(x, state).requires_grad
+    assert basis.inputs(x, state).requires_grad
+    with torch.inference_mode():
+        assert not basis.inputs(torch.randn(5, 96), state).requires_grad
+
+
+def test_a_rotated_input_is_dropped_with_the_input() -> None:
+    (basis, state), *_ = siblings()
+    x = torch.randn(5, 96)
+    result = weakref.ref(basis.inputs(x, state))
+    assert result() is not None
+    del x
+    assert result() is None
 
 
 def test_trained_signs_are_any_numbers_and_get_gradients() -> None:

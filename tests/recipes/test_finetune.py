@@ -17,6 +17,8 @@ import torch
 pytest.importorskip("trl")
 
 from llmtools.errors import InputError
+from llmtools.kernels import build
+from llmtools.nn import adapters
 from llmtools.recipes.finetune import Finetune, FinetuneResult, Lora, finetune
 from tests.models import training_rows
 
@@ -566,17 +568,26 @@ def test_our_loss_is_that_of_trl(packed: str, data: str, tmp_path: Path, monkeyp
     assert all(torch.allclose(ours_adapter[name], trl_adapter[name], atol=1e-4) for name in trl_adapter)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bfloat16_model_computes_in_bfloat16_and_keeps_float32_adapters(
-    dtype: torch.dtype, stories: Path, data: str, tmp_path: Path
+@pytest.mark.parametrize(("dtype", "has"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)])
+def test_a_bfloat16_model_computes_in_bfloat16_where_the_processor_does_and_keeps_float32_adapters(
+    dtype: torch.dtype, has: bool, stories: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoModelForCausalLM.from_pretrained(stories, dtype=dtype).save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(stories).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(build, "has_bfloat16", lambda: has)
+    uncast, real = [], adapters.inputs_uncast
+
+    def inputs_uncast(layers: list[Any]) -> Any:
+        uncast.append(len(layers))
+        return real(layers)
+
+    monkeypatch.setattr(adapters, "inputs_uncast", inputs_uncast)
     finetune(recipe(tmp_path / "model", data, tmp_path / "a"))
     run = json.loads((tmp_path / "a" / "llmtools.json").read_text())
-    assert run["training"]["bf16"] == (dtype == torch.bfloat16)
+    assert run["training"]["bf16"] == (dtype == torch.bfloat16 and has)
+    assert uncast and all(bool(count) == run["training"]["bf16"] for count in uncast)
     assert {tensor.dtype for tensor in adapter(tmp_path / "a").values()} == {torch.float32}
 
 

@@ -8,11 +8,13 @@ run eagerly.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from math import sqrt
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .matrices import matrix, order
 from .rules import factors
@@ -29,6 +31,29 @@ def hadamard(x: Tensor, rule: str, transpose: bool = False) -> Tensor:
     for name in (*small, *_pieces(order(sylvester))):
         y = apply_factor(y, name, transpose)
     return (y * scale(rule, n)).to(x.dtype).reshape(x.shape)
+
+
+def rotate(
+    x: Tensor,
+    rule: str,
+    size: int,
+    before: Tensor | None,
+    after: Tensor | None,
+    length: int,
+    factor: float,
+    transpose: bool,
+    transform: Callable[[Tensor, str, bool], Tensor] = hadamard,
+) -> Tensor:
+    """factor · after ∘ Q (before ∘ x) for x [..., k], padded with zeros to `size` features; the first `length` of them.
+
+    The factor goes with the vector that is there, and each step is rounded to x's type.
+    """
+    if before is not None:
+        x = (x * (before * factor)).to(x.dtype)
+    y = transform(F.pad(x, (0, size - x.shape[-1])), rule, transpose)[..., :length]
+    if after is not None:
+        y = y * (after * factor if before is None else after)
+    return y.to(x.dtype).contiguous()
 
 
 def apply_factor(y: Tensor, name: str, transpose: bool) -> Tensor:

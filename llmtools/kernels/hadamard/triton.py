@@ -12,6 +12,8 @@ Rules of several factors, vectors too long for the registers of a multiprocessor
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -50,6 +52,10 @@ def hadamard(x: Tensor, rule: str, transpose: bool) -> Tensor:
         run.bit_length() - 1, rows, 32, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return out
+
+
+rotate = partial(reference.rotate, transform=hadamard)
+"""As `reference.rotate`, with this transform."""
 
 
 @triton.jit

@@ -159,8 +159,9 @@ void lattice_encode_e81b(const float *restrict vectors, int64_t n, const int8_t 
 /* Eight codes at a time: the magnitudes are gathered, and an instruction that multiplies bytes by a matrix of bits makes
  * of a code's signs the eight elements' (element i has the bit SIGN_BITS[i] of s, and bit 0 minds the parity), and their
  * parity. */
-static int64_t eight_codes(const int16_t *restrict codes, int64_t count, const int8_t *restrict magnitudes,
-                           int8_t *restrict bytes) {
+static int64_t vectors_of(const int16_t *restrict codes, int64_t count, const int8_t *restrict magnitudes,
+                          const int8_t *restrict flips, const int8_t *restrict offsets, int8_t *restrict bytes) {
+    (void)flips, (void)offsets;
     const __m128i signs = _mm_set1_epi64x((int64_t)0xfe10022004400880), parity = _mm_set1_epi8(-1);
     const __m512i none = _mm512_setzero_si512(), one = _mm512_set1_epi8(1);
     int64_t v = 0;
@@ -187,11 +188,42 @@ static int64_t eight_rows(const uint8_t *restrict codes, int64_t count, const in
     return v;
 }
 
+#elif defined(__AVX2__)
+
+static ALWAYS_INLINE __m128i two_rows(const int8_t *restrict table, uint64_t a, uint64_t b) {
+    const __m128i first = _mm_loadl_epi64((const __m128i *)(table + DIM * (a & 255)));
+    return _mm_unpacklo_epi64(first, _mm_loadl_epi64((const __m128i *)(table + DIM * (b & 255))));
+}
+
+static ALWAYS_INLINE __m256i four_rows(const int8_t *restrict table, uint64_t codes) { /* by each code's low byte */
+    const __m256i low = _mm256_castsi128_si256(two_rows(table, codes, codes >> 16));
+    return _mm256_inserti128_si256(low, two_rows(table, codes >> 32, codes >> 48), 1);
+}
+
+/* Four codes at a time, their rows loaded one by one: gathering takes longer. */
+static int64_t vectors_of(const int16_t *restrict codes, int64_t count, const int8_t *restrict magnitudes,
+                          const int8_t *restrict flips, const int8_t *restrict offsets, int8_t *restrict bytes) {
+    int64_t v = 0;
+    for (; v + 4 <= count; v += 4) {
+        uint64_t four;
+        memcpy(&four, codes + v, sizeof four);
+        const __m256i size = _mm256_xor_si256(four_rows(magnitudes, four >> 8), four_rows(flips, four));
+        _mm256_storeu_si256((__m256i *)(bytes + DIM * v), _mm256_add_epi8(size, four_rows(offsets, four)));
+    }
+    return v;
+}
+
+static int64_t eight_rows(const uint8_t *restrict codes, int64_t count, const int8_t *restrict table,
+                          int8_t *restrict bytes) {
+    (void)codes, (void)count, (void)table, (void)bytes;
+    return 0;
+}
+
 #else
 
-static int64_t eight_codes(const int16_t *restrict codes, int64_t count, const int8_t *restrict magnitudes,
-                           int8_t *restrict bytes) {
-    (void)codes, (void)count, (void)magnitudes, (void)bytes;
+static int64_t vectors_of(const int16_t *restrict codes, int64_t count, const int8_t *restrict magnitudes,
+                          const int8_t *restrict flips, const int8_t *restrict offsets, int8_t *restrict bytes) {
+    (void)codes, (void)count, (void)magnitudes, (void)flips, (void)offsets, (void)bytes;
     return 0;
 }
 
@@ -206,7 +238,7 @@ static int64_t eight_rows(const uint8_t *restrict codes, int64_t count, const in
 /* Vectors in quarters, as in tables.py: (magnitudes[a] ^ flips[s]) + offsets[s]. */
 static void e8p_bytes(const int16_t *restrict codes, int64_t count, const int8_t *restrict magnitudes,
                       const int8_t *restrict flips, const int8_t *restrict offsets, int8_t *restrict bytes) {
-    for (int64_t v = eight_codes(codes, count, magnitudes, bytes); v < count; v++) {
+    for (int64_t v = vectors_of(codes, count, magnitudes, flips, offsets, bytes); v < count; v++) {
         const uint16_t code = (uint16_t)codes[v];
         const int8_t *a = magnitudes + DIM * (code >> 8);
         const int8_t *f = flips + DIM * (code & 255), *o = offsets + DIM * (code & 255);
@@ -229,7 +261,7 @@ void lattice_decode(const int16_t *restrict codes, const void *restrict fine, fl
     for (int64_t v = 0; v < n; v += CHUNK) {
         const int64_t count = n - v < CHUNK ? n - v : CHUNK;
         int8_t bytes[DIM * CHUNK];
-        float values[DIM * CHUNK];
+        float own[DIM * CHUNK], *values = type == FLOAT32 ? (float *)out + DIM * v : own;
         e8p_bytes(codes + v, count, magnitudes, flips, offsets, bytes);
         for (int64_t i = 0; i < DIM * count; i++) values[i] = 0.25f * (float)bytes[i];
         if (fine) {
@@ -239,7 +271,7 @@ void lattice_decode(const int16_t *restrict codes, const void *restrict fine, fl
                 e8p_bytes((const int16_t *)fine + v, count, magnitudes, flips, offsets, bytes);
             for (int64_t i = 0; i < DIM * count; i++) values[i] += 0.25f * (float)bytes[i] / residual_scale;
         }
-        write_values(values, DIM * count, type, out, DIM * v);
+        if (type != FLOAT32) write_values(values, DIM * count, type, out, DIM * v);
     }
 }
 

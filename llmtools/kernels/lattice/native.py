@@ -105,8 +105,9 @@ def usable(device: torch.device) -> bool:
 
 def _tables(residual: Tensor | None) -> tuple[int | None, ...]:
     """Where e8p_parts() lie, and e81b_table() or None."""
+    magnitudes, flips, offsets = e8p_parts()
     second = e81b_table().data_ptr() if residual is not None and residual.dtype == torch.uint8 else None
-    return (*(part.data_ptr() for part in e8p_parts()), second)
+    return magnitudes.data_ptr(), flips.data_ptr(), offsets.data_ptr(), second
 
 
 def _threads(vectors: int, vectors_a_thread: int) -> int:

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the output types in the C files: `enum type` of native.h."""
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 # Contracting a·b + c to a fused operation would round once where the reference rounds twice.
 _FLAGS = ("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
 # Linking against OpenMP resolves to the runtime that torch has loaded, so both share one pool of threads.
@@ -52,8 +52,9 @@ _VERSION_SECONDS = 10
 _RETRY_SECONDS = 3 * 3600
 
 
-class _Unavailable(Exception):
-    """No library can be built or loaded; the message, for the log, names the reason and the remedy."""
+class Unavailable(Exception):
+    """No library can be built or loaded, or nothing be kept beside them; the message, for the log, names the reason and
+    the remedy."""
 
 
 @functools.cache
@@ -65,8 +66,8 @@ def library(name: str) -> ctypes.CDLL | None:
     if os.environ.get("LLMTOOLS_NATIVE", "1") == "0" or not hasattr(os, "getuid"):
         return None
     try:
-        return _load(_HERE / name / "native.c")
-    except (_Unavailable, OSError) as reason:
+        return _load(HERE / name / "native.c")
+    except (Unavailable, OSError) as reason:
         _say(str(reason))
         return None
 
@@ -95,14 +96,14 @@ def _say(reason: str) -> None:
 
 def _load(source: Path) -> ctypes.CDLL:
     compiler, folder = _compiler(), cache()
-    headers = [*sorted(_HERE.glob("*.h")), *sorted(source.parent.glob("*.h"))]
+    headers = [*sorted(HERE.glob("*.h")), *sorted(source.parent.glob("*.h"))]
     texts = [path.read_bytes() for path in (source, *headers)]
-    ingredients = [*texts, _version(compiler).encode(), repr((compiler, _FLAGS, _VARIANTS)).encode(), _processor()]
+    ingredients = [*texts, _version(compiler).encode(), repr((compiler, _FLAGS, _VARIANTS)).encode(), processor()]
     digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in ingredients)).hexdigest()
     stem = folder / f"{source.parent.name}-{digest[:32]}"
     if (found := _kept(stem)) is not None:
         return found
-    with _alone(folder):
+    with alone(folder):
         if (found := _kept(stem)) is not None:  # another process has built it in the meantime
             return found
         _check_not_failed(stem)
@@ -121,7 +122,7 @@ def _kept(stem: Path) -> ctypes.CDLL | None:
     """The library of an earlier build, if it is there and whole."""
     for path in _files(stem):
         try:
-            _check_private(path)
+            check_private(path)
             if path.stem.rpartition("-")[2] == _sum(path):
                 return ctypes.CDLL(str(path))
             log.debug("%s is damaged and is rebuilt", path)
@@ -139,7 +140,7 @@ def _sum(path: Path) -> str:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Lets one process at a time into the block; where the disk knows no locks, or another takes too long, all."""
     import fcntl
 
@@ -175,7 +176,7 @@ def _build(compiler: tuple[str, ...], source: Path, stem: Path) -> Path:
     except subprocess.TimeoutExpired as error:
         raise _failed(stem, f"building {source.parent.name}/native.c in {stem.parent} failed: {error}") from error
     except OSError as error:
-        raise _Unavailable(f"building {source.parent.name}/native.c in {stem.parent} failed: {error}") from error
+        raise Unavailable(f"building {source.parent.name}/native.c in {stem.parent} failed: {error}") from error
     first = done.stderr.strip().splitlines()[:1]
     raise _failed(
         stem,
@@ -203,13 +204,20 @@ def _failure_record(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.failed")
 
 
-def _failed(stem: Path, reason: str) -> _Unavailable:
+def _failed(stem: Path, reason: str) -> Unavailable:
     """The error of a failed build, recorded beside the libraries for later processes."""
-    with suppress(OSError), tempfile.TemporaryDirectory(dir=stem.parent) as folder:
+    with suppress(OSError):
+        put_text(_failure_record(stem), reason)
+    return Unavailable(reason)
+
+
+def put_text(path: Path, text: str) -> None:
+    """Writes a file of the cache, in one step and for this user alone."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         written = Path(folder) / "note"
-        written.write_text(reason, encoding="utf-8")
-        written.replace(_failure_record(stem))
-    return _Unavailable(reason)
+        written.write_text(text, encoding="utf-8")
+        written.chmod(0o600)
+        written.replace(path)
 
 
 def _check_not_failed(stem: Path) -> None:
@@ -220,7 +228,7 @@ def _check_not_failed(stem: Path) -> None:
     except OSError:
         return
     if 0 <= age < _RETRY_SECONDS:
-        raise _Unavailable(f"{' '.join(reason.split())}; tried again in some hours, or without {_failure_record(stem)}")
+        raise Unavailable(f"{' '.join(reason.split())}; tried again in some hours, or without {_failure_record(stem)}")
 
 
 def _compiler() -> tuple[str, ...]:
@@ -230,12 +238,12 @@ def _compiler() -> tuple[str, ...]:
         try:
             program, *arguments = shlex.split(command)
         except ValueError as error:
-            raise _Unavailable(f"CC={named} is no command ({error})") from error
+            raise Unavailable(f"CC={named} is no command ({error})") from error
         found = shutil.which(program)
         if found:
             return found, *arguments
     looked = f"CC={named} does not exist" if named else "no C compiler (cc, gcc, clang) was found"
-    raise _Unavailable(f"{looked}; install one, or name one in CC")
+    raise Unavailable(f"{looked}; install one, or name one in CC")
 
 
 def _version(compiler: tuple[str, ...]) -> str:
@@ -244,7 +252,7 @@ def _version(compiler: tuple[str, ...]) -> str:
             [*compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=_VERSION_SECONDS
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise _Unavailable(f"{shlex.join(compiler)} does not run ({error}); name another compiler in CC") from error
+        raise Unavailable(f"{shlex.join(compiler)} does not run ({error}); name another compiler in CC") from error
     return done.stdout
 
 
@@ -264,7 +272,7 @@ def has_bfloat16() -> bool:
     return not features() or bool(features() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def _processor() -> bytes:
+def processor() -> bytes:
     """What `-march=native` depends on: homes are shared between machines."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
@@ -280,8 +288,8 @@ def cache() -> Path:
         folder = cache_home().resolve() / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        raise _Unavailable(f"no cache for built kernels: {error}; set LLMTOOLS_CACHE to a folder of yours") from error
-    _check_private(folder)
+        raise Unavailable(f"no cache for built kernels: {error}; set LLMTOOLS_CACHE to a folder of yours") from error
+    check_private(folder)
     return folder
 
 
@@ -291,12 +299,12 @@ def cache_home() -> Path:
     return Path(home).expanduser() if home else (Path(xdg) if xdg else Path.home() / ".cache") / "llmtools"
 
 
-def _check_private(path: Path) -> None:
+def check_private(path: Path) -> None:
     """Raises unless `path` belongs to this user and is not writable by others."""
     found = path.lstat()
     kind = stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)
     if not (kind and found.st_uid == os.getuid() and not found.st_mode & 0o022):
-        raise _Unavailable(
+        raise Unavailable(
             f"{path} could be written by others (owner {found.st_uid}, mode {stat.S_IMODE(found.st_mode):o}), so it is "
             "no place for code; chmod go-w it, remove it, or set LLMTOOLS_CACHE to a folder of yours"
         )

@@ -73,9 +73,8 @@ enum { LANES = 16 };
 static ALWAYS_INLINE void halves_to_floats(const uint16_t *restrict h, float *restrict x) { /* LANES of them */
 #if defined(__AVX512F__)
     _mm512_storeu_ps(x, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)h)));
-#elif defined(__AVX2__) && defined(__F16C__)
-    _mm256_storeu_ps(x, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)h)));
-    _mm256_storeu_ps(x + 8, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(h + 8))));
+#elif defined(__F16C__) && defined(__AVX2__)
+    for (int i = 0; i < LANES; i += 8) _mm256_storeu_ps(x + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(h + i))));
 #else
     for (int i = 0; i < LANES; i++) x[i] = from_float16(h[i]);
 #endif

@@ -27,7 +27,7 @@ from ..nn.embedding import TiedLinear
 from ..nn.experts import is_fused
 from ..nn.loss import _ChunkedLoss, fits
 from ..nn.packed import PackedWeight
-from ..quant.materialize import DEVICE_MATERIALIZE_BYTES, GEMV_TOKENS, gemv_tokens, materialize_budget
+from ..quant.materialize import DEVICE_GEMV_TOKENS, DEVICE_MATERIALIZE_BYTES, gemv_tokens, materialize_budget
 from .blocks import find_blocks, main_stack
 
 ATTENTION = "llmtools_plan"
@@ -172,7 +172,7 @@ def _peak(model: Any, batch: int, length: int, device: str, autocast: bool, chun
     with ExitStack() as stack:
         if device != "cpu":
             stack.enter_context(materialize_budget(DEVICE_MATERIALIZE_BYTES))
-            stack.enter_context(gemv_tokens(GEMV_TOKENS["cuda"]))
+        stack.enter_context(gemv_tokens(DEVICE_GEMV_TOKENS))  # more go by blocks, whose scratch is seen
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.set_grad_enabled(training))
         chunked_loss = chunked_loss and fits(_base(model).get_output_embeddings())  # fake parameters are no Parameters

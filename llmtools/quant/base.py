@@ -51,6 +51,9 @@ class Rows(ABC):
     It is the interface that `materialized_linear` needs. One method is abstract; the others have defaults.
     """
 
+    multiply_tokens: ClassVar[int] = 32
+    """Largest number of tokens that `multiply` is worth calling for on a CPU."""
+
     @abstractmethod
     def dequantize(self, packed: Packed, rows: slice = ALL, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows of the weight, [rows, in] of `dtype`, bit-equal to the same rows of the whole; any slice of them."""

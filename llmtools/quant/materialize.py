@@ -9,8 +9,9 @@ is summed block by block: a block of the weight's own gradient, r rows of grad�
 rows and is dropped.
 
 On a CPU a block stays in the processor's cache, so memory is read packed, once a pass; and half-precision inputs are
-multiplied in float32 where the processor does that faster, so W is not rounded at all. For decoding there may be
-a matrix-vector kernel (GEMV) that needs no blocks and decodes in registers (`Rows.multiply`).
+multiplied in float32 where the processor does that faster, so W is not rounded at all. There may be a kernel that
+needs no blocks and multiplies while it decodes (`Rows.multiply`): for few tokens (GEMV), and some for any number. Which
+way is taken on a CPU is measured (`products.py`).
 
 Shapes: out, in — features; t — tokens; r — rows in a block.
 """
@@ -26,24 +27,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
-from ..kernels.build import features
-from ..kernels.ops import constant_result
+from .products import DEFAULT_BLOCK_BYTES, HALVES, Choice, Way, choice, chosen
 
 if TYPE_CHECKING:
     from .base import Packed, Rows
 
-DEFAULT_MATERIALIZE_BYTES = 4 * 2**20
-"""Scratch memory for one block of rows on a CPU, in bytes. Of 1, 2, 4 … 64 MB, 2 to 8 were best for three shapes and 64
-to 512 tokens, within the noise; 1 MB cost up to 15 % more, 32 MB up to 100 % (`python -m benchmarks.materialize`)."""
+DEFAULT_MATERIALIZE_BYTES = DEFAULT_BLOCK_BYTES
 DEVICE_MATERIALIZE_BYTES = 32 * 2**20
-"""Scratch memory on other devices, in bytes, where a block should fill the device."""
-GEMV_TOKENS = {"cpu": 32, "cuda": 16}
-"""Largest number of tokens for `Rows.multiply`, by type of device. On a CPU with products of bytes (AVX-512 VNNI) it
-was faster than blocks at 16 tokens, even at 32 and slower at 64, forward and backward. Other CPUs were not measured;
-beside matrix units for half precision (AMX) it is `_GEMV_BESIDE_MATRIX_UNITS`, a guess, as is the GPU's."""
-_GEMV_BESIDE_MATRIX_UNITS = 4
-
-_HALVES = (torch.bfloat16, torch.float16)
+"""Scratch memory on other devices than a CPU, in bytes, where a block should fill the device."""
+DEVICE_GEMV_TOKENS = 16
+"""Largest number of tokens for `Rows.multiply` on a GPU, a guess."""
 
 _budget: int | None = None
 _gemv_tokens: int | None = None
@@ -66,7 +59,7 @@ def materialize_budget(max_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def gemv_tokens(limit: int) -> Iterator[None]:
-    """Within this context, GEMV kernels serve up to `limit` tokens instead of `GEMV_TOKENS`; 0: none."""
+    """Within this context, GEMV kernels serve up to `limit` tokens instead of what `products.py` chose; 0: none."""
     global _gemv_tokens
     before, _gemv_tokens = _gemv_tokens, limit
     try:
@@ -85,43 +78,55 @@ def materialized_linear(x: Tensor, source: Rows, packed: Packed) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.is_grad_enabled() and (x.requires_grad or any(each.requires_grad for each in packed.values())):
-        result: Tensor = Materialize.apply(x, source, _limits(x), tuple(packed), *packed.values())
+        result: Tensor = Materialize.apply(x, source, _ways(x, source, packed), tuple(packed), *packed.values())
         return result
-    return _forward(x, source, packed, _limits(x))  # generating text: autograd would take some 10 µs
+    return _forward(
+        x, source, packed, _ways(x, source, packed).forward
+    )  # generating text: autograd would take some 10 µs
 
 
 def product(x: Tensor, source: Rows, packed: Packed) -> Tensor:
     """x [t, in] @ W.T -> [t, out], without autograd and autocast."""
     with torch.no_grad():
-        return _forward(x, source, packed, _limits(x))
+        return _forward(x, source, packed, _ways(x, source, packed).forward)
 
 
 def gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int) -> Tensor:
     """grad [t, out] @ W -> [t, in], likewise."""
     with torch.no_grad():
-        return _gradient(grad, source, packed, in_features, _limits(grad))
+        return _gradient(grad, source, packed, in_features, _ways(grad, source, packed).transposed)
 
 
-def _limits(x: Tensor) -> tuple[int, int]:
-    """Bytes of a block, and up to how many tokens a GEMV kernel is used."""
-    cpu = x.device.type == "cpu"
-    budget = DEFAULT_MATERIALIZE_BYTES if cpu else DEVICE_MATERIALIZE_BYTES
-    tokens = GEMV_TOKENS.get(x.device.type, 0)
-    if cpu and x.dtype in _HALVES and _multiplies(x.dtype):
-        tokens = _GEMV_BESIDE_MATRIX_UNITS
-    return _budget if _budget is not None else budget, _gemv_tokens if _gemv_tokens is not None else tokens
+def multiply_by(way: Way, x: Tensor, source: Rows, packed: Packed, transposed: bool) -> Tensor:
+    """x [t, in] @ W.T -> [t, out], or x [t, out] @ W -> [t, in] of a square W, in that way."""
+    return _gradient(x, source, packed, x.shape[1], way) if transposed else _forward(x, source, packed, way)
+
+
+def _ways(x: Tensor, source: Rows, packed: Packed) -> Choice:
+    """How both products are computed, for inputs or gradients x [..., in or out]."""
+    if x.is_cpu:
+        ways = choice(x, lambda: source.out_features(packed) * x.shape[-1])
+    else:
+        ways = Choice(*2 * [Way(x.dtype, DEVICE_MATERIALIZE_BYTES, DEVICE_GEMV_TOKENS)])
+    if _budget is None and _gemv_tokens is None:
+        return ways
+    return Choice(_as_asked(ways.forward), _as_asked(ways.transposed))
+
+
+def _as_asked(way: Way) -> Way:
+    """The way within `materialize_budget` and `gemv_tokens`."""
+    budget = way.block_bytes if _budget is None else _budget
+    return Way(way.dtype, budget, way.few if _gemv_tokens is None else _gemv_tokens, way.bytes)
 
 
 class Materialize(torch.autograd.Function):
     """The product and its gradient in x. The budget and the limit of GEMV kernels hold for the backward, too."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, source: Rows, limits: tuple[int, int], names: tuple[str, ...], *tensors: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, source: Rows, ways: Choice, names: tuple[str, ...], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors, *([x] if any(ctx.needs_input_grad[4:]) else []))
-        ctx.source, ctx.limits, ctx.names, ctx.in_features = source, limits, names, x.shape[-1]
-        return _forward(x, source, dict(zip(names, tensors, strict=True)), limits)
+        ctx.source, ctx.ways, ctx.names, ctx.in_features = source, ways, names, x.shape[-1]
+        return _forward(x, source, dict(zip(names, tensors, strict=True)), ways.forward)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,31 +135,41 @@ class Materialize(torch.autograd.Function):
         trained = [name for name, needed in zip(ctx.names, ctx.needs_input_grad[4:], strict=True) if needed]
         floats: Packed = {}
         if trained:
-            floats = _float_gradients(grad, ctx.saved_tensors[-1], ctx.source, packed, trained, ctx.limits[0])
+            floats = _float_gradients(grad, ctx.saved_tensors[-1], ctx.source, packed, trained, ctx.ways.forward)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _gradient(grad, ctx.source, packed, ctx.in_features, ctx.limits)
+            grad_x = _gradient(grad, ctx.source, packed, ctx.in_features, ctx.ways.transposed)
         return grad_x, None, None, None, *(floats.get(name) for name in ctx.names)
 
 
-def _forward(x: Tensor, source: Rows, packed: Packed, limits: tuple[int, int]) -> Tensor:
+def _forward(x: Tensor, source: Rows, packed: Packed, way: Way) -> Tensor:
     """x [..., in] @ W.T -> [..., out]."""
     if torch.is_autocast_enabled(x.device.type):  # x is cast already; autocast must not change the products within
         with torch.autocast(x.device.type, enabled=False):
-            return _forward(x, source, packed, limits)
-    budget, gemv_limit = limits
+            return _forward(x, source, packed, way)
     rows = x.reshape(-1, x.shape[-1])  # [t, in]
-    y = source.multiply(rows, packed) if rows.shape[0] <= gemv_limit else None
+    y = _fused(rows, source, packed, way, False)
     if y is None:
-        y = _product(rows, source, packed, budget)
+        y = _product(rows, source, packed, way)
     # Detached, since autograd forbids modifying views that a function returns in place.
     return y.reshape(*x.shape[:-1], y.shape[-1]).detach()
 
 
-def _product(x: Tensor, source: Rows, packed: Packed, budget: int) -> Tensor:
+def _fused(x: Tensor, source: Rows, packed: Packed, way: Way, transposed: bool) -> Tensor | None:
+    """The product by `Rows.multiply`, of x [t, in] or [t, out], where it is the way of so many tokens."""
+    tokens = x.shape[0]
+    if tokens > way.few or (x.is_cpu and tokens > source.multiply_tokens):
+        return None
+    if way.bytes or x.dtype not in HALVES:
+        return source.multiply(x, packed, transposed)
+    y = source.multiply(x.float(), packed, transposed)
+    return None if y is None else y.to(x.dtype)
+
+
+def _product(x: Tensor, source: Rows, packed: Packed, way: Way) -> Tensor:
     """x [t, in] @ W.T -> [t, out], a block of W's rows at a time."""
-    out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(product_type(x))
-    step = _rows_per_block(source, x.shape[1], budget, inputs)
+    out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(_wide(x, way))
+    step = _rows_per_block(source, x.shape[1], way.block_bytes, inputs)
     if step >= out_features:
         return F.linear(inputs, source.dequantize(packed, slice(0, out_features), inputs.dtype)).to(dtype)
     y = x.new_empty(x.shape[0], out_features)
@@ -164,23 +179,22 @@ def _product(x: Tensor, source: Rows, packed: Packed, budget: int) -> Tensor:
     return y
 
 
-def _gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int, limits: tuple[int, int]) -> Tensor:
+def _gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int, way: Way) -> Tensor:
     """grad [..., out] @ W -> [..., in]."""
     if torch.is_autocast_enabled(grad.device.type):
         with torch.autocast(grad.device.type, enabled=False):
-            return _gradient(grad, source, packed, in_features, limits)
-    budget, gemv_limit = limits
+            return _gradient(grad, source, packed, in_features, way)
     rows = grad.reshape(-1, grad.shape[-1])  # [t, out]
-    grad_x = source.multiply(rows, packed, transposed=True) if rows.shape[0] <= gemv_limit else None
+    grad_x = _fused(rows, source, packed, way, True)
     if grad_x is None:
-        grad_x = _product_transposed(rows, source, packed, in_features, budget)
+        grad_x = _product_transposed(rows, source, packed, in_features, way)
     return grad_x.reshape(*grad.shape[:-1], in_features)
 
 
-def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features: int, budget: int) -> Tensor:
+def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features: int, way: Way) -> Tensor:
     """grad [t, out] @ W -> [t, in], a block of W's rows at a time."""
-    (tokens, out_features), dtype = grad.shape, product_type(grad)
-    step = _rows_per_block(source, in_features, budget, grad.new_empty(0, dtype=dtype))
+    (tokens, out_features), dtype = grad.shape, _wide(grad, way)
+    step = _rows_per_block(source, in_features, way.block_bytes, grad.new_empty(0, dtype=dtype))
     if step >= out_features:
         return (grad.to(dtype) @ source.dequantize(packed, slice(0, out_features), dtype)).to(grad.dtype)
     # Blocks are summed in float32 at least, so that the number of blocks does not show in bf16 gradients.
@@ -196,13 +210,15 @@ def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features:
     return grad_x.to(grad.dtype)
 
 
-def _float_gradients(grad: Tensor, x: Tensor, source: Rows, packed: Packed, trained: list[str], budget: int) -> Packed:
+def _float_gradients(grad: Tensor, x: Tensor, source: Rows, packed: Packed, trained: list[str], way: Way) -> Packed:
     """The gradients of floating tensors of the weight, from grad [..., out] and x [..., in], in their own dtypes."""
-    out_features, inputs = source.out_features(packed), x.reshape(-1, x.shape[-1]).to(product_type(x))
+    out_features, inputs = source.out_features(packed), x.reshape(-1, x.shape[-1]).to(_wide(x, way))
     grad = grad.reshape(-1, grad.shape[-1]).to(inputs.dtype)
     leaves = {name: packed[name].detach().requires_grad_() for name in trained}
     sums = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    step = max(1, budget // (16 * inputs.shape[1]))  # the rows, their gradient and what autograd keeps between, float32
+    step = max(
+        1, way.block_bytes // (16 * inputs.shape[1])
+    )  # the rows, their gradient and what autograd keeps between, float32
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, out_features, step):
             rows = slice(start, min(start + step, out_features))
@@ -220,20 +236,12 @@ def _float_gradients(grad: Tensor, x: Tensor, source: Rows, packed: Packed, trai
 
 def product_type(x: Tensor) -> torch.dtype:
     """The type in which x [..., in] is multiplied: its own, or float32 where the processor is faster in that."""
-    return torch.float32 if x.dtype in _HALVES and x.device.type == "cpu" and not _multiplies(x.dtype) else x.dtype
+    return _wide(x, chosen(x.dtype).forward) if x.is_cpu else x.dtype
 
 
-@constant_result
-def _multiplies(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of that half-precision type faster than float32.
-
-    Intel's AVX-512 has bfloat16 products, but without AMX they are slower than float32's (Sapphire Rapids, torch 2.13;
-    `python -m benchmarks.run layers` has both).
-    """
-    has = features()
-    if dtype == torch.float16:
-        return bool(has & {"amx_fp16", "avx512_fp16"})
-    return bool(has & {"amx_bf16", "bf16"}) or ("avx512_bf16" in has and "GenuineIntel" not in has)
+def _wide(x: Tensor, way: Way) -> torch.dtype:
+    """x's type, or the way's for half precision."""
+    return way.dtype if x.dtype in HALVES else x.dtype
 
 
 def _rows_per_block(source: Rows, in_features: int, budget: int, inputs: Tensor) -> int:

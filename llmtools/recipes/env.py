@@ -1,4 +1,4 @@
-"""Show the environment: versions, devices, compiler, threads."""
+"""Show the environment: versions, devices, compiler, threads, and how packed weights are multiplied."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from ..checkpoint.run_info import versions
 
 @dataclass(frozen=True)
 class Env:
-    """Show versions, devices, compiler and threads, for a bug report."""
+    """Show versions, devices, compiler, threads, and how packed weights are multiplied, for a bug report."""
+
+    measure: bool = False
+    """Measure how bfloat16 activations and packed weights are multiplied fastest on this CPU, now; else it is measured
+    by the first command that needs it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,10 @@ class Environment:
     """Number of torch's threads."""
     cores: int
     """Number of CPU cores."""
+    products: dict[str, str]
+    """Direction of the product of bfloat16 activations with a packed weight → how it is computed on this CPU."""
+    measured: dict[str, dict[str, float]]
+    """What was measured for that → way → milliseconds of CPU time; empty: nothing was."""
     missing: dict[str, str]
     """Use that is not possible → requirement to install for it."""
 
@@ -46,6 +54,11 @@ class Environment:
             "devices": ", ".join(self.devices),
             "compiler": self.compiler or "none (the CPU kernels' torch reference is used)",
             "threads": f"{self.threads} of {self.cores} cores",
+            **{f"product, {direction}": way for direction, way in self.products.items()},
+            **{
+                f"  {what}": "; ".join(f"{ms:.3g} ms {way}" for way, ms in times.items())
+                for what, times in self.measured.items()
+            },
             **{f"no {use}": f"pip install '{extra}'" for use, extra in self.missing.items()},
         }
         width = max(map(len, lines))
@@ -58,6 +71,9 @@ def env(recipe: Env | None = None) -> Environment:
 
     import torch
 
+    from ..quant.products import find
+
+    found = find(torch.bfloat16, anew=(recipe or Env()).measure)
     uses: dict[str, tuple[tuple[str, ...], str]] = {
         "finetune": (("trl", "datasets"), "llmtools[train]"),
         "plots": (("matplotlib",), "llmtools[plot]"),
@@ -71,6 +87,8 @@ def env(recipe: Env | None = None) -> Environment:
         compiler=shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang"),
         threads=torch.get_num_threads(),
         cores=os.cpu_count() or 1,
+        products={direction: str(way) for direction, way in found.choice._asdict().items()},
+        measured=found.figures,
         missing={
             use: extra for use, (modules, extra) in uses.items() if any(find_spec(module) is None for module in modules)
         },

@@ -48,11 +48,13 @@ def odd_sizes() -> None:
         zeros = pack(torch.randint(0, 2**bits, scales.shape), bits, torch.uint8)
         weight = pack(codes, bits), scales, zeros, None, bits, size, n
         for dtype in FLOATS:
-            x = torch.randn(6, n, dtype=dtype)
+            few, many = torch.randn(6, n, dtype=dtype), torch.randn(35, n, dtype=dtype)
             for function, arguments in (
                 ("dequantize_grouped", (*weight, dtype)),
-                ("multiply_grouped", (x, *weight, False)),
+                ("multiply_grouped", (few, *weight, False)),
+                ("multiply_grouped", (many, *weight, False)),
                 ("multiply_grouped", (torch.randn(3, 5, dtype=dtype), *weight, True)),
+                ("multiply_grouped", (torch.randn(17, 5, dtype=dtype), *weight, True)),
             ):
                 case = Case("grouped", function, lambda: ())
                 check(case, case.of("native")(*arguments), arguments)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from llmtools.nn import loss as losses
 from llmtools.nn.loss import CausalLoss, chunked_loss
-from llmtools.quant import materialize
+from llmtools.quant import materialize, products
 
 
 def problem(dtype: torch.dtype, *, bias: bool = False, tokens: int = 37) -> tuple[Tensor, nn.Linear, Tensor]:
@@ -31,7 +31,8 @@ def test_it_is_cross_entropy_in_any_chunks(
     tokens_a_chunk: int, dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 101 * tokens_a_chunk)
-    monkeypatch.setattr(materialize, "_multiplies", lambda dtype: not wide)
+    way = products.default(dtype).forward._replace(dtype=torch.float32 if wide else dtype)
+    monkeypatch.setattr(materialize, "chosen", lambda dtype: products.Choice(way, way))
     hidden, head, labels = problem(dtype, bias=True)
     found = chunked_loss(hidden, head, labels)
     (grad,) = torch.autograd.grad(3 * found.sum, hidden)

@@ -184,27 +184,71 @@ typedef struct {
     int bits;
 } Unpacking;
 
-typedef union {
+typedef struct { /* either is used */
     uint16_t half[16];
+#if defined(__AVX2__)
+    __m256 low, high; /* in registers */
+#else
     float full[16];
+#endif
 } Table;
 
 static ALWAYS_INLINE Unpacking unpacking(int bits) { return (Unpacking){bits}; }
 
+#if defined(__AVX2__)
+
+/* Codes i … i + 7 of a run in the lowest bits of lanes, with the codes after them above; four bytes may be read at each. */
+static ALWAYS_INLINE __m256i eight_lanes(const uint8_t *p, int bits, int i) {
+    uint32_t eight;
+    memcpy(&eight, p + i / 8 * bits, sizeof eight);
+    const __m256i shift = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+    return _mm256_srlv_epi32(_mm256_set1_epi32((int)eight), shift);
+}
+
+/* Where the bytes of a run may be read by fours: there, or in `whole`. */
+static ALWAYS_INLINE const uint8_t *readable(const uint8_t *p, int64_t left, int bits, uint8_t whole[RUN / 2 + 4]) {
+    const int64_t bytes = RUN / 8 * bits;
+    if (left >= bytes + 4) return p;
+    return memcpy(memset(whole, 0, RUN / 2 + 4), p, (size_t)(left < bytes ? left : bytes));
+}
+
+#endif
+
 static ALWAYS_INLINE void unpack_floats(const uint8_t *p, int64_t left, int bits, const Unpacking *how,
                                         float *restrict codes) {
-    uint8_t bytes[RUN];
     (void)how;
+#if defined(__AVX2__)
+    if (bits <= 4) {
+        uint8_t whole[RUN / 2 + 4];
+        p = readable(p, left, bits, whole);
+        const __m256i most = _mm256_set1_epi32((1 << bits) - 1);
+        for (int i = 0; i < RUN; i += 8)
+            _mm256_storeu_ps(codes + i, _mm256_cvtepi32_ps(_mm256_and_si256(eight_lanes(p, bits, i), most)));
+        return;
+    }
+#endif
+    uint8_t bytes[RUN];
     unpack(p, left, bits, bytes);
     for (int i = 0; i < RUN; i++) codes[i] = (float)bytes[i];
 }
 
 static ALWAYS_INLINE Table make_table(const Weight *w, float scale, float zero, int type) {
     Table table;
+#if defined(__AVX2__)
+    if (type == FLOAT32) {
+        const __m256 from = _mm256_set1_ps(zero), by = _mm256_set1_ps(scale);
+        table.low = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w->levels), from), by);
+        table.high = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w->levels + 8), from), by);
+        return table;
+    }
+#endif
     for (int k = 0; k < 16; k++) {
         const float value = (w->levels[k] - zero) * scale;
+#if !defined(__AVX2__)
         if (type == FLOAT32) table.full[k] = value;
-        else table.half[k] = type == FLOAT16 ? to_float16(value) : to_bfloat16(value);
+        else
+#endif
+            table.half[k] = type == FLOAT16 ? to_float16(value) : to_bfloat16(value);
     }
     return table;
 }
@@ -235,16 +279,6 @@ static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *t
     }
 }
 
-static ALWAYS_INLINE void look_up_floats(const uint8_t *codes, const float *table, float *out) {
-    const uint8x16x4_t bytes = vld4q_u8((const uint8_t *)table); /* the first to the fourth bytes of the 16 values */
-    for (int i = 0; i < RUN; i += 16) {
-        const uint8x16_t code = vld1q_u8(codes + i);
-        const uint8x16x4_t found = {{vqtbl1q_u8(bytes.val[0], code), vqtbl1q_u8(bytes.val[1], code),
-                                     vqtbl1q_u8(bytes.val[2], code), vqtbl1q_u8(bytes.val[3], code)}};
-        vst4q_u8((uint8_t *)(out + i), found);
-    }
-}
-
 #else
 
 static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *table, uint16_t *out) {
@@ -253,10 +287,40 @@ static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *t
 
 #endif
 
-#if !defined(__aarch64__) || !defined(__ARM_NEON)
+#if defined(__AVX2__)
 
-static ALWAYS_INLINE void look_up_floats(const uint8_t *codes, const float *table, float *out) {
-    for (int i = 0; i < RUN; i++) out[i] = table[codes[i]];
+/* A permutation minds the lowest three bits of a lane alone, and each half of the table is a register; bit 3, brought to
+ * the sign, chooses between what the two have. */
+static ALWAYS_INLINE void look_up_floats(const uint8_t *p, int64_t left, int bits, const Table *table, float *out) {
+    uint8_t whole[RUN / 2 + 4];
+    p = readable(p, left, bits, whole);
+    for (int i = 0; i < RUN; i += 8) {
+        const __m256i code = eight_lanes(p, bits, i);
+        __m256 found = _mm256_permutevar8x32_ps(table->low, code);
+        if (bits == 4) {
+            const __m256 other = _mm256_permutevar8x32_ps(table->high, code);
+            found = _mm256_blendv_ps(found, other, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+        }
+        _mm256_storeu_ps(out + i, found);
+    }
+}
+
+#else
+
+static ALWAYS_INLINE void look_up_floats(const uint8_t *p, int64_t left, int bits, const Table *table, float *out) {
+    uint8_t codes[RUN];
+    unpack(p, left, bits, codes);
+#if defined(__aarch64__) && defined(__ARM_NEON)
+    const uint8x16x4_t bytes = vld4q_u8((const uint8_t *)table->full); /* the first to the fourth bytes of the 16 values */
+    for (int i = 0; i < RUN; i += 16) {
+        const uint8x16_t code = vld1q_u8(codes + i);
+        const uint8x16x4_t found = {{vqtbl1q_u8(bytes.val[0], code), vqtbl1q_u8(bytes.val[1], code),
+                                     vqtbl1q_u8(bytes.val[2], code), vqtbl1q_u8(bytes.val[3], code)}};
+        vst4q_u8((uint8_t *)(out + i), found);
+    }
+#else
+    for (int i = 0; i < RUN; i++) out[i] = table->full[codes[i]];
+#endif
 }
 
 #endif
@@ -267,11 +331,12 @@ static ALWAYS_INLINE void look_up(const uint8_t *p, int64_t left, int bits, cons
     uint8_t codes[RUN];
     float aside[RUN];
     void *found = to - from == RUN ? out : aside;
-    unpack(p, left, bits, codes);
-    if (type == FLOAT32)
-        look_up_floats(codes, table.full, found);
-    else
+    if (type == FLOAT32) {
+        look_up_floats(p, left, bits, &table, found);
+    } else {
+        unpack(p, left, bits, codes);
         look_up_halves(codes, table.half, found);
+    }
     if (found == aside) {
         const int size = type == FLOAT32 ? 4 : 2;
         memcpy((char *)out + from * size, (char *)aside + from * size, (size_t)((to - from) * size));

@@ -18,6 +18,7 @@ from ...kernels.bits import unpack, words
 from ...kernels.grouped import Weight, decodes, dequantize_grouped, encode_grouped, multiplies, multiply_grouped
 from ..base import ALL, Packed, TensorSpec
 from ..dither import offsets
+from ..products import ALL_TOKENS
 from .base import Grid
 
 SCALE_TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,6 +70,7 @@ class Scalar(Grid):
     """`qweight` [out, w] int32 and `scales` [out, G], beside `qzeros` [out, ·] uint8 of grids with zero points."""
 
     codes: ClassVar[tuple[str, ...]] = ("qweight",)
+    multiply_tokens: ClassVar[int] = ALL_TOKENS
 
     bits: int
     group_size: int

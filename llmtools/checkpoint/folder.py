@@ -46,6 +46,7 @@ from ..model.integrity import (
 from ..model.offload import Keep, Spill, Watch, check_offload, keep_in_files, stream
 from ..model.quantize import INCOMPLETE
 from ..model.report import Report
+from ..model.transfer import keep_on_host, this_device
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
 from ..nn.lora_init import LoraInit, initialize_lora
@@ -198,8 +199,9 @@ def load(
 
     verify: compare every byte with the checksums in ``llmtools.json``; without it, small files and headers alone.
     allow_other_base: accept an adapter whose base model has changed since it was trained.
-    offload: "disk" for a model that does not fit into memory: its weights stay in the checkpoint's files and are read
-    a block ahead of the computation, on the CPU (see `model.offload`).
+    offload: for a model that does not fit into memory, where its weights stay, to be read a block ahead of the
+    computation: "disk", in the checkpoint's files, on a CPU (see `model.offload`); "cpu", the packed ones in host
+    memory, on a GPU (see `model.transfer`).
     The folder of an adapter is opened on the base model that it names, with the base's tokenizer if it has none.
     options: arguments of ``from_pretrained`` (``dtype``, ``device_map``, …).
 
@@ -245,12 +247,11 @@ def load_model(
     Raises CheckpointError for a missing, damaged or unsupported checkpoint.
     """
     check_offload(offload, device_map=options.get("device_map"))
-    keep = None if offload is None else Spill()
+    keep = Spill() if offload == "disk" else None
     name = joined(_name_of(folder), options.pop("gguf_file", None))
     if (found := find(name, options)) is not None:
         watch = Watch([found.path])
-        model = _load_gguf(found, options, keep, verify=verify)
-        return model if keep is None else _streamed(model, keep, watch)
+        return _placed(_load_gguf(found, options, keep, verify=verify), offload, keep, watch)
     _check_loadable(name)
     given = set(options)
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
@@ -262,14 +263,18 @@ def load_model(
     watch = Watch(shards_of(Path(name)) if Path(name).exists() else ())
     with naming_method(config, name), opening(name):
         model = _checked(name, config, options, given, keep)
-    return model if keep is None else _streamed(model, keep, watch)
+    return _placed(model, offload, keep, watch)
 
 
-def _streamed(model: Any, keep: Spill, watch: Watch) -> Any:
-    """The model with all weights in files, which are read ahead of the computation; `watch` has seen them before."""
-    keep_in_files(model, keep)
-    watch()
-    stream(model, watch)
+def _placed(model: Any, offload: str | None, keep: Spill | None, watch: Watch) -> Any:
+    """The model with its weights where `offload` says, which come ahead of the computation; `watch` has seen the files
+    before."""
+    if offload == "cpu":
+        return keep_on_host(model, this_device())
+    if keep is not None:
+        keep_in_files(model, keep)
+        watch()
+        stream(model, watch)
     return model
 
 

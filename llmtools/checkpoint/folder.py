@@ -31,6 +31,7 @@ from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
 from ..model.architectures import auto_class
 from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
+from ..model.float8 import Float8, is_scale
 from ..model.integrity import (
     check_checksums,
     check_config,
@@ -298,7 +299,10 @@ def _checked(
         )
     passed = options.keys() - {"dtype", "torch_dtype", "quantization_config"}
     if not passed & model.config.to_dict().keys():  # options may reduce the config, such as num_hidden_layers
-        check_surplus(model, info["unexpected_keys"], name, strict=strict)
+        surplus = info["unexpected_keys"]
+        if Float8.of(config) is not None:
+            surplus = [key for key in surplus if not is_scale(key)]
+        check_surplus(model, surplus, name, strict=strict)
     if getattr(model, "quantization_method", None) != METHOD:  # else the values were checked while loading
         check_values(model, name)
     return model
@@ -329,6 +333,11 @@ def _opened(
     model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
     own = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
     return model, info, bool(own) and type(model).__name__ in (model.config.architectures or ())
+
+
+def config_at(name: str | PathLike[str]) -> dict[str, Any]:
+    """config.json of a folder, or of a model on the hub; {} where it cannot be read."""
+    return _config_of(_name_of(name), {})
 
 
 def _config_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

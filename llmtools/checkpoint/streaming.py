@@ -8,9 +8,11 @@ are removed, since a walk knows better when a block is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -18,9 +20,11 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..model.blocks import find_blocks, unit_of
+from ..model.float8 import Float8, scales_of
 from ..model.integrity import read_headers
-from ..model.streaming import Stored, cannot_stream
-from .folder import load, skeleton
+from ..model.streaming import Stored, Streamed, cannot_stream
+from ..nn.experts import fused_experts
+from .folder import config_at, load, skeleton
 from .loading import is_quantized
 
 
@@ -44,22 +48,60 @@ def why_not_streamed(name: str, *, trust_remote_code: bool = False) -> str | Non
         return "it is a GGUF file"
     if (Path(name).expanduser() / "adapter_config.json").exists():
         return "it is an adapter"
-    if is_quantized(name):
+    if is_quantized(name) and float8_of(name) is None:
         return "it is quantized"
     return cannot_stream(skeleton(name))
 
 
 def open_unread(name: str, converted: Path, *, verify: bool = False) -> Unread:
-    """Opens a model for which `why_not_streamed` gives no reason, with the checks of `load`.
+    """Opens a model for which `why_not_streamed` gives no reason, with the checks of `load`; float8 weights are
+    bfloat16 there.
 
-    converted: folder for weights that the model has in another form than the files.
+    converted: folder for weights that the model has in another form than the files. Raises CheckpointError for float8
+    weights that are not read as they are.
     """
-    model, tokenizer = load(
-        name, dtype="auto", verify=verify, device_map=_places(skeleton(name)), offload_folder=str(converted)
-    )
+    empty, float8 = skeleton(name), float8_of(name)
+    options: dict[str, Any] = {"dtype": "auto"}
+    if float8 is not None:
+        if mixture := next(iter(fused_experts(empty)), None):
+            raise CheckpointError(
+                f"{name}: experts ({mixture}) that are float8 are not read; give the model in bfloat16"
+            )
+        options = {"dtype": torch.bfloat16, "config": empty.config}
+    model, tokenizer = load(name, verify=verify, device_map=_places(empty), offload_folder=str(converted), **options)
     index = _detached(model)
     _check_shapes(model, index)
+    if float8 is not None:
+        index = _scaled(index, float8)
     return Unread(model.eval(), tokenizer, index)
+
+
+@contextmanager
+def opened_whole(name: str, *, verify: bool = False) -> Iterator[tuple[Any, Any]]:
+    """(model, tokenizer) of `open_unread`, with all weights in memory."""
+    with TemporaryDirectory(prefix="llmtools-") as folder:
+        opened = open_unread(name, Path(folder) / "converted", verify=verify)
+        Streamed(opened.model, opened.index, Path(folder)).complete()
+        yield opened.model, opened.tokenizer
+
+
+def float8_of(name: str) -> Float8 | None:
+    """How the weights of a folder or hub name are float8; None where they are not."""
+    return None if name.endswith(".gguf") else Float8.of(config_at(name))
+
+
+def _scaled(index: Mapping[str, Stored], float8: Float8) -> dict[str, Stored]:
+    """The index, with the scales of float8 weights. Raises CheckpointError where one is none of the index."""
+    scales = {
+        (stored, name): scale
+        for stored in {each.file.parent for each in index.values()}
+        for name, scale in scales_of(stored, float8).items()
+    }
+    found = {name: each._replace(scale=scales.pop((each.file.parent, each.name), None)) for name, each in index.items()}
+    if scales:
+        folder, name = next(iter(scales))
+        raise CheckpointError(f"{folder}: {name} is float8 and no linear of the model; it is not read")
+    return found
 
 
 def _places(empty: nn.Module) -> dict[str, str]:

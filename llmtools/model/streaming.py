@@ -37,6 +37,7 @@ from ..nn.swap import aliases, set_module
 from ..quant import Quantizer, from_spec
 from ..quant.base import layout_bytes
 from .blocks import find_blocks, linear_at, unit_of
+from .float8 import Scale
 from .integrity import reading
 from .report import Report
 from .storage import AROUND, Storage
@@ -61,6 +62,8 @@ class Stored(NamedTuple):
     """Dtype in the model, if the file may have another."""
     part: Part | None = None
     """Part of the tensor, if that holds all experts of a layer."""
+    scale: Scale | None = None
+    """Where its scales are, if it is float8."""
 
 
 def cannot_stream(model: nn.Module) -> str | None:
@@ -100,7 +103,8 @@ class Streamed(Storage):
         self.model, self.folder = model, folder
         self._index = dict(index)
         self._blocks = frozenset(block.path for block in find_blocks(model))
-        self._states = {file: file_state(file) for file in {each.file for each in index.values()}}
+        files = {each.file for each in index.values()} | {each.scale.file for each in index.values() if each.scale}
+        self._states = {file: file_state(file) for file in files}
         self._held: list[str] = []
         self._budget = hidden_states
 
@@ -199,7 +203,11 @@ class Streamed(Storage):
             )
         if list(found.shape) != shape:
             raise CheckpointError(f"{stored.file}: {name} has shape {list(found.shape)}, expected {shape}")
-        values = found.to(stored.dtype or found.dtype)
+        if stored.scale is not None:
+            self.check_unchanged(stored.scale.file)
+            values = stored.scale.apply(found, stored.dtype or torch.bfloat16)
+        else:
+            values = found.to(stored.dtype or found.dtype)
         if not mapped and values is found:
             values = found.clone()
         if not mapped and values.is_floating_point() and not bool(torch.isfinite(values).all()):

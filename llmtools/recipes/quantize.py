@@ -156,6 +156,7 @@ def quantize(recipe: Quantize) -> QuantizeResult:
 
 def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
+    from ..checkpoint.streaming import float8_of, opened_whole
 
     began = time.monotonic()
     check_model(recipe.model)
@@ -171,6 +172,9 @@ def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     if recipe.resume:
         raise InputError(f"--resume: nothing is kept of this run, since {why}; start without --resume")
     log.info("the whole model is read into memory, since %s", why)
+    if float8_of(recipe.model) is not None:
+        with opened_whole(recipe.model, verify=recipe.verify) as (model, tokenizer):
+            return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
     model, tokenizer = open_model(
         recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
     )

@@ -4,7 +4,10 @@ The model is a skeleton on the meta device. An index says for each of its parame
 model's own safetensors shards at first, and in a file of the work folder when the block is finished. `holding` a module
 reads its parameters, and lets go of them at the end; so memory is that of one block in its original precision. What is
 around the blocks (embeddings, head) is mapped, not read, since a walk looks up a few rows of it only. Hidden states
-beyond a budget are files, too, mapped and without a name: they end with the process, however that ends.
+beyond a budget are files, too, mapped and without a name: they end with the process, however that ends. Where the
+network has to run as a whole (`whole`: the choice of bits, gradients, the distributions that recovery trains towards)
+all weights are mapped for that time, and the page cache streams them; what has to be converted would be copied, so
+float8 sources cannot (`checkpoint/streaming.py`).
 
 A finished block is one file, written whole or not at all, with its part of the report. A later run takes such blocks
 as they are (`restored`) and goes on at the first that is missing; since a block depends on nothing but the blocks
@@ -147,11 +150,26 @@ class Streamed(Storage):
             self._held.remove(path)
             self._release(path)
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        mapped = self._map_all()
+        try:
+            yield
+        finally:
+            for path in mapped:
+                self._held.remove(path)
+                self._release(path)
+
     def complete(self) -> None:
-        for path in (AROUND, *sorted(self._blocks)):
-            if not self._is_held(path):
-                self._load(path, mapped=True)
-                self._held.append(path)
+        self._map_all()
+
+    def _map_all(self) -> list[str]:
+        """Maps what is not held, and holds it; the paths of that."""
+        found = [path for path in (AROUND, *sorted(self._blocks)) if not self._is_held(path)]
+        for path in found:
+            self._load(path, mapped=True)
+            self._held.append(path)
+        return found
 
     def _is_held(self, path: str) -> bool:
         unit = unit_of(path, self._blocks) or AROUND

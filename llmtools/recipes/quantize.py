@@ -74,8 +74,7 @@ class Quantize(QuantizerOptions, ModelOptions):
     before it; --error_propagation 0.5. The walk takes about twice as long. By default 0, or what the quality says."""
     rounding: str = "one_sided"
     """What the rounding of optq, quip, quip_sharp and qtip makes least: one_sided, the error of a layer's output;
-    two_sided, its effect on the whole model's distributions, by gradients of the original model, which is read into
-    memory as a whole."""
+    two_sided, its effect on the whole model's distributions, by gradients of the original model."""
     finetune_blocks: BlockTuning = OPEN_TUNING
     """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
     --finetune_blocks.epochs 5."""
@@ -199,14 +198,20 @@ def _check_divided(recipe: Quantize, count: int) -> None:
 
 def _why_resident(recipe: Quantize) -> str | None:
     """Why the model has to be in memory as a whole; None where one block at a time is enough."""
-    from ..checkpoint.streaming import why_not_streamed
+    import torch
 
-    if recipe.recover.steps:
-        return "--recover runs the original"
-    if recipe.bits_per_weight is not None:
-        return "--bits_per_weight compares all of its linears"
-    if recipe.rounding == "two_sided":
-        return "--rounding two_sided needs gradients through all of it"
+    from ..checkpoint.streaming import float8_of, why_not_streamed
+
+    asked = {
+        "--recover": bool(recipe.recover.steps),
+        "--bits_per_weight": recipe.bits_per_weight is not None,
+        "--rounding two_sided": recipe.rounding == "two_sided",
+    }
+    if (option := next((name for name, given in asked.items() if given), None)) is not None:
+        if torch.cuda.is_available():
+            return f"{option} runs it as a whole, on the GPU"
+        if float8_of(recipe.model) is not None:
+            return f"{option} runs it as a whole, and its float8 weights are converted"
     return why_not_streamed(recipe.model, trust_remote_code=recipe.trust_remote_code)
 
 
@@ -302,10 +307,11 @@ def _quantized(
                 skip=recipe.skip,
                 seed=recipe.seed,
                 on_step=step,
+                storage=storage,
             )
         log.info("%s", allocation.table())
         overrides = {**overrides, **allocation.overrides}
-    with recovering(model, text or [], recipe.recover, recipe.seed, recipe.adapter_rank) as recover:
+    with recovering(model, text or [], recipe.recover, recipe.seed, recipe.adapter_rank, storage) as recover:
         done = 0 if storage is None else storage.modules()
         with progress(f"quantize ({quantizer.name})", unit="modules", done=done) as step:
             report = quantize_model(

@@ -22,9 +22,11 @@ from llmtools.data.calibration import calibration
 from llmtools.errors import CheckpointError, InputError
 from llmtools.files import NameTaken
 from llmtools.model import streaming
-from llmtools.model.options import BlockTuning
+from llmtools.model.options import BlockTuning, Recovery
 from llmtools.model.streaming import Streamed
+from llmtools.recipes import quantize as recipe
 from llmtools.recipes.quantize import Quantize, quantize
+from llmtools.signals import Stopped
 from tests.models import tiny_model
 
 SAMPLES, TOKENS = 3, 24
@@ -293,21 +295,55 @@ def test_another_run_is_refused_by_content(llama: Path, text: Path, tmp_path: Pa
 
 
 def test_what_runs_in_memory_cannot_be_resumed(llama: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing is kept of this run, since --bits_per_weight compares"):
-        quantize(asked(llama, tmp_path / "out", text, bits_per_weight=3.5, resume=True))
-    with pytest.raises(InputError, match="nothing is kept of this run, since --rounding two_sided needs gradients"):
-        quantize(asked(llama, tmp_path / "out", text, rounding="two_sided", resume=True))
+    with pytest.raises(InputError, match="nothing is kept of this run, since its code comes with it"):
+        quantize(asked(llama, tmp_path / "out", text, trust_remote_code=True, resume=True))
     assert not any(tmp_path.iterdir())
 
 
-def test_two_sided_rounding_reads_the_whole_model_and_gives_the_same_bits_again(
-    llama: Path, text: Path, tmp_path: Path
+RECOVERY = Recovery(steps=3, batch=1, evaluations=1, top_k=8, held_out=0.34)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits_per_weight": 3.4}, {"rounding": "two_sided"}, {"bits": 2, "recover": RECOVERY, "adapter_rank": 2}],
+    ids=["bits_per_weight", "two_sided", "recover"],
+)
+def test_what_runs_the_whole_network_has_the_bits_of_a_model_in_memory(
+    options: dict[str, Any], llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("out", "again"):
-        quantize(asked(llama, tmp_path / name, text, "optq", rounding="two_sided"))
-    quantize(asked(llama, tmp_path / "plain", text, "optq"))
-    assert tensors(tmp_path / "out") == tensors(tmp_path / "again") != tensors(tmp_path / "plain")
-    assert "two_sided" in (tmp_path / "out" / "llmtools.json").read_text()
+    whole, streamed = Streamed.whole, list[bool]()
+
+    def noted(self: Streamed) -> Any:
+        streamed.append(all(each.is_meta for each in self.model.model.layers.parameters()))
+        return whole(self)
+
+    monkeypatch.setattr(Streamed, "whole", noted)
+    quantize(asked(llama, tmp_path / "out", text, **options))
+    assert streamed == [True]
+    monkeypatch.setattr(recipe, "_why_resident", lambda _: "it is to be compared")
+    quantize(asked(llama, tmp_path / "resident", text, **options))
+    quantize(asked(llama, tmp_path / "plain", text, bits=options.get("bits")))
+    assert streamed == [True]
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "resident") != tensors(tmp_path / "plain")
+
+
+def test_a_run_that_was_stopped_in_its_recovery_keeps_blocks_and_distributions(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"bits": 2, "recover": RECOVERY}
+    quantize(asked(llama, tmp_path / "unbroken", text, **options))
+    with monkeypatch.context() as patch:
+        patch.setattr("llmtools.recipes.recover.train", _stop)
+        with pytest.raises(Stopped, match="--resume continues from 3 finished blocks"):
+            quantize(asked(llama, tmp_path / "out", text, **options))
+    assert len(list((tmp_path / "out.quantizing" / "targets").iterdir())) == SAMPLES
+    monkeypatch.setattr("llmtools.model.quantize.QuantizedLinear.from_linear", _stop)  # nothing is quantized again
+    quantize(asked(llama, tmp_path / "out", text, resume=True, **options))
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "unbroken")
+
+
+def _stop(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

@@ -308,12 +308,17 @@ def _checked(
     return model
 
 
-def _load_gguf(found: GGUFModel, options: Mapping[str, Any], keep: Keep | None, *, verify: bool) -> Any:
+def check_verifiable(found: GGUFModel, *, verify: bool) -> None:
+    """Raises CheckpointError where the bytes of a GGUF file are to be verified, and cannot be."""
     if verify and not is_verified(found.name):
         raise CheckpointError(
             f"{found.name} has no checksums to verify; the SHA-256 of a GGUF file is known from an adapter that "
             "llmtools trained on it, or from the hub's cache"
         )
+
+
+def _load_gguf(found: GGUFModel, options: Mapping[str, Any], keep: Keep | None, *, verify: bool) -> Any:
+    check_verifiable(found, verify=verify)
     with _named(found.name):
         model, info = open_gguf(found, options, keep)
     if lacking := sorted(info["missing_keys"]):

@@ -19,12 +19,14 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..formats.gguf_reading import find, open_tokenizer, why_not_unread
+from ..formats.gguf_reading import open_unread as open_unread_gguf
 from ..model.blocks import find_blocks, unit_of
 from ..model.float8 import Float8, scales_of
 from ..model.integrity import read_headers
-from ..model.streaming import Stored, Streamed, cannot_stream
+from ..model.streaming import Source, Stored, Streamed, cannot_stream
 from ..nn.experts import fused_experts
-from .folder import config_at, load, skeleton
+from .folder import check_verifiable, config_at, load, skeleton
 from .loading import is_quantized
 
 
@@ -36,7 +38,7 @@ class Unread:
     """The model, its blocks, embeddings and head on the meta device."""
     tokenizer: Any
     """Its tokenizer."""
-    index: dict[str, Stored]
+    index: Mapping[str, Source]
     """Name of each parameter on the meta device → where its values are."""
 
 
@@ -44,22 +46,26 @@ def why_not_streamed(name: str, *, trust_remote_code: bool = False) -> str | Non
     """Why the weights of a folder or hub name cannot be read block by block; None where they can be."""
     if trust_remote_code:
         return "its code comes with it"
-    if name.endswith(".gguf"):
-        return "it is a GGUF file"
+    if (file := find(name, {})) is not None and (why := why_not_unread(file)) is not None:
+        return why
     if (Path(name).expanduser() / "adapter_config.json").exists():
         return "it is an adapter"
-    if is_quantized(name) and float8_of(name) is None:
+    if is_quantized(name) and not is_converted(name):
         return "it is quantized"
     return cannot_stream(skeleton(name))
 
 
 def open_unread(name: str, converted: Path, *, verify: bool = False) -> Unread:
     """Opens a model for which `why_not_streamed` gives no reason, with the checks of `load`; float8 weights are
-    bfloat16 there.
+    bfloat16 there, those of GGUF files decoded.
 
     converted: folder for weights that the model has in another form than the files. Raises CheckpointError for float8
     weights that are not read as they are.
     """
+    if (file := find(name, {})) is not None:
+        check_verifiable(file, verify=verify)
+        model, decoded = open_unread_gguf(file)
+        return Unread(model, open_tokenizer(file), decoded)
     empty, float8 = skeleton(name), float8_of(name)
     options: dict[str, Any] = {"dtype": "auto"}
     if float8 is not None:
@@ -85,9 +91,14 @@ def opened_whole(name: str, *, verify: bool = False) -> Iterator[tuple[Any, Any]
         yield opened.model, opened.tokenizer
 
 
+def is_converted(name: str) -> bool:
+    """Whether the weights of a model are others than those in its files: float8, or blocks of a GGUF file."""
+    return find(name, {}) is not None or float8_of(name) is not None
+
+
 def float8_of(name: str) -> Float8 | None:
     """How the weights of a folder or hub name are float8; None where they are not."""
-    return None if name.endswith(".gguf") else Float8.of(config_at(name))
+    return Float8.of(config_at(name))
 
 
 def _scaled(index: Mapping[str, Stored], float8: Float8) -> dict[str, Stored]:

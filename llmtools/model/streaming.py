@@ -24,7 +24,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -54,8 +54,20 @@ _LORA = ".lora_init."
 """Separator of a module's path and the side of its LoRA initialisation in the name of a tensor."""
 
 
-class Stored(NamedTuple):
+class Source(Protocol):
     """Where the values of a parameter are."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that they are read from."""
+
+    def read(self, *, mapped: bool) -> Tensor:
+        """The values, in the type of the model. mapped: a view of the file may be given, where they are there as they
+        are."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
 
     file: Path
     """Safetensors file."""
@@ -67,6 +79,18 @@ class Stored(NamedTuple):
     """Part of the tensor, if that holds all experts of a layer."""
     scale: Scale | None = None
     """Where its scales are, if it is float8."""
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.file] if self.scale is None else [self.file, self.scale.file]
+
+    def read(self, *, mapped: bool) -> Tensor:
+        with reading(self.file), safe_open(self.file, framework="pt") as file:
+            found: Tensor = file.get_tensor(self.name) if self.part is None else _part(file, self.name, self.part)
+        if self.scale is not None:
+            return self.scale.apply(found, self.dtype or torch.bfloat16)
+        values = found.to(self.dtype or found.dtype)
+        return values if mapped or values is not found else found.clone()
 
 
 def cannot_stream(model: nn.Module) -> str | None:
@@ -99,22 +123,22 @@ class Streamed(Storage):
     resident = False
 
     def __init__(
-        self, model: nn.Module, index: Mapping[str, Stored], folder: Path, *, hidden_states: int | None = None
+        self, model: nn.Module, index: Mapping[str, Source], folder: Path, *, hidden_states: int | None = None
     ) -> None:
         """index: name of each parameter → where its values are. folder: of the finished blocks, which may hold some of
         an earlier run. hidden_states: bytes of hidden states to keep in memory, None for all."""
         self.model, self.folder = model, folder
         self._index = dict(index)
         self._blocks = frozenset(block.path for block in find_blocks(model))
-        files = {each.file for each in index.values()} | {each.scale.file for each in index.values() if each.scale}
-        self._states = {file: file_state(file) for file in files}
+        self._states = {file: file_state(file) for each in index.values() for file in each.files}
         self._held: list[str] = []
         self._budget = hidden_states
 
     def unfused(self, parts: Mapping[str, tuple[str, Part]]) -> None:
         for name, (fused, part) in parts.items():
-            if fused in self._index and name not in self._index:
-                self._index[name] = self._index[fused]._replace(part=part)
+            stored = self._index.get(fused)
+            if isinstance(stored, Stored) and name not in self._index:
+                self._index[name] = stored._replace(part=part)
 
     def planned(self, quantizers: Mapping[str, Quantizer]) -> None:
         """Raises InputError where the disk has no space for the finished blocks and the checkpoint made of them."""
@@ -213,23 +237,14 @@ class Streamed(Storage):
     def _read(self, name: str, shape: list[int], *, mapped: bool) -> Tensor:
         if name not in self._index:
             raise CheckpointError(f"{self.model.name_or_path}: {name} is missing in the files")
-        stored = self._index[name]
-        self.check_unchanged(stored.file)
-        with reading(stored.file), safe_open(stored.file, framework="pt") as file:
-            found: Tensor = (
-                file.get_tensor(stored.name) if stored.part is None else _part(file, stored.name, stored.part)
-            )
-        if list(found.shape) != shape:
-            raise CheckpointError(f"{stored.file}: {name} has shape {list(found.shape)}, expected {shape}")
-        if stored.scale is not None:
-            self.check_unchanged(stored.scale.file)
-            values = stored.scale.apply(found, stored.dtype or torch.bfloat16)
-        else:
-            values = found.to(stored.dtype or found.dtype)
-        if not mapped and values is found:
-            values = found.clone()
+        source = self._index[name]
+        for file in source.files:
+            self.check_unchanged(file)
+        values = source.read(mapped=mapped)
+        if list(values.shape) != shape:
+            raise CheckpointError(f"{source.files[0]}: {name} has shape {list(values.shape)}, expected {shape}")
         if not mapped and values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise CheckpointError(f"{stored.file}: {name} holds NaN or infinite values; copy or download it again")
+            raise CheckpointError(f"{source.files[0]}: {name} holds NaN or infinite values; copy or download it again")
         return values
 
     def check_unchanged(self, file: Path | None = None) -> None:

@@ -155,7 +155,7 @@ def quantize(recipe: Quantize) -> QuantizeResult:
 
 def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
-    from ..checkpoint.streaming import float8_of, opened_whole
+    from ..checkpoint.streaming import is_converted, opened_whole, why_not_streamed
 
     began = time.monotonic()
     check_model(recipe.model)
@@ -171,7 +171,7 @@ def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     if recipe.resume:
         raise InputError(f"--resume: nothing is kept of this run, since {why}; start without --resume")
     log.info("the whole model is read into memory, since %s", why)
-    if float8_of(recipe.model) is not None:
+    if is_converted(recipe.model) and why_not_streamed(recipe.model) is None:
         with opened_whole(recipe.model, verify=recipe.verify) as (model, tokenizer):
             return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
     model, tokenizer = open_model(
@@ -200,7 +200,7 @@ def _why_resident(recipe: Quantize) -> str | None:
     """Why the model has to be in memory as a whole; None where one block at a time is enough."""
     import torch
 
-    from ..checkpoint.streaming import float8_of, why_not_streamed
+    from ..checkpoint.streaming import is_converted, why_not_streamed
 
     asked = {
         "--recover": bool(recipe.recover.steps),
@@ -210,8 +210,8 @@ def _why_resident(recipe: Quantize) -> str | None:
     if (option := next((name for name, given in asked.items() if given), None)) is not None:
         if torch.cuda.is_available():
             return f"{option} runs it as a whole, on the GPU"
-        if float8_of(recipe.model) is not None:
-            return f"{option} runs it as a whole, and its float8 weights are converted"
+        if is_converted(recipe.model):
+            return f"{option} runs it as a whole, and its weights are converted"
     return why_not_streamed(recipe.model, trust_remote_code=recipe.trust_remote_code)
 
 

@@ -14,9 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer
 
 import llmtools
+from llmtools.checkpoint.folder import load_model
 from llmtools.checkpoint.work_folder import work_folder
 from llmtools.data.calibration import calibration
 from llmtools.errors import CheckpointError, InputError
@@ -457,3 +460,31 @@ def test_a_complete_run_whose_name_was_taken_leaves_no_work(tmp_path: Path) -> N
         assert work.is_dir()
         raise NameTaken("q appeared while this ran; the finished work is kept as q.1")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- a GGUF file
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # rows of queries and keys in another order; tied embeddings
+def test_a_gguf_file_is_quantized_to_the_bits_of_its_decoded_model(
+    family: str, stories: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    from tests.formats.test_gguf_reading import write_gguf
+
+    changes: dict[str, Any] = {"qwen3": {"tie_word_embeddings": True, "head_dim": 128}}
+    file = write_gguf(tmp_path, family, **changes.get(family, {}))
+    words = AutoTokenizer.from_pretrained(stories)
+    monkeypatch.setattr("llmtools.checkpoint.streaming.open_tokenizer", lambda _: words)
+    quantize(asked(Path(file), tmp_path / "out", text, bits=3))
+    model = llmtools.dequantize(load_model(file))
+    ids = calibration(str(text), words, samples=SAMPLES, tokens=TOKENS)
+    report = llmtools.quantize(model, "optq", ids, bits=3)
+    llmtools.save(model, words, tmp_path / "resident", report=report)
+    made = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "resident")]
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(values, made[1][name]) for name, values in made[0].items())
+    monkeypatch.setattr(recipe, "_why_resident", lambda _: "it is to be compared")
+    quantize(asked(Path(file), tmp_path / "whole", text, bits=3))
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "whole")

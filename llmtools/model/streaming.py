@@ -179,6 +179,7 @@ class Streamed(Storage):
         mapped = self._map_all()
         try:
             yield
+            self.check_unchanged()
         finally:
             for path in mapped:
                 self._held.remove(path)

@@ -430,6 +430,17 @@ def test_a_model_that_changes_while_it_is_read_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_changes_while_it_runs_as_a_whole_is_noticed(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    shard = sorted(model.glob("*.safetensors"))[0]
+    monkeypatch.setattr("llmtools.model.allocation.output_gradients", lambda *_, **__: os.utime(shard, (1, 1)))
+    with pytest.raises(CheckpointError, match=f"{shard.name} was changed or removed while it was read"):
+        quantize(asked(model, tmp_path / "out", text, bits_per_weight=3.5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_damaged_models_are_refused_before_the_work(llama: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     shards = sorted(model.glob("*.safetensors"))

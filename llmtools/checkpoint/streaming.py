@@ -84,11 +84,11 @@ def open_unread(name: str, converted: Path, *, verify: bool = False) -> Unread:
 
 @contextmanager
 def opened_whole(name: str, *, verify: bool = False) -> Iterator[tuple[Any, Any]]:
-    """(model, tokenizer) of `open_unread`, with all weights in memory."""
+    """(model, tokenizer) of `open_unread`, with all weights in memory, or on the GPU if there is one."""
     with TemporaryDirectory(prefix="llmtools-") as folder:
         opened = open_unread(name, Path(folder) / "converted", verify=verify)
         Streamed(opened.model, opened.index, Path(folder)).complete()
-        yield opened.model, opened.tokenizer
+        yield opened.model.to("cuda" if torch.cuda.is_available() else "cpu"), opened.tokenizer
 
 
 def is_converted(name: str) -> bool:

@@ -79,7 +79,7 @@ class CudaDevice(Device):
         if int(runtime.cudaHostRegister(memory.data_ptr(), size, 0)):
             log.warning("the driver pins no more host memory (ulimit -l); copies wait for the computation")
             return memory
-        weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, memory.data_ptr())
+        weakref.finalize(memory, runtime.cudaHostUnregister, memory.data_ptr())
         return memory
 
     def copy(self, target: Tensor, source: Tensor, after: Event) -> Event:

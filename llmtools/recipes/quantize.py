@@ -48,7 +48,7 @@ class Quantize(QuantizerOptions, ModelOptions):
     """Quantize the linear layers of a model and write a checkpoint that transformers opens."""
 
     model: str
-    """Folder or hub name of the model."""
+    """Folder or hub name of the model, in 16 or 32 bits or float8, or a GGUF file."""
     out: str
     """Folder to write the quantized model to."""
     quantizer: str | dict[str, Any] | None = field(default=None, kw_only=True)

@@ -25,7 +25,7 @@ from ..errors import CheckpointError
 from .integrity import reading
 
 SUFFIXES = ("_scale_inv", "_scale")
-"""What the name of a scale has after the weight's."""
+"""Ends of a scale's name, after the weight's."""
 _BESIDE = ("input_scale", "output_scale", "activation_scale", "k_scale", "v_scale", "q_scale")
 """Scales of activations and caches."""
 _CODES, _OTHER_CODES = "F8_E4M3", ("F8_E5M2", "F8_E8M0")

@@ -78,7 +78,7 @@ class Stored(NamedTuple):
     part: Part | None = None
     """Part of the tensor, if that holds all experts of a layer."""
     scale: Scale | None = None
-    """Where its scales are, if it is float8."""
+    """Place of its scales, if it is float8."""
 
     @property
     def files(self) -> list[Path]:

@@ -3,7 +3,7 @@
 The packed tensors of a block lie in one piece of host memory that the device copies from by itself (pinned). On the
 device there are two buffers of the size of the largest block: while one block computes, the next is copied into the
 other, on a queue of its own beside the computation. ZeRO-Offload and FlexGen (arXiv:2303.06865, section 3) overlap the
-two likewise; what moves here is 2 to 4 bits a weight instead of 16. Embeddings, head, norms, biases and linears that
+two likewise; what moves here is 2 to 4 bits per weight instead of 16. Embeddings, head, norms, biases and linears that
 are not quantized stay on the device.
 
 Two events order the queues: a copy begins when the computation that was queued with the buffer's former block is done,

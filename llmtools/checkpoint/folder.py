@@ -31,6 +31,7 @@ from ..limits import TEMPLATE_SECONDS, bounded
 from ..model.adapter_files import check_adapter, open_adapter
 from ..model.architectures import auto_class
 from ..model.fingerprint import FINGERPRINT, as_text, fingerprint
+from ..model.float8 import Float8, is_scale
 from ..model.integrity import (
     check_checksums,
     check_config,
@@ -46,6 +47,7 @@ from ..model.integrity import (
 from ..model.offload import Keep, Spill, Watch, check_offload, keep_in_files, stream
 from ..model.quantize import INCOMPLETE
 from ..model.report import Report
+from ..model.transfer import keep_on_host, this_device
 from ..model.transformers_integration import METHOD, attach
 from ..nn.adapters import dequantize
 from ..nn.lora_init import LoraInit, initialize_lora
@@ -198,8 +200,9 @@ def load(
 
     verify: compare every byte with the checksums in ``llmtools.json``; without it, small files and headers alone.
     allow_other_base: accept an adapter whose base model has changed since it was trained.
-    offload: "disk" for a model that does not fit into memory: its weights stay in the checkpoint's files and are read
-    a block ahead of the computation, on the CPU (see `model.offload`).
+    offload: for a model that does not fit into memory, where its weights stay, to be read a block ahead of the
+    computation: "disk", in the checkpoint's files, on a CPU (see `model.offload`); "cpu", the packed ones in host
+    memory, on a GPU (see `model.transfer`).
     The folder of an adapter is opened on the base model that it names, with the base's tokenizer if it has none.
     options: arguments of ``from_pretrained`` (``dtype``, ``device_map``, …).
 
@@ -245,12 +248,11 @@ def load_model(
     Raises CheckpointError for a missing, damaged or unsupported checkpoint.
     """
     check_offload(offload, device_map=options.get("device_map"))
-    keep = None if offload is None else Spill()
+    keep = Spill() if offload == "disk" else None
     name = joined(_name_of(folder), options.pop("gguf_file", None))
     if (found := find(name, options)) is not None:
         watch = Watch([found.path])
-        model = _load_gguf(found, options, keep, verify=verify)
-        return model if keep is None else _streamed(model, keep, watch)
+        return _placed(_load_gguf(found, options, keep, verify=verify), offload, keep, watch)
     _check_loadable(name)
     given = set(options)
     options = {"use_safetensors": True, **options, "trust_remote_code": bool(options.get("trust_remote_code", False))}
@@ -262,14 +264,18 @@ def load_model(
     watch = Watch(shards_of(Path(name)) if Path(name).exists() else ())
     with naming_method(config, name), opening(name):
         model = _checked(name, config, options, given, keep)
-    return model if keep is None else _streamed(model, keep, watch)
+    return _placed(model, offload, keep, watch)
 
 
-def _streamed(model: Any, keep: Spill, watch: Watch) -> Any:
-    """The model with all weights in files, which are read ahead of the computation; `watch` has seen them before."""
-    keep_in_files(model, keep)
-    watch()
-    stream(model, watch)
+def _placed(model: Any, offload: str | None, keep: Spill | None, watch: Watch) -> Any:
+    """The model with its weights where `offload` says, which come ahead of the computation; `watch` has seen the files
+    before."""
+    if offload == "cpu":
+        return keep_on_host(model, this_device())
+    if keep is not None:
+        keep_in_files(model, keep)
+        watch()
+        stream(model, watch)
     return model
 
 
@@ -293,18 +299,26 @@ def _checked(
         )
     passed = options.keys() - {"dtype", "torch_dtype", "quantization_config"}
     if not passed & model.config.to_dict().keys():  # options may reduce the config, such as num_hidden_layers
-        check_surplus(model, info["unexpected_keys"], name, strict=strict)
+        surplus = info["unexpected_keys"]
+        if Float8.of(config) is not None:
+            surplus = [key for key in surplus if not is_scale(key)]
+        check_surplus(model, surplus, name, strict=strict)
     if getattr(model, "quantization_method", None) != METHOD:  # else the values were checked while loading
         check_values(model, name)
     return model
 
 
-def _load_gguf(found: GGUFModel, options: Mapping[str, Any], keep: Keep | None, *, verify: bool) -> Any:
+def check_verifiable(found: GGUFModel, *, verify: bool) -> None:
+    """Raises CheckpointError where the bytes of a GGUF file are to be verified, and cannot be."""
     if verify and not is_verified(found.name):
         raise CheckpointError(
             f"{found.name} has no checksums to verify; the SHA-256 of a GGUF file is known from an adapter that "
             "llmtools trained on it, or from the hub's cache"
         )
+
+
+def _load_gguf(found: GGUFModel, options: Mapping[str, Any], keep: Keep | None, *, verify: bool) -> Any:
+    check_verifiable(found, verify=verify)
     with _named(found.name):
         model, info = open_gguf(found, options, keep)
     if lacking := sorted(info["missing_keys"]):
@@ -324,6 +338,11 @@ def _opened(
     model, info = auto_class(config).from_pretrained(name, output_loading_info=True, **options)
     own = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False) and model.quantization_method == METHOD
     return model, info, bool(own) and type(model).__name__ in (model.config.architectures or ())
+
+
+def config_at(name: str | PathLike[str]) -> dict[str, Any]:
+    """config.json of a folder, or of a model on the hub; {} where it cannot be read."""
+    return _config_of(_name_of(name), {})
 
 
 def _config_of(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

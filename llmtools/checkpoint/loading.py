@@ -46,7 +46,7 @@ def open_model(
 
     With `verify` all bytes of both are compared with their checksums. Weights keep the type of the checkpoint, unless
     bitsandbytes quantizes them while loading (`load`: nf4 or int8). The model is moved to the GPU if there is one. With
-    `offload` the weights stay there: "disk".
+    `offload` the weights stay there: "disk" or "cpu".
 
     Raises InputError for a model that is not a causal language model, unless `any_task`, and for one that is not the
     base model of the adapter, unless `allow_other_base` (None: checked before).

@@ -31,8 +31,8 @@ class OffloadOptions:
     """A model that does not fit into memory."""
 
     offload: str | None = None
-    """Place of the weights of a model that does not fit into memory: disk (in the checkpoint's own files, read a block
-    ahead of the computation, on the CPU); by default in memory."""
+    """Place of the weights of a model that does not fit into memory, read a block ahead of the computation: disk (in
+    the checkpoint's own files, for a CPU) or cpu (the packed ones in host memory, for a GPU); by default in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

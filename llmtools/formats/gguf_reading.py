@@ -160,6 +160,65 @@ def open_gguf(found: GGUFModel, options: Mapping[str, Any], keep: Keep | None = 
     return model, dict(info)
 
 
+class Decoded(NamedTuple):
+    """The values of a parameter, decoded from a tensor of a GGUF file when they are read; a `streaming.Source`."""
+
+    naming: Naming
+    """The names of the file's parameters."""
+    tensor: StoredTensor
+    """The tensor."""
+    dtype: torch.dtype
+    """Dtype in the model."""
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.naming.file.path]
+
+    def read(self, *, mapped: bool) -> Tensor:
+        found: dict[str, Tensor] = {}
+        self.naming.decode(self.tensor, found)
+        if list(found) != [self.naming.names[self.tensor.name]]:
+            raise CheckpointError(f"{self.naming.file.path}: {self.tensor.name} is not read by itself")
+        return next(iter(found.values())).to(self.dtype)
+
+
+def why_not_unread(found: GGUFModel) -> str | None:
+    """Why the weights of a GGUF file cannot be decoded one by one, as the end of a sentence; None where they can be."""
+    file = read_header(found.path)
+    if any(tensor.name.endswith("_exps.weight") for tensor in file.tensors.values()):
+        return "the experts in its GGUF file are in one tensor"
+    return None
+
+
+def open_unread(found: GGUFModel) -> tuple[Any, dict[str, Decoded]]:
+    """(model with dense linears, its parameters on the meta device; name of each parameter → where its values are).
+
+    Raises CheckpointError for a file that does not have them all.
+    """
+    from accelerate import init_empty_weights
+
+    file = read_header(found.path)
+    config = gguf_config(file)
+    dtype = _dtype(None, file)
+    with opening(f"{found.name}: transformers makes no model of it"), init_empty_weights(include_buffers=False):
+        model: Any = auto_class(config.to_dict()).from_config(config, dtype=dtype)
+    model.tie_weights()
+    naming = Naming(file, config, model)
+    index = {
+        naming.names[tensor.name]: Decoded(naming, tensor, dtype)
+        for tensor in file.tensors.values()
+        if tensor.name in naming.names
+    }
+    known: dict[nn.Parameter, Decoded] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        source = index.setdefault(name, known[parameter]) if parameter in known else index.get(name)  # tied
+        if source is None:
+            raise CheckpointError(f"{found.name}: the weights of {name} are missing")
+        known.setdefault(parameter, source)
+    model.name_or_path = model.config.name_or_path = found.name
+    return model.eval(), index
+
+
 def _quantized(config: Any, assigned: Mapping[str, Quantizer], found: GGUFModel) -> None:
     if assigned:
         origin = {"quant_method": "gguf", "file": found.path.name}

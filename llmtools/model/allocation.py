@@ -35,6 +35,7 @@ from .blocks import Block, linear_at
 from .fisher import backward_of_samples
 from .mixtures import with_linear_experts
 from .quantize import accumulating
+from .storage import Storage
 from .targets import Overrides, Plan, any_index
 from .walk import Batch, Calls, OnStep, walk
 
@@ -96,11 +97,12 @@ def choose_bits(
     skip: Sequence[str] | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
+    storage: Storage | None = None,
 ) -> Allocation:
     """The width of each linear of `model` for which the estimated loss is least, within `bits_per_weight` stored bits.
 
     calibration: token ids [b, t] each. Linears that `overrides` name keep what they say, and do not count. The model
-    is not changed.
+    is not changed. storage: where the weights are; by default in memory.
 
     Raises InputError for a quantizer without `bits`, and for a size that no choice of widths meets.
     """
@@ -116,8 +118,10 @@ def choose_bits(
         raise InputError(
             f"bits_per_weight={bits_per_weight}: {quantizer.name} needs at least {least:.3f} with its scales"
         )
-    gradients = output_gradients(model, calibration[:SEQUENCES], inside, seed=seed)
-    losses = _proxy_losses(model, calibration, inside, variants, on_step)
+    storage = storage or Storage()
+    with storage.whole():
+        gradients = output_gradients(model, calibration[:SEQUENCES], inside, seed=seed)
+    losses = _proxy_losses(model, calibration, inside, variants, on_step, storage)
     choices = {
         path: [
             Choice(each.bits, stored[path][index], 0.5 * gradients[path] * losses[path][index])  # type: ignore[attr-defined]
@@ -225,6 +229,7 @@ def _proxy_losses(
     paths: Sequence[str],
     variants: Sequence[Quantizer],
     on_step: OnStep | None,
+    storage: Storage,
 ) -> dict[str, list[float]]:
     """tr(E H Eᵀ) of each linear at each width, with H of the unquantized network."""
     wanted, found = set(paths), dict[str, list[float]]()
@@ -247,7 +252,7 @@ def _proxy_losses(
             if on_step is not None:
                 on_step(len(found), len(paths), path)
 
-    walk(model, calibration, visit)
+    walk(model, calibration, visit, storage=storage)
     return found
 
 

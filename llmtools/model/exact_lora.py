@@ -67,7 +67,8 @@ def exact_linear() -> type[Any]:
             if not is_low_rank(self):
                 raise InputError("--merge exact is for plain LoRA adapters: no DoRA, no other variant, no bias")
             factors = [each[name].weight for name in active_adapters(self) for each in (self.lora_A, self.lora_B)]
-            if self.training or (torch.is_grad_enabled() and any(each.requires_grad for each in factors)):
+            learns = torch.is_grad_enabled() and any(each.requires_grad for each in factors)
+            if self.training or learns or self.base_layer.fetch is not None:  # not kept on the device, nor its codes
                 self._kept = None
                 return updated_packed(self)
             tensors = [*factors, *self.base_layer.packed.values()]

@@ -57,9 +57,14 @@ def backward_of_samples(model: nn.Module, sequences: Iterable[tuple[int, Batch]]
             logits.backward(slope.view_as(logits).to(logits.dtype))
 
 
-def block_gradients(model: nn.Module, sequences: Iterable[tuple[int, Batch]], blocks: Sequence[str]) -> BlockGradients:
+def block_gradients(
+    model: nn.Module,
+    sequences: Iterable[tuple[int, Batch]],
+    blocks: Sequence[str],
+    kept: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> BlockGradients:
     """The gradients in the outputs of the blocks at these paths, for each of their calls over the sequences, which are
-    those of `backward_of_samples`."""
+    those of `backward_of_samples`. kept: what is kept of a gradient, in memory or elsewhere."""
     found: BlockGradients = {path: [] for path in blocks}
     called = dict.fromkeys(blocks, 0)
 
@@ -69,7 +74,7 @@ def block_gradients(model: nn.Module, sequences: Iterable[tuple[int, Batch]], bl
             called[path] += 1
             found[path].append(torch.zeros((), dtype=hidden.dtype, device=hidden.device).expand(hidden.shape))
             if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: found[path].__setitem__(number, gradient))
+                hidden.register_hook(lambda gradient: found[path].__setitem__(number, kept(gradient)))
 
         return hook
 

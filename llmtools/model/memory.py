@@ -82,7 +82,7 @@ def tensors(model: nn.Module) -> Tensors:
     for path, module in model.named_modules():
         if isinstance(module, PackedWeight):
             sizes["quantized_weights"] += 0 if isinstance(module, TiedLinear) else math.prod(module.shape)
-            kinds |= {id(tensor): "packed" for tensor in module.packed.values()}
+            kinds |= {id(tensor): "packed" for tensor in module.stored.values()}
         elif isinstance(module, nn.Embedding):
             kinds.setdefault(id(module.weight), "embeddings")
         elif isinstance(module, nn.Linear):

@@ -37,8 +37,9 @@ from ..files import disk_error
 from ..kernels.build import cache_home
 from ..nn.embedding import TiedLinear
 from ..pages import Span, ask_for, file_pages, free_memory, joined, let_go
+from ..ranks import processes
 
-PLACES = ("disk",)
+PLACES = ("disk", "cpu")
 """Places for weights that do not fit: the values of `offload`."""
 AHEAD = 2
 """Number of blocks that are asked for ahead of the current one."""
@@ -71,11 +72,26 @@ def check_offload(offload: str | None, *, load: str | None = None, device_map: A
         )
     if device_map is not None:
         raise InputError(f"offload={offload!r} does not go with device_map, which places weights itself; omit one")
-    if torch.cuda.is_available():
+    if offload == "disk" and has_gpu():
         raise InputError(
-            f"--offload {offload} computes on the CPU, and there is a GPU; leave it out, or hide the GPU with "
+            "--offload disk computes on the CPU, and there is a GPU; pass --offload cpu, or hide the GPU with "
             "CUDA_VISIBLE_DEVICES=-1"
         )
+    if offload == "cpu" and not has_gpu():
+        raise InputError(
+            "--offload cpu keeps weights in host memory for a GPU, and there is none; leave it out, or pass --offload "
+            "disk for a model larger than the memory"
+        )
+    if offload == "cpu" and processes() > 1:
+        raise InputError(
+            f"--offload cpu works in one process, and this run has {processes()}; start it without torchrun, or shard "
+            "the weights with FSDP2 (--training.fsdp full_shard)"
+        )
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
 
 
 # ----------------------------------------------------------------------------------------------------- tensors in files
@@ -202,12 +218,41 @@ class Unit(NamedTuple):
     modules: list[nn.Module]
 
 
-class Schedule:
-    """Which unit is next, as learned from the run, and the hints that the kernel gets for its pages.
+class Order:
+    """Which unit is next, as learned from the run.
 
     What followed the last two different units before follows them again; what was never seen is guessed to go on in the
     same direction. Two suffice: forward and backward pass the blocks in opposite directions.
     """
+
+    def __init__(self, units: int) -> None:
+        self._units = units
+        self._after: dict[tuple[int, int], int] = {}
+        self._before, self._now = -1, -1
+
+    def at(self, unit: int) -> bool:
+        """Notes that a unit is at work; whether it is another than before."""
+        if unit == self._now:
+            return False
+        self._after[self._before, self._now] = unit
+        self._before, self._now = self._now, unit
+        return True
+
+    def upcoming(self, count: int) -> list[int]:
+        """The units that are expected next, at most so many, the nearest first."""
+        before, now, found = self._before, self._now, list[int]()
+        for _ in range(count):
+            guess = now + (1 if now >= before else -1)
+            following = self._after.get((before, now), guess)
+            if not 0 <= following < self._units:
+                break
+            before, now = now, following
+            found.append(following)
+        return list(dict.fromkeys(found))
+
+
+class Schedule:
+    """The hints that the kernel gets for the pages of the units, in their `Order`."""
 
     def __init__(
         self,
@@ -223,17 +268,14 @@ class Schedule:
         of the unit."""
         self._spans, self._release, self._ahead = spans, release, ahead
         self._check, self._ask, self._let = check, ask, let
-        self._after: dict[tuple[int, int], int] = {}
-        self._before, self._now = -1, -1
+        self._order = Order(len(spans))
         self._asked: set[int] = set()
 
     def at(self, unit: int) -> None:
         """Notes that a unit is at work, and gives the hints that follow."""
-        if unit == self._now:
+        if not self._order.at(unit):
             return
         self._check()
-        self._after[self._before, self._now] = unit
-        self._before, self._now = self._now, unit
         wanted = [unit, *self.upcoming()]
         for each in self._asked.difference(wanted) if self._release else ():
             self._let(self._spans[each])
@@ -244,15 +286,7 @@ class Schedule:
 
     def upcoming(self) -> list[int]:
         """The units that are expected next, the nearest first."""
-        before, now, found = self._before, self._now, list[int]()
-        for _ in range(self._ahead):
-            guess = now + (1 if now >= before else -1)
-            following = self._after.get((before, now), guess)
-            if not 0 <= following < len(self._spans):
-                break
-            before, now = now, following
-            found.append(following)
-        return list(dict.fromkeys(found))
+        return self._order.upcoming(self._ahead)
 
 
 def stream(model: nn.Module, watch: Callable[[], None] = lambda: None) -> None:

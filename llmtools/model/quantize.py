@@ -134,8 +134,6 @@ def quantize(
     storage = storage or Storage()
     if storage.resident:
         _check_weights(model, plan.quantizers)
-    elif two_sided:
-        raise InputError("two-sided rounding needs gradients through the whole model; load it into memory")
     storage.planned(plan.quantizers)
     processes = processes or Processes()
     work = _Quantization(
@@ -153,7 +151,9 @@ def quantize(
             if work.reconstructs:
                 batches = stacked(batches, work.sequences)
             if two_sided:
-                work.gradients = block_gradients(model, processes.share([*enumerate(batches)]), plan.blocks)
+                sequences = processes.share([*enumerate(batches)])
+                with storage.whole():
+                    work.gradients = block_gradients(model, sequences, plan.blocks, storage.kept)
             walk(model, batches, work.visit, device=device, storage=storage, processes=processes)
             work.outside_blocks(batches)
         storage.complete()

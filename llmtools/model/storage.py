@@ -37,6 +37,10 @@ class Storage:
         """The weights of the module at `path`, or `AROUND` the blocks, are in memory within the context."""
         return nullcontext()
 
+    def whole(self) -> AbstractContextManager[None]:
+        """All weights can be read within the context, for a run of the network as a whole."""
+        return nullcontext()
+
     def kept(self, hidden: Tensor) -> Tensor:
         """Hidden states [batch, t, features] that are needed later: the tensor, or a copy of it elsewhere."""
         return hidden

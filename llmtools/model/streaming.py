@@ -4,7 +4,10 @@ The model is a skeleton on the meta device. An index says for each of its parame
 model's own safetensors shards at first, and in a file of the work folder when the block is finished. `holding` a module
 reads its parameters, and lets go of them at the end; so memory is that of one block in its original precision. What is
 around the blocks (embeddings, head) is mapped, not read, since a walk looks up a few rows of it only. Hidden states
-beyond a budget are files, too, mapped and without a name: they end with the process, however that ends.
+beyond a budget are files, too, mapped and without a name: they end with the process, however that ends. Where the
+network has to run as a whole (`whole`: the choice of bits, gradients, the distributions that recovery trains towards)
+all weights are mapped for that time, and the page cache streams them; what has to be converted would be copied, so
+float8 sources cannot (`checkpoint/streaming.py`).
 
 A finished block is one file, written whole or not at all, with its part of the report. A later run takes such blocks
 as they are (`restored`) and goes on at the first that is missing; since a block depends on nothing but the blocks
@@ -21,7 +24,7 @@ import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -37,6 +40,7 @@ from ..nn.swap import aliases, set_module
 from ..quant import Quantizer, from_spec
 from ..quant.base import layout_bytes
 from .blocks import find_blocks, linear_at, unit_of
+from .float8 import Scale
 from .integrity import reading
 from .report import Report
 from .storage import AROUND, Storage
@@ -50,8 +54,20 @@ _LORA = ".lora_init."
 """Separator of a module's path and the side of its LoRA initialisation in the name of a tensor."""
 
 
-class Stored(NamedTuple):
+class Source(Protocol):
     """Where the values of a parameter are."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that they are read from."""
+
+    def read(self, *, mapped: bool) -> Tensor:
+        """The values, in the type of the model. mapped: a view of the file may be given, where they are there as they
+        are."""
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
 
     file: Path
     """Safetensors file."""
@@ -61,6 +77,20 @@ class Stored(NamedTuple):
     """Dtype in the model, if the file may have another."""
     part: Part | None = None
     """Part of the tensor, if that holds all experts of a layer."""
+    scale: Scale | None = None
+    """Place of its scales, if it is float8."""
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.file] if self.scale is None else [self.file, self.scale.file]
+
+    def read(self, *, mapped: bool) -> Tensor:
+        with reading(self.file), safe_open(self.file, framework="pt") as file:
+            found: Tensor = file.get_tensor(self.name) if self.part is None else _part(file, self.name, self.part)
+        if self.scale is not None:
+            return self.scale.apply(found, self.dtype or torch.bfloat16)
+        values = found.to(self.dtype or found.dtype)
+        return values if mapped or values is not found else found.clone()
 
 
 def cannot_stream(model: nn.Module) -> str | None:
@@ -93,21 +123,22 @@ class Streamed(Storage):
     resident = False
 
     def __init__(
-        self, model: nn.Module, index: Mapping[str, Stored], folder: Path, *, hidden_states: int | None = None
+        self, model: nn.Module, index: Mapping[str, Source], folder: Path, *, hidden_states: int | None = None
     ) -> None:
         """index: name of each parameter → where its values are. folder: of the finished blocks, which may hold some of
         an earlier run. hidden_states: bytes of hidden states to keep in memory, None for all."""
         self.model, self.folder = model, folder
         self._index = dict(index)
         self._blocks = frozenset(block.path for block in find_blocks(model))
-        self._states = {file: file_state(file) for file in {each.file for each in index.values()}}
+        self._states = {file: file_state(file) for each in index.values() for file in each.files}
         self._held: list[str] = []
         self._budget = hidden_states
 
     def unfused(self, parts: Mapping[str, tuple[str, Part]]) -> None:
         for name, (fused, part) in parts.items():
-            if fused in self._index and name not in self._index:
-                self._index[name] = self._index[fused]._replace(part=part)
+            stored = self._index.get(fused)
+            if isinstance(stored, Stored) and name not in self._index:
+                self._index[name] = stored._replace(part=part)
 
     def planned(self, quantizers: Mapping[str, Quantizer]) -> None:
         """Raises InputError where the disk has no space for the finished blocks and the checkpoint made of them."""
@@ -143,11 +174,27 @@ class Streamed(Storage):
             self._held.remove(path)
             self._release(path)
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        mapped = self._map_all()
+        try:
+            yield
+            self.check_unchanged()
+        finally:
+            for path in mapped:
+                self._held.remove(path)
+                self._release(path)
+
     def complete(self) -> None:
-        for path in (AROUND, *sorted(self._blocks)):
-            if not self._is_held(path):
-                self._load(path, mapped=True)
-                self._held.append(path)
+        self._map_all()
+
+    def _map_all(self) -> list[str]:
+        """Maps what is not held, and holds it; the paths of that."""
+        found = [path for path in (AROUND, *sorted(self._blocks)) if not self._is_held(path)]
+        for path in found:
+            self._load(path, mapped=True)
+            self._held.append(path)
+        return found
 
     def _is_held(self, path: str) -> bool:
         unit = unit_of(path, self._blocks) or AROUND
@@ -191,19 +238,14 @@ class Streamed(Storage):
     def _read(self, name: str, shape: list[int], *, mapped: bool) -> Tensor:
         if name not in self._index:
             raise CheckpointError(f"{self.model.name_or_path}: {name} is missing in the files")
-        stored = self._index[name]
-        self.check_unchanged(stored.file)
-        with reading(stored.file), safe_open(stored.file, framework="pt") as file:
-            found: Tensor = (
-                file.get_tensor(stored.name) if stored.part is None else _part(file, stored.name, stored.part)
-            )
-        if list(found.shape) != shape:
-            raise CheckpointError(f"{stored.file}: {name} has shape {list(found.shape)}, expected {shape}")
-        values = found.to(stored.dtype or found.dtype)
-        if not mapped and values is found:
-            values = found.clone()
+        source = self._index[name]
+        for file in source.files:
+            self.check_unchanged(file)
+        values = source.read(mapped=mapped)
+        if list(values.shape) != shape:
+            raise CheckpointError(f"{source.files[0]}: {name} has shape {list(values.shape)}, expected {shape}")
         if not mapped and values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            raise CheckpointError(f"{stored.file}: {name} holds NaN or infinite values; copy or download it again")
+            raise CheckpointError(f"{source.files[0]}: {name} holds NaN or infinite values; copy or download it again")
         return values
 
     def check_unchanged(self, file: Path | None = None) -> None:

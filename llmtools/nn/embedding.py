@@ -127,8 +127,16 @@ class TiedLinear(QuantizedLinear):
         return self._tied[0]
 
     @property
+    def stored(self) -> Packed:
+        return self.embedding.stored
+
+    @property
     def packed(self) -> Packed:
         return self.embedding.packed
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
 
     def pack_(self, packed: Packed) -> None:
         raise InputError(f"{where()}this head is tied to the embedding and has no tensors of its own")

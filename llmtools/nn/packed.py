@@ -28,14 +28,33 @@ _PARAMETER_CODE = ("torch", "accelerate", "deepspeed", "transformers.core_model_
 """Names of modules that get and set parameters by the names of `named_parameters`."""
 
 
+class Fetch:
+    """Brings a layer's packed tensors to the device that it computes on, where they are kept in host memory.
+
+    This one copies them whenever they are asked for; `model/transfer.py` has one that is ahead of the computation. A
+    copy of the layer is without it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, stored: Packed) -> Packed:
+        return {name: tensor.to(self.device) for name, tensor in stored.items()}
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
 class PackedWeight(nn.Module):
     """A weight [out, in] given by `quantizer` from this module's packed tensors; a mixin for layers of torch.
 
-    `dtype` is that of `weight`; the packed tensors keep their own dtypes, whatever the module is cast to.
+    `dtype` is that of `weight`; the packed tensors keep their own dtypes, whatever the module is cast to. With `fetch`
+    they also keep their place, whatever device the module is moved to.
     """
 
     quantizer: Quantizer
     dtype: torch.dtype
+    fetch: Fetch | None = None
     _packed_names: tuple[str, ...]
 
     @property
@@ -66,12 +85,22 @@ class PackedWeight(nn.Module):
                     f"{where()}{name} is {list(packed[name].shape)} {packed[name].dtype}; "
                     f"the layout says {list(spec.shape)} {spec.dtype}"
                 )
-            self._parameters[name] = nn.Parameter(packed[name].detach(), requires_grad=False)
+        for name in layout:
+            values = packed[name].detach()
+            if self.fetch is not None:
+                values = values.to("cpu", copy=True)
+            self._parameters[name] = nn.Parameter(values, requires_grad=False)
+        self.fetch = None if self.fetch is None else Fetch(self.fetch.device)
+
+    @property
+    def stored(self) -> Packed:
+        """The module's own packed tensors, its Parameters, by name."""
+        return {name: self._parameters[name] for name in self._packed_names}  # type: ignore[misc]
 
     @property
     def packed(self) -> Packed:
-        """Packed tensors by name."""
-        return {name: self._parameters[name] for name in self._packed_names}  # type: ignore[misc]
+        """Packed tensors by name, where the layer computes."""
+        return self.stored if self.fetch is None else self.fetch(self.stored)
 
     def dequantize(self, rows: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
         """Rows of the weight, [rows, in], in the layer's dtype or the one given."""
@@ -96,8 +125,8 @@ class PackedWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Device of the packed tensors."""
-        return next(iter(self.packed.values())).device
+        """Device that the layer computes on."""
+        return next(iter(self.stored.values())).device if self.fetch is None else self.fetch.device
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """As `nn.Module`'s, but empty tensors get distinct addresses: of tensors at one address, as all empty ones are
@@ -113,9 +142,11 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Casts and moves like `nn.Module.to`, but packed tensors are only moved: a cast would damage them."""
-        packed = {id(parameter) for parameter in self.packed.values()}
+        packed = {id(parameter) for parameter in self.stored.values()}
 
         def keep_type(tensor: Tensor) -> Tensor:
+            if id(tensor) in packed and self.fetch is not None:
+                return tensor
             changed = fn(tensor)
             if id(tensor) in packed and changed.dtype != tensor.dtype:
                 return tensor.to(changed.device)

@@ -154,7 +154,7 @@ def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
 def packed_bytes(model: nn.Module) -> int:
     """Size of all packed tensors, in bytes."""
     layers = packed_layers(model).values()
-    return sum(t.numel() * t.element_size() for layer in layers for t in layer.packed.values())
+    return sum(t.numel() * t.element_size() for layer in layers for t in layer.stored.values())
 
 
 def stored_bits(model: nn.Module) -> float | None:
@@ -178,7 +178,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     PEFT's `print_trainable_parameters` counts the elements of packed tensors instead, several weights to a word.
     """
     layers = packed_layers(model).values()
-    packed = {id(tensor) for layer in layers for tensor in layer.packed.values()}
+    packed = {id(tensor) for layer in layers for tensor in layer.stored.values()}
     plain = [each for each in model.parameters() if id(each) not in packed]
     return Parameters(
         trainable=sum(each.numel() for each in plain if each.requires_grad),

@@ -123,7 +123,11 @@ class PlanResult:
     eval_batch_size: int | None = None
     """Number of sequences in a validation batch."""
     in_files: int = 0
-    """Bytes of the total that stay in files and need no memory (`offload`)."""
+    """Bytes of the total that stay in files and need no memory (--offload disk)."""
+    on_host: int = 0
+    """Bytes of packed weights that stay in host memory (--offload cpu)."""
+    buffers: int = 0
+    """Bytes of the device's buffers for them."""
     not_counted: str = NOT_COUNTED
     """Memory that the estimate leaves out."""
 
@@ -159,6 +163,10 @@ class PlanResult:
         if self.in_files:
             lines.append(f"of it in files, read as they are needed: {size(self.in_files)}")
             lines.append(f"in memory: {size(max(self.total, self.validation or 0) - self.in_files)}")
+        if self.on_host:
+            on_device = max(self.total, self.validation or 0) - self.on_host + self.buffers
+            lines.append(f"of it in host memory, copied as it is needed: {size(self.on_host)}")
+            lines.append(f"on the device, with two buffers ({size(self.buffers)}): {size(on_device)}")
         if self.available is not None:
             verdict = "it fits" if self.fits else "it does not fit"
             lines.append(f"{self.available_where}: {size(self.available)}, so {verdict}")
@@ -184,7 +192,6 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
     quantized, name, facts = step_memory(config, recipe)
     dense, _, dense_facts = step_memory(config, recipe, dense=True)
     available, where = _available(recipe)
-    in_files = quantized.weights if recipe.offload else 0
     fits = None if available is None else needed(quantized, facts, recipe) <= available
     checkpointed = "with checkpointing" if recipe.gradient_checkpointing else "without checkpointing"
     where_it_runs = f"on {'a GPU' if recipe.device == 'cuda' else 'the CPU'}"
@@ -209,7 +216,9 @@ def plan_for(config: Any, recipe: Plan) -> PlanResult:
         validation=facts["validation"] or None,
         validation_16_bit=dense_facts["validation"] or None,
         eval_batch_size=recipe.eval_batch_size,
-        in_files=in_files,
+        in_files=quantized.weights if recipe.offload == "disk" else 0,
+        on_host=facts["movable"] if recipe.offload == "cpu" else 0,
+        buffers=facts["buffers"] if recipe.offload == "cpu" else 0,
     )
 
 
@@ -310,8 +319,19 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         forward = peak(model, recipe.eval_batch_size, recipe.max_length, training=False, **how)
         stays = held.frozen + held.adapters + memory.optimizer
         validation = stays + forward.total + memory.program + memory.heap
+    movable, buffers = _movable(model)
     facts = {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
-    return memory, name, {**facts, "validation": validation}
+    return memory, name, {**facts, "validation": validation, "movable": movable, "buffers": buffers}
+
+
+def _movable(model: Any) -> tuple[int, int]:
+    """(bytes of the blocks' packed weights, of two buffers for the largest): those that --offload cpu has on the host
+    and on the device."""
+    from ..model.transfer import packed_blocks
+
+    base = model.get_base_model()
+    sizes = [sum(each.nbytes for layer in layers for each in layer.stored.values()) for layers in packed_blocks(base)]
+    return sum(sizes), min(2, len(sizes)) * max(sizes, default=0)
 
 
 def _share_fused(model: Any, quantizers: dict[str, Any]) -> None:
@@ -448,8 +468,9 @@ def _remedies(config: Any, recipe: Plan, available: int) -> list[str]:
 
 
 def needed(memory: Memory, facts: dict[str, int], recipe: Plan) -> int:
-    """Bytes of memory of a step, and of validation: those that do not stay in files."""
-    return max(memory.total, facts["validation"]) - (memory.weights if recipe.offload else 0)
+    """Bytes of memory of a step, and of validation, on its device: those that do not stay elsewhere."""
+    elsewhere = {None: 0, "disk": memory.weights, "cpu": facts["movable"] - facts["buffers"]}
+    return max(memory.total, facts["validation"]) - elsewhere[recipe.offload]
 
 
 def _changes(recipe: Plan) -> list[tuple[str, dict[str, Any]]]:
@@ -462,8 +483,9 @@ def _changes(recipe: Plan) -> list[tuple[str, dict[str, Any]]]:
         smaller = {"batch_size": 1, "eval_batch_size": recipe.eval_batch_size and 1}
         flags = "--batch_size 1 --eval_batch_size 1" if recipe.eval_batch_size else "--batch_size 1"
         found.append((f"{flags} (with gradient accumulation)", smaller))
-    if recipe.offload is None and recipe.device == "cpu":
-        found.append(("--offload disk", {"offload": "disk"}))
+    if recipe.offload is None:
+        place = "disk" if recipe.device == "cpu" else "cpu"
+        found.append((f"--offload {place}", {"offload": place}))
     if OPTIMIZERS[recipe.optim] > 3 and recipe.device == "cuda":
         found.append(("--optim adamw_bnb_8bit", {"optim": "adamw_bnb_8bit"}))
     if recipe.quantizer not in ("quip_sharp",) or (recipe.bits or 2) > 2:
@@ -485,8 +507,13 @@ def _check(recipe: Plan) -> None:
         from ..model.offload import check_place
 
         check_place(recipe.offload)
-        if (recipe.device or _best_device()) != "cpu":
-            raise InputError(f"--offload {recipe.offload} computes on the CPU; pass --device cpu, or leave it out")
+        device = recipe.device or _best_device()
+        if recipe.offload == "disk" and device != "cpu":
+            raise InputError("--offload disk computes on the CPU; pass --device cpu, or --offload cpu")
+        if recipe.offload == "cpu" and device == "cpu":
+            raise InputError(
+                "--offload cpu keeps weights in host memory for a GPU; pass --device cuda, or leave it out"
+            )
     for name in ("batch_size", "eval_batch_size", "max_length"):
         value = getattr(recipe, name)
         if value is not None and value < 1:

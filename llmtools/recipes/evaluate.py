@@ -198,7 +198,7 @@ def linear_weights(model: Any) -> tuple[float, int]:
     weights = stored = 0
     for path, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            tensors = list(module.packed.values())
+            tensors = list(module.stored.values())
         elif isinstance(module, nn.Linear) and module is not head and "lora_" not in path:
             tensors = [module.weight, *scales_of(module)]
         else:

@@ -191,7 +191,7 @@ def _merged(recipe: Merge, model: Any, tokenizer: Any) -> tuple[Any, dict[str, f
         return _requantized(recipe, model, tokenizer), {}
     if recipe.how == "dense":
         return merge_dense(model), {}
-    return merge_into_packed(model, zeros=recipe.how == "zeros", keep=None if recipe.offload is None else Spill())
+    return merge_into_packed(model, zeros=recipe.how == "zeros", keep=Spill() if recipe.offload == "disk" else None)
 
 
 def _write(

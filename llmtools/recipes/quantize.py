@@ -57,7 +57,7 @@ class Quantize(QuantizerOptions, ModelOptions):
     """Quantize the linear layers of a model and write a checkpoint that transformers opens."""
 
     model: str
-    """Folder or hub name of the model."""
+    """Folder or hub name of the model, in 16 or 32 bits or float8, or a GGUF file."""
     out: str
     """Folder to write the quantized model to."""
     quantizer: str | dict[str, Any] | None = field(default=None, kw_only=True)
@@ -83,8 +83,8 @@ class Quantize(QuantizerOptions, ModelOptions):
     before it; --error_propagation 0.5. The walk takes about twice as long. By default 0, or what the quality says."""
     rounding: str | None = None
     """What the rounding of optq, quip, quip_sharp and qtip makes least: one_sided, the error of a layer's output;
-    two_sided, its effect on the whole model's distributions, by gradients of the original model, which is read into
-    memory as a whole. By default one_sided, or what the quality says."""
+    two_sided, its effect on the whole model's distributions, by gradients of the original model. By default
+    one_sided, or what the quality says."""
     finetune_blocks: BlockTuning = OPEN_TUNING
     """Block-wise reconstruction: each block trained towards its original outputs, after each group of linears;
     --finetune_blocks.epochs 5."""
@@ -165,6 +165,7 @@ def quantize(recipe: Quantize) -> QuantizeResult:
 
 def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     from ..checkpoint.loading import check_model, import_plugins, open_model, quiet_libraries
+    from ..checkpoint.streaming import is_converted, opened_whole, why_not_streamed
 
     began = time.monotonic()
     check_model(recipe.model)
@@ -180,6 +181,9 @@ def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     if recipe.resume:
         raise InputError(f"--resume: nothing is kept of this run, since {why}; start without --resume")
     log.info("the whole model is read into memory, since %s", why)
+    if is_converted(recipe.model) and why_not_streamed(recipe.model) is None:
+        with opened_whole(recipe.model, verify=recipe.verify) as (model, tokenizer):
+            return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
     model, tokenizer = open_model(
         recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
     )
@@ -204,14 +208,20 @@ def _check_divided(recipe: Quantize, count: int) -> None:
 
 def _why_resident(recipe: Quantize) -> str | None:
     """Why the model has to be in memory as a whole; None where one block at a time is enough."""
-    from ..checkpoint.streaming import why_not_streamed
+    import torch
 
-    if recipe.recover.steps:
-        return "--recover runs the original"
-    if recipe.bits_per_weight is not None:
-        return "--bits_per_weight compares all of its linears"
-    if recipe.rounding == TWO_SIDED:
-        return f"--rounding {TWO_SIDED} needs gradients through all of it"
+    from ..checkpoint.streaming import is_converted, why_not_streamed
+
+    asked = {
+        "--recover": bool(recipe.recover.steps),
+        "--bits_per_weight": recipe.bits_per_weight is not None,
+        f"--rounding {TWO_SIDED}": recipe.rounding == TWO_SIDED,
+    }
+    if (option := next((name for name, given in asked.items() if given), None)) is not None:
+        if torch.cuda.is_available():
+            return f"{option} runs it as a whole, on the GPU"
+        if is_converted(recipe.model):
+            return f"{option} runs it as a whole, and its weights are converted"
     return why_not_streamed(recipe.model, trust_remote_code=recipe.trust_remote_code)
 
 
@@ -307,10 +317,11 @@ def _quantized(
                 skip=recipe.skip,
                 seed=recipe.seed,
                 on_step=step,
+                storage=storage,
             )
         log.info("%s", allocation.table())
         overrides = {**overrides, **allocation.overrides}
-    with recovering(model, text or [], recipe.recover, recipe.seed, recipe.adapter_rank) as recover:
+    with recovering(model, text or [], recipe.recover, recipe.seed, recipe.adapter_rank, storage) as recover:
         done = 0 if storage is None else storage.modules()
         with progress(f"quantize ({quantizer.name})", unit="modules", done=done) as step:
             report = quantize_model(

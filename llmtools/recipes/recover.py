@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -271,19 +271,24 @@ class Recovered(NamedTuple):
 
 @contextmanager
 def recovering(
-    model: Any, text: Sequence[Any], options: Recovery, seed: int, adapter_rank: int = 0
+    model: Any, text: Sequence[Any], options: Recovery, seed: int, adapter_rank: int = 0, storage: Any = None
 ) -> Iterator[Callable[[Mapping[str, Any]], Recovered | None]]:
     """Keeps the distributions of a `model` that is about to be quantized; yields what recovers it afterwards.
 
     text: token ids [b, t] each. The function that it yields takes the LoRA matrices that adapters of that rank begin
-    with; with 0 steps it does nothing and returns None.
+    with; with 0 steps it does nothing and returns None. storage: the `Streamed` storage of a model that is not in
+    memory; the distributions are in its folder then, for a run that continues.
     """
     if not options.steps:
         yield lambda initial: None
         return
     sequences = [piece for ids in text for row in ids.split(1) for piece in row.split(LONGEST, dim=1)]
-    with tempfile.TemporaryDirectory(prefix="llmtools-") as folder:
-        targets = distributions(model, sequences, options, Path(folder))
+    kept = (
+        tempfile.TemporaryDirectory(prefix="llmtools-") if storage is None else nullcontext(storage.folder / "targets")
+    )
+    with kept as folder:
+        with nullcontext() if storage is None else storage.whole():
+            targets = distributions(model, sequences, options, Path(folder))
 
         def recovered(initial: Mapping[str, Any]) -> Recovered:
             report = train(model, sequences, targets, options, seed)._asdict()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..ranks import processes
 from .options import NEEDS_TRAIN, Row
 
 log = logging.getLogger(__name__)
@@ -38,11 +39,21 @@ def run_trainer(trainer: Any, checkpoint: Path | None) -> None:
                 "no adapter is used by the model: the loss depends on none of them; name modules that the model uses "
                 "in --lora.target_modules"
             ) from error
-        if (reason := disk_error(error)) is None:
-            raise
-        folder = Path(trainer.args.output_dir)
+        folder, reason = Path(trainer.args.output_dir), disk_error(error)
         remedy = "--resume continues from the last intact one" if all_in(folder) else "no checkpoint was kept"
+        if reason is None and _lost_a_process(error):
+            raise InputError(f"another process of this run ended; start it again ({folder}: {remedy})") from error
+        if reason is None:
+            raise
         raise InputError(f"{folder}: cannot be written ({reason}); {remedy}") from error
+
+
+def _lost_a_process(error: BaseException) -> bool:
+    """Whether an error is that of a collective operation whose other side is gone: torch has no type for gloo's."""
+    import torch.distributed as dist
+
+    gone = "gloo" in str(error) or "Connection closed by" in str(error)
+    return processes() > 1 and (isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and gone))
 
 
 def make_trainer(

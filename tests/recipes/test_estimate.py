@@ -17,7 +17,7 @@ from llmtools.cli.app import main
 from llmtools.errors import InputError
 from llmtools.model import memory
 from llmtools.nn.loss import chunked_loss
-from llmtools.recipes.estimate import Plan, plan, plan_for
+from llmtools.recipes.estimate import Plan, plan, plan_for, size
 from llmtools.recipes.finetune import Lora
 from tests.models import CONFIGS, llama_config, tiny_model
 
@@ -193,6 +193,24 @@ def test_weights_in_files_need_no_memory() -> None:
         plan_for(llama_config(), recipe(device="cuda", offload="disk"))
     with pytest.raises(InputError, match="did you mean 'disk'"):
         plan_for(llama_config(), recipe(device="cpu", offload="disc"))
+
+
+def test_weights_in_host_memory_take_two_buffers_of_the_device() -> None:
+    def planned(**changes: Any) -> Any:
+        return plan_for(
+            llama_config(num_hidden_layers=4), recipe(device="cuda", gradient_checkpointing=True, **changes)
+        )
+
+    held, moved = planned(), planned(offload="cpu")
+    assert moved.memory == held.memory and held.on_host == held.buffers == 0
+    assert moved.on_host == held.memory.packed and moved.buffers == held.memory.packed // 2
+    rest, near = (held.total - moved.buffers) / 1e9, 1e-5
+    assert planned(memory=rest + near, offload="cpu").fits is True
+    assert planned(memory=rest - near, offload="cpu").fits is False
+    assert planned(memory=rest + near).remedies[0].startswith("--offload cpu: ")
+    assert f"of it in host memory, copied as it is needed: {size(moved.on_host)}" in str(moved)
+    with pytest.raises(InputError, match="--device cuda"):
+        plan_for(llama_config(), recipe(device="cpu", offload="cpu"))
 
 
 def test_where_it_does_not_fit_remedies_are_named(capsys: pytest.CaptureFixture[str]) -> None:

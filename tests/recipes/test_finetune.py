@@ -143,6 +143,22 @@ def test_weights_in_files_give_the_bits_of_resident_ones_and_a_run_may_resume_wi
     assert texts[0] == texts[1]
 
 
+def test_weights_in_host_memory_give_the_bits_of_resident_ones(
+    packed: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmtools.model import offload
+    from tests.model.test_transfer import Unkind
+
+    monkeypatch.setattr(offload, "has_gpu", lambda: True)
+    monkeypatch.setattr("llmtools.checkpoint.folder.this_device", Unkind)
+    training = {**TRAINING, "max_steps": 2}
+    finetune(recipe(packed, data, tmp_path / "resident", training=training))
+    finetune(recipe(packed, data, tmp_path / "host", training=training, offload="cpu"))
+    resident, host = adapter(tmp_path / "resident"), adapter(tmp_path / "host")
+    assert all(torch.equal(resident[key], host[key]) for key in resident) and resident.keys() == host.keys()
+    assert losses(tmp_path / "resident") == losses(tmp_path / "host")
+
+
 def test_what_offloading_does_not_go_with_is_said_before_anything_is_written(
     stories: Path, data: str, tmp_path: Path
 ) -> None:

@@ -69,17 +69,22 @@ def test_rounding_keeps_scales_and_gives_codes_within_a_step(asked: Merge, train
     assert result.rounding_error is not None and result.rounding_error > 0
 
 
-def test_weights_in_files_are_merged_to_the_same_bytes(
+def test_weights_in_files_and_in_host_memory_are_merged_to_the_same_bytes(
     asked: Merge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmtools.model import offload
+    from tests.model.test_transfer import Unkind
 
     monkeypatch.setattr(offload, "SMALLEST", 1)
     asked = replace(asked, data=None)
     merge(asked)
     merge(replace(asked, out=str(tmp_path / "files"), offload="disk"))
-    written = [(Path(folder) / "model.safetensors").read_bytes() for folder in (asked.out, tmp_path / "files")]
-    assert written[0] == written[1]
+    monkeypatch.setattr(offload, "has_gpu", lambda: True)
+    monkeypatch.setattr("llmtools.checkpoint.folder.this_device", Unkind)
+    merge(replace(asked, out=str(tmp_path / "host"), offload="cpu"))
+    folders = (asked.out, tmp_path / "files", tmp_path / "host")
+    written = [(Path(folder) / "model.safetensors").read_bytes() for folder in folders]
+    assert written[0] == written[1] == written[2]
     with pytest.raises(InputError, match="--offload disk does not go with --how requantize"):
         merge(replace(asked, offload="disk", how="requantize", calibration=asked.model))
 

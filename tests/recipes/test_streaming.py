@@ -14,17 +14,22 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoTokenizer
 
 import llmtools
+from llmtools.checkpoint.folder import load_model
 from llmtools.checkpoint.work_folder import work_folder
 from llmtools.data.calibration import calibration
 from llmtools.errors import CheckpointError, InputError
 from llmtools.files import NameTaken
 from llmtools.model import streaming
-from llmtools.model.options import BlockTuning
+from llmtools.model.options import BlockTuning, Recovery
 from llmtools.model.streaming import Streamed
+from llmtools.recipes import quantize as recipe
 from llmtools.recipes.quantize import Quantize, quantize
+from llmtools.signals import Stopped
 from tests.models import tiny_model
 
 SAMPLES, TOKENS = 3, 24
@@ -293,21 +298,55 @@ def test_another_run_is_refused_by_content(llama: Path, text: Path, tmp_path: Pa
 
 
 def test_what_runs_in_memory_cannot_be_resumed(llama: Path, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing is kept of this run, since --bits_per_weight compares"):
-        quantize(asked(llama, tmp_path / "out", text, bits_per_weight=3.5, resume=True))
-    with pytest.raises(InputError, match="nothing is kept of this run, since --rounding two_sided needs gradients"):
-        quantize(asked(llama, tmp_path / "out", text, rounding="two_sided", resume=True))
+    with pytest.raises(InputError, match="nothing is kept of this run, since its code comes with it"):
+        quantize(asked(llama, tmp_path / "out", text, trust_remote_code=True, resume=True))
     assert not any(tmp_path.iterdir())
 
 
-def test_two_sided_rounding_reads_the_whole_model_and_gives_the_same_bits_again(
-    llama: Path, text: Path, tmp_path: Path
+RECOVERY = Recovery(steps=3, batch=1, evaluations=1, top_k=8, held_out=0.34)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bits_per_weight": 3.4}, {"rounding": "two_sided"}, {"bits": 2, "recover": RECOVERY, "adapter_rank": 2}],
+    ids=["bits_per_weight", "two_sided", "recover"],
+)
+def test_what_runs_the_whole_network_has_the_bits_of_a_model_in_memory(
+    options: dict[str, Any], llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("out", "again"):
-        quantize(asked(llama, tmp_path / name, text, "optq", rounding="two_sided"))
-    quantize(asked(llama, tmp_path / "plain", text, "optq"))
-    assert tensors(tmp_path / "out") == tensors(tmp_path / "again") != tensors(tmp_path / "plain")
-    assert "two_sided" in (tmp_path / "out" / "llmtools.json").read_text()
+    whole, streamed = Streamed.whole, list[bool]()
+
+    def noted(self: Streamed) -> Any:
+        streamed.append(all(each.is_meta for each in self.model.model.layers.parameters()))
+        return whole(self)
+
+    monkeypatch.setattr(Streamed, "whole", noted)
+    quantize(asked(llama, tmp_path / "out", text, **options))
+    assert streamed == [True]
+    monkeypatch.setattr(recipe, "_why_resident", lambda _: "it is to be compared")
+    quantize(asked(llama, tmp_path / "resident", text, **options))
+    quantize(asked(llama, tmp_path / "plain", text, bits=options.get("bits")))
+    assert streamed == [True]
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "resident") != tensors(tmp_path / "plain")
+
+
+def test_a_run_that_was_stopped_in_its_recovery_keeps_blocks_and_distributions(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"bits": 2, "recover": RECOVERY}
+    quantize(asked(llama, tmp_path / "unbroken", text, **options))
+    with monkeypatch.context() as patch:
+        patch.setattr("llmtools.recipes.recover.train", _stop)
+        with pytest.raises(Stopped, match="--resume continues from 3 finished blocks"):
+            quantize(asked(llama, tmp_path / "out", text, **options))
+    assert len(list((tmp_path / "out.quantizing" / "targets").iterdir())) == SAMPLES
+    monkeypatch.setattr("llmtools.model.quantize.QuantizedLinear.from_linear", _stop)  # nothing is quantized again
+    quantize(asked(llama, tmp_path / "out", text, resume=True, **options))
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "unbroken")
+
+
+def _stop(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -391,6 +430,17 @@ def test_a_model_that_changes_while_it_is_read_is_noticed(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_changes_while_it_runs_as_a_whole_is_noticed(
+    llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    shard = sorted(model.glob("*.safetensors"))[0]
+    monkeypatch.setattr("llmtools.model.allocation.output_gradients", lambda *_, **__: os.utime(shard, (1, 1)))
+    with pytest.raises(CheckpointError, match=f"{shard.name} was changed or removed while it was read"):
+        quantize(asked(model, tmp_path / "out", text, bits_per_weight=3.5))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
 def test_damaged_models_are_refused_before_the_work(llama: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(llama, tmp_path / "model"))
     shards = sorted(model.glob("*.safetensors"))
@@ -421,3 +471,31 @@ def test_a_complete_run_whose_name_was_taken_leaves_no_work(tmp_path: Path) -> N
         assert work.is_dir()
         raise NameTaken("q appeared while this ran; the finished work is kept as q.1")
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------- a GGUF file
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["llama", "qwen3"])  # rows of queries and keys in another order; tied embeddings
+def test_a_gguf_file_is_quantized_to_the_bits_of_its_decoded_model(
+    family: str, stories: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf")
+    from tests.formats.test_gguf_reading import write_gguf
+
+    changes: dict[str, Any] = {"qwen3": {"tie_word_embeddings": True, "head_dim": 128}}
+    file = write_gguf(tmp_path, family, **changes.get(family, {}))
+    words = AutoTokenizer.from_pretrained(stories)
+    monkeypatch.setattr("llmtools.checkpoint.streaming.open_tokenizer", lambda _: words)
+    quantize(asked(Path(file), tmp_path / "out", text, bits=3))
+    model = llmtools.dequantize(load_model(file))
+    ids = calibration(str(text), words, samples=SAMPLES, tokens=TOKENS)
+    report = llmtools.quantize(model, "optq", ids, bits=3)
+    llmtools.save(model, words, tmp_path / "resident", report=report)
+    made = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "resident")]
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(values, made[1][name]) for name, values in made[0].items())
+    monkeypatch.setattr(recipe, "_why_resident", lambda _: "it is to be compared")
+    quantize(asked(Path(file), tmp_path / "whole", text, bits=3))
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "whole")

@@ -4,8 +4,8 @@
  * columns. For a uniform grid level[k] = k; for a codebook zero = 0 and the levels are its table. A group has at most 16
  * values, so they are computed and rounded once, and each code then costs a look-up. With AVX-512 a look-up takes 32
  * codes at once: bytes are brought under their lanes, shifted, and index a register that holds the table. AVX2 and NEON
- * look up the two bytes of a 16-bit result, 32 and 16 codes at once, and NEON the four of a float; otherwise the compiler
- * does what it can. Codes of 8 bits are computed one by one.
+ * look up the two bytes of a 16-bit result, 32 and 16 codes at once; NEON the four of a float, AVX2 8 floats at once;
+ * otherwise the compiler does what it can. Codes of 8 bits are computed one by one.
  *
  * Work goes in runs of 32 codes, which are 4·bits bytes; they start at multiples of 8 columns, where codes start bytes.
  * Runs at the edge of a group are computed whole and stored in part, so a group may have any size.
@@ -224,6 +224,24 @@ static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *t
     _mm256_storeu_si256((__m256i *)(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
 }
 
+/* RUN floats from the bytes of a run, of which 4 are read at each 8 codes: 16 in all. Eight codes come under their lanes
+ * in 32 bits and index registers of 8 levels; a fourth bit chooses between two. */
+static ALWAYS_INLINE void look_up_bytes(const uint8_t *p, int bits, const float *table, float *out) {
+    const __m256i shift = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+    const __m256 low = _mm256_loadu_ps(table), high = _mm256_loadu_ps(table + 8);
+    for (int i = 0; i < 4; i++) {
+        int32_t eight;
+        memcpy(&eight, p + i * bits, 4);
+        const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(eight), shift);
+        __m256 found = _mm256_permutevar8x32_ps(low, code);
+        if (bits == 4) {
+            const __m256 fourth = _mm256_castsi256_ps(_mm256_slli_epi32(code, 28));
+            found = _mm256_blendv_ps(found, _mm256_permutevar8x32_ps(high, code), fourth);
+        }
+        _mm256_storeu_ps(out + 8 * i, found);
+    }
+}
+
 #elif defined(__aarch64__) && defined(__ARM_NEON)
 
 static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *table, uint16_t *out) {
@@ -253,7 +271,7 @@ static ALWAYS_INLINE void look_up_halves(const uint8_t *codes, const uint16_t *t
 
 #endif
 
-#if !defined(__aarch64__) || !defined(__ARM_NEON)
+#if !defined(__AVX2__) && (!defined(__aarch64__) || !defined(__ARM_NEON))
 
 static ALWAYS_INLINE void look_up_floats(const uint8_t *codes, const float *table, float *out) {
     for (int i = 0; i < RUN; i++) out[i] = table[codes[i]];
@@ -267,11 +285,21 @@ static ALWAYS_INLINE void look_up(const uint8_t *p, int64_t left, int bits, cons
     uint8_t codes[RUN];
     float aside[RUN];
     void *found = to - from == RUN ? out : aside;
+#if defined(__AVX2__)
+    if (type == FLOAT32) {
+        uint8_t whole[16] = {0};
+        look_up_bytes(left < 16 ? memcpy(whole, p, (size_t)left) : p, bits, table.full, found);
+    } else {
+        unpack(p, left, bits, codes);
+        look_up_halves(codes, table.half, found);
+    }
+#else
     unpack(p, left, bits, codes);
     if (type == FLOAT32)
         look_up_floats(codes, table.full, found);
     else
         look_up_halves(codes, table.half, found);
+#endif
     if (found == aside) {
         const int size = type == FLOAT32 ? 4 : 2;
         memcpy((char *)out + from * size, (char *)aside + from * size, (size_t)((to - from) * size));

@@ -57,14 +57,15 @@ def model_of(layers: int, variant: tuple[str, dict[str, Any]] | None) -> Any:
     import peft
     from transformers import AutoModelForCausalLM
 
-    from .llama_memory import drawn
+    from .llama_memory import drawn, without_values
 
     torch.manual_seed(0)
     config = shape(layers)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if variant is not None:
-        packed(model, llmtools.quantizer(variant[0], **variant[1]))
+        model: Any = without_values(config, llmtools.quantizer(variant[0], **variant[1]))
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -72,18 +73,6 @@ def model_of(layers: int, variant: tuple[str, dict[str, Any]] | None) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     llmtools.prepare_for_training(model, gradient_checkpointing=False)
     return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION))
-
-
-def packed(model: Any, quantizer: Any) -> None:
-    """Puts empty quantized layers in place of the linears of the blocks, in place, on the meta device."""
-    from llmtools.model.targets import Plan
-    from llmtools.model.transformers_integration import empty_layer
-    from llmtools.nn.swap import set_module
-
-    unfuse_all(model)
-    with torch.device("meta"):
-        for path, chosen in Plan.of(model, quantizer, {}, None).quantizers.items():
-            set_module(model, path, empty_layer(model.get_submodule(path), chosen, path))
 
 
 def step(model: Any, tokens: int) -> Callable[[], float]:

@@ -53,6 +53,7 @@ def make(size: str, bits: int, folder: Path) -> int:
     import llmtools
     from llmtools.model.offload import units_of
     from llmtools.model.transformers_integration import LLMToolsConfig
+    from llmtools.nn.experts import unfused_experts
     from llmtools.nn.swap import quantized_linears
 
     torch.manual_seed(0)
@@ -60,6 +61,7 @@ def make(size: str, bits: int, folder: Path) -> int:
     shape = config(size)
     model = without_values(shape, llmtools.quantizer(name, **options))
     layers = quantized_linears(model)
+    marked = [path for path in layers if not path.startswith(tuple(f"{each}." for each in unfused_experts(model)))]
     parts = [*(f"{unit.path}." for unit in units_of(model)[1:]), ""]
     left = dict(model.named_parameters())
     places, total = {}, 0
@@ -68,7 +70,7 @@ def make(size: str, bits: int, folder: Path) -> int:
         names = [name for name in left if name.startswith(part)]
         tensors = {name: drawn(left.pop(name)) for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        tensors |= {f"{path}.weight": torch.empty(0) for path in layers if part and path.startswith(part)}
+        tensors |= {f"{path}.weight": torch.empty(0) for path in marked if part and path.startswith(part)}
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)

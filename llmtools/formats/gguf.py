@@ -19,9 +19,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -209,11 +210,24 @@ def _blocks(layers: Mapping[str, Any], config: Any, lossy: bool, changed: list[R
     return kinds.pop(), torch.stack([blocks for _, blocks in found])
 
 
-def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | None] | None]]:
-    """(llama.cpp's architecture, function of a linear's path: (tensor, file's row for each row of the model)).
+class Target(NamedTuple):
+    """Where the weight of a linear is in a GGUF file."""
 
-    For models that `GGUF.write_model` supports. The function returns None for a path without a tensor; the rows are
-    None for the identity. Raises InputError for other architectures.
+    tensor: str
+    """Name of the tensor."""
+    order: Tensor | None = None
+    """The file's row for each row of the model, [out]; None for the identity."""
+    expert: int | None = None
+    """Index in a tensor of all experts."""
+
+
+_EXPERT = re.compile(rf"(.*)\.(\d+)\.({'|'.join(USUAL)})")
+
+
+def base_names(config: Any) -> tuple[str, Callable[[str], Target | None]]:
+    """(llama.cpp's architecture, function of a linear's path; None for a path without a tensor).
+
+    For models that `GGUF.write_model` supports. Raises InputError for other architectures.
     """
     gguf = require_package()
     if config.model_type not in ARCHITECTURES:
@@ -221,7 +235,10 @@ def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | No
     arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
-    def target(path: str) -> tuple[str, Tensor | None] | None:
+    def target(path: str) -> Target | None:
+        if match := _EXPERT.fullmatch(path):
+            name = names.get_name(f"{match[1]}.{USUAL[match[3]]}.weight", (".weight",))
+            return name and Target(name, expert=int(match[2]))
         name = names.get_name(f"{path}.weight", (".weight",))
         if name is None:
             return None
@@ -229,7 +246,7 @@ def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | No
         size = head or config.hidden_size // heads
         rows = size * (heads if path.endswith("q_proj") else config.num_key_value_heads)
         order = _rotary_order(path, rows, config)
-        return name, None if order is None else torch.argsort(order)
+        return Target(name, None if order is None else torch.argsort(order))
 
     return str(gguf.MODEL_ARCH_NAMES[arch]), target
 

@@ -13,9 +13,10 @@ pytest.importorskip("transformers")
 
 import llmtools
 from benchmarks.tiny import tiny_config
-from llmtools.checkpoint.folder import load_model
+from llmtools.checkpoint.folder import load_model, skeleton
 from llmtools.errors import InputError
 from llmtools.formats.gguf import MIXTURES
+from llmtools.formats.gguf_adapter import export_gguf_adapter
 from llmtools.formats.writing import export
 from llmtools.nn import quantized_linears
 from tests.models import tiny_ids
@@ -48,7 +49,7 @@ def written(model: Any, folder: Path, **options: Any) -> dict[str, Any]:
 
 
 def values(tensor: Any) -> Tensor:
-    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    return torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type).copy())
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -100,6 +101,30 @@ def test_dense_experts_are_written_and_a_mixture_of_both_is_refused(tmp_path: Pa
     llmtools.quantize(model, "rtn", bits=4, group_size=32, overrides={"*.experts.1.w_up": None})
     with pytest.raises(InputError, match=r"experts\.1\.w_up is dense"):
         written(model, tmp_path / "both")
+
+
+def test_adapters_of_experts_are_one_tensor_by_checkpoint_and_by_file(tmp_path: Path) -> None:
+    """With zeros for experts without one, and for the rest of a smaller rank."""
+    peft = pytest.importorskip("peft")
+    model = mixture("qwen3_moe")
+    llmtools.quantize(model, "rtn", bits=4, group_size=32)
+    llmtools.save(model, None, tmp_path / "q")
+    written(model, tmp_path / "out")
+    options = {"target_modules": ["0.w_up", "2.w_up"], "rank_pattern": {"experts.2.w_up": 6}}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, init_lora_weights=False, **options))
+    adapted.save_pretrained(tmp_path / "a")
+    held = adapted.base_model.model.model.layers[0].mlp.experts
+    files = []
+    for base in (tmp_path / "q", tmp_path / "out" / "model.gguf"):
+        file = tmp_path / f"{base.name}.adapter.gguf"
+        files.append(export_gguf_adapter(tmp_path / "a", file, str(base), skeleton=skeleton).read_bytes())
+    assert files[0] == files[1]
+    tensors = {each.name: torch.from_numpy(each.data.copy()) for each in gguf.GGUFReader(file).tensors}
+    a, b = (tensors[f"blk.0.ffn_up_exps.weight.lora_{each}"] for each in "ab")
+    assert a.shape[:2] == (4, 6) and not b[[1, 3]].any()
+    for expert in (0, 2):
+        delta = held.get_submodule(f"{expert}.w_up").get_delta_weight("default")
+        torch.testing.assert_close(b[expert] @ a[expert] * (6 / 6), delta)  # llama.cpp's alpha over its rank
 
 
 @pytest.mark.parametrize(

@@ -111,8 +111,34 @@ def test_a_mixture_of_experts_has_the_next_tokens_of_llama_cpp(family: str, stor
     model, tokenizer = mixture(family), AutoTokenizer.from_pretrained(stories)
     llmtools.quantize(model, "rtn", bits=4, group_size=32)
     export(model, tokenizer, tmp_path / "out", "gguf", reader="llama.cpp")
-    running = server(float32_copy(tmp_path / "out" / "model.gguf", tmp_path / "float32.gguf"))
-    assert_alike(model, tokenizer, running, 1e-4, texts=False)
+    in_float32 = float32_copy(tmp_path / "out" / "model.gguf", tmp_path / "float32.gguf")
+    assert_alike(model, tokenizer, server(in_float32), 1e-4, texts=False)
+
+
+def test_adapters_of_experts_do_the_same_there(stories: Path, tmp_path: Path) -> None:
+    """Some experts without one, one of another rank."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = mixture("mixtral"), AutoTokenizer.from_pretrained(stories)
+    llmtools.quantize(model, "rtn", bits=4, group_size=32)
+    llmtools.save(model, tokenizer, tmp_path / "q")
+    export(model, tokenizer, tmp_path / "out", "gguf", reader="llama.cpp")
+    in_float32 = float32_copy(tmp_path / "out" / "model.gguf", tmp_path / "float32.gguf")
+    ids = torch.tensor([tokenizer(PROMPTS[0]).input_ids])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    options = {"target_modules": ["q_proj", "w_down", "0.w_up", "2.w_up"], "rank_pattern": {"experts.2.w_up": 6}}
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, **options)).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "q")
+    for name, each in adapted.named_parameters():
+        if "lora_" in name:
+            each.data = 0.2 * torch.randn_like(each)
+    adapted.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        assert (adapted(input_ids=ids).logits - before).abs().max() > 0.1
+    skeleton = llmtools.checkpoint.folder.skeleton
+    out = export_gguf_adapter(tmp_path / "a", tmp_path / "a.gguf", str(tmp_path / "q"), skeleton=skeleton)
+    assert_alike(adapted, tokenizer, server(in_float32, out), 1e-4, texts=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 8}}], ids=str)

@@ -40,14 +40,22 @@ ROWS: list[tuple[str | None, dict[str, Any], Any, str]] = [
 
 
 def planned(
-    size: str, quantizer: str | None, options: dict[str, Any], modules: Any, optim: str, device: str, tokens: int = 128
+    size: str,
+    quantizer: str | None,
+    options: dict[str, Any],
+    modules: Any,
+    optim: str,
+    device: str,
+    *,
+    tokens: int = 128,
+    depth: int | None = None,
 ) -> Any:
     """(bytes, name, counts) of a step of so many tokens; without a quantizer that of 16-bit LoRA."""
     from llmtools.recipes.estimate import Plan, step_memory
     from llmtools.recipes.finetune import Lora
 
     return step_memory(
-        config(size),
+        config(size, depth=depth),
         Plan(
             model=size,
             quantizer=quantizer,

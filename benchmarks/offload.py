@@ -45,7 +45,7 @@ def setting(size: str, bits: int) -> tuple[str, dict[str, Any], Any]:
     return "rtn", {"bits": bits, "group_size": 128}, ALL
 
 
-def make(size: str, bits: int, folder: Path) -> int:
+def make(size: str, bits: int, folder: Path, depth: int | None = None) -> int:
     """Writes a checkpoint of random packed weights, a file a block; returns the bytes of its tensors."""
     import torch
     from safetensors.torch import save_file
@@ -58,7 +58,7 @@ def make(size: str, bits: int, folder: Path) -> int:
 
     torch.manual_seed(0)
     name, options, _ = setting(size, bits)
-    shape = config(size)
+    shape = config(size, depth=depth)
     model = without_values(shape, llmtools.quantizer(name, **options))
     layers = quantized_linears(model)
     marked = [path for path in layers if not path.startswith(tuple(f"{each}." for each in unfused_experts(model)))]
@@ -171,9 +171,11 @@ def warm_cache(folder: Path) -> None:
 
 def run(args: argparse.Namespace, folder: Path) -> None:
     if not (folder / "config.json").exists():
-        total = make(args.size, args.bits, folder)
+        total = make(args.size, args.bits, folder, args.depth)
         print(f"{folder}: {total / 1e9:.2f} GB of random packed weights", flush=True)
-    plan, _, _ = planned(args.size, *setting(args.size, args.bits), "adamw_torch", "cpu", args.tokens)
+    plan, _, _ = planned(
+        args.size, *setting(args.size, args.bits), "adamw_torch", "cpu", tokens=args.tokens, depth=args.depth
+    )
     resident = plan.packed + plan.linears + plan.embeddings + plan.others
     for way in args.ways:
         (empty_cache if args.cold else warm_cache)(folder)
@@ -191,7 +193,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         command = [sys.executable, "-m", "benchmarks.offload", *inside]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = {
-            "model": args.size,
+            "model": args.size if args.depth is None else f"{args.size}, {args.depth} blocks",
             "bits": args.bits,
             "weights": way,
             "cache": "cold" if args.cold else "warm",
@@ -248,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("size", nargs="?", choices=[*LLAMA, *MIXTURES])
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--depth", type=int, help="a model of so many blocks")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="where the weights are")
     parser.add_argument("--cold", action="store_true", help="start with none of the files in the page cache")

@@ -86,6 +86,10 @@ class StandIn(nn.Module):
         gate, up = gate_up.chunk(2, dim=-1)
         return up * self.act_fn(gate)  # type: ignore[no-any-return]
 
+    def fused_parameters(self) -> dict[str, nn.Parameter | None]:
+        """The Parameters of the former module, once the experts are fused again."""
+        return self._parameters
+
 
 class RoutedExperts(StandIn):
     """For experts some of which compute nothing, as LongCat-Flash's: those from number E on give a token back as it is.
@@ -103,6 +107,12 @@ class RoutedExperts(StandIn):
         same = (top_k_weights * (top_k_index >= self.num_experts)).sum(dim=-1, keepdim=True)  # [T, 1]
         routed = experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return routed + (same * hidden_states).to(hidden_states.dtype)
+
+    def fused_parameters(self) -> dict[str, nn.Parameter | None]:
+        both: Any = self._parameters["gate_up_proj"]
+        rows = both.new_zeros(self.total, *both.shape[1:])
+        rows[: self.num_experts] = both.detach()
+        return self._parameters | {"gate_up_proj": nn.Parameter(rows, requires_grad=both.requires_grad)}
 
 
 class BatchedExperts(StandIn):
@@ -268,14 +278,9 @@ def fuse_dense(model: nn.Module) -> None:
         dense = [each for each in linears if type(each) is nn.Linear]
         if len(dense) == len(linears):
             _fuse(module)
-            if isinstance(module, RoutedExperts):
-                spare = module.gate_up_proj.new_zeros(module.total - module.num_experts, *module.gate_up_proj.shape[1:])
-                module.gate_up_proj = nn.Parameter(
-                    torch.cat([module.gate_up_proj.detach(), spare]), module.gate_up_proj.requires_grad
-                )
             if isinstance(module, StandIn):
                 former: nn.Module = module.__dict__["former"]
-                former._parameters |= module._parameters
+                former._parameters |= module.fused_parameters()
                 set_module(model, path, former.train(module.training))
             continue
         for linear in dense:

@@ -1,6 +1,7 @@
 """Mixtures of experts: a step and a token beside transformers' own in bfloat16, and what few tokens cost an expert.
 
     python -m benchmarks.experts speed                     a step and a token, all variants in turn, in one run
+    python -m benchmarks.experts layer                     the experts of one layer alone, in float32 and CPU seconds
     python -m benchmarks.experts overhead                  microseconds of Python for each expert that is hit
     python -m benchmarks.experts calibration --text FILE   held-out error of a small mixture by PSEUDO_TOKENS
     python -m benchmarks.experts speed --layers 4          a part of the model
@@ -57,14 +58,15 @@ def model_of(layers: int, variant: tuple[str, dict[str, Any]] | None) -> Any:
     import peft
     from transformers import AutoModelForCausalLM
 
-    from .llama_memory import drawn
+    from .llama_memory import drawn, without_values
 
     torch.manual_seed(0)
     config = shape(layers)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if variant is not None:
-        packed(model, llmtools.quantizer(variant[0], **variant[1]))
+        model: Any = without_values(config, llmtools.quantizer(variant[0], **variant[1]))
+    else:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -72,18 +74,6 @@ def model_of(layers: int, variant: tuple[str, dict[str, Any]] | None) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     llmtools.prepare_for_training(model, gradient_checkpointing=False)
     return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION))
-
-
-def packed(model: Any, quantizer: Any) -> None:
-    """Puts empty quantized layers in place of the linears of the blocks, in place, on the meta device."""
-    from llmtools.model.targets import Plan
-    from llmtools.model.transformers_integration import empty_layer
-    from llmtools.nn.swap import set_module
-
-    unfuse_all(model)
-    with torch.device("meta"):
-        for path, chosen in Plan.of(model, quantizer, {}, None).quantizers.items():
-            set_module(model, path, empty_layer(model.get_submodule(path), chosen, path))
 
 
 def step(model: Any, tokens: int) -> Callable[[], float]:
@@ -137,6 +127,58 @@ def speed(layers: int, tokens: int, rounds: int, only: list[str] | None, out: Pa
             if "bf16" in seen:
                 row[f"{kind}_of_bf16"] = min(values) / min(seen["bf16"][kind])
         record("speed", row, out)
+        print(name, {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}, flush=True)
+
+
+def layer(tokens: int, rounds: int, only: list[str] | None, out: Path) -> None:
+    """The experts of one layer, forward and backward, and a token, in seconds of the processor, the variants in turn.
+
+    For processors without products of bfloat16 matrices, on which a step of the baseline takes minutes: activations and
+    the baseline's weights are float32.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from .llama_memory import drawn, without_values
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.stack([torch.randperm(64, generator=generator)[:8] for _ in range(tokens)])
+    weights, x = torch.rand(tokens, 8, generator=generator), torch.randn(tokens, 1024, generator=generator)
+    modules: dict[str, Any] = {}
+    for name, variant in {"float32": None, **VARIANTS}.items():
+        if name == "bf16" or (only and name not in only):
+            continue
+        with torch.device("meta"):
+            made: Any = AutoModelForCausalLM.from_config(shape(1), dtype=torch.float32) if variant is None else None
+        made = made or without_values(shape(1), llmtools.quantizer(variant[0], **variant[1]))  # type: ignore[index]
+        modules[name] = made.model.layers[0].mlp.experts
+        for module in modules[name].modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[key] = nn.Parameter(drawn(parameter), requires_grad=False)
+
+    def step(module: Any) -> None:
+        module(x.clone().requires_grad_(), ids, weights).sum().backward()
+
+    @torch.no_grad()
+    def token(module: Any) -> None:
+        for _ in range(8):
+            module(x[:1], ids[:1], weights[:1])
+
+    seen: dict[str, dict[str, list[float]]] = {name: {"step": [], "token": []} for name in modules}
+    for turn in range(rounds + 1):
+        for name, module in modules.items():
+            for kind, run, times in (("step", step, 1), ("token", token, 8)):
+                began = time.process_time()
+                run(module)
+                if turn:
+                    seen[name][kind].append((time.process_time() - began) / times)
+    for name, kinds in seen.items():
+        row: dict[str, Any] = {"variant": name, "tokens": tokens, "threads": torch.get_num_threads()}
+        for kind, values in kinds.items():
+            row[f"{kind}_cpu_best"] = min(values)
+            if "float32" in seen:
+                row[f"{kind}_of_float32"] = min(values) / min(seen["float32"][kind])
+        record("layer", row, out)
         print(name, {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}, flush=True)
 
 
@@ -277,7 +319,7 @@ def moments(model: Any, text: Tensor) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "overhead", "calibration"])
+    parser.add_argument("what", choices=["speed", "layer", "overhead", "calibration"])
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
@@ -289,6 +331,8 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.what == "speed":
         speed(given.layers, given.tokens, given.rounds, given.only, given.out)
+    elif given.what == "layer":
+        layer(given.tokens, given.rounds, given.only, given.out)
     elif given.what == "overhead":
         overhead(given.out)
     else:

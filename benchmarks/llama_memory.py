@@ -39,19 +39,29 @@ ROWS: list[tuple[str | None, dict[str, Any], Any, str]] = [
 ]
 
 
-def planned(size: str, quantizer: str | None, options: dict[str, Any], modules: Any, optim: str, device: str) -> Any:
-    """(bytes, name, counts) of a step; without a quantizer that of 16-bit LoRA."""
+def planned(
+    size: str,
+    quantizer: str | None,
+    options: dict[str, Any],
+    modules: Any,
+    optim: str,
+    device: str,
+    *,
+    tokens: int = 128,
+    depth: int | None = None,
+) -> Any:
+    """(bytes, name, counts) of a step of so many tokens; without a quantizer that of 16-bit LoRA."""
     from llmtools.recipes.estimate import Plan, step_memory
     from llmtools.recipes.finetune import Lora
 
     return step_memory(
-        config(size),
+        config(size, depth=depth),
         Plan(
             model=size,
             quantizer=quantizer,
             options=options,
             lora=Lora(r=8, dropout=0.0, target_modules=modules),
-            max_length=128,
+            max_length=tokens,
             gradient_checkpointing=True,
             optim=optim,
             dtype="bfloat16",
@@ -134,20 +144,20 @@ def measure(size: str, bits: int) -> dict[str, Any]:
 
 
 def without_values(shape: Any, quantizer: Any) -> Any:
-    """The model of a configuration on the meta device, all its linears but the head packed."""
+    """The model of a configuration on the meta device, all its linears but the head packed, those of experts too."""
     import torch
-    from torch import nn
     from transformers import AutoModelForCausalLM
 
-    from llmtools.nn import QuantizedLinear
+    from llmtools.model.targets import Plan
+    from llmtools.model.transformers_integration import empty_layer
+    from llmtools.nn.experts import unfuse_all
     from llmtools.nn.swap import set_module
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and path != "lm_head":
-                layer = QuantizedLinear(module.in_features, module.out_features, quantizer, dtype=torch.bfloat16)
-                set_module(model, path, layer)
+        unfuse_all(model)
+        for path, chosen in Plan.of(model, quantizer, {}, None).quantizers.items():
+            set_module(model, path, empty_layer(model.get_submodule(path), chosen, path))
     return model
 
 

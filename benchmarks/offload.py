@@ -3,13 +3,14 @@
     python -m benchmarks.offload 1.1B                           both, on random packed weights that are made first
     python -m benchmarks.offload 65B --ways disk --cold         from the disk: the page cache is emptied of the files
     python -m benchmarks.offload 7B --folder DIR --keep         the model stays in DIR for another run
+    python -m benchmarks.offload Qwen3-30B-A3B --tokens 512 --ways disk     a mixture of experts
     python -m benchmarks.offload --table                        the rows as Markdown
 
-The model is LLaMA's shape, `rtn` in groups of 128; its checkpoint is written a block at a time, so that nothing dense
-and no whole model is ever in memory. Each way runs in a process of its own: batch 1, 128 tokens, rank 8, all linears,
-gradient checkpointing, AdamW, loss in chunks. RssAnon is what the process needs, RssFile what it has mapped of files
-and may lose again; their peaks are sampled every 10 ms, from after the imports (which are the first figure) to the end
-of the last step.
+The model is LLaMA's shape, `rtn` in groups of 128 with adapters on all linears, or a mixture's, `quip_sharp` with
+adapters on the attention; its checkpoint is written a block at a time, so that nothing dense and no whole model is ever
+in memory. Each way runs in a process of its own: batch 1, 128 tokens, rank 8, gradient checkpointing, AdamW, loss in
+chunks. RssAnon is what the process needs, RssFile what it has mapped of files and may lose again; their peaks are
+sampled every 10 ms, from after the imports (which are the first figure) to the end of the last step.
 """
 
 from __future__ import annotations
@@ -28,16 +29,23 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .llama import LLAMA, config
+from .llama import LLAMA, MIXTURES, config
 from .llama_memory import ALL, drawn, planned, status, without_values
 from .quality import HERE, append, rows_of
 
 RESULTS = HERE / "results" / "offload.jsonl"
 WAYS = ("memory", "disk")
-GROUP_SIZE = 128
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
-def make(size: str, bits: int, folder: Path) -> int:
+def setting(size: str, bits: int) -> tuple[str, dict[str, Any], Any]:
+    """The quantizer's name, its options, and the modules with adapters."""
+    if size in MIXTURES:
+        return "quip_sharp", {"bits": bits}, ATTENTION
+    return "rtn", {"bits": bits, "group_size": 128}, ALL
+
+
+def make(size: str, bits: int, folder: Path, depth: int | None = None) -> int:
     """Writes a checkpoint of random packed weights, a file a block; returns the bytes of its tensors."""
     import torch
     from safetensors.torch import save_file
@@ -45,13 +53,15 @@ def make(size: str, bits: int, folder: Path) -> int:
     import llmtools
     from llmtools.model.offload import units_of
     from llmtools.model.transformers_integration import LLMToolsConfig
+    from llmtools.nn.experts import unfused_experts
     from llmtools.nn.swap import quantized_linears
 
     torch.manual_seed(0)
-    quantizer = llmtools.quantizer("rtn", bits=bits, group_size=GROUP_SIZE)
-    shape = config(size)
-    model = without_values(shape, quantizer)
+    name, options, _ = setting(size, bits)
+    shape = config(size, depth=depth)
+    model = without_values(shape, llmtools.quantizer(name, **options))
     layers = quantized_linears(model)
+    marked = [path for path in layers if not path.startswith(tuple(f"{each}." for each in unfused_experts(model)))]
     parts = [*(f"{unit.path}." for unit in units_of(model)[1:]), ""]
     left = dict(model.named_parameters())
     places, total = {}, 0
@@ -60,7 +70,7 @@ def make(size: str, bits: int, folder: Path) -> int:
         names = [name for name in left if name.startswith(part)]
         tensors = {name: drawn(left.pop(name)) for name in names}
         total += sum(tensor.nbytes for tensor in tensors.values())
-        tensors |= {f"{path}.weight": torch.empty(0) for path in layers if part and path.startswith(part)}
+        tensors |= {f"{path}.weight": torch.empty(0) for path in marked if part and path.startswith(part)}
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(tensors, file)
@@ -72,11 +82,12 @@ def make(size: str, bits: int, folder: Path) -> int:
     return total
 
 
-def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
-    """So many steps on the model of a folder, in this process."""
+def measure(folder: Path, way: str, steps: int, tokens: int, modules: Any = ALL) -> dict[str, Any]:
+    """So many steps on the model of a folder with adapters on `modules`, in this process."""
     import peft
     import torch
     from transformers.models.llama import modeling_llama  # noqa: F401 (imported before memory is counted)
+    from transformers.models.qwen3_moe import modeling_qwen3_moe  # noqa: F401
 
     from llmtools.checkpoint.folder import load_model
     from llmtools.nn.adapters import prepare_for_training
@@ -94,7 +105,7 @@ def measure(folder: Path, way: str, steps: int, tokens: int) -> dict[str, Any]:
         loaded = time.perf_counter() - began
         torch.manual_seed(0)
         prepare_for_training(model, gradient_checkpointing=True)
-        options = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
+        options = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=modules)
         adapted = peft.get_peft_model(model, options).train()
         guard_heap(adapted)
         trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -160,18 +171,29 @@ def warm_cache(folder: Path) -> None:
 
 def run(args: argparse.Namespace, folder: Path) -> None:
     if not (folder / "config.json").exists():
-        total = make(args.size, args.bits, folder)
+        total = make(args.size, args.bits, folder, args.depth)
         print(f"{folder}: {total / 1e9:.2f} GB of random packed weights", flush=True)
-    options = {"bits": args.bits, "group_size": GROUP_SIZE}
-    plan, _, _ = planned(args.size, "rtn", options, ALL, "adamw_torch", "cpu")
+    plan, _, _ = planned(
+        args.size, *setting(args.size, args.bits), "adamw_torch", "cpu", tokens=args.tokens, depth=args.depth
+    )
     resident = plan.packed + plan.linears + plan.embeddings + plan.others
     for way in args.ways:
         (empty_cache if args.cold else warm_cache)(folder)
-        inside = ["--inside", way, "--folder", str(folder), "--steps", str(args.steps), "--tokens", str(args.tokens)]
+        inside = [
+            args.size,
+            "--inside",
+            way,
+            "--folder",
+            str(folder),
+            "--steps",
+            str(args.steps),
+            "--tokens",
+            str(args.tokens),
+        ]
         command = [sys.executable, "-m", "benchmarks.offload", *inside]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = {
-            "model": args.size,
+            "model": args.size if args.depth is None else f"{args.size}, {args.depth} blocks",
             "bits": args.bits,
             "weights": way,
             "cache": "cold" if args.cold else "warm",
@@ -225,9 +247,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.offload")
-    parser.add_argument("size", nargs="?", choices=list(LLAMA))
+    parser.add_argument("size", nargs="?", choices=[*LLAMA, *MIXTURES])
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--depth", type=int, help="a model of so many blocks")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=WAYS, help="where the weights are")
     parser.add_argument("--cold", action="store_true", help="start with none of the files in the page cache")
@@ -240,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(table(rows_of(args.out)))
     elif args.inside:
-        print(json.dumps(measure(args.folder, args.inside, args.steps, args.tokens)))
+        print(json.dumps(measure(args.folder, args.inside, args.steps, args.tokens, setting(args.size, args.bits)[2])))
     elif args.size is None:
         parser.error("give the size of a model, or --table")
     else:

@@ -78,7 +78,7 @@ class Format(ABC):
     unused: ClassVar[tuple[str, ...]] = ()
     """Names of tensors that some writers add, and that the weight does not depend on."""
     by_expert: ClassVar[bool] = True
-    """Whether a mixture's experts are written one by one, under the names of its family (`expert_names`)."""
+    """Whether mixtures can be written: experts one by one under their family's names (`expert_names`), or stacked."""
     limits: ClassVar[Limits | None] = None
     """Grids that the format can hold; None for a format that is read only."""
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..nn.experts import DOWN, GATE, UP, unfused_experts
 
-_USUAL = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
+USUAL = {GATE: "gate_proj", UP: "up_proj", DOWN: "down_proj"}
+"""Name of a linear of ours → its usual name in files."""
 
 
 def stored_paths(model: nn.Module) -> dict[str, str]:
@@ -53,7 +54,7 @@ def stored_paths(model: nn.Module) -> dict[str, str]:
 
 def _usual(path: str, inside: tuple[str, ...]) -> str:
     parent, _, name = path.rpartition(".")
-    return f"{parent}.{_USUAL[name]}" if path.startswith(inside) else path
+    return f"{parent}.{USUAL[name]}" if path.startswith(inside) else path
 
 
 def split(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

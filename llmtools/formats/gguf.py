@@ -1,4 +1,4 @@
-"""Export of a model to one GGUF file, for llama.cpp: LLaMA-like decoders, grids that its basic types hold.
+"""Export of a model to one GGUF file, for llama.cpp: LLaMA-like decoders and mixtures, grids that its basic types hold.
 
 Source: llama.cpp, ggml/src/ggml-common.h (block_q4_0, block_q4_1, block_q5_0, block_q8_0) and gguf-py/gguf.
 
@@ -10,6 +10,8 @@ llama.cpp's types have blocks of 32 weights of a row, with a float16 scale d:
 Our value is scale · (code − zero), so the range of code − zero decides. All grids of 2 and 3 bits lie in −7 … 7 and
 fit Q4_0, as symmetric 4 bits do; asymmetric 4 bits fit Q4_1 where m = −scale · zero is a float16, else Q5_0. The
 smallest type that holds a layer is used. The K-types quantize their scales and hold none of our grids exactly.
+
+One projection of all experts of a layer is one tensor [E, out, in], in the smallest type that holds each of them.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..nn.linear import QuantizedLinear
+from ..nn.experts import unfused_experts, unfused_within
 from ..nn.swap import packed_layers
 from ..quant import GGMLBlocks, Packed, Quantizer
 from .base import Format, WriteResult, formats
+from .expert_names import USUAL
 from .pretokenizer import rule_of
 from .readers import readers_of
 from .tensors import Module
@@ -38,7 +42,20 @@ log = logging.getLogger(__name__)
 
 BLOCK = 32
 """Number of weights in a block."""
-ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
+TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0")
+"""Types of blocks that layers are stored in, the smallest first."""
+MIXTURES = {"mixtral": True, "qwen2_moe": False, "qwen3_moe": True, "olmoe": False}
+"""Value of model_type of a mixture of experts → whether llama.cpp has the weights of a token's experts sum to 1."""
+ARCHITECTURES = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "mixtral": "LLAMA",
+    "qwen2_moe": "QWEN2MOE",
+    "qwen3_moe": "QWEN3MOE",
+    "olmoe": "OLMOE",
+}
 """Value of model_type → llama.cpp's architecture."""
 _LOSSY = Limits(bits=(4,))
 
@@ -48,7 +65,6 @@ class GGUF(Format):
     """GGUF files as exports. They are read by `gguf_reading.py`, since a file is no folder with a config."""
 
     marker = "gguf"
-    by_expert = False
 
     @classmethod
     def detect(cls, config: Mapping[str, Any]) -> bool:
@@ -84,54 +100,134 @@ class GGUF(Format):
             )
         arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
         names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-        layers = packed_layers(model)
-        changed: list[Requantized] = []
-        blocks: dict[str, tuple[str, Tensor]] = {}
-        for path, layer in layers.items():
-            if isinstance(layer.quantizer, GGMLBlocks):
-                stored = _rotary_rows_of(layer.packed["blocks"], f"{path}.weight", config)
-                blocks[f"{path}.weight"] = layer.quantizer.type, stored.contiguous()
-                continue
-            assert isinstance(layer, QuantizedLinear)
-            found = uniform_of(layer)
-            packed = found if isinstance(found, str) else as_blocks(_rotary_rows(found, path, config))
-            if isinstance(packed, str):
-                if not lossy:
-                    raise InputError(
-                        f"{path}: {packed}; nothing was written. --lossy (lossy=True) re-quantizes such layers"
-                    )
-                again, error = requantized(layer, _LOSSY)
-                changed.append(Requantized(path, packed, error))
-                packed = as_blocks(_rotary_rows(again, path, config))
-                if isinstance(packed, str):
-                    raise InputError(f"{path}: {packed}, also when re-quantized")
-            blocks[f"{path}.weight"] = packed
         writer = gguf.GGUFWriter(folder / "model.gguf", gguf.MODEL_ARCH_NAMES[arch])
+        with unfused_within(model):
+            _check_mixture(model)
+            layers = packed_layers(model)
+            places = _places(model)
+            placed = {f"{path}.weight" for paths in places.values() for path in paths}
+            stored = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
+            dense = {name: tensor for name, tensor in model.state_dict().items() if name not in stored}
+            changed: list[Requantized] = []
+            data: dict[str, tuple[Any, Any]] = {}
+            for place, paths in places.items():
+                held = [path for path in paths if path in layers]
+                if held and len(held) < len(paths):
+                    lacking = next(path for path in paths if path not in layers)
+                    raise InputError(
+                        f"{lacking} is dense and {held[0]} is not; GGUF files have one type for all experts"
+                    )
+                if held and layers[paths[0]].shape[0] == 1:  # a vector
+                    data[f"{place}.weight"] = _dense(gguf, layers[paths[0]].dequantize(dtype=torch.float32))
+                elif held:
+                    kind, blocks = _blocks({path: layers[path] for path in paths}, config, lossy, changed)
+                    data[f"{place}.weight"] = blocks.numpy(), gguf.GGMLQuantizationType[kind]
+                else:
+                    data[f"{place}.weight"] = _dense(gguf, torch.stack([dense[f"{path}.weight"] for path in paths]))
+            for name, tensor in dense.items():
+                if name not in placed:
+                    data[name] = _dense(gguf, _rotary_rows_of(tensor, name, config))
         _write_metadata(gguf, writer, config)
         _write_vocabulary(gguf, writer, tokenizer, config)
-        quantized = {f"{path}.{name}" for path, layer in layers.items() for name in layer.packed}
-        dense = {name: tensor for name, tensor in model.state_dict().items() if name not in quantized}
         if config.tie_word_embeddings:
-            dense.pop("lm_head.weight", None)
-        for name, (kind, data) in blocks.items():
-            writer.add_tensor(
-                names.get_name(name, (".weight",)), data.numpy(), raw_dtype=gguf.GGMLQuantizationType[kind]
-            )
-        for name, tensor in dense.items():
+            data.pop("lm_head.weight", None)
+        for name, (values, kind) in data.items():
             target = names.get_name(name, (".weight", ".bias"))
             if target is None:
                 raise InputError(f"{name} has no name in GGUF files of {config.model_type}")
-            data, kind = _dense(gguf, _rotary_rows_of(tensor, name, config))
-            writer.add_tensor(target, data, raw_dtype=kind)
+            writer.add_tensor(target, values, raw_dtype=kind)
         finish(writer)
         return WriteResult(len(layers), changed, readers)
 
 
-def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | None] | None]]:
-    """(llama.cpp's architecture, function of a linear's path: (tensor, file's row for each row of the model)).
+def _check_mixture(model: Any) -> None:
+    """Raises InputError for a mixture that llama.cpp computes otherwise; nothing for other models."""
+    config = model.config
+    if config.model_type not in MIXTURES:
+        return
+    normalized = MIXTURES[config.model_type]
+    if getattr(config, "norm_topk_prob", normalized) != normalized:
+        raise InputError(
+            f"norm_topk_prob={config.norm_topk_prob}, and llama.cpp runs every {config.model_type} with {normalized}: "
+            "the file would be another model"
+        )
+    if len(unfused_experts(model)) != config.num_hidden_layers:
+        raise InputError(f"llama.cpp runs {config.model_type} with experts in every layer, and some layers have none")
+    if getattr(config, "clip_qkv", None) is not None:
+        raise InputError(f"clip_qkv={config.clip_qkv}; llama.cpp does not clip for {config.model_type}")
 
-    For models that `GGUF.write_model` supports. The function returns None for a path without a tensor; the rows are
-    None for the identity. Raises InputError for other architectures.
+
+def _places(model: nn.Module) -> dict[str, list[str]]:
+    """Path in files → paths of the linears whose weights are there: each packed layer's own, and one for all experts of
+    a layer and projection."""
+    mixtures: dict[str, Any] = unfused_experts(model)
+    experts = {
+        f"{path}.{USUAL[name]}": [f"{path}.{index}.{name}" for index in range(module.num_experts)]
+        for path, module in mixtures.items()
+        for name in module._modules["0"]._modules
+    }
+    inside = {path for paths in experts.values() for path in paths}
+    return {path: [path] for path in packed_layers(model) if path not in inside} | experts
+
+
+def _blocks(layers: Mapping[str, Any], config: Any, lossy: bool, changed: list[Requantized]) -> tuple[str, Tensor]:
+    """(type, bytes) of a layer, [out, size of a row] uint8, or of several in one tensor, [E, out, size of a row].
+
+    Those that had to be re-quantized are added to `changed`; InputError for the first one without lossy.
+    """
+    uniforms: list[Uniform] = []
+    found: list[tuple[str, Tensor]] = []
+    for path, layer in layers.items():
+        if isinstance(layer.quantizer, GGMLBlocks):
+            rows = _rotary_rows_of(layer.packed["blocks"], f"{path}.weight", config)
+            found.append((layer.quantizer.type, rows.contiguous()))
+            continue
+        uniform = uniform_of(layer)
+        packed = uniform if isinstance(uniform, str) else as_blocks(_rotary_rows(uniform, path, config))
+        if isinstance(packed, str):
+            if not lossy:
+                raise InputError(
+                    f"{path}: {packed}; nothing was written. --lossy (lossy=True) re-quantizes such layers"
+                )
+            uniform, error = requantized(layer, _LOSSY)
+            changed.append(Requantized(path, packed, error))
+            packed = as_blocks(_rotary_rows(uniform, path, config))
+            if isinstance(packed, str):
+                raise InputError(f"{path}: {packed}, also when re-quantized")
+        assert isinstance(uniform, Uniform)
+        uniforms.append(uniform)
+        found.append(packed)
+    if len(layers) == 1:
+        return found[0]
+    kinds = {kind for kind, _ in found}
+    for kind in TYPES if len(kinds) > 1 and len(uniforms) == len(found) else ():
+        again = [as_blocks(each, (kind,)) for each in uniforms]
+        if not any(isinstance(each, str) for each in again):
+            found, kinds = [each for each in again if not isinstance(each, str)], {kind}
+            break
+    if len(kinds) > 1:
+        raise InputError(f"{next(iter(layers))}: no one type holds all experts ({', '.join(sorted(kinds))} are needed)")
+    return kinds.pop(), torch.stack([blocks for _, blocks in found])
+
+
+class Target(NamedTuple):
+    """Where the weight of a linear is in a GGUF file."""
+
+    tensor: str
+    """Name of the tensor."""
+    order: Tensor | None = None
+    """The file's row for each row of the model, [out]; None for the identity."""
+    expert: int | None = None
+    """Index in a tensor of all experts."""
+
+
+_EXPERT = re.compile(rf"(.*)\.(\d+)\.({'|'.join(USUAL)})")
+
+
+def base_names(config: Any) -> tuple[str, Callable[[str], Target | None]]:
+    """(llama.cpp's architecture, function of a linear's path; None for a path without a tensor).
+
+    For models that `GGUF.write_model` supports. Raises InputError for other architectures.
     """
     gguf = require_package()
     if config.model_type not in ARCHITECTURES:
@@ -139,7 +235,10 @@ def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | No
     arch = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type]]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
-    def target(path: str) -> tuple[str, Tensor | None] | None:
+    def target(path: str) -> Target | None:
+        if match := _EXPERT.fullmatch(path):
+            name = names.get_name(f"{match[1]}.{USUAL[match[3]]}.weight", (".weight",))
+            return name and Target(name, expert=int(match[2]))
         name = names.get_name(f"{path}.weight", (".weight",))
         if name is None:
             return None
@@ -147,13 +246,14 @@ def base_names(config: Any) -> tuple[str, Callable[[str], tuple[str, Tensor | No
         size = head or config.hidden_size // heads
         rows = size * (heads if path.endswith("q_proj") else config.num_key_value_heads)
         order = _rotary_order(path, rows, config)
-        return name, None if order is None else torch.argsort(order)
+        return Target(name, None if order is None else torch.argsort(order))
 
     return str(gguf.MODEL_ARCH_NAMES[arch]), target
 
 
-def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:
-    """(type, bytes [out, in / 32 · size] uint8) of the smallest type that holds the layer; or the reason for none."""
+def as_blocks(layer: Uniform, types: Sequence[str] = TYPES) -> tuple[str, Tensor] | str:
+    """(type, bytes [out, in / 32 · size] uint8) of the smallest of `types` that holds the layer; or the reason for
+    none."""
     in_features = layer.codes.shape[1]
     if in_features % BLOCK:
         return f"GGUF has blocks of {BLOCK} columns, and {in_features} are not a multiple"
@@ -172,18 +272,18 @@ def as_blocks(layer: Uniform) -> tuple[str, Tensor] | str:
     low, high = int(values.min()), int(values.max())
     minimum = -(scale.float() * zeros)
     head = _bytes(scale)
-    if low >= -8 and high <= 7:
+    if "Q4_0" in types and low >= -8 and high <= 7:
         return "Q4_0", torch.cat([head, _nibbles(values + 8)], -1).flatten(1)
-    if int(codes.max()) <= 15 and torch.equal(minimum.half().float(), minimum):
+    if "Q4_1" in types and int(codes.max()) <= 15 and torch.equal(minimum.half().float(), minimum):
         return "Q4_1", torch.cat([head, _bytes(minimum.half()), _nibbles(codes)], -1).flatten(1)
-    if low >= -16 and high <= 15:
+    if "Q5_0" in types and low >= -16 and high <= 15:
         shifted = values + 16
         high_bits = ((shifted >> 4).to(torch.int64) << torch.arange(BLOCK)).sum(-1, keepdim=True)  # bit i: weight i's
         high_bits = torch.where(high_bits >= 1 << 31, high_bits - (1 << 32), high_bits).to(torch.int32)
         return "Q5_0", torch.cat([head, _bytes(high_bits), _nibbles(shifted & 15)], -1).flatten(1)
-    if low >= -128 and high <= 127:
+    if "Q8_0" in types and low >= -128 and high <= 127:
         return "Q8_0", torch.cat([head, values.to(torch.int8).view(torch.uint8)], -1).flatten(1)
-    return f"its codes minus zero points lie in {low} … {high}, beyond Q8_0"
+    return f"its codes minus zero points lie in {low} … {high}, beyond {types[-1]}"
 
 
 def _bytes(values: Tensor) -> Tensor:
@@ -220,7 +320,9 @@ def _rotary_order(path: str, rows: int, config: Any) -> Tensor | None:
 
 
 def _dense(gguf: Any, tensor: Tensor) -> tuple[Any, Any]:
-    """(array, type) of an unquantized tensor: float32 for vectors, as llama.cpp requires."""
+    """(array, type) of an unquantized tensor: float32 for vectors, as llama.cpp requires, also for those of one row."""
+    if tensor.shape[0] == 1:
+        tensor = tensor.flatten()
     if tensor.ndim == 1 or tensor.dtype == torch.float32:
         return tensor.float().numpy(), None
     if tensor.dtype == torch.bfloat16:
@@ -238,6 +340,13 @@ def _write_metadata(gguf: Any, writer: Any, config: Any) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    if config.model_type in MIXTURES:
+        experts = getattr(config, "num_local_experts", None) or config.num_experts
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+        if shared := getattr(config, "shared_expert_intermediate_size", 0):
+            writer.add_expert_shared_feed_forward_length(shared)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)

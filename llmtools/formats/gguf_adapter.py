@@ -2,7 +2,8 @@
 
 The tensors are named after the base's (``blk.0.attn_q.weight.lora_a``). Where llama.cpp permutes the rows of a weight
 (queries and keys of LLaMA), the rows of B are permuted, too. llama.cpp scales each module by one alpha over its rank;
-other scalings of PEFT (rsLoRA, alpha_pattern) are multiplied into B.
+other scalings of PEFT (rsLoRA, alpha_pattern) are multiplied into B. The factors of a layer's experts are one tensor
+each, A [E, rank, in] and B [E, out, rank], with zeros for experts that have no adapter or a smaller rank.
 
 What llama.cpp cannot apply is refused by name: more than LoRA, and an adapter on an output head that is tied to the
 embedding.
@@ -11,7 +12,7 @@ embedding.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from torch import Tensor
 from ..errors import InputError
 from ..files import partial_of, writing
 from ..model.adapter_files import check_fits
-from .gguf import base_names, finish, require_package
+from ..nn.experts import unfuse, unfuse_all
+from .gguf import Target, base_names, finish, require_package
 from .gguf_header import read_header
 from .gguf_reading import SUFFIX, Naming, find, gguf_config
 from .gguf_reading import skeleton as gguf_skeleton
@@ -38,9 +40,8 @@ class _Base(NamedTuple):
     """Architecture by llama.cpp's name."""
     empty: Any
     """Model on the meta device."""
-    target: Callable[[str], tuple[str, Tensor | None] | None]
-    """Function of a linear's path: (tensor of the file, file's row for each row of the model [out], or None for the
-    identity); None where llama.cpp has no such tensor."""
+    target: Callable[[str], Target | None]
+    """Function of a linear's path; None where llama.cpp has no such tensor."""
 
 
 def export_gguf_adapter(
@@ -106,8 +107,12 @@ def write_file(path: Path, write: Callable[[Path], None], overwrite: bool) -> Pa
     return path
 
 
-def _placed(source: Path, tensors: dict[str, Tensor], scales: dict[str, float], alpha: float, base: _Base) -> Any:
+def _placed(
+    source: Path, tensors: dict[str, Tensor], scales: dict[str, float], alpha: float, base: _Base
+) -> Iterator[tuple[str, Tensor]]:
     """(name in the file, tensor) of each A and B."""
+    experts: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    count: dict[str, int] = {}
     for key in sorted(tensors):
         if not key.endswith(".lora_A.weight"):
             continue
@@ -118,19 +123,30 @@ def _placed(source: Path, tensors: dict[str, Tensor], scales: dict[str, float], 
                 f"{source} adapts {path}, which llama.cpp cannot apply; merge the adapter with --format dense, or "
                 "train one on other modules (lora.target_modules)"
             )
-        name, order = found
-        a, b = tensors[key], tensors[key.replace(".lora_A.", ".lora_B.")].float()
-        b = b * (scales[path] * a.shape[0] / alpha)
-        if order is not None:
-            b = b[torch.argsort(order)]
-        yield f"{name}.lora_a", a
-        yield f"{name}.lora_b", b
+        a, b = tensors[key].float(), tensors[key.replace(".lora_A.", ".lora_B.")].float() * scales[path]
+        if found.order is not None:
+            b = b[torch.argsort(found.order)]
+        if found.expert is not None:
+            experts.setdefault(found.tensor, {})[found.expert] = a, b
+            count[found.tensor] = base.empty.get_submodule(path.rsplit(".", 2)[0]).num_experts
+            continue
+        yield f"{found.tensor}.lora_a", a
+        yield f"{found.tensor}.lora_b", b * (len(a) / alpha)
+    for name, factors in experts.items():
+        rank = max(len(a) for a, _ in factors.values())
+        a, b = next(iter(factors.values()))
+        all_a, all_b = a.new_zeros(count[name], rank, a.shape[1]), b.new_zeros(count[name], len(b), rank)
+        for index, (a, b) in factors.items():
+            all_a[index, : len(a)], all_b[index, :, : len(a)] = a, b * (rank / alpha)
+        yield f"{name}.lora_a", all_a
+        yield f"{name}.lora_b", all_b
 
 
 def _base(gguf: Any, name: str, skeleton: Callable[[str], Any]) -> _Base:
     found = find(name, {})
     if found is None:
         empty = skeleton(name)
+        unfuse_all(empty)
         architecture, names = base_names(empty.config)
         tied = _tied_head(empty)
         return _Base(architecture, empty, lambda path: None if path == tied else names(path))
@@ -139,11 +155,20 @@ def _base(gguf: Any, name: str, skeleton: Callable[[str], Any]) -> _Base:
     empty = gguf_skeleton(file, config)
     naming, tied = Naming(file, config, empty), _tied_head(empty)
     stored = {place: tensor for tensor, place in naming.names.items() if tensor in file.tensors}
+    experts = {
+        path: Target(tensor.name, expert=index)
+        for tensor in file.tensors.values()
+        for index, path in enumerate(naming.experts(tensor))
+    }
+    for path in naming.mixtures:
+        unfuse(empty, path)
 
-    def target(path: str) -> tuple[str, Tensor | None] | None:
+    def target(path: str) -> Target | None:
+        if path in experts:
+            return experts[path]
         tensor = file.tensors.get(stored.get(f"{path}.weight", ""))
         order = None if tensor is None or path == tied else naming.order(tensor)
-        return None if tensor is None or order is None else (tensor.name, order)
+        return None if tensor is None or order is None else Target(tensor.name, order)
 
     return _Base(file.architecture, empty, target)
 

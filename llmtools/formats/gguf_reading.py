@@ -109,10 +109,19 @@ def gguf_config(file: GGUFFile) -> Any:
         else:
             (Path(place) / "outline.gguf").write_bytes(file.outline())
             config = AutoConfig.from_pretrained(place, gguf_file="outline.gguf")
+    _size_experts(file, config)
     headers = {tensor.name: Header(list(tensor.shape), tensor.kind) for tensor in file.tensors.values()}
     check_config(config.to_dict(), headers, str(file.path))
     _scale_rotations(file, config)
     return config
+
+
+def _size_experts(file: GGUFFile, config: Any) -> None:
+    """Sets the widths of experts, which transformers' reader leaves at the default of the config."""
+    for kind, name in (("expert", "moe_intermediate_size"), ("expert_shared", "shared_expert_intermediate_size")):
+        stored = file.metadata.get(f"{file.architecture}.{kind}_feed_forward_length")
+        if isinstance(stored, int) and hasattr(config, name):
+            setattr(config, name, stored)
 
 
 def described(found: GGUFModel) -> Any:

@@ -140,13 +140,8 @@ class PooledSum:
 
 def pool(sums: Sequence[HessianSum]) -> Tensor | None:
     """The second moment [in, in] of all experts' inputs together; None where no expert saw a token."""
-    total = sum(each.tokens for each in sums)
-    shared: Tensor | None = None
-    for each in sums:
-        if each.tokens:
-            part = each.value().mul_(each.tokens / total)
-            shared = part if shared is None else shared.add_(part)
-    return shared
+    total = HessianSum.of_all(sums)
+    return total.value() if total.measured else None
 
 
 FEW_TOKENS = 1 / 8

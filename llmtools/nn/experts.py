@@ -21,7 +21,7 @@ Shapes: E — experts; H, I — features of the model and within an expert; T �
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -72,20 +72,57 @@ class Part(NamedTuple):
 # Fused and unfused
 
 
-class BatchedExperts(nn.Module):
-    """In place of a module whose experts are given all tokens one after another, x [E · T, H] -> [E · T, H], as Llama
-    4's are; a row of zeros is a token that the router did not send there, and stays one."""
+class StandIn(nn.Module):
+    """In place of a module with fused experts that transformers' interface does not call, while they are unfused."""
 
-    has_gate, has_bias, is_transposed = True, False, True
+    has_gate, has_bias = True, False
 
-    def __init__(self, former: Any) -> None:
+    def __init__(self, former: Any, num_experts: int) -> None:
         super().__init__()
-        self.num_experts, self.act_fn = former.num_experts, former.act_fn
+        self.num_experts, self.act_fn = num_experts, former.act_fn
         self.__dict__["former"] = former  # without its Parameters, for `fuse_dense`; no child
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return up * self.act_fn(gate)  # type: ignore[no-any-return]
+
+    def fused_parameters(self) -> dict[str, nn.Parameter | None]:
+        """The Parameters of the former module, once the experts are fused again."""
+        return self._parameters
+
+
+class RoutedExperts(StandIn):
+    """For experts some of which compute nothing, as LongCat-Flash's: those from number E on give a token back as it is.
+
+    The former's ``gate_up_proj`` has rows for these, too, which nothing reads; they come back as zeros.
+    """
+
+    is_transposed = False
+
+    def __init__(self, former: Any) -> None:
+        super().__init__(former, former.num_routed_experts)
+        self.total = former.total_experts
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        same = (top_k_weights * (top_k_index >= self.num_experts)).sum(dim=-1, keepdim=True)  # [T, 1]
+        routed = experts_forward(self, hidden_states, top_k_index, top_k_weights)
+        return routed + (same * hidden_states).to(hidden_states.dtype)
+
+    def fused_parameters(self) -> dict[str, nn.Parameter | None]:
+        both: Any = self._parameters["gate_up_proj"]
+        rows = both.new_zeros(self.total, *both.shape[1:])
+        rows[: self.num_experts] = both.detach()
+        return self._parameters | {"gate_up_proj": nn.Parameter(rows, requires_grad=both.requires_grad)}
+
+
+class BatchedExperts(StandIn):
+    """For experts that are given all tokens one after another, x [E · T, H] -> [E · T, H], as Llama 4's are; a row of
+    zeros is a token that the router did not send there, and stays one."""
+
+    is_transposed = True
+
+    def __init__(self, former: Any) -> None:
+        super().__init__(former, former.num_experts)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.view(self.num_experts, -1, hidden_states.shape[-1])  # [E, T, H]
@@ -105,32 +142,59 @@ class BatchedExperts(nn.Module):
         return torch.zeros_like(flat).index_copy(0, places, y.to(flat.dtype))
 
 
-def _is_batched(module: Any) -> bool:
-    """Whether `BatchedExperts` computes the same as a module, tested on a small copy of it with random numbers."""
+def _stand_in(module: Any) -> type[StandIn] | None:
+    """The class that computes the same as a module; None where there is none."""
     held = {name: each for name, each in module._parameters.items() if each is not None}
     if held.keys() != {"gate_up_proj", "down_proj"} or any(each.dim() != 3 for each in held.values()):
-        return False
-    if not (hasattr(module, "num_experts") and hasattr(module, "act_fn")) or hasattr(module, "has_gate"):
-        return False
+        return None
+    if not hasattr(module, "act_fn") or hasattr(module, "has_gate"):
+        return None
+    if hasattr(module, "num_routed_experts") and hasattr(module, "total_experts"):
+        return RoutedExperts if _is_routed(module) else None
+    return BatchedExperts if hasattr(module, "num_experts") and _is_batched(module, held) else None
+
+
+def _is_routed(module: Any) -> bool:
+    """Whether `RoutedExperts` computes the same as a module, tested on a small copy of it with random numbers."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    shapes = {"gate_up_proj": (3, 12, 8), "down_proj": (2, 8, 6)}
+    small = {name: torch.randn(shape, generator=generator, device="cpu") for name, shape in shapes.items()}
+    x, weights = (torch.randn(5, width, generator=generator, device="cpu") for width in (8, 2))
+    chosen = torch.tensor([[0, 1], [1, 2], [2, 0], [0, 2], [1, 0]], device="cpu")
+    return _same(RoutedExperts, module, {"num_routed_experts": 2, "total_experts": 3}, small, (x, chosen, weights))
+
+
+def _is_batched(module: Any, held: Mapping[str, Tensor]) -> bool:
+    """The same for `BatchedExperts`."""
     (experts, hidden, _), inner = held["gate_up_proj"].shape, held["down_proj"].shape[1]
     sizes = {experts: 2, hidden: 8, inner: 8 if inner == hidden else 6}
-    probe = copy.copy(module)
     generator = torch.Generator("cpu").manual_seed(0)
     shapes = {"gate_up_proj": (2, 8, 2 * sizes[inner]), "down_proj": (2, sizes[inner], 8)}
     small = {name: torch.randn(shape, generator=generator, device="cpu") for name, shape in shapes.items()}
-    probe.__dict__ |= {
-        name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes
-    }
-    probe.__dict__["_parameters"] = {name: nn.Parameter(values) for name, values in small.items()}
+    known = {name: sizes[value] for name, value in vars(module).items() if type(value) is int and value in sizes}
     x = torch.randn(6, 8, generator=generator, device="cpu")
     x[1] = 0
-    ours = BatchedExperts(probe)
+    return _same(BatchedExperts, module, known, small, (x,))
+
+
+def _same(
+    kind: Callable[[Any], StandIn],
+    module: Any,
+    sizes: Mapping[str, int],
+    small: Mapping[str, Tensor],
+    inputs: tuple[Tensor, ...],
+) -> bool:
+    """Whether a stand-in computes the same as a copy of a module with these sizes and two experts' Parameters."""
+    probe = copy.copy(module)
+    probe.__dict__ |= sizes
+    probe.__dict__["_parameters"] = {name: nn.Parameter(values) for name, values in small.items()}
+    ours = kind(probe)
     for index in range(2):
         linears = {name: _linear(part.of(small[part.parameter]), False) for name, part, _ in _parts(ours, small, index)}
         ours.add_module(str(index), Expert(linears))
     try:
         with torch.no_grad():
-            return torch.allclose(probe(x), ours(x), rtol=1e-4, atol=1e-4)
+            return torch.allclose(probe(*inputs), ours(*inputs), rtol=1e-4, atol=1e-4)
     except Exception:  # it takes other arguments
         return False
 
@@ -138,7 +202,7 @@ def _is_batched(module: Any) -> bool:
 def is_fused(module: nn.Module) -> bool:
     """Whether a module holds fused experts that we can compute: transformers' flags say how, or a test of it does."""
     if "gate_up_proj" in module._parameters and not hasattr(module, "has_gate"):
-        return _is_batched(module)
+        return _stand_in(module) is not None
     flags = ("num_experts", "has_gate", "has_bias", "is_transposed", "config")
     if not all(hasattr(module, flag) for flag in flags):
         return False
@@ -172,7 +236,9 @@ def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
     """
     module: Any = model.get_submodule(path)
     if not hasattr(module, "has_gate"):
-        former, module = module, BatchedExperts(module)
+        kind = _stand_in(module)
+        assert kind is not None, path
+        former, module = module, kind(module)  # type: ignore[call-arg]
         module._parameters |= former._parameters
         former._parameters.clear()
         set_module(model, path, module.train(former.training))
@@ -191,7 +257,7 @@ def unfuse(model: nn.Module, path: str) -> dict[str, tuple[str, Part]]:
                 found[f"{path}.{expert}.{name}.bias"] = f"{path}.{bias.parameter}", bias
         module.add_module(str(expert), Expert(linears).train(module.training))
     module._is_hf_initialized = True  # transformers' _init_weights would look for the fused Parameters
-    if not isinstance(module, BatchedExperts) and module.config._experts_implementation != IMPLEMENTATION:
+    if not isinstance(module, StandIn) and module.config._experts_implementation != IMPLEMENTATION:
         module._implementation_before = module.config._experts_implementation
         module.config._experts_implementation = IMPLEMENTATION
     return found
@@ -212,9 +278,9 @@ def fuse_dense(model: nn.Module) -> None:
         dense = [each for each in linears if type(each) is nn.Linear]
         if len(dense) == len(linears):
             _fuse(module)
-            if isinstance(module, BatchedExperts):
+            if isinstance(module, StandIn):
                 former: nn.Module = module.__dict__["former"]
-                former._parameters |= module._parameters
+                former._parameters |= module.fused_parameters()
                 set_module(model, path, former.train(module.training))
             continue
         for linear in dense:

@@ -9,7 +9,7 @@ Shapes: out, in — features; t — tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,15 @@ class HessianSum:
                 "look at the model's outputs, or load it in bfloat16 or float32 if it is in float16"
             )
         self.tokens += rows.shape[0]
+
+    @classmethod
+    def of_all(cls, sums: Sequence[HessianSum]) -> HessianSum:
+        """The sum over the tokens of all these, of which there is at least one."""
+        total = cls(len(sums[0]._sum), sums[0]._sum.device)
+        for each in sums:
+            total._sum += each._sum
+            total.tokens += each.tokens
+        return total
 
     def reduce(self, add_up: Callable[[Tensor], None]) -> None:
         """Adds the sums of other processes; add_up(tensor) replaces a tensor by its sum over all of them."""

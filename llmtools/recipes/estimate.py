@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -361,14 +362,16 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     from ..model.memory import planning_attention
     from ..model.transformers_integration import empty_layer, tie_heads
     from ..nn.adapters import prepare_for_training
-    from ..nn.experts import unfused_within
+    from ..nn.experts import unfuse_all, unfused_within
     from ..nn.swap import set_module
     from ..nn.wide import widen
     from ..train.adapters import fit_config, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
         model = empty_model(config, recipe, attention)
-        with unfused_within(model):
+        # A dense mixture stays unfused, so that its experts get the same adapters; nor does torch's grouped_mm take
+        # float32 tensors without values.
+        with nullcontext(unfuse_all(model)) if dense else unfused_within(model):
             quantizers, name = _quantizers(model, config, recipe)
             if not dense:
                 for path, quantizer in quantizers.items():

@@ -22,6 +22,13 @@ def test_the_model_has_the_bytes_that_are_planned_and_both_ways_the_same_losses(
     assert found[0]["losses"] == found[1]["losses"] and len(found[0]["losses"]) == 2
 
 
+def test_a_mixture_takes_a_step_in_files(tmp_path: Path) -> None:
+    offload.make("tiny-moe", 2, tmp_path / "m")
+    modules = offload.setting("tiny-moe", 2)[2]
+    found = [offload.measure(tmp_path / "m", way, 1, 16, modules) for way in offload.WAYS]
+    assert found[0]["losses"] == found[1]["losses"]
+
+
 def test_rows_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {
         "model": "tiny", "bits": 2, "weights": "disk", "cache": "warm", "tokens": 16, "weight_bytes": 3 * 10**9,

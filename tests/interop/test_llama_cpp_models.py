@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import llmtools
+from llmtools.formats.gguf import MIXTURES
 from llmtools.formats.gguf_adapter import export_gguf_adapter
 from llmtools.formats.writing import export
 from llmtools.model.adapter_files import open_adapter
+from tests.formats.test_gguf import mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 gguf: Any = pytest.importorskip("gguf")
@@ -100,6 +103,42 @@ def test_next_tokens_are_those_of_llama_cpp(base: Path, in_float32: Path) -> Non
     model, tokenizer = llmtools.load(base)
     assert_alike(model, tokenizer, server(in_float32), 1e-4, texts=True)
     assert_alike(model, tokenizer, server(base), 1e-3, texts=False)
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_of_experts_has_the_next_tokens_of_llama_cpp(family: str, stories: Path, tmp_path: Path) -> None:
+    """From the file in float32: where activations are rounded, a token may get another expert."""
+    model, tokenizer = mixture(family), AutoTokenizer.from_pretrained(stories)
+    llmtools.quantize(model, "rtn", bits=4, group_size=32)
+    export(model, tokenizer, tmp_path / "out", "gguf", reader="llama.cpp")
+    in_float32 = float32_copy(tmp_path / "out" / "model.gguf", tmp_path / "float32.gguf")
+    assert_alike(model, tokenizer, server(in_float32), 1e-4, texts=False)
+
+
+def test_adapters_of_experts_do_the_same_there(stories: Path, tmp_path: Path) -> None:
+    """Some experts without one, one of another rank."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = mixture("mixtral"), AutoTokenizer.from_pretrained(stories)
+    llmtools.quantize(model, "rtn", bits=4, group_size=32)
+    llmtools.save(model, tokenizer, tmp_path / "q")
+    export(model, tokenizer, tmp_path / "out", "gguf", reader="llama.cpp")
+    in_float32 = float32_copy(tmp_path / "out" / "model.gguf", tmp_path / "float32.gguf")
+    ids = torch.tensor([tokenizer(PROMPTS[0]).input_ids])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    options = {"target_modules": ["q_proj", "w_down", "0.w_up", "2.w_up"], "rank_pattern": {"experts.2.w_up": 6}}
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=6, **options)).eval()
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "q")
+    for name, each in adapted.named_parameters():
+        if "lora_" in name:
+            each.data = 0.2 * torch.randn_like(each)
+    adapted.save_pretrained(tmp_path / "a")
+    with torch.no_grad():
+        assert (adapted(input_ids=ids).logits - before).abs().max() > 0.1
+    skeleton = llmtools.checkpoint.folder.skeleton
+    out = export_gguf_adapter(tmp_path / "a", tmp_path / "a.gguf", str(tmp_path / "q"), skeleton=skeleton)
+    assert_alike(adapted, tokenizer, server(in_float32, out), 1e-4, texts=False)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "rank_pattern": {"q_proj": 8}}], ids=str)

@@ -176,3 +176,29 @@ def test_experts_that_are_given_all_tokens_are_known_by_what_they_compute() -> N
 
     module.__class__ = Other
     assert path not in fused_experts(model)
+
+
+def test_experts_that_give_tokens_back_as_they_are_stay_what_they_are() -> None:
+    model = tiny_model("longcat_flash")
+    path, module = next((path, each) for path, each in fused_experts(model).items())
+    former: Any = module
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in former.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    before = copy.deepcopy(model.state_dict())
+    x, weights = torch.randn(9, 64, generator=generator), torch.rand(9, 2, generator=generator)
+    ids = torch.stack([torch.randperm(former.total_experts, generator=generator)[:2] for _ in range(9)])
+    assert former.total_experts > former.num_routed_experts and (ids >= former.num_routed_experts).any()
+    expected = former(x, ids, weights)
+    with unfused_within(model):
+        assert model.get_submodule(path) is not former
+        torch.testing.assert_close(model.get_submodule(path)(x, ids, weights), expected, rtol=1e-5, atol=1e-6)
+    assert model.get_submodule(path) is former
+    for name, values in model.state_dict().items():
+        used = slice(0, former.num_routed_experts if name.endswith("experts.gate_up_proj") else None)
+        assert torch.equal(values[used], before[name][used]), name
+    former.act_fn = torch.nn.Identity()
+    assert path in fused_experts(model)
+    former.identity_expert = torch.nn.ReLU()
+    assert path not in fused_experts(model)

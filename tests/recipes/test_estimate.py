@@ -19,7 +19,7 @@ from llmtools.model import memory
 from llmtools.nn.loss import chunked_loss
 from llmtools.recipes.estimate import Plan, plan, plan_for, size
 from llmtools.recipes.finetune import Lora
-from tests.models import CONFIGS, llama_config, tiny_model
+from tests.models import CONFIGS, llama_config, tiny_mixture, tiny_model
 
 peft = pytest.importorskip("peft")
 
@@ -118,6 +118,14 @@ def test_families_with_attention_or_layers_of_their_own(family: str) -> None:
     planned = plan_for(CONFIGS[family](), recipe())
     assert planned.memory.packed < planned.lora_16_bit.linears
     assert planned.memory.activations > 0
+
+
+@pytest.mark.parametrize(("dtype", "modules"), [("float32", "experts"), ("bfloat16", "all-linear")])
+def test_a_mixture_is_planned_with_the_same_adapters_packed_and_dense(dtype: str, modules: str) -> None:
+    given = recipe(dtype=dtype, lora=Lora(r=4, target_modules=modules))
+    found = plan_for(tiny_mixture("qwen2_moe").config, given)
+    assert found.memory.adapters == found.lora_16_bit.adapters > 0
+    assert found.memory.linears == 0 < found.memory.packed < found.lora_16_bit.linears
 
 
 def test_planning_leaves_nothing_behind_in_caches_of_tables(repository: Path) -> None:

@@ -57,7 +57,6 @@ def test_calibration_text_divides_what_is_left(stories: Path, tmp_path: Path) ->
     assert (tmp_path / "q" / "allocation.yaml").exists() and made.bits_per_weight == found.bits_per_weight
 
 
-@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")  # PEFT, of the dense mixture
 def test_what_is_left_is_divided_among_the_experts_of_a_mixture_too(tmp_path: Path, stories: Path) -> None:
     model = tmp_path / "mixture"
     tiny_mixture("mixtral").to(torch.bfloat16).save_pretrained(model)  # type: ignore[arg-type]

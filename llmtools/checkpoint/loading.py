@@ -17,7 +17,6 @@ from ..content import rows_content
 from ..errors import InputError, first_line
 from ..files import METADATA, RUN, read_info, read_json
 from ..options import fits
-from ..pages import free_memory
 from ..startup import libraries_loaded
 
 if TYPE_CHECKING:
@@ -105,18 +104,10 @@ def open_recipe(recipe: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, str, s
 def compute_fast(model: nn.Module, offload: str | None = None) -> None:
     """Has a model compute in float32 where the processor is faster in that than in the model's half precision, if there
     is memory for it; weights that stay in files stay as they are."""
-    from ..nn.wide import growth, widen
+    from ..nn.wide import widen
 
-    if offload is not None or (more := growth(model)) == 0:
-        return
-    free = free_memory()
-    if free is not None and more > free:
-        log.warning(
-            "the model is computed in half precision, in which this processor is many times slower than in float32: "
-            "that would take %.1f GB more memory, and %.1f GB are free", more / 1e9, free / 1e9,
-        )  # fmt: skip
-        return
-    widen(model)
+    if offload is None:
+        widen(model)
 
 
 def _refuse_without_head(model: Any, name: str) -> None:

@@ -10,14 +10,18 @@ memory of what is not packed, `run_wide` for one call, with copies that end with
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..pages import free_memory
 from ..quant.materialize import product_type
 from .packed import PackedWeight
+
+log = logging.getLogger(__name__)
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -27,15 +31,11 @@ def computed_in(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     return product_type(torch.empty(0, dtype=dtype, device=device)) if dtype in _HALVES else dtype
 
 
-def growth(model: nn.Module) -> int:
-    """Bytes of memory that `widen` takes."""
-    return sum(tensor.nbytes for tensor in _narrow(model).values())
-
-
 def widen(model: nn.Module, device: str | None = None) -> None:
     """Casts a model in place, but for its packed tensors, to the type that it is computed in, on its device or, on the
-    meta device, on this one."""
-    if _narrow(model, device):
+    meta device, on this one. Where there is no memory for that it stays as it is."""
+    narrow = _narrow(model, device)
+    if narrow and (device is not None or _fits(sum(tensor.nbytes for tensor in narrow.values()))):
         nn.Module.float(model)  # transformers' own refuses quantized models, whose packed tensors do not change
 
 
@@ -44,12 +44,26 @@ def run_wide(
 ) -> Any:
     """``module(*args, **kwargs)``, with float32 copies of its half-precision tensors where it is computed in that.
 
-    cast: what is then done to `args` and `kwargs`. The result is float32, too.
+    cast: what is then done to `args` and `kwargs`. The result is float32, too. Where there is no memory for the copies,
+    it is as if it were not.
     """
-    wide = {name: tensor.float() for name, tensor in _narrow(module).items()}
-    if not wide:
+    narrow = _narrow(module)
+    if not narrow or not _fits(2 * sum(tensor.nbytes for tensor in narrow.values())):
         return module(*args, **kwargs)
+    wide = {name: tensor.float() for name, tensor in narrow.items()}
     return torch.func.functional_call(module, wide, cast(args), cast(kwargs))
+
+
+def _fits(size: int) -> bool:
+    """Whether so many bytes are free; otherwise says what that means."""
+    free = free_memory()
+    if free is None or size <= free:
+        return True
+    log.warning(
+        "the model is computed in half precision, in which this processor is many times slower than in float32: that "
+        "would take %.1f GB more memory, and %.1f GB are free", size / 1e9, free / 1e9,
+    )  # fmt: skip
+    return False
 
 
 def _narrow(module: nn.Module, device: str | None = None) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from llmtools.checkpoint.loading import compute_fast
 from llmtools.model.fisher import block_gradients
 from llmtools.model.quantize import quantize
 from llmtools.nn import quantized_linears, wide
-from llmtools.nn.wide import growth, run_wide, widen
+from llmtools.nn.wide import run_wide, widen
 from tests.models import tiny_ids, tiny_mixture, tiny_model
 
 IDS = tiny_ids(2, 24)
@@ -58,9 +58,9 @@ def test_a_widened_model_keeps_its_packed_tensors(slow_halves: None) -> None:
     quantize(model, "quip_sharp", [IDS], bits=2)
     former = packed_bytes(model)
     others = [each for name, each in (*model.named_parameters(), *model.named_buffers()) if name not in former]
-    assert growth(model) == sum(each.nbytes for each in others)
+    assert {each.dtype for each in others} == {torch.bfloat16}
     widen(model)
-    assert growth(model) == 0 and {layer.dtype for layer in quantized_linears(model).values()} == {torch.float32}
+    assert {layer.dtype for layer in quantized_linears(model).values()} == {torch.float32}
     assert all(each is packed_bytes(model)[name] for name, each in former.items())
     assert {each.dtype for name, each in model.named_parameters() if name not in former} == {torch.float32}
     assert model(input_ids=IDS).logits.dtype == torch.float32
@@ -69,7 +69,6 @@ def test_a_widened_model_keeps_its_packed_tensors(slow_halves: None) -> None:
 def test_where_half_precision_is_fast_nothing_changes(fast_halves: None) -> None:
     model = bfloat16()
     expected = model(input_ids=IDS).logits
-    assert growth(model) == 0
     widen(model)
     assert model.dtype == torch.bfloat16
     assert torch.equal(run_wide(model, (), {"input_ids": IDS}).logits, expected)
@@ -99,9 +98,10 @@ def test_without_memory_or_with_weights_in_files_a_model_stays_as_it_is(
     model = bfloat16()
     compute_fast(model, "disk")
     assert model.dtype == torch.bfloat16 and not caplog.records
-    monkeypatch.setattr("llmtools.checkpoint.loading.free_memory", lambda: growth(model) - 1)
+    size = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    monkeypatch.setattr(wide, "free_memory", lambda: size - 1)
     compute_fast(model)
     assert model.dtype == torch.bfloat16 and "many times slower" in caplog.text
-    monkeypatch.setattr("llmtools.checkpoint.loading.free_memory", lambda: None)
+    monkeypatch.setattr(wide, "free_memory", lambda: size)
     compute_fast(model)
     assert model.dtype == torch.float32

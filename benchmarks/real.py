@@ -11,8 +11,9 @@ versions, commit and machine, and those that are there already are not made agai
 stopped.
 
 Of a file of documents (.jsonl), every fourth is held-out text and the others are calibration. The model
-is loaded in the dtype that it is stored in, by everyone, as users do; perplexity is computed in that dtype, too, from
-the dequantized weights of every library, so that nothing but the weights differs. `kl` of a row is the Kullback–Leibler
+is loaded in the dtype that it is stored in, by everyone, as users do, or in float32 where the processor is many times
+slower in that (`dtype` of a row); perplexity is computed in that dtype, too, from the dequantized weights of every
+library, so that nothing but the weights differs. `kl` of a row is the Kullback–Leibler
 divergence from the original model on the same text; rows of before it was measured have none.
 """
 
@@ -40,10 +41,12 @@ from benchmarks.quality import Row, append, hash_of_weights, note, reset_peak, r
 from llmtools.data.calibration import documents_of
 from llmtools.model.options import BlockTuning, Recovery
 from llmtools.nn.adapters import dequantize
+from llmtools.nn.wide import computed_in
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "real.jsonl"
 HELD_OUT_EVERY = 4
+DTYPE = computed_in(torch.bfloat16, "cpu")
 BOTH: dict[str, Any] = {"rounding": "two_sided", "recovery": Recovery()}
 
 
@@ -85,7 +88,7 @@ def cases(bits: int, iterations: int) -> Iterator[Case]:
         yield baselines.ours(name, options, recovery=Recovery())
     for name, options in (("quip_sharp", {"passes": 2}), ("qtip", {})):
         yield baselines.ours(name, {"bits": bits} | options, recovery=Recovery(), error_propagation=0.5)
-    for size in (None, *{2: (2.25, 2.5), 3: (3.0, 3.25, 3.5)}.get(bits, ())):
+    for size in (None, *{2: (2.25, 2.5), 3: (3.0, 3.25, 3.5), 4: (4.25,)}.get(bits, ())):
         for more in ({}, {"recovery": Recovery()}, {"rounding": "two_sided"}, BOTH):
             if size is not None or more == BOTH:
                 yield baselines.ours("qtip", {"bits": bits}, error_propagation=0.5, bits_per_weight=size, **more)
@@ -112,6 +115,7 @@ def measured(case: Case, source: Source, texts: dict[str, Tensor]) -> Row:
     with baselines.quiet():
         made = case.make(source)
     row: Row = {
+        "dtype": str(DTYPE).removeprefix("torch."),
         "bits_per_weight": made.bits_per_weight,
         "cpu_seconds": _cpu_seconds() - cpu,
         "seconds": time.perf_counter() - wall,
@@ -120,7 +124,7 @@ def measured(case: Case, source: Source, texts: dict[str, Tensor]) -> Row:
         "perplexity": {},
         "nlls": {},
     }
-    model = dequantize(made.model, torch.bfloat16) if case.by == "llmtools" else made.model
+    model = dequantize(made.model, DTYPE) if case.by == "llmtools" else made.model
     original = source.model()
     for name, windows in texts.items():
         row["kl"][name] = divergence(original, model, windows)
@@ -181,7 +185,8 @@ def _one(args: argparse.Namespace) -> Row:
     own = documents(Path(file), held_out=False)
     windows = llmtools.calibration(own, tokenizer, samples=args.samples, tokens=args.tokens, seed=args.seed)
     (case,) = [case for case in _all_cases(args) if case.label == args.one]
-    return measured(case, Source(Path(args.model), windows, dtype="auto"), texts)
+    dtype = "auto" if DTYPE == torch.bfloat16 else DTYPE
+    return measured(case, Source(Path(args.model), windows, dtype=dtype), texts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -185,7 +185,7 @@ def _one(args: argparse.Namespace) -> Row:
     own = documents(Path(file), held_out=False)
     windows = llmtools.calibration(own, tokenizer, samples=args.samples, tokens=args.tokens, seed=args.seed)
     (case,) = [case for case in _all_cases(args) if case.label == args.one]
-    dtype = "auto" if DTYPE == torch.bfloat16 else DTYPE
+    dtype = "auto" if torch.bfloat16 == DTYPE else DTYPE
     return measured(case, Source(Path(args.model), windows, dtype=dtype), texts)
 
 

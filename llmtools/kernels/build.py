@@ -272,6 +272,11 @@ def has_bfloat16() -> bool:
     return not features() or bool(features() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
+def has_float16() -> bool:
+    """Whether it has products of float16, likewise."""
+    return not features() or bool(features() & {"avx512_fp16", "amx_fp16", "asimdhp"})
+
+
 def processor() -> bytes:
     """What `-march=native` depends on: homes are shared between machines."""
     try:

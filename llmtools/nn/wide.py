@@ -17,18 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import build
 from ..pages import free_memory
-from ..quant.materialize import product_type
 from .packed import PackedWeight
 
 log = logging.getLogger(__name__)
 
-_HALVES = (torch.bfloat16, torch.float16)
-
 
 def computed_in(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
-    """The type in which a model of `dtype` is computed: its own, or float32 where that is faster on the device."""
-    return product_type(torch.empty(0, dtype=dtype, device=device)) if dtype in _HALVES else dtype
+    """The type in which a model of `dtype` is computed: its own, or float32 on a CPU without products of that type."""
+    if torch.device(device).type != "cpu":
+        return dtype
+    slow = (dtype == torch.bfloat16 and not build.has_bfloat16()) or (
+        dtype == torch.float16 and not build.has_float16()
+    )
+    return torch.float32 if slow else dtype
 
 
 def widen(model: nn.Module, device: str | None = None) -> None:

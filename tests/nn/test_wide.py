@@ -21,13 +21,13 @@ IDS = tiny_ids(2, 24)
 
 @pytest.fixture
 def slow_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that is faster in float32 than in half precision."""
-    monkeypatch.setattr(wide, "product_type", lambda x: torch.float32)
+    """A processor without products of half precision."""
+    monkeypatch.setattr(wide.build, "has_bfloat16", lambda: False)
 
 
 @pytest.fixture
 def fast_halves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide, "product_type", lambda x: x.dtype)
+    monkeypatch.setattr(wide.build, "has_bfloat16", lambda: True)
 
 
 def bfloat16(family: str = "llama") -> Any:

@@ -108,7 +108,7 @@ class EXL3(Format):
 
 def tensors_of(layer: QuantizedLinear) -> dict[str, Tensor]:
     """Name → tensor of a linear of the quantizer `exl3` with 16 bits of state. Padded inputs have a scale of one,
-    padded outputs of zero."""
+    padded outputs of zero; a bias is float16."""
     quantizer, packed = layer.quantizer, {name: each.detach() for name, each in layer.packed.items()}
     assert isinstance(quantizer, EXL3Trellis)
     m, n = _padded(layer.out_features), _padded(layer.in_features)

@@ -64,10 +64,8 @@ class Rotated(Composed):
         """The standard deviation of Gaussian weights that fit the grid best."""
 
     def __post_init__(self) -> None:
-        """Raises InputError for options out of range; grid, rounding and basis check their own."""
-        _ = self.grid, self.rounding
-        SignedHadamard(scale=self.scale)
-        _ = self.basis
+        """Raises InputError for options out of range: grid, rounding and basis check their own."""
+        _ = self.grid, self.rounding, self.basis
 
     @property
     def rounding(self) -> Sequential:

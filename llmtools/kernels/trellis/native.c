@@ -147,13 +147,20 @@ static ALWAYS_INLINE void extend(const Least *least, float x, const float *restr
 
 #endif
 
+#if defined(__AVX2__)
+#define UNROLLED(times) UNROLLED_(GCC unroll times)
+#define UNROLLED_(words) _Pragma(#words)
+#else
+#define UNROLLED(times) /* lanes are a loop there, and the compiler would take minutes */
+#endif
+
 enum { CHAIN = 8 }; /* members compared one after the other: longer chains would wait for each comparison */
 
 /* The least of a chain of members from j on. */
 static ALWAYS_INLINE Least first_of(const float *restrict cost, int64_t families, int j, const int k) {
     const int end = j + (1 << k < CHAIN ? 1 << k : CHAIN);
     Least least = member(cost + j * families, j);
-#pragma GCC unroll 8
+    UNROLLED(8)
     for (int i = j + 1; i < end; i++) least = lesser(least, member(cost + i * families, i));
     return least;
 }
@@ -168,7 +175,7 @@ static ALWAYS_INLINE void step(const Search *restrict s, float x, uint16_t *rest
             Least least = first_of(cost, s->families, 0, k);
             for (int j = CHAIN; j < members; j += CHAIN) least = lesser(least, first_of(cost, s->families, j, k));
             for (int b = 0; b < k; b++) planes[b] |= plane(&least, b) << at;
-#pragma GCC unroll 16
+            UNROLLED(16)
             for (int e = 0; e < members; e++) {
                 const int64_t first = (q + at) * members + WIDE * e;
                 extend(&least, x, s->values + first, s->next + first, e, k);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ import llmtools
 from llmtools import InputError
 from llmtools.checkpoint.folder import load_model
 from llmtools.model import offload, transfer
+from llmtools.model.blocks import linears
 from llmtools.model.transfer import Buffers, Device, keep_on_host
 from llmtools.nn.packed import PackedWeight
+from llmtools.nn.swap import quantized_linears
+from llmtools.quant import quantizer
 from tests.formats.test_reading import KINDS
 from tests.formats.writers import write
 from tests.model.test_offload import QUANTIZERS, logits, trained
@@ -96,12 +100,13 @@ def assert_same_bits(folder: str | Path, checkpointing: tuple[bool, ...] = (Fals
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize(("name", "options"), QUANTIZERS, ids=[name for name, _ in QUANTIZERS])
-def test_our_checkpoints_have_the_bits_of_resident_weights(
-    name: str, options: dict[str, Any], devices: list[Unkind], tmp_path: Path
-) -> None:
-    model = tiny_model(num_hidden_layers=3)
-    llmtools.quantize(model, name, [tiny_ids()], **options)
+def test_our_checkpoints_have_the_bits_of_resident_weights(devices: list[Unkind], tmp_path: Path) -> None:
+    """All quantizers in one model, each in several linears."""
+    model = tiny_model(num_hidden_layers=4)
+    specs = itertools.cycle(quantizer(name, **options).spec() for name, options in QUANTIZERS)
+    overrides = {path: next(specs) for path, _ in linears(model) if path != "lm_head"}
+    llmtools.quantize(model, "rtn", [tiny_ids()], overrides=overrides)
+    assert {layer.quantizer.name for layer in quantized_linears(model).values()} == {name for name, _ in QUANTIZERS}
     assert_same_bits(llmtools.save(model, None, tmp_path / "m"), (False, True))
 
 

@@ -143,8 +143,9 @@ def test_weights_in_files_give_the_bits_of_resident_ones_and_a_run_may_resume_wi
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("merge", [None, "exact"])
 def test_weights_in_host_memory_give_the_bits_of_resident_ones(
-    packed: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merge: str | None, packed: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llmtools.model import offload
     from tests.model.test_transfer import Unkind
@@ -152,8 +153,8 @@ def test_weights_in_host_memory_give_the_bits_of_resident_ones(
     monkeypatch.setattr(offload, "has_gpu", lambda: True)
     monkeypatch.setattr("llmtools.checkpoint.folder.this_device", Unkind)
     training = {**TRAINING, "max_steps": 2}
-    finetune(recipe(packed, data, tmp_path / "resident", training=training))
-    finetune(recipe(packed, data, tmp_path / "host", training=training, offload="cpu"))
+    finetune(recipe(packed, data, tmp_path / "resident", training=training, merge=merge))
+    finetune(recipe(packed, data, tmp_path / "host", training=training, merge=merge, offload="cpu"))
     resident, host = adapter(tmp_path / "resident"), adapter(tmp_path / "host")
     assert all(torch.equal(resident[key], host[key]) for key in resident) and resident.keys() == host.keys()
     assert losses(tmp_path / "resident") == losses(tmp_path / "host")

@@ -6,7 +6,7 @@
 
 Sections:
     ops        decoding rows and rotating, in GB/s beside a copy's; small-batch products (GEMV) beside the packed bytes
-    crossing   up to how many tokens the fused products win: what `GEMV_TOKENS` in quant/materialize.py should say
+    crossing   up to how many tokens the fused products win: the `DEVICE_GEMV_TOKENS` of quant/materialize.py
     layers     forward and backward of one layer, 1 to 2048 tokens, beside bfloat16 and bitsandbytes
     graphs     the same bits from a CUDA graph and from torch.compile, no synchronisation with the host
     steps      a LoRA step and generation on LLaMA shapes of 160M and 1.1B, beside a bfloat16 base and bitsandbytes

@@ -1,5 +1,5 @@
 """Kernels alone, on one 5632 × 2048 weight (TinyLlama's up_proj): decoding rows, small-batch products (GEMV), Hadamard;
-ggml's blocks beside our own 4 bits in groups of 32.
+ggml's blocks beside our own 4 bits in groups of 32; products of many tokens by several shapes.
 
 Decoding goes a block of rows at a time into one place, as in a layer, where the result stays in cache, and is held
 against writing as many bytes there. The small-batch product (GEMV) is held against reading the packed bytes at the
@@ -8,6 +8,7 @@ speed of a copy, or against a product of matrices of that many operations, which
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,11 +29,13 @@ from llmtools.kernels.lattice import RESIDUAL_SCALE, dequantize_lattice, multipl
 from llmtools.kernels.lattice import reference as lattice
 from llmtools.kernels.trellis import dequantize_trellis, multiply_trellis
 from llmtools.kernels.trellis import reference as trellis
+from llmtools.quant import RTN, materialize
 from llmtools.quant.grids.codebook import NF4
 
 from .run import Machine, Problem, case, main
 
 OUT, IN, GROUP, BLOCK = 5632, 2048, 64, 256
+SHAPES = (768, 768), (2048, 768), (768, 2048), (2048, 2048), (5632, 2048), (2048, 5632)  # [out, in], 160M and 1.1B
 
 Weight = tuple[Any, ...]
 
@@ -150,6 +153,54 @@ def multiply(machine: Machine) -> Iterator[Problem]:
             )
 
 
+@case("products")
+def products(machine: Machine) -> Iterator[Problem]:
+    """x Wᵀ and g W of many tokens in bfloat16, as this processor was measured to compute them, beside dense weights."""
+    for (out, n), bits in itertools.product(SHAPES, (4, 2)):
+        quantizer = RTN(bits=bits, clip=False)
+        packed = quantizer.quantize(torch.randn(out, n))
+        dense = quantizer.dequantize(packed)
+        half = dense.bfloat16()
+        for tokens in (128, 512, 2048):
+            x, grad = torch.randn(tokens, n).bfloat16(), torch.randn(tokens, out).bfloat16()
+
+            def ours(x: Tensor = x, grid: Any = quantizer.grid, packed: Any = packed) -> Tensor:
+                return materialize.product(x, grid, packed)
+
+            def transposed(g: Tensor = grad, grid: Any = quantizer.grid, packed: Any = packed, n: int = n) -> Tensor:
+                return materialize.gradient(g, grid, packed, n)
+
+            def check(x: Tensor = x, dense: Tensor = dense, ours: Any = ours) -> None:
+                truth = x.double() @ dense.double().T
+                assert (ours() - truth).abs().max() <= 2**-7 * truth.abs().max()
+
+            def check_transposed(g: Tensor = grad, dense: Tensor = dense, ours: Any = transposed) -> None:
+                truth = g.double() @ dense.double()
+                assert (ours() - truth).abs().max() <= 2**-7 * truth.abs().max()
+
+            for name, checked, own, bf16, float32 in (
+                (
+                    "forward",
+                    check,
+                    ours,
+                    lambda x=x, w=half: x @ w.T,
+                    lambda x=x, w=dense: (x.float() @ w.T).bfloat16(),
+                ),
+                (
+                    *("transposed", check_transposed, transposed),
+                    *(lambda g=grad, w=half: g @ w, lambda g=grad, w=dense: (g.float() @ w).bfloat16()),
+                ),
+            ):
+                yield Problem(
+                    f"{name}, {bits} bits, {out} x {n}, {tokens} tokens",
+                    checked,
+                    {"packed": own},
+                    {"bf16 dense": bf16, "float32 dense": float32},
+                    2 * tokens * out * n / machine.best_matmul_speed,
+                    "the product",
+                )
+
+
 @case("ggml")
 def blocks_of_ggml(machine: Machine) -> Iterator[Problem]:
     """x Wᵀ in bfloat16 and rows to bfloat16 on ggml's blocks, beside our own 4 bits in groups of 32."""
@@ -207,4 +258,4 @@ def rotation(machine: Machine) -> Iterator[Problem]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(["decode", "multiply", "ggml", "hadamard"]))
+    sys.exit(main(["decode", "multiply", "products", "ggml", "hadamard"]))

@@ -1,7 +1,7 @@
 /* Products with many tokens:   y = x Wᵀ   or   y = g W,   the weight decoded to float32 a block at a time.
  *
  * The scheme is Goto's (doi:10.1145/1356052.1356053), with the weight as the operand whose elements are broadcast, so that
- * decoded rows need no further order: y comes in blocks of WIDTH outputs; for each, DEPTH summands at a time, the weights
+ * decoded rows need no further order: y comes in blocks of WIDTH outputs or less; for each, DEPTH summands at a time, the weights
  * are decoded into the second-level cache, and every panel of PANEL tokens is multiplied with them, HIGH outputs at a time,
  * whose sums stay in registers. The activations are brought to panels once a call: [panel, summand, PANEL] float32. Each
  * weight is decoded once, whatever the number of tokens, and rounded to no narrower type.
@@ -24,7 +24,7 @@ enum { HIGH = 8 };
 #define broadcast(value) ((value) - (Lanes){0})
 #endif
 
-enum { PANEL = 2 * WIDE, WIDTH = 192, DEPTH = 256, STEP = 32, EARLY = 8 };
+enum { PANEL = 2 * WIDE, WIDTH = 192, DEPTH = 128, STEP = 32, EARLY = 8, UNIT = 24 }; /* of HIGH, and of 8, where codes start bytes */
 
 static ALWAYS_INLINE Lanes read_lanes(const float *from) {
     Lanes lanes;
@@ -32,10 +32,9 @@ static ALWAYS_INLINE Lanes read_lanes(const float *from) {
     return lanes;
 }
 
-/* sums [HIGH, PANEL], rows `stride` apart, += Σ_k w[r, k] · x[k, t]; x [n, PANEL]. */
-static ALWAYS_INLINE void add_tile(const float *w, int64_t across, int64_t down, const float *x, int64_t n, float *sums,
-                                   int64_t stride) {
-    Lanes left[HIGH], right[HIGH]; /* in registers; from 0, so that rounding errors grow with DEPTH, not with all summands */
+/* sums [HIGH, PANEL] += Σ_k w[r, k] · x[k, t]; x [n, PANEL]. */
+static ALWAYS_INLINE void add_tile(const float *w, int64_t across, int64_t down, const float *x, int64_t n, float *sums) {
+    Lanes left[HIGH], right[HIGH]; /* in registers; from 0: the shorter a chain of sums, the less is lost by rounding */
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; r++) left[r] = right[r] = (Lanes){0};
     for (int64_t k = 0; k < n; k++, x += PANEL, w += down) {
@@ -49,10 +48,10 @@ static ALWAYS_INLINE void add_tile(const float *w, int64_t across, int64_t down,
     }
 #pragma GCC unroll 12
     for (int r = 0; r < HIGH; r++) {
-        left[r] += read_lanes(sums + r * stride);
-        right[r] += read_lanes(sums + r * stride + WIDE);
-        memcpy(sums + r * stride, &left[r], sizeof left[r]);
-        memcpy(sums + r * stride + WIDE, &right[r], sizeof right[r]);
+        left[r] += read_lanes(sums + r * PANEL);
+        right[r] += read_lanes(sums + r * PANEL + WIDE);
+        memcpy(sums + r * PANEL, &left[r], sizeof left[r]);
+        memcpy(sums + r * PANEL + WIDE, &right[r], sizeof right[r]);
     }
 }
 
@@ -69,22 +68,21 @@ static void fill_panel(const void *x, int64_t tokens, int64_t n, int type, float
     }
 }
 
-/* sums [WIDTH, stride] of outputs from `first` on to y [tokens, all] of `type`. */
-static void write_outputs(const float *restrict sums, int64_t stride, int64_t tokens, int64_t first, int64_t all, int type,
+/* sums [count, PANEL] of outputs from `first` on to y [tokens, all] of `type`. */
+static void write_outputs(const float *restrict sums, int64_t tokens, int64_t first, int64_t count, int64_t all, int type,
                           void *y) {
-    const int64_t count = all - first < WIDTH ? all - first : WIDTH;
     for (int64_t t = 0; t < tokens; t++) {
         float values[WIDTH];
-        for (int64_t r = 0; r < count; r++) values[r] = sums[r * stride + t];
+        for (int64_t r = 0; r < count; r++) values[r] = sums[r * PANEL + t];
         write_values(values, count, type, y, t * all + first);
     }
 }
 
-/* Outputs [first, first + WIDTH) of all tokens; x as panels; block: room for WIDTH · DEPTH, sums: for WIDTH · stride. */
-static void multiply_block(const Weight *w, int64_t rows, int by_weight, int64_t first, const float *x, int64_t stride,
-                           float *block, float *sums) {
-    const int64_t outputs = by_weight ? w->columns : rows, summands = by_weight ? rows : w->columns;
-    const int64_t count = outputs - first < WIDTH ? outputs - first : WIDTH;
+/* Outputs [first, first + count) of all tokens, count ≤ WIDTH; x as panels; room for WIDTH · DEPTH in block; sums
+ * [panel, WIDTH, PANEL]. */
+static void multiply_block(const Weight *w, int64_t rows, int by_weight, int64_t first, int64_t count, const float *x,
+                           int64_t stride, int64_t chain, float *block, float *sums) {
+    const int64_t summands = by_weight ? rows : w->columns;
     memset(sums, 0, (size_t)(WIDTH * stride) * sizeof *sums);
     memset(block, 0, (size_t)(WIDTH * DEPTH) * sizeof *block);
     for (int64_t k = 0; k < summands; k += DEPTH) {
@@ -92,7 +90,7 @@ static void multiply_block(const Weight *w, int64_t rows, int by_weight, int64_t
         if (by_weight)
             for (int64_t i = 0; i < n; i++) {
                 float row[WIDTH] = {0};
-                for (int64_t line = 0; line < WIDTH / 8 * w->bits; line += 64) /* of a row to come; the addresses may end */
+                for (int64_t line = 0; line < WIDTH / 8 * w->bits; line += 64) /* a row to come, or beyond the last */
                     __builtin_prefetch(w->codes + (k + i + EARLY) * w->code_stride + first / 8 * w->bits + line);
                 decode(w, k + i, first, first + count, FLOAT32, row);
                 for (int64_t r = 0; r < WIDTH; r += HIGH)
@@ -102,10 +100,14 @@ static void multiply_block(const Weight *w, int64_t rows, int by_weight, int64_t
             for (int64_t r = 0; r < count; r++) decode(w, first + r, k, k + n, FLOAT32, block + r * DEPTH);
         for (int64_t t = 0; t < stride; t += PANEL) {
             const float *panel = x + t * summands + k * PANEL;
-            for (int64_t r = 0; r < count; r += HIGH) {
-                if (by_weight) add_tile(block + r * DEPTH, 1, HIGH, panel, n, sums + r * stride + t, stride);
-                else add_tile(block + r * DEPTH, DEPTH, 1, panel, n, sums + r * stride + t, stride);
-            }
+            float *own = sums + t * WIDTH;
+            for (int64_t r = 0; r < count; r += HIGH)
+                for (int64_t i = 0; i < n; i += chain) {
+                    const int64_t some = n - i < chain ? n - i : chain;
+                    const float *weights = block + r * DEPTH + i * (by_weight ? HIGH : 1), *inputs = panel + i * PANEL;
+                    if (by_weight) add_tile(weights, 1, HIGH, inputs, some, own + r * PANEL);
+                    else add_tile(weights, DEPTH, 1, inputs, some, own + r * PANEL);
+                }
         }
     }
 }
@@ -118,7 +120,10 @@ static int multiply_tiles(const Weight *w, int64_t rows, const void *x, int64_t 
                           int by_weight) {
     const int64_t outputs = by_weight ? w->columns : rows, summands = by_weight ? rows : w->columns;
     const int64_t panels = (tokens + PANEL - 1) / PANEL, stride = panels * PANEL, size = type == FLOAT32 ? 4 : 2;
-    const size_t own = (size_t)(WIDTH * DEPTH + WIDTH * stride);
+    const int64_t share = (outputs + threads - 1) / threads, times = (share + WIDTH - 1) / WIDTH; /* of a thread */
+    const int64_t width = ((share + times - 1) / times + UNIT - 1) / UNIT * UNIT, blocks = (outputs + width - 1) / width;
+    const int64_t chain = type == FLOAT32 ? DEPTH / 2 : DEPTH; /* half precision loses more when y is rounded */
+    const size_t own = (size_t)(WIDTH * (DEPTH + stride));
     float *inputs = lines((size_t)(stride * summands)), *scratch = lines((size_t)threads * own);
     const int can = inputs && scratch;
     if (can) {
@@ -129,10 +134,12 @@ static int multiply_tiles(const Weight *w, int64_t rows, const void *x, int64_t 
 #pragma omp parallel for num_threads(threads) schedule(static)
         for (int64_t part = 0; part < threads; part++) {
             float *block = scratch + (size_t)part * own, *sums = block + WIDTH * DEPTH;
-            const int64_t blocks = (outputs + WIDTH - 1) / WIDTH;
             for (int64_t b = blocks * part / threads; b < blocks * (part + 1) / threads; b++) {
-                multiply_block(w, rows, by_weight, b * WIDTH, inputs, stride, block, sums);
-                write_outputs(sums, stride, tokens, b * WIDTH, outputs, type, y);
+                const int64_t first = b * width, count = outputs - first < width ? outputs - first : width;
+                multiply_block(w, rows, by_weight, first, count, inputs, stride, chain, block, sums);
+                for (int64_t t = 0; t < tokens; t += PANEL)
+                    write_outputs(sums + t * WIDTH, tokens - t < PANEL ? tokens - t : PANEL, first, count, outputs, type,
+                                  (char *)y + t * outputs * size);
             }
         }
     }

@@ -3,6 +3,7 @@
     python -m benchmarks.run step generate --json
     python -m benchmarks.level "4 bits" 160M 4 512 --checkpointing      the memory of one variant
     python -m benchmarks.level "4 bits" 160M 1 1 --profile              where the time of a token goes
+    python -m benchmarks.level "4 bits" 160M 1 128 --against OTHER      a step here and in another checkout, by turns
     python -m benchmarks.run step --only "160M 4x512, all kept" --candidates "bf16,4 bits" --rounds 2
 
 LLaMA shapes of 160M parameters (JackFram/llama-160m) and 1.1B (TinyLlama) with random weights, built here. Every
@@ -420,6 +421,46 @@ def _profile(variant: str, shape: str) -> None:
     print(json.dumps({"case": "profile", "problem": f"{shape} one token", "candidate": variant} | record), flush=True)
 
 
+_TURNS = """
+import sys, time, torch
+from benchmarks.level import adapted, build, following, step
+variant, shape, batch, tokens = *sys.argv[1:3], *map(int, sys.argv[3:])
+if tokens == 1:
+    run = following(build(variant, shape).eval())
+else:
+    run = step(variant, adapted(build(variant, shape)), torch.randint(0, 32000, (batch, tokens)))
+run()
+for _ in sys.stdin:
+    started = time.process_time()
+    run()
+    print(time.process_time() - started, flush=True)
+"""
+
+
+def _compare(other: Path, rounds: int, *arguments: str) -> dict[str, float]:
+    """Median CPU seconds of a step, or of GENERATED tokens where there is one, in this checkout and another."""
+    processes = {}
+    for name, checkout in (("here", Path(__file__).parent.parent), ("there", other.resolve())):
+        processes[name] = subprocess.Popen(
+            [sys.executable, "-c", _TURNS, *arguments],
+            cwd=checkout,
+            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    times: dict[str, list[float]] = {name: [] for name in processes}
+    for _ in range(rounds):
+        for name, process in processes.items():
+            assert process.stdin is not None and process.stdout is not None
+            print(file=process.stdin, flush=True)
+            times[name].append(float(process.stdout.readline()))
+    for process in processes.values():
+        process.communicate()
+    medians = {f"{name}_cpu_seconds": statistics.median(found) for name, found in times.items()}
+    return medians | {"ratio": medians["here_cpu_seconds"] / medians["there_cpu_seconds"]}
+
+
 class Idle(nn.Module):
     """Gives zeros of a linear's shape, and computes nothing."""
 
@@ -445,7 +486,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("tokens", type=int)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--profile", action="store_true", help="one token of generation instead, by what it runs")
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="time a step, or 16 tokens, here and there")
+    parser.add_argument("--rounds", type=int, default=5, help="of --against")
     args = parser.parse_args(argv)
+    if args.against:
+        found = _compare(args.against, args.rounds, args.variant, args.shape, str(args.batch), str(args.tokens))
+        print(json.dumps({"case": "against", "candidate": args.variant, "tokens": args.tokens} | found), flush=True)
+        return 0
     if args.profile:
         _profile(args.variant, args.shape)
         return 0

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..nn.adapters import inputs_uncast, plain_lora
 from ..nn.embedding import TiedLinear
 from ..nn.experts import is_fused
 from ..nn.loss import _ChunkedLoss, fits
@@ -178,6 +179,7 @@ def _peak(model: Any, batch: int, length: int, device: str, autocast: bool, chun
         chunked_loss = chunked_loss and fits(_base(model).get_output_embeddings())  # fake parameters are no Parameters
         _fake(model)
         model.train(training)
+        stack.enter_context(inputs_uncast(plain_lora(model) if autocast and training else []))
         ids = torch.zeros(batch, length, dtype=torch.long)
         ledger = stack.enter_context(Ledger([*model.parameters(), *model.buffers(), ids]))
         loss = _loss(model, ids, ledger, autocast, chunked_loss)

@@ -271,6 +271,8 @@ class SignedHadamard(Basis):
 
         if su.requires_grad or not (plain(x) and plain(su)) or x.is_inference() or su.is_inference():
             return rotated()
+        if x.is_leaf and x.requires_grad:  # such as gradcheck changes behind autograd's back
+            return rotated()
         return _last.result(x, su, rule, rotated)
 
     def outputs(self, y: Tensor, state: Packed) -> Tensor:

@@ -288,6 +288,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     Among the counts are the bytes at the peak of a validation batch, 0 where its size was not given: weights, adapters,
     the optimizer's state and the forward's tensors, without gradients.
     """
+    from ..kernels.build import has_bfloat16
     from ..model.memory import peak, tensors
     from ..train.heap import LEAST, SLACK
 
@@ -296,7 +297,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     held = tensors(model)
     how: dict[str, Any] = {
         "device": str(recipe.device),
-        "autocast": recipe.device == "cuda" or _is_bfloat16(model),  # as `train.arguments.arguments_of` sets it
+        "autocast": recipe.device == "cuda" or (_is_bfloat16(model) and has_bfloat16()),  # as in `train.arguments`
         "chunked_loss": recipe.chunked_loss,
     }
     transient = peak(model, recipe.batch_size, recipe.max_length, **how)

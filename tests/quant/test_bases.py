@@ -153,7 +153,7 @@ def test_siblings_rotate_their_input_once_with_the_same_values_and_gradients(
     dtype: torch.dtype, rotations: list[int]
 ) -> None:
     layers, grads = siblings(), torch.randn(3, 5, 96).to(dtype)
-    x = torch.randn(5, 96).to(dtype).requires_grad_()
+    x = torch.randn(5, 96).to(dtype).requires_grad_() * 1  # a leaf is rotated every time
     shared = [basis.inputs(x, state) for basis, state in layers]
     assert rotations == [96]
     (gradient,) = torch.autograd.grad(shared, x, list(grads))
@@ -181,7 +181,7 @@ def test_a_changed_input_is_rotated_again(rotations: list[int]) -> None:
 
 def test_a_result_without_a_graph_serves_no_training(rotations: list[int]) -> None:
     (basis, state), *_ = siblings()
-    x = torch.randn(5, 96, requires_grad=True)
+    x = torch.randn(5, 96, requires_grad=True) * 1
     with torch.no_grad():
         assert not basis.inputs(x, state).requires_grad
     assert basis.inputs(x, state).requires_grad

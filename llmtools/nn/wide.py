@@ -75,7 +75,7 @@ def _narrow(module: nn.Module, device: str | None = None) -> dict[str, Tensor]:
         f"{path}.{name}" if path else name
         for path, each in module.named_modules()
         if isinstance(each, PackedWeight)
-        for name in each.packed
+        for name in each.stored
     }
     found = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {

@@ -97,7 +97,6 @@ def open_recipe(recipe: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, str, s
         allow_other_base=recipe.allow_other_base,
         offload=recipe.offload,
     )
-    compute_fast(model, recipe.offload)
     return model, tokenizer, name, adapter
 
 

@@ -288,10 +288,10 @@ class _LastInput(threading.local):
     """
 
     source: Callable[[], Tensor | None] = staticmethod(lambda: None)
-    """weak: what is kept here keeps no input alive"""
+    """Weak reference to the input, which is not kept alive here."""
     key: tuple[Any, ...] = ()
     kept: list[Tensor]
-    """the result, and the signs; empty once the input is gone"""
+    """Result and signs; empty once the input is gone."""
 
     def result(self, x: Tensor, su: Tensor, rule: str, compute: Callable[[], Tensor]) -> Tensor:
         """`compute()`, or what it gave for this very x, unchanged since, and equal signs."""

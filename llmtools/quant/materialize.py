@@ -9,9 +9,9 @@ is summed block by block: a block of the weight's own gradient, r rows of grad�
 rows and is dropped.
 
 On a CPU a block stays in the processor's cache, so memory is read packed, once a pass; and half-precision inputs are
-multiplied in float32 where the processor does that faster, so W is not rounded at all. There may be a kernel that
-needs no blocks and multiplies while it decodes (`Rows.multiply`): for few tokens (GEMV), and some for any number. Which
-way is taken on a CPU is measured (`products.py`).
+multiplied in float32 where the processor does that faster, so W is not rounded at all. There may be a kernel that needs
+no blocks and multiplies while it decodes (`Rows.multiply`): for decoding (GEMV), and some for any number of tokens.
+Which way is taken on a CPU is measured (`products.py`).
 
 Shapes: out, in — features; t — tokens; r — rows in a block.
 """

@@ -65,13 +65,13 @@ class Way(NamedTuple):
     """How one direction is multiplied."""
 
     dtype: torch.dtype
-    """in which blocks of rows are decoded and multiplied"""
+    """Type in which blocks of rows are decoded and multiplied."""
     block_bytes: int
-    """of a block"""
+    """Bytes of a block."""
     few: int
-    """tokens up to which `Rows.multiply` takes over, where there is one"""
+    """Largest number of tokens for `Rows.multiply`, where there is one."""
     bytes: bool = True
-    """whether it is given half-precision activations as they are, for byte products; float32 otherwise"""
+    """Whether it is given half-precision activations as they are, for byte products; float32 otherwise."""
 
     def __str__(self) -> str:
         blocks = f"blocks of {self.block_bytes / 2**20:g} MiB in {_name(self.dtype)}"
@@ -121,13 +121,13 @@ class Found(NamedTuple):
 
     choice: Choice
     figures: Figures
-    """what was measured; empty: nothing was"""
+    """Measured times; empty where nothing was measured."""
     final: bool
-    """whether no measurement is to come"""
+    """Whether no measurement is to come."""
 
 
 _known: dict[tuple[torch.dtype, int], Found] = {}
-"""What was found, for the life of the process, by type of activations and threads."""
+"""Choices of this process, by type of activations and threads."""
 
 
 def find(dtype: torch.dtype, measured: bool = False, anew: bool = False) -> Found:
@@ -236,7 +236,7 @@ def _own_version() -> str:
 
 
 def _read(dtype: torch.dtype) -> Found | None:
-    """The kept choice; None where there is none, or it is damaged or somebody else's."""
+    """The kept choice; None where there is none, or it is damaged or another user's."""
     try:
         file = _file(dtype)
         build.check_private(file)

@@ -84,16 +84,17 @@ class Evaluation:
 
 def evaluate(recipe: Evaluate) -> Evaluation:
     """Evaluates a model on a task."""
-    from ..checkpoint.loading import open_recipe
+    from ..checkpoint.loading import compute_fast, open_recipe
 
     began = time.monotonic()
     if (recipe.num_samples is not None and recipe.num_samples < 1) or recipe.batch_size < 1:
         raise InputError(f"num_samples={recipe.num_samples}, batch_size={recipe.batch_size}: at least 1 is expected")
     evaluator = evaluator_of(recipe)
     model, tokenizer, name, adapter = open_recipe(recipe)
+    bits, size = linear_weights(model)
+    compute_fast(model, recipe.offload)
     details = evaluator(model, tokenizer)
     measure = next(iter(details))
-    bits, size = linear_weights(model)
     return Evaluation(
         task=",".join(_names(recipe.harness)) if recipe.harness else recipe.task,
         measure=measure,

@@ -75,11 +75,12 @@ def generate(recipe: Generate) -> GenerateResult:
             f"temperature={recipe.temperature}, top_p={recipe.top_p}, max_new_tokens={recipe.max_new_tokens}: "
             f"at least 0, above 0 and at most 1, and at least 1 are expected"
         )
-    from ..checkpoint.loading import open_recipe, prompt_format_of
+    from ..checkpoint.loading import compute_fast, open_recipe, prompt_format_of
     from ..data.generation import generate_completions
     from ..progress import progress
 
     model, tokenizer, name, adapter = open_recipe(recipe)
+    compute_fast(model, recipe.offload)
     template = {} if recipe.raw else prompt_format_of(adapter)
     chat = not recipe.raw and _is_chat(template, adapter, tokenizer)
     system = recipe.system if recipe.system is not None else template.get("system_prompt")

@@ -12,7 +12,7 @@ import shutil
 import pytest
 import torch
 
-from llmtools.kernels import grouped, lattice, sweep, trellis
+from llmtools.kernels import build, grouped, lattice, sweep, trellis
 from llmtools.kernels.bits import pack
 from llmtools.kernels.ggml.native import KINDS
 from llmtools.quant.grids.affine import Affine
@@ -92,15 +92,19 @@ def test_reading_beyond_a_tensor_ends_the_call() -> None:
     """And a function that the caller has not declared, or declared with other arguments, does not compile."""
     own = next(each for each in PROCESSORS.values() if not each.foreign)
     with libraries_for(own, "-O1") as libraries:
-        transform = libraries["hadamard"].hadamard_walsh
-        x = torch.ones(4, 64)
+        x, y, scratch = torch.ones(4, 64), torch.zeros(5, 64), torch.zeros(256)
+
+        def rotate(place: int, rows: int) -> None:
+            given = place, rows, 64, 64, build.TYPES[torch.float32], None, 0, None, 0, None, None, 0, 64, 64, 64
+            libraries["hadamard"].hadamard_rotate(*given, 1.0, scratch.data_ptr(), y.data_ptr(), 1)
+
         with pytest.raises(AssertionError, match="SIGSEGV; it read or wrote beyond"):
-            transform(x.data_ptr(), 5, 64, 1.0, 1)
-        assert torch.equal(x, torch.ones(4, 64))
+            rotate(x.data_ptr(), 5)
+        assert torch.equal(y, torch.zeros(5, 64))
         with pytest.raises(AssertionError, match="in no tensor"):
-            transform(ctypes.addressof(ctypes.c_int(0)), 4, 64, 1.0, 1)
+            rotate(ctypes.addressof(ctypes.c_int(0)), 4)
     with libraries_for(own, "-O1") as libraries:
-        libraries["hadamard"].hadamard_walsh.argtypes = [ctypes.c_void_p]
+        libraries["hadamard"].hadamard_rotate.argtypes = [ctypes.c_void_p]
         with pytest.raises(AssertionError, match="too few arguments"):
             libraries["hadamard"].compile()
 

@@ -50,7 +50,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch, limit: int) -> tuple[dict[str, Te
 def test_quantizing_is_the_same_with_less_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     most, once = quantized(monkeypatch, remembered.REMEMBERED_BYTES)
     none, often = quantized(monkeypatch, 0)
-    some, fewer = quantized(monkeypatch, 3000)
+    some, fewer = quantized(monkeypatch, 7000)  # of outputs in float32, where bfloat16 is slow
     assert most.keys() == none.keys() == some.keys()
     assert all(torch.equal(most[name], none[name]) and torch.equal(some[name], none[name]) for name in most)
     assert once < fewer < often

@@ -86,7 +86,7 @@ def rotate(
 
 class _Rotate(torch.autograd.Function):
     """`rotate` with fixed vectors. Nothing is saved for backward, so that the result may be shared between layers of
-    which some are checkpointed."""
+    which some are checkpointed: vectors that are views are copied, since what they lie in may be filled again."""
 
     @staticmethod
     def forward(
@@ -100,7 +100,7 @@ class _Rotate(torch.autograd.Function):
         factor: float,
         transpose: bool,
     ) -> Tensor:
-        ctx.arguments = (rule, size, after, before, x.shape[-1], factor, not transpose)
+        ctx.arguments = (rule, size, _own(after), _own(before), x.shape[-1], factor, not transpose)
         return _rotate(x, rule, size, before, after, length, factor, transpose)
 
     @staticmethod
@@ -111,6 +111,10 @@ class _Rotate(torch.autograd.Function):
             grads[0], rule, size, before=before, after=after, length=length, factor=factor, transpose=transpose
         )
         return grad, *(7 * [None])
+
+
+def _own(vector: Tensor | None) -> Tensor | None:
+    return vector.clone() if vector is not None and vector._is_view() else vector
 
 
 _hadamard = define(

@@ -22,11 +22,11 @@ class _Rotation(NamedTuple):
     """The matrix of a rule, as C takes it."""
 
     turned: Tensor
-    """float32: the small factors, the leading one first, each transposed"""
+    """Small factors, float32, the leading one first, each transposed."""
     orders: Tensor
-    """int64, of the factors"""
+    """Orders of the factors, int64."""
     run: int
-    """order of Sylvester's matrix"""
+    """Order of Sylvester's matrix."""
     block: int
     scale: float
 

@@ -47,7 +47,8 @@ BUNDLES: dict[str, dict[int, Bundle]] = {
     },
     "balanced": {
         2: Bundle(
-            {**PROPAGATED, "recover": {"steps": 60}}, "without the recovery 7 min, × 2.21 (16 sequences of 1024)"
+            {**PROPAGATED, "rounding": "two_sided", "recover": {"steps": 60}},
+            "without the recovery 8 min, × 2.01 (16 sequences of 1024)",
         ),
         3: Bundle(PROPAGATED, "7 min, × 1.24 (16 sequences of 1024)"),
         4: Bundle(PROPAGATED, "7 min, × 1.07 (16 sequences of 1024)"),

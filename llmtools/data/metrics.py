@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..nn.wide import run_wide
 
 OnStep = Callable[[int, int], None]
 """Progress callback: (number of steps done, total)."""
@@ -81,7 +82,7 @@ def perplexity(model: nn.Module, ids: Tensor, *, context: int, on_step: OnStep |
 @torch.no_grad()
 def mean_nll(model: nn.Module, ids: Tensor) -> float:
     """Mean negative log-likelihood in nats of ids[:, 1:]; ids: int64 [1, context]."""
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]  # [context − 1, vocabulary]
+    logits = run_wide(model, (), {"input_ids": ids, "use_cache": False}).logits[0, :-1]  # [context − 1, vocabulary]
     targets = ids[0, 1:]
     losses = [
         nn.functional.cross_entropy(part.float(), target, reduction="sum").double()

@@ -114,7 +114,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _own(vector: Tensor | None) -> Tensor | None:
-    return vector.clone() if vector is not None and vector._is_view() else vector
+    if vector is None or torch.compiler.is_compiling() or not vector._is_view():
+        return vector
+    return vector.clone()
 
 
 _hadamard = define(

@@ -100,13 +100,13 @@ def open_recipe(recipe: Any) -> tuple[nn.Module, PreTrainedTokenizerBase, str, s
     return model, tokenizer, name, adapter
 
 
-def compute_fast(model: nn.Module, offload: str | None = None) -> None:
+def compute_fast(model: nn.Module, offload: str | None = None, device: str | None = None) -> None:
     """Has a model compute in float32 where the processor is faster in that than in the model's half precision, if there
-    is memory for it; weights that stay in files stay as they are."""
+    is memory for it; weights that stay in files stay as they are. device: of one on the meta device."""
     from ..nn.wide import widen
 
     if offload is None:
-        widen(model)
+        widen(model, device)
 
 
 def _refuse_without_head(model: Any, name: str) -> None:

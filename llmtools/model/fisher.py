@@ -47,7 +47,7 @@ def backward_of_samples(model: nn.Module, sequences: Iterable[tuple[int, Batch]]
             embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)).remove
         )
         for seed, batch in sequences:
-            logits = getattr(run_network(model, batch, wide=True), "logits", None)
+            logits = getattr(run_network(model, batch), "logits", None)
             if logits is None:
                 raise InputError(f"{type(model).__name__} gives no logits of tokens, from which to sample")
             slope = logits.detach().float().softmax(-1).flatten(0, -2)  # p, [b · t, vocabulary]

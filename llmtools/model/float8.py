@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .integrity import reading
+from .integrity import read_headers, reading
 
 SUFFIXES = ("_scale_inv", "_scale")
 """Ends of a scale's name, after the weight's."""
@@ -119,9 +119,9 @@ def scales_of(folder: Path, found: Float8) -> dict[str, Scale]:
     kinds: dict[str, str] = {}
     files: dict[str, Path] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with reading(file), safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a dict)
-                kinds[name], files[name] = str(opened.get_slice(name).get_dtype()), file
+        headers = read_headers([file])
+        kinds |= {name: header.dtype for name, header in headers.items()}
+        files |= dict.fromkeys(headers, file)
     scales: dict[str, Scale] = {}
     for name, kind in kinds.items():
         if kind in _OTHER_CODES and not is_scale(name):

@@ -392,9 +392,7 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     linear = next(each for each in model.modules() if isinstance(each, TuningLinear | nn.Linear))
     dtype = linear.weight.dtype if isinstance(linear, nn.Linear) else linear.dtype
     home = next(model.parameters()).device
-    half = dtype if dtype in (torch.bfloat16, torch.float16) else None
-    if computed_in(dtype, home) != dtype:
-        half = None
+    half = dtype if dtype in (torch.bfloat16, torch.float16) and computed_in(dtype, home) == dtype else None
     with torch.autocast(home.type, dtype=half, enabled=half is not None):
         found: Tensor = run_wide(model, (), {"input_ids": ids.to(home), "use_cache": False}).logits[0]
     return found.float()

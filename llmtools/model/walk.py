@@ -271,13 +271,13 @@ def _agree(block: Block, processes: Processes) -> None:
         block.idle = [path for path in block.idle if path not in reached]
 
 
-def run_network(model: nn.Module, batch: Batch, *, wide: bool = False) -> Any:
-    """``model(input_ids=…)`` on one batch, on the model's device, without a cache of keys and values.
+def run_network(model: nn.Module, batch: Batch) -> Any:
+    """``model(input_ids=…)`` on one batch, on the model's device, without a cache of keys and values, by `run_wide`.
 
     batch: token ids [batch, t] or keyword arguments. An encoder-decoder without `decoder_input_ids` gets the text
-    itself there, shifted by one. wide: by `run_wide`, which may take a float32 copy of the weights.
+    itself there, shifted by one.
     """
-    return _run(model, _complete(model, batch), wide=wide)
+    return run_wide(model, (), _arguments(model, _complete(model, batch)))
 
 
 def _complete(model: nn.Module, batch: Batch) -> dict[str, Any]:
@@ -291,13 +291,14 @@ def _complete(model: nn.Module, batch: Batch) -> dict[str, Any]:
     return inputs
 
 
-def _run(module: nn.Module, inputs: Mapping[str, Any], *, wide: bool = False) -> Any:
+def _arguments(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments on the module's device, and that it is to keep no cache."""
     home = _first_device(module)
     moved = {name: value.to(home) if isinstance(value, Tensor) else value for name, value in inputs.items()}
     accepted = inspect.signature(module.forward).parameters
     if "use_cache" in accepted or any(each.kind is each.VAR_KEYWORD for each in accepted.values()):
         moved["use_cache"] = False
-    return run_wide(module, (), moved) if wide else module(**moved)
+    return moved
 
 
 def copied(stream: Stream) -> Stream:
@@ -395,7 +396,7 @@ def _observe_data_flow(
         return output
 
     with _stubs(blocks, stub), origins:
-        _run(trunk, batch)
+        trunk(**_arguments(trunk, batch))
     return events
 
 
@@ -500,7 +501,7 @@ class _Recording:
                 self.stream.append({})
                 self._returned, self._states = _Returned(), []
                 with suppress(_SegmentDone):
-                    _run(trunk, batch)
+                    trunk(**_arguments(trunk, batch))
                 self._check_complete()
         self._seen.clear()
 

@@ -26,12 +26,10 @@ log = logging.getLogger(__name__)
 
 def computed_in(dtype: torch.dtype, device: torch.device | str) -> torch.dtype:
     """The type in which a model of `dtype` is computed: its own, or float32 on a CPU without products of that type."""
-    if torch.device(device).type != "cpu":
-        return dtype
     slow = (dtype == torch.bfloat16 and not build.has_bfloat16()) or (
         dtype == torch.float16 and not build.has_float16()
     )
-    return torch.float32 if slow else dtype
+    return torch.float32 if slow and torch.device(device).type == "cpu" else dtype
 
 
 def widen(model: nn.Module, device: str | None = None) -> None:

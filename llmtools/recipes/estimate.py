@@ -288,8 +288,8 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     Among the counts are the bytes at the peak of a validation batch, 0 where its size was not given: weights, adapters,
     the optimizer's state and the forward's tensors, without gradients.
     """
-    from ..kernels.build import has_bfloat16
     from ..model.memory import peak, tensors
+    from ..train.arguments import autocasts_on_cpu
     from ..train.heap import LEAST, SLACK
 
     assert recipe.max_length is not None
@@ -297,7 +297,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     held = tensors(model)
     how: dict[str, Any] = {
         "device": str(recipe.device),
-        "autocast": recipe.device == "cuda" or (_is_bfloat16(model) and has_bfloat16()),  # as in `train.arguments`
+        "autocast": recipe.device == "cuda" or autocasts_on_cpu(model),
         "chunked_loss": recipe.chunked_loss,
     }
     transient = peak(model, recipe.batch_size, recipe.max_length, **how)
@@ -349,23 +349,17 @@ def _share_fused(model: Any, quantizers: dict[str, Any]) -> None:
                     layer._parameters[name] = known.setdefault((parent, name, tensor.shape), layer._parameters[name])
 
 
-def _is_bfloat16(model: Any) -> bool:
-    import torch
-
-    return bool(model.get_input_embeddings().weight.dtype == torch.bfloat16)
-
-
 def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
     """(the model on the meta device, adapted as finetune trains it; quantizer's name; number of quantized linears)"""
     import torch
     from peft import get_peft_model
 
+    from ..checkpoint.loading import compute_fast
     from ..model.memory import planning_attention
     from ..model.transformers_integration import empty_layer, tie_heads
     from ..nn.adapters import prepare_for_training
     from ..nn.experts import unfuse_all, unfused_within
     from ..nn.swap import set_module
-    from ..nn.wide import widen
     from ..train.adapters import fit_config, lora_config
 
     with torch.device("meta"), planning_attention() as attention:
@@ -379,8 +373,7 @@ def _model(config: Any, recipe: Plan, dense: bool) -> tuple[Any, str, int]:
                     set_module(model, path, empty_layer(model.get_submodule(path), quantizer, path))
                 _share_fused(model, quantizers)
                 tie_heads(model)
-        if recipe.offload is None:
-            widen(model, recipe.device)
+        compute_fast(model, recipe.offload, recipe.device)
         prepare_for_training(model, gradient_checkpointing=bool(recipe.gradient_checkpointing))
         try:
             config = lora_config(recipe.lora)

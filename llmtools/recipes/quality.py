@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .quantize import Quantize
 
 DEFAULT, DEFAULT_BITS = "balanced", 4
-OF_ITS_QUANTIZER = ("options", "group_size", "rounding", "bits_per_weight")
+OF_ITS_QUANTIZER = ("options", "group_size", "rounding")
 """Options of a set that were chosen for its quantizer, and do not go to another."""
 
 
@@ -112,7 +112,6 @@ def _filled(recipe: Quantize, bundle: Mapping[str, Any]) -> Quantize:
     group_size = recipe.group_size
     if group_size is None and "group_size" not in {**named, **recipe.options}:
         group_size = bundle.get("group_size")
-    divided = _divided(recipe, bundle)
     tuning, recovery = recipe.finetune_blocks, recipe.recover
     if tuning.epochs is None:
         tuning = replace(tuning, epochs=bundle.get("finetune_blocks", {}).get("epochs", 0))
@@ -121,8 +120,7 @@ def _filled(recipe: Quantize, bundle: Mapping[str, Any]) -> Quantize:
     return replace(
         recipe,
         quantizer=recipe.quantizer if recipe.quantizer is not None else bundle.get("quantizer", "optq"),
-        bits=_bits(recipe, bundle) if divided == recipe.bits_per_weight else None,
-        bits_per_weight=divided,
+        bits=_bits(recipe, bundle),
         group_size=group_size,
         options={**options, **recipe.options},
         num_samples=recipe.num_samples if recipe.num_samples is not None else bundle.get("num_samples", 128),
@@ -141,16 +139,6 @@ def _error_propagation(recipe: Quantize, bundle: Mapping[str, Any], *, tuned: bo
         return recipe.error_propagation
     strength: float = bundle.get("error_propagation", 0.0)
     return strength if recipe.calibration is not None and not tuned else 0.0
-
-
-def _divided(recipe: Quantize, bundle: Mapping[str, Any]) -> float | None:
-    """The stored bits per weight that widths are chosen within: those that are given, or the bundle's, where neither
-    `fit` nor a quantizer's own options say the width."""
-    named = recipe.quantizer if isinstance(recipe.quantizer, dict) else {}
-    if recipe.bits_per_weight is not None or recipe.fit is not None or "bits" in {**named, **recipe.options}:
-        return recipe.bits_per_weight
-    size: float | None = bundle.get("bits_per_weight") if recipe.calibration is not None else None
-    return size
 
 
 def _bits(recipe: Quantize, bundle: Mapping[str, Any]) -> int | None:

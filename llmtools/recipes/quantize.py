@@ -199,7 +199,7 @@ def _check_divided(recipe: Quantize, count: int) -> None:
     }
     option = next((name for name, value in asked.items() if value), None)
     if count > 1 and option is not None:
-        chosen = "" if recipe.quality is None else f" (--quality {recipe.quality}; --quantizer NAME is without)"
+        chosen = "" if recipe.quality is None else f" (--quality {recipe.quality}; {option} 0 is without)"
         raise InputError(
             f"{option} {asked[option]}{chosen} works in one process, and this run has {count}; start it without "
             f"torchrun"

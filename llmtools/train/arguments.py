@@ -144,6 +144,15 @@ def _near(key: str, known: dict[str, str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else "see the documentation of trl.SFTConfig"
 
 
+def autocasts_on_cpu(model: Any) -> bool:
+    """Whether a step is autocast to bfloat16 on a CPU: the model has that type, and the processor products of it."""
+    import torch
+
+    from ..kernels.build import has_bfloat16
+
+    return bool(model.get_input_embeddings().weight.dtype == torch.bfloat16) and has_bfloat16()
+
+
 def arguments_of(
     recipe: Finetune, work: Path, model: Any, record_format: str, validates: bool, length: int | None = None
 ) -> dict[str, Any]:
@@ -160,17 +169,15 @@ def arguments_of(
     import torch
 
     from ..data.metrics import model_positions
-    from ..kernels.build import has_bfloat16
 
     gpu = torch.cuda.is_available()
     positions = model_positions(model)
     cpu = not gpu and not torch.accelerator.is_available()
-    half = cpu and model.get_input_embeddings().weight.dtype == torch.bfloat16 and has_bfloat16()
     defaults: dict[str, Any] = {
         "learning_rate": 2e-4,
         "seed": recipe.seed,
         "data_seed": recipe.seed,
-        "bf16": torch.cuda.is_bf16_supported() if gpu else half,
+        "bf16": torch.cuda.is_bf16_supported() if gpu else cpu and autocasts_on_cpu(model),
         "use_cpu": cpu,
         "gradient_checkpointing": gpu,
         "max_length": min(length or 1024, positions or length or 1024),

@@ -48,6 +48,11 @@ def collected(folder: Path) -> list[Row]:
     return rows
 
 
+def _run(row: Row) -> tuple[object, ...]:
+    """What a run is told apart by: made again, it takes the place of its row."""
+    return row["variant"], row["task"], row["rank"], row["seed"]
+
+
 def tables(rows: list[Row]) -> dict[str, str]:
     """Name → Markdown."""
     ranks = sorted({row["rank"] for row in rows})
@@ -92,7 +97,8 @@ def tables(rows: list[Row]) -> dict[str, str]:
 
 def main(words: list[str]) -> int:
     if words:
-        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in collected(Path(words[0]))), encoding="utf-8")
+        rows = {_run(row): row for row in (*rows_of(RESULTS), *collected(Path(words[0])))}
+        RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
     rows = rows_of(RESULTS)
     print(f"{PAGE}: {len(rows)} runs in {len(fill(PAGE, tables(rows)))} tables")
     return 0

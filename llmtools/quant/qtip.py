@@ -31,8 +31,9 @@ class QTIP(Rotated):
     state_bits: int = 12
     """Bits of the trellis' state, 8 to 16 and at least bits + 4; each more takes twice the time to quantize, and brings
     less."""
-    code: str = "3inst"
-    """Function from states to weights: 3inst, 1mad, or EXL3's mcg and mul1."""
+    code: str | None = None
+    """Function from states to weights: 3inst, 1mad, or EXL3's mcg and mul1. By default 3inst for 1 and 2 bits, 1mad for
+    more: whichever has less error (docs/results/trellis.md)."""
     scale: float | None = None
     """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
     weights best downwards."""
@@ -47,10 +48,16 @@ class QTIP(Rotated):
     scale_type: str = later("float16")
     """Type of the scales of rows: float16, bfloat16 or float32; float32 anyway where float16 is too narrow."""
 
+    def __post_init__(self) -> None:
+        if self.code is None:  # a checkpoint stores the code itself
+            object.__setattr__(self, "code", "3inst" if self.bits in (1, 2) else "1mad")
+        super().__post_init__()
+
     @property
     def fitting_scale(self) -> float:
         return self.grid.scale
 
     @cached_property
     def grid(self) -> Trellis:
+        assert self.code is not None
         return Trellis(self.bits, self.state_bits, self.code)

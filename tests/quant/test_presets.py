@@ -57,6 +57,12 @@ def test_quip_sharp_has_two_to_four_bits(bits: Any) -> None:
         quantizer("quip_sharp", bits=bits)
 
 
+@pytest.mark.parametrize(("bits", "code"), [(1, "3inst"), (2, "3inst"), (3, "1mad"), (4, "1mad"), (8, "1mad")])
+def test_qtip_takes_the_code_with_less_error_at_its_bits_and_stores_which(bits: int, code: str) -> None:
+    assert quantizer("qtip", bits=bits).spec()["code"] == code
+    assert quantizer("qtip", bits=bits, code="mcg").spec()["code"] == "mcg"
+
+
 @pytest.mark.parametrize(
     "options",
     [{"bits": 0}, {"bits": 9}, {"bits": True}, {"passes": -1}, {"damping": 0.0}, {"scale": -1.0}, {"hadamard": 2},

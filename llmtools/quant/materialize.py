@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 DEFAULT_MATERIALIZE_BYTES = DEFAULT_BLOCK_BYTES
 DEVICE_MATERIALIZE_BYTES = 32 * 2**20
 """Scratch memory on other devices than a CPU, in bytes, where a block should fill the device."""
+LARGEST_BLOCK_BYTES = 31 * 2**20
+"""Scratch memory that many tokens may bring a block on a CPU to: glibc takes more than 32 MiB from the kernel, page by
+page, each time."""
 DEVICE_GEMV_TOKENS = 16
 """Largest number of tokens for `Rows.multiply` on a GPU, a guess."""
 
@@ -105,12 +108,24 @@ def multiply_by(way: Way, x: Tensor, source: Rows, packed: Packed, transposed: b
 def _ways(x: Tensor, source: Rows, packed: Packed) -> Choice:
     """How both products are computed, for inputs or gradients x [..., in or out]."""
     if x.is_cpu:
-        ways = choice(x, lambda: source.out_features(packed) * x.shape[-1])
+        out_features = source.out_features(packed)
+        ways = _with_many(choice(x, lambda: out_features * x.shape[-1]), x, out_features)
     else:
         ways = Choice(*2 * [Way(x.dtype, DEVICE_MATERIALIZE_BYTES, DEVICE_GEMV_TOKENS)])
     if _budget is None and _gemv_tokens is None:
         return ways
     return Choice(_as_asked(ways.forward), _as_asked(ways.transposed))
+
+
+def _with_many(ways: Choice, x: Tensor, out_features: int) -> Choice:
+    """The ways with blocks that are as large as the inputs x [..., in] and outputs in float32, if these are larger: each
+    block adds a product of their size to the sum in backward, so with many tokens few blocks are faster."""
+    if torch.compiler.is_compiling():  # sizes are symbols
+        return ways
+    moved = min(4 * (x.numel() // max(1, x.shape[-1]) * (x.shape[-1] + out_features)), LARGEST_BLOCK_BYTES)
+    if moved <= min(way.block_bytes for way in ways):
+        return ways
+    return Choice(*(way._replace(block_bytes=max(moved, way.block_bytes)) for way in ways))
 
 
 def _as_asked(way: Way) -> Way:
@@ -169,7 +184,7 @@ def _fused(x: Tensor, source: Rows, packed: Packed, way: Way, transposed: bool) 
 def _product(x: Tensor, source: Rows, packed: Packed, way: Way) -> Tensor:
     """x [t, in] @ W.T -> [t, out], a block of W's rows at a time."""
     out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(_wide(x, way))
-    step = _rows_per_block(source, x.shape[1], way.block_bytes, inputs)
+    step = _rows_per_block(source, out_features, x.shape[1], way.block_bytes, inputs)
     if step >= out_features:
         return F.linear(inputs, source.dequantize(packed, slice(0, out_features), inputs.dtype)).to(dtype)
     y = x.new_empty(x.shape[0], out_features)
@@ -194,7 +209,7 @@ def _gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int, way:
 def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features: int, way: Way) -> Tensor:
     """grad [t, out] @ W -> [t, in], a block of W's rows at a time."""
     (tokens, out_features), dtype = grad.shape, _wide(grad, way)
-    step = _rows_per_block(source, in_features, way.block_bytes, grad.new_empty(0, dtype=dtype))
+    step = _rows_per_block(source, out_features, in_features, way.block_bytes, grad.new_empty(0, dtype=dtype))
     if step >= out_features:
         return (grad.to(dtype) @ source.dequantize(packed, slice(0, out_features), dtype)).to(grad.dtype)
     # Blocks are summed in float32 at least, so that the number of blocks does not show in bf16 gradients.
@@ -244,6 +259,11 @@ def _wide(x: Tensor, way: Way) -> torch.dtype:
     return way.dtype if x.dtype in HALVES else x.dtype
 
 
-def _rows_per_block(source: Rows, in_features: int, budget: int, inputs: Tensor) -> int:
+def _rows_per_block(source: Rows, out_features: int, in_features: int, budget: int, inputs: Tensor) -> int:
+    """Rows of equal blocks within the budget, in sixteens where it allows that."""
     rows = max(1, budget // (in_features * source.scratch_bytes(inputs.device, inputs.dtype)))
-    return rows if rows < 16 else rows - rows % 16
+    if rows < 16:
+        return rows
+    rows -= rows % 16
+    equal = -(-out_features // -(-out_features // rows))
+    return equal + -equal % 16

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmtools.nn.linear import QuantizedLinear
 from llmtools.quant import NF4, OPTQ, RTN, Packed, Quantizer, QuIPSharp, materialize_budget, materialized_linear
-from llmtools.quant.materialize import _rows_per_block, gemv_tokens
+from llmtools.quant.materialize import LARGEST_BLOCK_BYTES, _rows_per_block, _ways, gemv_tokens
 
 QUANTIZERS = [RTN(bits=3, group_size=32), NF4(), OPTQ(bits=2, group_size=16, act_order=True)]
 
@@ -261,11 +261,32 @@ def test_a_training_step_stays_within_activations_and_budget(quantizer: Quantize
 
 
 def test_rows_of_a_block_follow_from_the_budget() -> None:
-    """Multiples of 16 where there are that many, at least one row, and never more scratch than asked for."""
+    """Equal blocks, in multiples of 16 where there are that many, at least one row, and never more scratch than asked
+    for."""
     source, x = RTN(), torch.empty(0)
-    assert _rows_per_block(source, 4096, 8 * 2**20, x) == 128
-    assert _rows_per_block(source, 4096, 1, x) == 1
-    assert _rows_per_block(source, 1000, 16 * 1000 * 37, x) == 32
+    assert _rows_per_block(source, 4096, 4096, 8 * 2**20, x) == 128
+    assert _rows_per_block(source, 4096, 4096, 1, x) == 1
+    assert _rows_per_block(source, 4096, 1000, 16 * 1000 * 37, x) == 32
+    assert _rows_per_block(source, 3072, 768, 16 * 768 * 2730, x) == 1536  # not 2720 and 352
+    assert _rows_per_block(source, 100, 768, 16 * 768 * 64, x) == 64
+    assert _rows_per_block(source, 100, 768, 16 * 768 * 2730, x) >= 100
+
+
+def test_blocks_are_as_large_as_what_many_tokens_read_and_write() -> None:
+    """Fewer sums in backward, and no more memory than the inputs and outputs in float32, or 31 MiB, or what is asked
+    for."""
+    layer = QuantizedLinear.from_linear(torch.nn.Linear(1024, 3072, bias=False), RTN(bits=4, clip=False))
+    source = layer.quantizer.grid  # type: ignore[attr-defined]
+
+    def blocks(tokens: int) -> list[int]:
+        return [way.block_bytes for way in _ways(torch.empty(tokens, 1024), source, layer.packed)]
+
+    base = blocks(1)
+    assert blocks(8) == base
+    assert blocks(1000) == [max(each, 4 * 1000 * 4096) for each in base]
+    assert blocks(100_000) == [max(each, LARGEST_BLOCK_BYTES) for each in base]
+    with materialize_budget(12345):
+        assert blocks(1000) == [12345, 12345]
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17])

@@ -172,8 +172,8 @@ ENCODABLE: list[tuple[str, dict[str, Any]]] = [
 
 
 def other_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
-    """A tiny model that is no decoder: t5, bart, bert (a classifier), xlm, llava (whose vision tower is the larger
-    part)."""
+    """A tiny model that is no decoder: t5, bart, bert (a classifier), xlm, embedding (a decoder without a head), llava
+    (whose vision tower is the larger part)."""
     import transformers as t
 
     sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -194,6 +194,8 @@ def other_model(kind: str, *, seed: int = 0) -> PreTrainedModel:
             case "bert":
                 config = t.BertConfig(**sizes | heads | {"num_hidden_layers": 2, "num_labels": 3})
                 model = t.BertForSequenceClassification(config)
+            case "embedding":
+                model = t.LlamaModel(t.LlamaConfig(**sizes | heads | {"num_hidden_layers": 2}))
             case "xlm":
                 model = t.XLMWithLMHeadModel(t.XLMConfig(vocab_size=VOCABULARY, emb_dim=64, n_layers=2, n_heads=4))
             case "llava":

@@ -8,6 +8,7 @@ are removed, since a walk knows better when a block is needed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ def open_unread(name: str, converted: Path, *, verify: bool = False) -> Unread:
                 f"{name}: experts ({mixture}) that are float8 are not read; give the model in bfloat16"
             )
         options = {"dtype": torch.bfloat16, "config": empty.config}
-    model, tokenizer = load(name, verify=verify, device_map=_places(empty), offload_folder=str(converted), **options)
+    options |= {"device_map": _places(empty), "offload_folder": str(converted)}
+    with warnings.catch_warnings():  # the network's own tensors are no modules
+        warnings.filterwarnings("ignore", "The following device_map keys do not match", UserWarning)
+        model, tokenizer = load(name, verify=verify, **options)
     index = _detached(model)
     _check_shapes(model, index)
     if float8 is not None:
@@ -125,11 +129,12 @@ def _places(empty: nn.Module) -> dict[str, str]:
     around = {
         path: module
         for path, module in empty.named_modules()
-        if (module._parameters or module._buffers) and unit_of(path, blocks) is None
+        if path and (module._parameters or module._buffers) and unit_of(path, blocks) is None
     }
     nested = any(path.startswith(f"{other}.") for path in around for other in around)
     large = () if nested else (nn.Embedding, nn.Linear)
-    return blocks | {path: "disk" if isinstance(module, large) else "cpu" for path, module in around.items()}
+    places = blocks | {path: "disk" if isinstance(module, large) else "cpu" for path, module in around.items()}
+    return places | dict.fromkeys({**empty._parameters, **empty._buffers}, "cpu")  # the network's own, by their names
 
 
 def _detached(model: Any) -> dict[str, Stored]:

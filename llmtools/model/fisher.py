@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import InputError, where, within
 from ..quant import HessianSum
 from .blocks import Block, linear_at
-from .walk import Batch, Calls, evaluating, hidden_of, run_network
+from .walk import Batch, Calls, evaluating, hidden_of, logits_of, run_network
 
 BlockGradients = dict[str, list[Tensor]]
 """Path of a block → the gradient in its hidden states [b, t, features] for each of its calls, in their order."""
@@ -42,19 +42,24 @@ def backward_of_samples(model: nn.Module, sequences: Iterable[tuple[int, Batch]]
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_frozen(model))
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-        stack.callback(
-            embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)).remove
-        )
+        for embedding in _embeddings(model):
+            stack.callback(
+                embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)).remove
+            )
         for seed, batch in sequences:
-            logits = getattr(run_network(model, batch), "logits", None)
-            if logits is None:
-                raise InputError(f"{type(model).__name__} gives no logits of tokens, from which to sample")
+            logits = logits_of(run_network(model, batch), model)
             slope = logits.detach().float().softmax(-1).flatten(0, -2)  # p, [b · t, vocabulary]
             generator = torch.Generator().manual_seed(seed)
             sampled = torch.multinomial(slope.cpu(), 1, generator=generator).to(slope.device)
             slope.scatter_add_(1, sampled, torch.full_like(slope[:, :1], -1.0))  # p − one-hot: −log p's gradient
             logits.backward(slope.view_as(logits).to(logits.dtype))
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules that embed token ids: one, or one for the encoder and one for the decoder."""
+    own: Any = model.get_input_embeddings()  # type: ignore[operator]
+    same = [each for each in model.modules() if type(each) is type(own) and each.weight.shape == own.weight.shape]
+    return same or [own]
 
 
 def block_gradients(

@@ -33,10 +33,10 @@ from ..nn.linear import QuantizedLinear
 from ..nn.lora_init import LoraInit
 from ..nn.swap import own_linears, packed_layers
 from ..nn.tuning import AdaptedLinear, TuningLinear
-from ..nn.wide import computed_in, run_wide
+from ..nn.wide import computed_in
 from .options import Recovery
 from .reconstruct import divided, relative_to, replaced, shuffled
-from .walk import evaluating
+from .walk import evaluating, logits_of, run_network
 
 OnStep = Callable[[int, int, str], None]
 
@@ -394,5 +394,4 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     home = next(model.parameters()).device
     half = dtype if dtype in (torch.bfloat16, torch.float16) and computed_in(dtype, home) == dtype else None
     with torch.autocast(home.type, dtype=half, enabled=half is not None):
-        found: Tensor = run_wide(model, (), {"input_ids": ids.to(home), "use_cache": False}).logits[0]
-    return found.float()
+        return logits_of(run_network(model, ids), model)[0].float()

@@ -690,6 +690,20 @@ def _widened(value: Any) -> Any:
     return _mapped(value, wide)
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether a model predicts something; an embedding model gives hidden states alone."""
+    bare = getattr(model, "base_model", None) is model
+    return not bare or model.get_output_embeddings() is not None  # type: ignore[operator]
+
+
+def logits_of(output: Any, model: nn.Module) -> Tensor:
+    """The logits in the model's output. Raises InputError where there are none."""
+    found = getattr(output, "logits", None)
+    if not isinstance(found, Tensor):
+        raise InputError(f"{type(model).__name__} gives no logits, which two-sided rounding and recovery need")
+    return found
+
+
 def hidden_of(output: Any, path: str) -> Tensor:
     """The hidden states [batch, t, features] in a block's output: its first tensor."""
     hidden = next(_tensors(output), None)

@@ -26,6 +26,7 @@ class TuningLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear, *, materialize: bool = False) -> None:
         super().__init__()
         self.quantizer, self.bias = layer.quantizer, layer.bias
+        self.weight = layer.weight  # takes no memory; networks ask for its dtype
         self._packed = layer.quantizer.unpacked(layer.packed)
         self.materialize, self.dtype = materialize, layer.dtype
         names = layer.quantizer.tunable(self._packed)
@@ -62,6 +63,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear, init: LoraInit) -> None:
         super().__init__()
         self.layer, self.a, self.b = layer, init.a.clone(), init.b.clone()
+        self.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)

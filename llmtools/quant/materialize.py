@@ -118,8 +118,8 @@ def _ways(x: Tensor, source: Rows, packed: Packed) -> Choice:
 
 
 def _with_many(ways: Choice, x: Tensor, out_features: int) -> Choice:
-    """The ways with blocks that are as large as the inputs x [..., in] and outputs in float32, if these are larger: each
-    block adds a product of their size to the sum in backward, so with many tokens few blocks are faster."""
+    """The ways with blocks as large as the inputs x [..., in] and outputs in float32 where these are larger: each block
+    adds a product of their size to the sum in backward, so with many tokens few blocks are faster."""
     if torch.compiler.is_compiling():  # sizes are symbols
         return ways
     moved = min(4 * (x.numel() // max(1, x.shape[-1]) * (x.shape[-1] + out_features)), LARGEST_BLOCK_BYTES)

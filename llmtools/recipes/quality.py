@@ -36,7 +36,9 @@ SHORT = {"num_samples": 64, "max_length": 512}
 LONG = {"num_samples": 256, "max_length": 512}
 RTN8 = Bundle({"quantizer": "rtn", "group_size": 64})
 TRELLIS = {"quantizer": "qtip"}
-PROPAGATED = {**TRELLIS, **SHORT, "error_propagation": 0.5}
+WHOLE = {"error_propagation": 0.5, "rounding": "two_sided"}
+"""What looks at the whole network while its linears are rounded."""
+BALANCED = {**TRELLIS, **SHORT, **WHOLE}
 
 BUNDLES: dict[str, dict[int, Bundle]] = {
     "fast": {
@@ -46,17 +48,14 @@ BUNDLES: dict[str, dict[int, Bundle]] = {
         8: RTN8,
     },
     "balanced": {
-        2: Bundle(
-            {**PROPAGATED, "rounding": "two_sided", "recover": {"steps": 60}},
-            "without the recovery 8 min, × 2.01 (16 sequences of 1024)",
-        ),
-        3: Bundle(PROPAGATED, "7 min, × 1.24 (16 sequences of 1024)"),
-        4: Bundle(PROPAGATED, "7 min, × 1.07 (16 sequences of 1024)"),
-        6: Bundle(PROPAGATED),
+        2: Bundle({**BALANCED, "recover": {"steps": 60}}, "without the recovery 8 min, × 2.01 (16 sequences of 1024)"),
+        3: Bundle(BALANCED, "6 min, × 1.19 (16 sequences of 1024)"),
+        4: Bundle(BALANCED, "6 min, × 1.04 (16 sequences of 1024)"),
+        6: Bundle(BALANCED),
         8: RTN8,
     },
     "best": {
-        bits: Bundle({**TRELLIS, **LONG, "finetune_blocks": {"epochs": 5}, "recover": {"steps": 240}})
+        bits: Bundle({**TRELLIS, "options": {"state_bits": 14}, **LONG, **WHOLE, "recover": {"steps": 240}})
         for bits in (2, 3, 4, 6)
     }
     | {8: RTN8},
@@ -66,7 +65,7 @@ BUNDLES: dict[str, dict[int, Bundle]] = {
 SUMMARIES = {
     "fast": "Seconds, without calibration text.",
     "balanced": "Minutes: calibrated, and recovered at 2 bits. The default.",
-    "best": "Hours: with block-wise reconstruction and a long recovery.",
+    "best": "Hours: more text, a finer trellis and a long recovery.",
 }
 
 

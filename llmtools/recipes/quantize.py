@@ -172,22 +172,47 @@ def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     import_plugins(recipe.plugin)
     recipe = fitted(recipe, divide=processes.count == 1)
     quantizer = checked_quantizer(recipe)
-    recipe = with_quality(recipe)
+    given, recipe = recipe, _block_by_block(recipe, with_quality(recipe))
     _check_divided(recipe, processes.count)
     quiet_libraries()
     if (why := _why_resident(recipe)) is None:
         with _streamed(recipe, processes) as (model, tokenizer, storage):
+            recipe = _without_head(given, recipe, model)
             return _quantized(recipe, quantizer, model, tokenizer, storage, processes, began)
     if recipe.resume:
         raise InputError(f"--resume: nothing is kept of this run, since {why}; start without --resume")
     log.info("the whole model is read into memory, since %s", why)
     if is_converted(recipe.model) and why_not_streamed(recipe.model) is None:
         with opened_whole(recipe.model, verify=recipe.verify) as (model, tokenizer):
+            recipe = _without_head(given, recipe, model)
             return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
     model, tokenizer = open_model(
         recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
     )
+    recipe = _without_head(given, recipe, model)
     return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
+
+
+def _block_by_block(given: Quantize, recipe: Quantize) -> Quantize:
+    """The recipe, on a GPU without the rounding that a --quality chose if it alone would need the whole model there."""
+    import torch
+
+    if given.rounding is None and torch.cuda.is_available() and not recipe.recover.steps:
+        return replace(recipe, rounding=ONE_SIDED)
+    return recipe
+
+
+def _without_head(given: Quantize, recipe: Quantize, model: Any) -> Quantize:
+    """The recipe without what a --quality chose that needs logits, if the model has none."""
+    from ..model.walk import has_head
+
+    if has_head(model):
+        return recipe
+    rounding = ONE_SIDED if given.rounding is None else recipe.rounding
+    steps = 0 if given.recover.steps is None else recipe.recover.steps
+    if (rounding, steps) != (recipe.rounding, recipe.recover.steps):
+        log.info("%s gives no logits: rounded one-sided, and not recovered", type(model).__name__)
+    return replace(recipe, rounding=rounding, recover=replace(recipe.recover, steps=steps))
 
 
 def _check_divided(recipe: Quantize, count: int) -> None:
@@ -380,12 +405,12 @@ def _write(
         run = record("quantize", recipe, facts=_facts(recipe), recovery=recovery)
         if recipe.quality is not None:
             run["quality"] = {"name": recipe.quality, "options": expanded(recipe)}
-        write(model, tokenizer, folder, report=report, run=run, lora_init=adapters or None)
         if adapters:
             write_adapter(model, adapters, folder / ADAPTER, base=str(out.resolve()))
-        write_card(folder, name=out.resolve().name, former=out)
         if chosen is not None:
             (folder / ALLOCATION).write_text(as_yaml({"overrides": chosen}), encoding="utf-8")
+        write(model, tokenizer, folder, report=report, run=run, lora_init=adapters or None)  # lists the files so far
+        write_card(folder, name=out.resolve().name, former=out)
 
 
 def checked_quantizer(recipe: Quantize) -> Any:

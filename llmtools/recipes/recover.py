@@ -212,12 +212,12 @@ def _write(
         return
     report = json_or_empty(Path(recipe.model).expanduser() / METADATA).get("report")
     with writing(out, overwrite=recipe.overwrite) as folder:
-        if rewriter is not None:
+        if adapters:
+            write_adapter(model, adapters, folder / ADAPTER, base=_base(out, rewriter))
+        if rewriter is not None:  # lists the files so far
             write_again(rewriter, model, folder, run=run, lora_init=adapters)
         else:
             write(model, tokenizer, folder, report=report, run=run, lora_init=adapters)
-        if adapters:
-            write_adapter(model, adapters, folder / ADAPTER, base=_base(out, rewriter))
         write_card(folder, name=out.resolve().name, former=out)
 
 

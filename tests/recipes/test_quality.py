@@ -74,7 +74,7 @@ def test_without_either_it_is_balanced_and_a_quantizer_alone_is_itself() -> None
     [
         (["--num_samples", "128"], "num_samples", 128),  # what a quantizer alone would have
         (["--max_length", "64"], "max_length", 64),
-        (["--options.passes", "0"], "options", {"passes": 0}),
+        (["--options.state_bits", "9"], "options", {"state_bits": 9}),
         (["--recover.steps", "0"], "recover", NO_RECOVERY),
         (["--recover"], "recover", RECOVERY),
         (["--finetune_blocks.epochs", "0"], "finetune_blocks", NO_TUNING),

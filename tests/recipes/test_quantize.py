@@ -11,6 +11,7 @@ import pytest
 
 from llmtools.cli.app import read_recipe
 from llmtools.errors import InputError
+from llmtools.files import unknown_files
 from llmtools.model import quantize as walked
 from llmtools.recipes.quantize import Quantize, quantize
 from llmtools.signals import Stopped
@@ -77,6 +78,7 @@ def test_bits_are_divided_and_the_choice_can_be_edited(stories: Path, tinystorie
     )  # fmt: skip
     result = quantize(asked)
     assert 2.9 < result.bits_per_weight <= 3.1
+    assert unknown_files(tmp_path / "mixed") == []  # the same command with --overwrite replaces it
     chosen = tmp_path / "mixed" / "allocation.yaml"
     words = ["--config", str(chosen), "--model", str(stories), "--out", str(tmp_path / "again"), "--quantizer", "rtn"]
     again = read_recipe("llmtools quantize", Quantize, [*words, "--group_size", "32"])

@@ -13,6 +13,7 @@ import torch
 import llmtools
 from llmtools.cli.app import read_recipe
 from llmtools.errors import InputError
+from llmtools.files import unknown_files
 from llmtools.model import recover as model_recover
 from llmtools.model.options import NO_RECOVERY, RECOVERY, Recovery
 from llmtools.nn import quantized_linears
@@ -156,6 +157,7 @@ def test_an_adapter_is_trained_beside(verb: str, asked: Recover, stories: Path, 
     init = load_lora_init(asked.out)["model.layers.0.mlp.up_proj"]
     torch.testing.assert_close(layer.get_delta_weight("default"), init.b @ init.a, rtol=1e-3, atol=1e-5)
     assert "`adapter`, trained" in (Path(asked.out) / "README.md").read_text()
+    assert unknown_files(Path(asked.out)) == []  # the same command with --overwrite replaces it
 
 
 def test_quantize_names_options_of_recovery_that_cannot_be(stories: Path, text: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from .quip_sharp import Rotated
 class QTIP(Rotated):
     """QTIP (arXiv:2406.11235): rotated weights, 256 at a time on a trellis; the least error per bit, slow to quantize.
 
-    1 to 8 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes, and of the
-    code hyb a table of 2 KB.
+    1 to 8 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes, and
+    with the code hyb a table of 2 KB.
     """
 
     needs_hessian: ClassVar[bool] = True

@@ -125,6 +125,11 @@ CASES = {
         "trellis", "dequantize_trellis", lambda: (*trellis("hyb", 2, "fragments"), 3, 29, torch.float32)
     ),
     "trellis, product of pairs": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("hyb"), False)),
+    "trellis, pairs of a table being trained": Case(
+        "trellis",
+        "dequantize_trellis",
+        lambda: (trellis("hyb")[0], torch.randn(PAIRS, 2), *trellis("hyb")[2:], 0, 40, torch.float32),
+    ),
     "trellis, pairs transposed": Case("trellis", "multiply_trellis", lambda: (x(OUT), *trellis("hyb", 4), True)),
     "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
     "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),

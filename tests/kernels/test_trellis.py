@@ -299,6 +299,17 @@ def test_the_fitted_table_is_the_same_whatever_the_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize("order", ["rows", "fragments"])
+def test_a_table_in_float32_is_not_rounded(order: str) -> None:
+    """As it has not to be while it is trained."""
+    packed, table = drawn(32, 5, 3), torch.randn(PAIRS, 2)
+    expected = read(packed, 3, 13, "hyb", order, table)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(
+            dequantize_trellis(packed, 3, 13, "hyb", dtype=dtype, order=order, table=table), expected.to(dtype)
+        )
+
+
+@pytest.mark.parametrize("order", ["rows", "fragments"])
 @pytest.mark.parametrize("bits", [1, 3])
 def test_the_gradient_in_the_table_is_autograds(bits: int, order: str) -> None:
     packed, table = drawn(32, 3, bits), drawn_table("hyb").float().requires_grad_()

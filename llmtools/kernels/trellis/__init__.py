@@ -112,18 +112,28 @@ class _Dequantize(torch.autograd.Function):
     """Rows of a weight of hyb, differentiable in the table [512, 2]."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, trellis: Tensor, *options: Any) -> Tensor:
-        bits, state_bits, order, start, stop, dtype = options
+    def forward(
+        ctx: Any,
+        table: Tensor,
+        trellis: Tensor,
+        bits: int,
+        state_bits: int,
+        order: str,
+        start: int,
+        stop: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
         ctx.save_for_backward(table, trellis)
-        ctx.options = bits, state_bits, "hyb", order, start, stop
-        return _dequantize(trellis, table, *ctx.options, dtype)
+        ctx.options = bits, state_bits, order, start, stop
+        return _dequantize(trellis, table, bits, state_bits, "hyb", order, start, stop, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Each weight's gradient is added where its value is from, which a table of places tells, with the sign."""
         table, trellis = ctx.saved_tensors
+        bits, state_bits, order, start, stop = ctx.options
         numbers = torch.arange(1, 2 * PAIRS + 1, device=table.device, dtype=torch.float32).view(PAIRS, 2)
-        drawn = _dequantize(trellis, numbers, *ctx.options, torch.float32).flatten()
+        drawn = _dequantize(trellis, numbers, bits, state_bits, "hyb", order, start, stop, torch.float32).flatten()
         grad = grads[0].to(table.dtype).flatten() * drawn.sign().to(table.dtype)
         total, place = table.new_zeros(2 * PAIRS), drawn.abs_().long() - 1
         if table.is_cpu:  # in the order of the weights, and twenty times faster

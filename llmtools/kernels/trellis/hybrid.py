@@ -1,8 +1,8 @@
 """A table for QTIP's hybrid code (arXiv:2406.11235, section 3.2), fitted to Gaussian weights of standard deviation one.
 
 QTIP takes the centres of clusters of Gaussian pairs, k-means, made symmetric. The best path seldom takes the nearest
-entry for a pair, though, since a state has a choice of few. So here it is the search that assigns drawn pairs to entries,
-and each entry becomes the mean of its own, round after round.
+entry for a pair, though, since a state has a choice of few. So here it is the search that assigns drawn pairs to
+entries, and each entry becomes the mean of its own, round after round.
 
 Few states take some entries only, so each number of them up to 2^12 has a table of its own, which is made in a
 fraction of a second. Whatever table a weight was encoded with is stored with it.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .tables import PAIRS, TILE, entries, places, signed
+from .tables import PAIRS, entries, places
 
 ROUNDS = 16
 ROWS, COLUMNS = 256, 256  # of the weight that is drawn in each round

@@ -311,6 +311,8 @@ int trellis_encode(const float *restrict values, int64_t rows, int64_t blocks, c
     return complete;
 }
 
+enum { BLOCKS = 16, COLUMNS = BLOCKS * TILE }; /* of a row, decoded at a time */
+
 /* ---- decoding: sixteen weights of a row at a time ----
  *
  * Row by row, their states lie in k words of the row and one of the row after. In the other orders they lie in 2k words
@@ -389,14 +391,7 @@ static ALWAYS_INLINE __m512 pairs_of(__m512i states, const float *restrict table
     const __m512i h = _mm512_add_epi32(_mm512_mullo_epi32(states, states), states);
     const __m512i entry = _mm512_and_si512(_mm512_srli_epi32(h, 6), _mm512_set1_epi32(PAIRS - 1));
     const __m512i negative = _mm512_and_si512(_mm512_slli_epi32(h, 16), _mm512_set1_epi32((int)0x80000000));
-    uint32_t at[8]; /* single loads: a gather takes twice as long */
-    _mm256_storeu_si256((__m256i *)at, _mm512_castsi512_si256(entry));
-    const double *each = (const double *)table;
-    __m128d p[4];
-    for (int i = 0; i < 4; i++) p[i] = _mm_loadh_pd(_mm_load_sd(each + at[2 * i]), each + at[2 * i + 1]);
-    const __m256d lower = _mm256_insertf128_pd(_mm256_castpd128_pd256(p[0]), p[1], 1);
-    const __m256d upper = _mm256_insertf128_pd(_mm256_castpd128_pd256(p[2]), p[3], 1);
-    const __m512d pairs = _mm512_insertf64x4(_mm512_castpd256_pd512(lower), upper, 1);
+    const __m512d pairs = _mm512_i32gather_pd(_mm512_castsi512_si256(entry), (const double *)table, 8);
     const __m512i first = _mm512_cvtepu32_epi64(_mm512_castsi512_si256(negative)); /* the lower half of its pair */
     return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castpd_si512(pairs), first));
 }
@@ -533,7 +528,120 @@ static ALWAYS_INLINE void decode_code(const Weight *restrict w, int64_t row, int
         FOR_EACH_WIDTH(w->bits, decode(w, row, first, last, out, code, K));
 }
 
-static void decode_blocks(const Weight *restrict w, int64_t row, int64_t first, int64_t last, float *restrict out) {
+/* ---- pairs from a table of half-precision values, which fits the registers' look-ups ----
+ *
+ * Then states, too, need sixteen bits only, and four blocks are decoded at a time, in two thirds of the time that gathers
+ * take. */
+#if defined(__AVX512BW__)
+
+/* The first weights of all pairs and the second ones, in half precision [2, PAIRS]; NULL where that would round any. */
+static const uint16_t *planes_of(const Weight *restrict w, uint16_t *restrict planes) {
+    if (w->code != HYB) return NULL;
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __mmask16 inexact = 0;
+    for (int i = 0; i < PAIRS; i += LANES) {
+        const __m512 lower = _mm512_loadu_ps(w->table + 2 * i), upper = _mm512_loadu_ps(w->table + 2 * i + LANES);
+        for (int j = 0; j < 2; j++) {
+            const __m512 x = _mm512_permutex2var_ps(lower, _mm512_add_epi32(even, _mm512_set1_epi32(j)), upper);
+            const __m256i half = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            inexact |= _mm512_cmpneq_epi32_mask(_mm512_castps_si512(_mm512_cvtph_ps(half)), _mm512_castps_si512(x));
+            _mm256_storeu_si256((__m256i *)(planes + j * PAIRS + i), half);
+        }
+    }
+    return inexact ? NULL : planes;
+}
+
+/* Of 32 entries, by their lowest nine bits, what a plane has there: 64 are looked up at a time, and one of eight kept. */
+static ALWAYS_INLINE __m512i look_up(__m512i entry, const __m512i *restrict plane) {
+    __m512i found[8];
+    UNROLLED(8)
+    for (int i = 0; i < 8; i++) found[i] = _mm512_permutex2var_epi16(plane[2 * i], entry, plane[2 * i + 1]);
+    UNROLLED(3)
+    for (int bit = 0; bit < 3; bit++) {
+        const __mmask32 upper = _mm512_test_epi16_mask(entry, _mm512_set1_epi16((short)(64 << bit)));
+        UNROLLED(4)
+        for (int i = 0; i < 4 >> bit; i++) found[i] = _mm512_mask_blend_epi16(upper, found[2 * i], found[2 * i + 1]);
+    }
+    return found[0];
+}
+
+/* As `decode_any`. Lane 8j + p has pair p of block j; words of the three rows that a state may reach into are sixteen a row,
+ * k a block. Row by row there are two. */
+static void decode_pairs(const Weight *restrict w, const uint16_t *restrict planes, int64_t row, int64_t first,
+                         int64_t last, float *restrict out) {
+    const int k = w->bits, inner = (int)(row % TILE), by_rows = w->order == BY_ROWS;
+    const int down = w->order == EXL3 ? 4 : 2, right = w->order == EXL3 ? 2 : 4;
+    const int64_t top = row - inner, height = w->rows - top < TILE ? w->rows - top : TILE;
+    const int64_t stored = by_rows ? inner : inner % 8 * 2, line = w->blocks * k;
+    const uint16_t *rows[3];
+    for (int i = 0; i < 3; i++) rows[i] = w->trellis + (top + (stored + i) % height) * line;
+    uint16_t begin[2 * TILE], block[2 * TILE];
+    for (int e = 0; e < 2 * TILE; e++) {
+        const int p = e % 8, place = by_rows ? 2 * p : p % 4 * 8 + p / 4 * right + inner / 8 * down;
+        begin[e] = (uint16_t)(k * place);
+        block[e] = (uint16_t)(e / 8 * k);
+    }
+    const __m512i bit = _mm512_loadu_si512(begin), one = _mm512_set1_epi16(1);
+    const __m512i word = _mm512_srli_epi16(bit, 4), left = _mm512_and_si512(bit, _mm512_set1_epi16(15));
+    const __m512i rest = _mm512_sub_epi16(_mm512_set1_epi16(16), left), gap = _mm512_set1_epi16((short)(16 - k));
+    __m512i lanes[2];
+    for (int i = 0; i < 2; i++) { /* of the word that a state begins in, and of the next one */
+        const __m512i of = i ? _mm512_add_epi16(word, one) : word;
+        lanes[i] = _mm512_add_epi16(of, _mm512_loadu_si512(block));
+        for (int r = 1; r < 3; r++)
+            lanes[i] = _mm512_mask_add_epi16(lanes[i], _mm512_cmpge_epi16_mask(of, _mm512_set1_epi16((short)(r * k))), lanes[i], gap);
+    }
+    const __m128i unused = _mm_cvtsi32_si128(16 - w->state_bits);
+    __m512i h[BLOCKS / 4], found[2][BLOCKS / 4];
+    const int groups = (int)(last - first + 3) / 4;
+    for (int g = 0; g < groups; g++) {
+        const int64_t b = first + 4 * g;
+        const int count = last - b < 4 ? (int)(last - b) : 4;
+        const __mmask32 own = (__mmask32)((1u << count * k) - 1);
+        __m512i words = _mm512_maskz_loadu_epi16(own, rows[0] + b * k), after = _mm512_setzero_si512();
+        words = _mm512_inserti64x4(words, _mm512_castsi512_si256(_mm512_maskz_loadu_epi16(own, rows[1] + b * k)), 1);
+        if (!by_rows) after = _mm512_maskz_loadu_epi16(own, rows[2] + b * k);
+        const __m512i upper = _mm512_permutex2var_epi16(words, lanes[0], after);
+        const __m512i lower = _mm512_permutex2var_epi16(words, lanes[1], after);
+        const __m512i window = _mm512_or_si512(_mm512_sllv_epi16(upper, left), _mm512_srlv_epi16(lower, rest));
+        const __m512i state = _mm512_srl_epi16(window, unused);
+        h[g] = _mm512_add_epi16(_mm512_mullo_epi16(state, state), state);
+    }
+    for (int i = 0; i < 2; i++) { /* a plane fills half of the registers */
+        __m512i plane[16];
+        UNROLLED(16)
+        for (int j = 0; j < 16; j++) plane[j] = _mm512_loadu_si512(planes + i * PAIRS + 32 * j);
+        for (int g = 0; g < groups; g++) found[i][g] = look_up(_mm512_srli_epi16(h[g], 6), plane);
+    }
+    for (int g = 0; g < groups; g++) {
+        const __m512i negative = _mm512_and_si512(h[g], _mm512_set1_epi16((short)0x8000));
+        const __m512i one_of = _mm512_xor_si512(found[0][g], negative);
+        __m128i pairs[2][4]; /* of each block the former and the latter half */
+        _mm512_storeu_si512(pairs[0], _mm512_unpacklo_epi16(one_of, found[1][g]));
+        _mm512_storeu_si512(pairs[1], _mm512_unpackhi_epi16(one_of, found[1][g]));
+        for (int j = 0; j < 4 && first + 4 * g + j < last; j++) {
+            const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(pairs[0][j]), pairs[1][j], 1);
+            _mm512_storeu_ps(out + (4 * g + j) * TILE, _mm512_cvtph_ps(both));
+        }
+    }
+}
+
+#else
+
+static const uint16_t *planes_of(const Weight *restrict w, uint16_t *restrict planes) {
+    (void)w, (void)planes;
+    return NULL;
+}
+
+#endif
+
+static void decode_blocks(const Weight *restrict w, const uint16_t *restrict planes, int64_t row, int64_t first,
+                          int64_t last, float *restrict out) {
+#if defined(__AVX512BW__)
+    if (planes) return decode_pairs(w, planes, row, first, last, out);
+#else
+    (void)planes;
+#endif
     if (w->code == MAD) decode_code(w, row, first, last, out, MAD);
     else if (w->code == INST) decode_code(w, row, first, last, out, INST);
     else if (w->code == MCG) decode_code(w, row, first, last, out, MCG);
@@ -541,18 +649,18 @@ static void decode_blocks(const Weight *restrict w, int64_t row, int64_t first, 
     else decode_code(w, row, first, last, out, HYB);
 }
 
-enum { BLOCKS = 16, COLUMNS = BLOCKS * TILE }; /* decoded at a time */
-
 static int64_t until(int64_t first, int64_t blocks) { return first + BLOCKS < blocks ? first + BLOCKS : blocks; }
 
 /* Rows start … stop -> out [stop − start, 16 · blocks] of `type`. */
 void trellis_decode(const Weight *restrict w, int64_t start, int64_t stop, int type, void *restrict out, int threads) {
+    uint16_t table[2 * PAIRS];
+    const uint16_t *planes = planes_of(w, table);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = start; row < stop; row++)
         for (int64_t b = 0; b < w->blocks; b += BLOCKS) {
             const int64_t end = until(b, w->blocks);
             float values[COLUMNS];
-            decode_blocks(w, row, b, end, values);
+            decode_blocks(w, planes, row, b, end, values);
             write_values(values, (end - b) * TILE, type, out, ((row - start) * w->blocks + b) * TILE);
         }
 }
@@ -570,13 +678,15 @@ static float dot(const float *restrict a, const float *restrict b, int64_t n) {
 /* x float32 [tokens, 16 · blocks] -> y float32 [tokens, rows]. */
 void trellis_multiply(const Weight *restrict w, const float *restrict x, int64_t tokens, float *restrict y, int threads) {
     const int64_t columns = w->blocks * TILE;
+    uint16_t table[2 * PAIRS];
+    const uint16_t *planes = planes_of(w, table);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < w->rows; row++) {
         for (int64_t t = 0; t < tokens; t++) y[t * w->rows + row] = 0;
         for (int64_t b = 0; b < w->blocks; b += BLOCKS) {
             const int64_t end = until(b, w->blocks);
             float values[COLUMNS];
-            decode_blocks(w, row, b, end, values);
+            decode_blocks(w, planes, row, b, end, values);
             for (int64_t t = 0; t < tokens; t++)
                 y[t * w->rows + row] += dot(values, x + t * columns + b * TILE, (end - b) * TILE);
         }
@@ -587,13 +697,15 @@ void trellis_multiply(const Weight *restrict w, const float *restrict x, int64_t
 void trellis_multiply_transposed(const Weight *restrict w, const float *restrict x, int64_t tokens, float *restrict y,
                                  int threads) {
     const int64_t columns = w->blocks * TILE;
+    uint16_t table[2 * PAIRS];
+    const uint16_t *planes = planes_of(w, table);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t b = 0; b < w->blocks; b += BLOCKS) {
         const int64_t end = until(b, w->blocks), count = (end - b) * TILE;
         for (int64_t t = 0; t < tokens; t++) memset(y + t * columns + b * TILE, 0, (size_t)count * sizeof(float));
         for (int64_t row = 0; row < w->rows; row++) {
             float values[COLUMNS];
-            decode_blocks(w, row, b, end, values);
+            decode_blocks(w, planes, row, b, end, values);
             for (int64_t t = 0; t < tokens; t++) {
                 const float factor = x[t * w->rows + row];
                 float *sums = y + t * columns + b * TILE;

@@ -95,7 +95,15 @@ def encode_trellis(weight: Tensor, table: Tensor | None, bits: int, state_bits: 
     worth = values(code, table, state_bits, torch.device("cpu"), torch.float32).T.contiguous()  # [v, 2^L]
     threads = max(1, min(torch.get_num_threads(), -(-rows // TILE) * blocks))
     complete = library.trellis_encode(
-        weight.data_ptr(), rows, blocks, worth.data_ptr(), dimension(code), bits, state_bits, trellis.data_ptr(), threads
+        weight.data_ptr(),
+        rows,
+        blocks,
+        worth.data_ptr(),
+        dimension(code),
+        bits,
+        state_bits,
+        trellis.data_ptr(),
+        threads,
     )
     if not complete:
         raise MemoryError(f"no memory for the search over 2^{state_bits} states")

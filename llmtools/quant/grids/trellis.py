@@ -94,9 +94,7 @@ class Trellis(Grid):
         if step < 1:  # only forward
             return self.dequantize(packed, ALL, dtype)[rows]
         codes = packed["trellis"], self.bits, self.state_bits, self.code
-        weight = dequantize_trellis(
-            *codes, start, max(start, stop), dtype, order=self.order, table=packed.get("tlut")
-        )
+        weight = dequantize_trellis(*codes, start, max(start, stop), dtype, order=self.order, table=packed.get("tlut"))
         return weight if step == 1 else weight[::step]
 
     def scratch_bytes(self, device: torch.device, dtype: torch.dtype) -> int:

@@ -34,8 +34,8 @@ class QTIP(Rotated):
     less."""
     code: str | None = None
     """Function from states to weights: 3inst, 1mad, or EXL3's mcg and mul1; or hyb, pairs of weights from a table that
-    block tuning and recovery train, 1 to 4 bits and more than twice as many of state. By default 3inst for 1 and 2 bits,
-    1mad for more: whichever has less error (docs/results/trellis.md)."""
+    block tuning and recovery train, 1 to 4 bits and more than twice as many of state. By default 3inst for 1 and 2
+    bits, 1mad for more: whichever has less error (docs/results/trellis.md)."""
     scale: float | None = None
     """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
     weights best downwards."""

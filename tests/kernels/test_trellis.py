@@ -292,7 +292,7 @@ def test_the_fitted_table_is_the_same_whatever_the_number_of_threads() -> None:
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append(trellis.hybrid._fitted.__wrapped__(2, 8))
+            found.append(fitted_table.__wrapped__(2, 8))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*found) and torch.equal(found[0], fitted_table(2, 8))

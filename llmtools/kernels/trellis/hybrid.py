@@ -4,10 +4,11 @@ QTIP takes the centres of clusters of Gaussian pairs, k-means, made symmetric. T
 entry for a pair, though, since a state has a choice of few. So here it is the search that assigns drawn pairs to
 entries, and each entry becomes the mean of its own, round after round.
 
-Few states take some entries only, so each number of them up to 2^12 has a table of its own, which is made in a
-fraction of a second. Whatever table a weight was encoded with is stored with it.
+Which entries can follow each other depends on the number of states, so each has a table of its own. It is made in a
+fraction of a second up to 2^12 states, and in seconds from there on, where encoding a layer takes longer. Whatever
+table a weight was encoded with is stored with it.
 
-Shapes: table [512, 2]; the first of a pair has its sign from the state, hence is positive in the table.
+Shapes: table [512, 2]; the first of a pair has its sign from the state, and is positive in the table but for some near zero.
 """
 
 from __future__ import annotations
@@ -20,23 +21,22 @@ from torch import Tensor
 from . import native, reference
 from .tables import PAIRS, entries, places
 
-ROUNDS = 16
-ROWS, COLUMNS = 256, 256  # of the weight that is drawn in each round
-MOST_STATE_BITS = 12  # more have the same table
-
-
-def fitted_table(bits: int, state_bits: int) -> Tensor:
-    """The table [512, 2] float16 on the CPU for so many bits per weight and of state; not to be changed."""
-    return _fitted(bits, min(state_bits, MOST_STATE_BITS))
+SMALL = 12
+"""Bits of state up to which tables are made from nothing; others from that one."""
+COLUMNS = 256  # of the weight that is drawn in each round
 
 
 @cache
-def _fitted(bits: int, state_bits: int) -> Tensor:
+def fitted_table(bits: int, state_bits: int) -> Tensor:
+    """The table [512, 2] float16 on the CPU for so many bits per weight and of state; not to be changed."""
     with torch.inference_mode(False), torch.no_grad():
-        generator = torch.Generator("cpu").manual_seed(0)
-        table = _quantiles() * (0.9 + 0.075 * bits)  # of more bits the entries lie farther out
-        for _ in range(ROUNDS):
-            weight = torch.randn(ROWS, COLUMNS, generator=generator, device="cpu")
+        if state_bits <= SMALL:
+            table, rounds, rows = _quantiles() * (0.9 + 0.075 * bits), 16, 256  # entries of more bits lie farther out
+        else:
+            table, rounds, rows = fitted_table(bits, SMALL).double(), 8, 128
+        generator = torch.Generator("cpu").manual_seed(1)
+        for _ in range(rounds):
+            weight = torch.randn(rows, COLUMNS, generator=generator, device="cpu")
             table = _means(weight, table, bits, state_bits)
         return table.to(torch.float16)
 

@@ -275,10 +275,10 @@ def test_the_search_finds_the_best_free_path_of_pairs() -> None:
     ("bits", "state_bits", "most"), [(1, 10, 1.2), (2, 10, 1.35), (3, 11, 1.45), (4, 12, 1.75)], ids=str
 )
 def test_the_fitted_table_suits_gaussian_weights(bits: int, state_bits: int, most: float) -> None:
-    """In a tile of fewer rows as well; better than one of clusters that know nothing of the trellis: of quantiles."""
+    """In a tile of fewer rows as well; better than drawn pairs."""
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(5))
     errors = []
-    for table in (fitted_table(bits, state_bits), trellis.hybrid._quantiles().half()):
+    for table in (fitted_table(bits, state_bits), trellis.hybrid._drawn_pairs(torch.Generator().manual_seed(2)).half()):
         options = bits, state_bits, "hyb"
         values = dequantize_trellis(encode_trellis(weight, *options, table=table), *options, table=table)
         errors.append((values - weight).square())

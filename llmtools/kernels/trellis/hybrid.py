@@ -8,7 +8,8 @@ Which entries can follow each other depends on the number of states, so each has
 fraction of a second up to 2^12 states, and in seconds from there on, where encoding a layer takes longer. Whatever
 table a weight was encoded with is stored with it.
 
-Shapes: table [512, 2]; the first of a pair has its sign from the state, and is positive in the table but for some near zero.
+Shapes: table [512, 2]; the first of a pair has its sign from the state, and is positive in the table but for some near
+zero.
 """
 
 from __future__ import annotations
@@ -21,31 +22,26 @@ from torch import Tensor
 from . import native, reference
 from .tables import PAIRS, entries, places
 
-SMALL = 12
-"""Bits of state up to which tables are made from nothing; others from that one."""
-COLUMNS = 256  # of the weight that is drawn in each round
+ROWS, COLUMNS = 256, 256
+"""Size of the weight that is drawn in each round."""
 
 
 @cache
 def fitted_table(bits: int, state_bits: int) -> Tensor:
     """The table [512, 2] float16 on the CPU for so many bits per weight and of state; not to be changed."""
     with torch.inference_mode(False), torch.no_grad():
-        if state_bits <= SMALL:
-            table, rounds, rows = _quantiles() * (0.9 + 0.075 * bits), 16, 256  # entries of more bits lie farther out
-        else:
-            table, rounds, rows = fitted_table(bits, SMALL).double(), 8, 128
         generator = torch.Generator("cpu").manual_seed(1)
-        for _ in range(rounds):
-            weight = torch.randn(rows, COLUMNS, generator=generator, device="cpu")
+        table = _drawn_pairs(generator) * (0.9 + 0.075 * bits)  # with more bits the entries lie farther out
+        for _ in range(16 if state_bits <= 12 else 8):
+            weight = torch.randn(ROWS, COLUMNS, generator=generator, device="cpu")
             table = _means(weight, table, bits, state_bits)
         return table.to(torch.float16)
 
 
-def _quantiles() -> Tensor:
-    """A product of sixteen positive and 32 quantiles of a Gaussian, of mean square one."""
-    first = torch.special.ndtri(0.5 + (torch.arange(16, dtype=torch.float64, device="cpu") + 0.5) / 32)
-    second = torch.special.ndtri((torch.arange(32, dtype=torch.float64, device="cpu") + 0.5) / 32)
-    table = torch.cartesian_prod(first, second)
+def _drawn_pairs(generator: torch.Generator) -> Tensor:
+    """Gaussian pairs of mean square one, the first not negative, [512, 2] float64."""
+    table = torch.randn(PAIRS, 2, generator=generator, device="cpu").double()
+    table[:, 0].abs_()
     return table / table.square().mean().sqrt()
 
 

@@ -26,10 +26,10 @@ from benchmarks.quality import Row, append, rows_of
 from benchmarks.quality_table import fill
 from llmtools.document import markdown_table
 from llmtools.kernels.lattice import RESIDUAL_SCALE, SCALE, dequantize_lattice, encode_lattice
-from llmtools.kernels.trellis import dequantize_trellis, encode_trellis
+from llmtools.kernels.trellis import dequantize_trellis, encode_trellis, fitted_table
 from llmtools.quant.grids.trellis import Trellis
 
-CODES = ("1mad", "3inst")  # QTIP's; EXL3's are as good
+CODES = ("1mad", "3inst", "hyb")  # QTIP's; EXL3's are as good
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "trellis.jsonl"
 PAGE = HERE.parent / "docs" / "results" / "trellis.md"
@@ -40,12 +40,13 @@ ROUNDS = 30
 
 def trellis_row(bits: int, state_bits: int, code: str, rows: int) -> Row:
     grid = Trellis(bits, state_bits, code)
+    table = fitted_table(bits, state_bits) if code == "hyb" else None
 
     def encode(x: Tensor) -> Tensor:
-        return encode_trellis(x * grid.scale, bits, state_bits, code)
+        return encode_trellis(x * grid.scale, bits, state_bits, code, table=table)
 
     def decode(packed: Tensor) -> Tensor:
-        return dequantize_trellis(packed, bits, state_bits, code) / grid.scale
+        return dequantize_trellis(packed, bits, state_bits, code, table=table) / grid.scale
 
     row = _error(encode, decode, rows)
     return {"kind": f"trellis, {code}", "state_bits": state_bits, "bits": bits, "scale": grid.scale, **row}
@@ -96,12 +97,17 @@ def decoding() -> list[Row]:
 
             runs["E8P", bits, name] = lattice
             for code in CODES:
+                table = fitted_table(bits, 12) if code == "hyb" else None
 
                 def trellis(
-                    packed: Tensor = packed, bits: int = bits, code: str = code, dtype: torch.dtype = dtype
+                    packed: Tensor = packed,
+                    table: Tensor | None = table,
+                    bits: int = bits,
+                    code: str = code,
+                    dtype: torch.dtype = dtype,
                 ) -> None:
                     for start in (0, 256):
-                        dequantize_trellis(packed, bits, 12, code, start, start + 256, dtype)
+                        dequantize_trellis(packed, bits, 12, code, start, start + 256, dtype, table=table)
 
                 runs[f"trellis, {code}", bits, name] = trellis
     best = dict.fromkeys(runs, float("inf"))
@@ -170,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = max(args.rows // 2, min(16 * args.rows, args.rows << 12 >> state_bits)) // 16 * 16
         for bits in args.bits:
             for code in args.codes:
+                if code == "hyb" and (bits > 4 or state_bits <= 2 * bits):
+                    continue  # there is none
                 _record(trellis_row(bits, state_bits, code, rows), args.out)
     return 0
 

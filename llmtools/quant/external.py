@@ -38,7 +38,7 @@ from .grids.base import Grid
 from .grids.codebook import NF4, Codebook
 from .grids.lattice import Lattice
 from .grids.scalar import SCALE_TYPES, check_group_size, columns, stream_layout
-from .grids.trellis import HybridTrellis, Trellis
+from .grids.trellis import Trellis
 from .materialize import materialized_linear
 from .quip_sharp import QuIPSharp, Rotated
 from .rounding import Nearest, Rounding
@@ -324,7 +324,7 @@ class EXL3Trellis(Rotated):
 class QTIPHybrid(Composed):
     """A rotated weight on a trellis with a table of pairs, as QTIP stores it; outputs and inputs in whole tiles of 16.
 
-    Stored: trellis and tlut of `HybridTrellis`, su [in] float16, sv [out] float32.
+    Stored: trellis and tlut of `Trellis`, su [in] float16, sv [out] float32.
     """
 
     bits: int = 2
@@ -338,8 +338,8 @@ class QTIPHybrid(Composed):
         _ = self.grid
 
     @cached_property
-    def grid(self) -> HybridTrellis:
-        return HybridTrellis(self.bits, self.state_bits, self.order)
+    def grid(self) -> Trellis:
+        return Trellis(self.bits, self.state_bits, "hyb", self.order)
 
     @property
     def rounding(self) -> Rounding:
@@ -347,7 +347,7 @@ class QTIPHybrid(Composed):
 
     @cached_property
     def basis(self) -> SignedHadamard:
-        return SignedHadamard(scale=0.9, block=self.grid.width, scale_type="float32")
+        return SignedHadamard(scale=self.grid.scale, block=self.grid.width, scale_type="float32")
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         if out_features % self.grid.height or in_features % self.grid.width:

@@ -20,7 +20,8 @@ from .quip_sharp import Rotated
 class QTIP(Rotated):
     """QTIP (arXiv:2406.11235): rotated weights, 256 at a time on a trellis; the least error per bit, slow to quantize.
 
-    1 to 8 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes.
+    1 to 8 bits per weight and nothing per group: two float16 vectors are all that is stored beside the codes, and
+    with the code hyb a table of 2 KB.
     """
 
     needs_hessian: ClassVar[bool] = True
@@ -32,8 +33,9 @@ class QTIP(Rotated):
     """Bits of the trellis' state, 8 to 16 and at least bits + 4; each more takes twice the time to quantize, and brings
     less."""
     code: str | None = None
-    """Function from states to weights: 3inst, 1mad, or EXL3's mcg and mul1. By default 3inst for 1 and 2 bits, 1mad for
-    more: whichever has less error (docs/results/trellis.md)."""
+    """Function from states to weights: 3inst, 1mad, or EXL3's mcg and mul1; or hyb, pairs of weights from a table that
+    block tuning and recovery train, 1 to 4 bits and more than twice as many of state. By default 3inst for 1 and 2
+    bits, 1mad for more: whichever has less error (docs/results/trellis.md)."""
     scale: float | None = None
     """Standard deviation of the weights on the grid. By default searched for each layer, from what suits Gaussian
     weights best downwards."""

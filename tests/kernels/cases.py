@@ -17,6 +17,7 @@ from torch import Tensor
 from llmtools.kernels.bits import pack
 from llmtools.kernels.ggml import TYPES
 from llmtools.kernels.hadamard import rule_for
+from llmtools.kernels.trellis import PAIRS
 
 OUT, IN, TOKENS = 64, 2048, 16
 """Sizes that a kernel likes, rows as long as a layer's; what it must bear besides is in the op's own test."""
@@ -82,7 +83,8 @@ def lattice() -> tuple[Any, ...]:
 
 def trellis(code: str, bits: int = 3, order: str = "rows") -> tuple[Any, ...]:
     """A weight [OUT, IN] on a trellis, whose states lie across words."""
-    return torch.randint(-(2**15), 2**15, (OUT, IN // 16 * bits)).to(torch.int16), bits, 12, code, order
+    packed = torch.randint(-(2**15), 2**15, (OUT, IN // 16 * bits)).to(torch.int16)
+    return packed, torch.randn(PAIRS, 2).half() if code == "hyb" else None, bits, 12, code, order
 
 
 def ggml(kind: str) -> tuple[Any, ...]:
@@ -118,6 +120,17 @@ CASES = {
     "trellis, transposed": Case("trellis", "multiply_trellis", lambda: (x(OUT), *trellis("3inst"), True)),
     "trellis, EXL3": Case("trellis", "dequantize_trellis", lambda: (*trellis("mul1", 5, "exl3"), 3, 29, torch.float32)),
     "trellis, EXL3's product": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("mcg", 4, "exl3"), False)),
+    "trellis, pairs": Case("trellis", "dequantize_trellis", lambda: (*trellis("hyb"), 3, OUT - 7, torch.bfloat16)),
+    "trellis, pairs, QTIP's": Case(
+        "trellis", "dequantize_trellis", lambda: (*trellis("hyb", 2, "fragments"), 3, 29, torch.float32)
+    ),
+    "trellis, product of pairs": Case("trellis", "multiply_trellis", lambda: (x(IN), *trellis("hyb"), False)),
+    "trellis, pairs of a table being trained": Case(
+        "trellis",
+        "dequantize_trellis",
+        lambda: (trellis("hyb")[0], torch.randn(PAIRS, 2), *trellis("hyb")[2:], 0, 40, torch.float32),
+    ),
+    "trellis, pairs transposed": Case("trellis", "multiply_trellis", lambda: (x(OUT), *trellis("hyb", 4), True)),
     "hadamard": Case("hadamard", "hadamard", lambda: (x(11008), rule_for(11008), False)),
     "hadamard, power of two": Case("hadamard", "hadamard", lambda: (x(4096), rule_for(4096), True)),
     "rotation": Case("hadamard", "rotate", lambda: (x(765), rule_for(768), 768, signs(765), None, 768, 0.5, True)),

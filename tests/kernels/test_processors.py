@@ -79,7 +79,10 @@ def encoders() -> None:
     assert torch.equal(lattice.native.encode_e8p(x), lattice.reference.encode_e8p(x))
     assert torch.equal(lattice.native.encode_e81b(x), lattice.reference.encode_e81b(x))
     for bits in (1, 2, 3, 4, 6):
-        given = torch.randn(18, 32), bits, 10, "3inst"
+        given = torch.randn(18, 32), None, bits, 10, "3inst"
+        assert torch.equal(trellis.native.encode_trellis(*given), trellis.reference.encode_trellis(*given))
+    for bits, state_bits in ((1, 8), (2, 9), (3, 9), (4, 10), (4, 12)):
+        given = torch.randn(18, 32), torch.randn(trellis.PAIRS, 2), bits, state_bits, "hyb"
         assert torch.equal(trellis.native.encode_trellis(*given), trellis.reference.encode_trellis(*given))
     for bits, table in ((3, None), (8, None), (4, torch.randn(16).sort().values)):
         scales, zeros = torch.rand(5, 4) + 0.1, None if table is not None else torch.full((5, 4), 3.0)

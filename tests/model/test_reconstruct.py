@@ -178,6 +178,7 @@ QUANTIZERS: dict[str, tuple[str | Quantizer, dict[str, Any]]] = {
     "nf4": ("nf4", {"double_quantization": True}),
     "hqq": ("hqq", {"bits": 2, "group_size": 32}),
     "quip_sharp": ("quip_sharp", {"bits": 2}),
+    "trellis with a table": ("qtip", {"bits": 2, "state_bits": 8, "code": "hyb"}),
     "third-party": (Half(), {}),
 }
 

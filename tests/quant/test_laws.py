@@ -45,6 +45,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"bits": 3, "state_bits": 8, "passes": 2, "code": "1mad"},
         {"bits": 4, "state_bits": 10, "scale": 1.0},
         {"bits": 6, "state_bits": 10},
+        {"bits": 2, "state_bits": 8, "code": "hyb"},
+        {"bits": 1, "state_bits": 9, "code": "hyb", "seed": 1},
+        {"bits": 3, "state_bits": 10, "code": "hyb", "passes": 1},
+        {"bits": 4, "state_bits": 11, "code": "hyb", "scale": 0.9},
     ],
     "gguf": [{"type": "Q4_0"}, {"type": "Q4_1"}, {"type": "Q5_0"}, {"type": "Q5_1"}],
 }

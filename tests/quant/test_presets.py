@@ -34,6 +34,7 @@ def bits_per_weight(packed: Packed, out: int, n: int) -> float:
         ("qtip", {"bits": 1, "state_bits": 8}, 1 + 16 / 8 + 16 / 1024),
         ("qtip", {"bits": 3, "state_bits": 8}, 3 + 16 / 8 + 16 / 1024),
         ("qtip", {"bits": 6, "state_bits": 10}, 6 + 16 / 8 + 16 / 1024),
+        ("qtip", {"bits": 2, "state_bits": 8, "code": "hyb"}, 2 + 16 / 8 + 16 / 1024 + 512 * 2 * 16 / (8 * 1024)),
     ],
     ids=lambda value: str(value),
 )
@@ -66,7 +67,8 @@ def test_qtip_takes_the_code_with_less_error_at_its_bits_and_stores_which(bits: 
 @pytest.mark.parametrize(
     "options",
     [{"bits": 0}, {"bits": 9}, {"bits": True}, {"passes": -1}, {"damping": 0.0}, {"scale": -1.0}, {"hadamard": 2},
-     {"state_bits": 7}, {"state_bits": 9, "bits": 6}, {"state_bits": 17}, {"state_bits": 12.0}, {"code": "2inst"}],
+     {"state_bits": 7}, {"state_bits": 9, "bits": 6}, {"state_bits": 17}, {"state_bits": 12.0}, {"code": "2inst"},
+     {"bits": 5, "code": "hyb"}, {"state_bits": 8, "bits": 4, "code": "hyb"}],
     ids=str,
 )  # fmt: skip
 def test_impossible_options_of_qtip_are_refused_when_it_is_made(options: dict[str, Any]) -> None:

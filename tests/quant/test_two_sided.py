@@ -52,6 +52,7 @@ def values_of(grid: Grid, codes: Tensor, params: Tensor, n: int) -> Tensor:
         ("quip_sharp", {"bits": 2}),
         ("quip_sharp", {"bits": 3, "passes": 0}),
         ("qtip", {"bits": 2, "state_bits": 8}),
+        ("qtip", {"bits": 2, "state_bits": 8, "code": "hyb"}),
     ],
     ids=str,
 )

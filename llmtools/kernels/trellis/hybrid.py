@@ -1,64 +1,58 @@
-"""QTIP's hybrid code (arXiv:2406.11235, section 3.1.2): two weights a state, from a table of 512 pairs that is tunable.
+"""A table for QTIP's hybrid code (arXiv:2406.11235, section 3.2), fitted to Gaussian weights of standard deviation one.
 
-A step of the trellis takes 2k bits. Of a state x, h = x² + x picks the pair (bits 6 to 14) and, by bit 15, the sign of
-its first weight. The circle of a tile is that of the other codes, with a state only at each even place. In plain torch,
-differentiable in the table; there is no faster route yet.
+QTIP takes the centres of clusters of Gaussian pairs, k-means, made symmetric. The best path seldom takes the nearest
+entry for a pair, though, since a state has a choice of few. So here it is the search that assigns drawn pairs to
+entries, and each entry becomes the mean of its own, round after round.
 
-Shapes: as in `__init__.py`; table [512, 2] float.
+Which entries can follow each other depends on the number of states, so each has a table of its own. It is made in a
+fraction of a second up to 2^12 states, and in seconds from there on, where encoding a layer takes longer. Whatever
+table a weight was encoded with is stored with it.
+
+Shapes: table [512, 2]; the first of a pair has its sign from the state, and is positive in the table but for some near
+zero.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from ...errors import InputError
-from . import reference
-from .tables import TILE, places
+from . import native, reference
+from .tables import PAIRS, entries, places
 
-PAIRS = 512
-ORDERS = ("rows", "fragments")
-
-
-def check_hybrid(bits: int, state_bits: int, order: str) -> None:
-    """Raises InputError for what no hybrid code has."""
-    if bits not in (1, 2, 3, 4) or isinstance(bits, bool):
-        raise InputError(f"bits={bits!r}; a hybrid trellis code has 1, 2, 3 or 4 bits per weight")
-    if isinstance(state_bits, bool) or not isinstance(state_bits, int) or not 2 * bits < state_bits <= 16:
-        raise InputError(f"state_bits={state_bits!r}; the state has {2 * bits + 1} to 16 bits at bits={bits}")
-    if order not in ORDERS:
-        raise InputError(f"order={order!r}; the orders of a tile are {' and '.join(ORDERS)}")
+ROWS, COLUMNS = 256, 256
+"""Size of the weight that is drawn in each round."""
 
 
-def dequantize_hybrid(
-    trellis: Tensor, table: Tensor, bits: int, state_bits: int, order: str, start: int, stop: int, dtype: torch.dtype
-) -> Tensor:
-    """Rows start … stop of the weight, [stop − start, 16b] of `dtype`. trellis [out, k·b] int16, out in whole tiles."""
-    place = places(order, trellis.device)
-    state = reference.states(trellis, bits, state_bits, bits * (place - place % 2), start, stop)  # [rows, b, 16]
-    pair, sign = _drawn(state)
-    column = torch.arange(TILE, device=trellis.device) % 2  # weights of one pair are neighbours in a row
-    value = table.to(dtype)[pair, column.expand_as(pair)]
-    return torch.where(sign & (column == 0), -value, value).flatten(1)
+@cache
+def fitted_table(bits: int, state_bits: int) -> Tensor:
+    """The table [512, 2] float16 on the CPU for so many bits per weight and of state; not to be changed."""
+    with torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator("cpu").manual_seed(1)
+        table = _drawn_pairs(generator) * (0.9 + 0.075 * bits)  # with more bits the entries lie farther out
+        for _ in range(16 if state_bits <= 12 else 8):
+            weight = torch.randn(ROWS, COLUMNS, generator=generator, device="cpu")
+            table = _means(weight, table, bits, state_bits)
+        return table.to(torch.float16)
 
 
-def encode_hybrid(weight: Tensor, table: Tensor, bits: int, state_bits: int, order: str) -> Tensor:
-    """weight [out, 16b] float32, out in whole tiles -> trellis [out, k·b] int16, near the nearest."""
-    if len(weight) % TILE:
-        raise InputError(f"{len(weight)} rows; a hybrid trellis code is one of whole tiles of {TILE} rows")
-    tiles = weight.unflatten(0, (-1, TILE)).unflatten(2, (-1, TILE)).transpose(1, 2)  # [out / 16, b, 16, 16]
-    at = places(order, weight.device).flatten().argsort()
-    vectors = tiles.flatten(2)[..., at].flatten(0, 1).unflatten(1, (-1, 2))  # [m, 128, 2]
-    pair, sign = _drawn(torch.arange(1 << state_bits, device=weight.device))
-    values = table.to(weight.dtype)[pair]  # [states, 2]
-    values = torch.stack([torch.where(sign, -values[:, 0], values[:, 0]), values[:, 1]], 1)
-    step = 2 * bits
-    symbols = [reference._symbols(part, values, step, state_bits) for part in vectors.split(16)]
-    words = reference._words(torch.cat(symbols), step)  # [m, 16k]
-    return words.view(*tiles.shape[:2], TILE, bits).transpose(1, 2).flatten(2).flatten(0, 1)
+def _drawn_pairs(generator: torch.Generator) -> Tensor:
+    """Gaussian pairs of mean square one, the first not negative, [512, 2] float64."""
+    table = torch.randn(PAIRS, 2, generator=generator, device="cpu").double()
+    table[:, 0].abs_()
+    return table / table.square().mean().sqrt()
 
 
-def _drawn(state: Tensor) -> tuple[Tensor, Tensor]:
-    """(index of the pair, whether its first weight is negated) of states."""
-    h = state.long() * (state.long() + 1)
-    return h >> 6 & PAIRS - 1, (h >> 15 & 1).bool()
+def _means(weight: Tensor, table: Tensor, bits: int, state_bits: int) -> Tensor:
+    """The mean of the pairs of a weight [out, 16b] that the nearest path takes each entry for; an entry counts as one
+    of them. table [512, 2] float64."""
+    trellis = native.encode_trellis(weight, table.float(), bits, state_bits, "hyb")
+    begins = bits * places("rows", weight.device)
+    state = reference._states(trellis, bits, state_bits, begins, 0, len(weight))[..., ::2]  # [out, b, 8]
+    entry = entries(state).flatten()
+    pairs = weight.double().view(-1, 2)
+    pairs = torch.stack([torch.where(entry < PAIRS, pairs[:, 0], -pairs[:, 0]), pairs[:, 1]], 1)
+    sums = table.clone().index_add_(0, entry % PAIRS, pairs)
+    return sums / (1 + torch.bincount(entry % PAIRS, minlength=PAIRS))[:, None]

@@ -1,7 +1,7 @@
 """Trellis decoding and products on a GPU: the tile that the kernels of `triton_common.py` need, and the calls.
 
 A weight's state is cut from two neighbouring words of its row (the second may be the first of the row after) and made a
-value by a few integer instructions: there are no tables.
+value by a few integer instructions; of hyb it is looked up in a table of 2 KB.
 """
 
 from __future__ import annotations
@@ -17,51 +17,69 @@ from .tables import CODES, ORDERS, TILE
 
 
 def dequantize_trellis(
-    trellis: Tensor, bits: int, state_bits: int, code: str, order: str, start: int, stop: int, dtype: torch.dtype
+    trellis: Tensor,
+    table: Tensor | None,
+    bits: int,
+    state_bits: int,
+    code: str,
+    order: str,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """trellis [out, k·b] int16 on a GPU -> rows start … stop, [stop − start, 16b] of `dtype`."""
     if dtype not in triton_common.FLOATS:
-        return reference.dequantize_trellis(trellis, bits, state_bits, code, order, start, stop, dtype)
-    return triton_common.dequantize(_weight(trellis, bits, state_bits, code, order, start, stop), dtype)
+        return reference.dequantize_trellis(trellis, table, bits, state_bits, code, order, start, stop, dtype)
+    return triton_common.dequantize(_weight(trellis, table, bits, state_bits, code, order, start, stop), dtype)
 
 
 def multiply_trellis(
-    x: Tensor, trellis: Tensor, bits: int, state_bits: int, code: str, order: str, transposed: bool
+    x: Tensor,
+    trellis: Tensor,
+    table: Tensor | None,
+    bits: int,
+    state_bits: int,
+    code: str,
+    order: str,
+    transposed: bool,
 ) -> Tensor:
     """x [t, 16b] -> [t, out] of x's type, or transposed x [t, out] -> [t, 16b]; trellis [out, k·b] int16 on a GPU."""
     if x.dtype not in triton_common.FLOATS:
-        return reference.multiply_trellis(x, trellis, bits, state_bits, code, order, transposed)
+        return reference.multiply_trellis(x, trellis, table, bits, state_bits, code, order, transposed)
     product = triton_common.multiply_transposed if transposed else triton_common.multiply
-    return product(x, _weight(trellis, bits, state_bits, code, order, 0, len(trellis)))
+    return product(x, _weight(trellis, table, bits, state_bits, code, order, 0, len(trellis)))
 
 
 def _weight(
-    trellis: Tensor, bits: int, state_bits: int, code: str, order: str, start: int, stop: int
+    trellis: Tensor, table: Tensor | None, bits: int, state_bits: int, code: str, order: str, start: int, stop: int
 ) -> triton_common.Weight:
     blocks = trellis.shape[1] // bits
     config = (bits, state_bits, CODES.index(code), ORDERS.index(order))
-    tensors = (trellis.contiguous(), start, len(trellis), blocks)
+    looked_up = trellis if table is None else table.contiguous()  # read by hyb alone
+    tensors = (trellis.contiguous(), looked_up, start, len(trellis), blocks)
     return triton_common.Weight(_tile, config, tensors, stop - start, blocks * TILE, stages=1, most_rows=32)
 
 
 @triton.jit
 def _tile(tensors, rows, live, first, CONFIG: tl.constexpr, COLUMNS: tl.constexpr):
-    trellis, start, height, blocks = tensors
+    trellis, table, start, height, blocks = tensors
     BITS: tl.constexpr = CONFIG[0]
     STATE: tl.constexpr = CONFIG[1]
+    V: tl.constexpr = 2 if CONFIG[2] == 4 else 1
     row = (rows + start).to(tl.int64)
     column = first + tl.arange(0, COLUMNS)
     block = (column // 16)[None, :]
     ok = live[:, None] & (block < blocks)
     if CONFIG[3] == 0:  # row by row: only the last states reach into another row, the next one or the tile's first
         after = tl.where((row % 16 == 15) | (row == height - 1), row - row % 16, row + 1)
-        bit = ((column % 16) * BITS)[None, :]
+        bit = ((column % 16 - column % 16 % V) * BITS)[None, :]
         word = bit // 16
         own = trellis + (row[:, None] * blocks + block) * BITS + word
         following = tl.where(word + 1 < BITS, own + 1, trellis + (after[:, None] * blocks + block) * BITS)
-    else:  # EXL3's order
+    else:  # EXL3's order, or that of fragments
         r, c, top = (row % 16)[:, None], (column % 16)[None, :], (row - row % 16)[:, None]
-        bit = BITS * (32 * (r % 8) + 8 * ((c % 8) // 2) + 4 * (r // 8) + 2 * (c // 8) + c % 2)
+        DOWN: tl.constexpr = 4 if CONFIG[3] == 1 else 2
+        bit = BITS * (32 * (r % 8) + 8 * ((c % 8) // 2) + DOWN * (r // 8) + (6 - DOWN) * (c // 8) + c % 2 - c % V)
         word = bit // 16
         after = (word + 1) % (16 * BITS)
         own = trellis + ((top + word // BITS) * blocks + block) * BITS + word % BITS
@@ -78,6 +96,10 @@ def _tile(tensors, rows, live, first, CONFIG: tl.constexpr, COLUMNS: tl.constexp
         return _halves(state * 89226354 + 64248484)
     elif CONFIG[2] == 2:
         return _halves(state * 0xCBAC1FED)
+    elif CONFIG[2] == 4:
+        h, second = state * (state + 1), (column % 2)[None, :]
+        value = tl.load(table + ((h >> 6) & 511).to(tl.int32) * 2 + second).to(tl.float32)
+        return tl.where(((h >> 15) & 1 == 1) & (second == 0), -value, value)
     else:  # two float16 constants: exact in float32 up to the rounding
         value = (1024 + _bytes(state * 0x83DCD12D)).to(tl.float32) * 0.006767272949218750 - 10.3828125
         return value.to(tl.float16).to(tl.float32)

@@ -27,8 +27,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
+from ..quant.materialize import DEFAULT_MATERIALIZE_BYTES, DEVICE_MATERIALIZE_BYTES
 from .swap import set_module
 
 IMPLEMENTATION = "llmtools"
@@ -395,22 +397,89 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     ids = top_k_index.reshape(-1)  # [S]
     order = ids.argsort(stable=True)
     counts = _counts(ids, self.num_experts)
-    routed = order[: sum(counts)]
-    sources = routed // k
+    sources = order[: sum(counts)] // k
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    place = place.view(tokens, k)
     if _all_routed:
         y = _rows_of_all(self, hidden_states, sources, counts)
     else:
         hit = [index for index, count in enumerate(counts) if count]
         if not hit:
             return torch.zeros_like(hidden_states)
-        inputs = hidden_states[sources].split([counts[index] for index in hit])
+        rows: Tensor = _Dispatch.apply(hidden_states, sources, place)
+        inputs = rows.split([counts[index] for index in hit])
         y = _outputs(self, [self._modules[str(index)] for index in hit], inputs)
-    y = y * top_k_weights.reshape(-1)[routed].unsqueeze(-1)  # [S, H]
-    if len(routed) < len(ids):  # choices of no expert
-        y = torch.cat([y, y.new_zeros(len(ids) - len(routed), y.shape[1])])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return y[place].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+    result: Tensor = _Combine.apply(_filled(y, len(ids)), place, top_k_weights)
+    return result.to(hidden_states.dtype)
+
+
+class _Dispatch(torch.autograd.Function):
+    """x [T, H], sources [S'], place [T, k] -> x[sources] [S', H]; the gradient is a sum in a fixed order, and a few
+    tokens at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sources: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x[sources]
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return _combined(_filled(grad, place.numel()), place, None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y [S, H], place [T, k], weights [T, k] -> Σ_k weights · y[place] [T, H], of the wider of both types.
+
+    What autograd would keep, y in the order of the tokens and y times weights, is never there as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(y, place, weights)
+        return _combined(y, place, weights)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        y, place, weights = ctx.saved_tensors
+        of_y = torch.empty_like(y) if ctx.needs_input_grad[0] else None
+        of_weights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
+        for some in _few_tokens(y, place):
+            rows, upper = place[some], grad[some].unsqueeze(1)  # [t, k], [t, 1, H]
+            if of_y is not None:
+                of_y[rows] = (upper * weights[some].unsqueeze(-1)).to(y.dtype)
+            if of_weights is not None:
+                of_weights[some] = (upper * y[rows]).sum(dim=-1).to(weights.dtype)
+        return of_y, None, of_weights
+
+
+def _combined(y: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ_k y[place] · weights, [T, H]; without weights the sum alone."""
+    out = y.new_empty(len(place), y.shape[1], dtype=y.dtype if weights is None else _wider(y, weights))
+    for some in _few_tokens(y, place):
+        rows = y[place[some]]  # [t, k, H]
+        out[some] = (rows if weights is None else rows * weights[some].unsqueeze(-1)).sum(dim=1)
+    return out
+
+
+def _wider(y: Tensor, weights: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, weights.dtype)
+
+
+def _filled(y: Tensor, rows: int) -> Tensor:
+    """y [n, H] with rows of zeros up to so many: those of the choices of no expert."""
+    return y if len(y) == rows else torch.cat([y, y.new_zeros(rows - len(y), y.shape[1])])
+
+
+def _few_tokens(y: Tensor, place: Tensor) -> Iterator[slice]:
+    """Tokens whose rows of y [S, H], place [T, k], take as much scratch memory as a block of weights."""
+    budget = DEFAULT_MATERIALIZE_BYTES if y.is_cpu else DEVICE_MATERIALIZE_BYTES
+    count = max(1, budget // (4 * place.shape[1] * y.shape[1]))
+    for start in range(0, len(place), count):
+        yield slice(start, start + count)
 
 
 def _outputs(self: Any, experts: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor:

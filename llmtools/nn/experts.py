@@ -407,9 +407,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         hit = [index for index, count in enumerate(counts) if count]
         if not hit:
             return torch.zeros_like(hidden_states)
-        rows: Tensor = _Dispatch.apply(hidden_states, sources, place)
-        inputs = rows.split([counts[index] for index in hit])
-        y = _outputs(self, [self._modules[str(index)] for index in hit], inputs)
+        experts, sizes = [self._modules[str(index)] for index in hit], [counts[index] for index in hit]
+        y = _outputs(self, experts, _Dispatch.apply(hidden_states, sources, place).split(sizes))
     result: Tensor = _Combine.apply(_filled(y, len(ids)), place, top_k_weights)
     return result.to(hidden_states.dtype)
 
@@ -424,7 +423,7 @@ class _Dispatch(torch.autograd.Function):
         return x[sources]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
         return _combined(_filled(grad, place.numel()), place, None), None, None
@@ -442,7 +441,7 @@ class _Combine(torch.autograd.Function):
         return _combined(y, place, weights)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         y, place, weights = ctx.saved_tensors
         of_y = torch.empty_like(y) if ctx.needs_input_grad[0] else None

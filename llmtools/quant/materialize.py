@@ -42,8 +42,8 @@ DEVICE_GEMV_TOKENS = 16
 """Largest number of tokens for `Rows.multiply` on a GPU, a guess."""
 MULTIPLE = 8
 """Numbers of tokens that are no multiple of this are rounded up in products of half precision on a CPU. torch's library
-for them (oneDNN) compiles a kernel for each shape, half a millisecond's work and some 50 kB, and keeps a thousand; the
-experts of a mixture see any number of tokens."""
+for them (oneDNN) compiles a kernel for each shape, half a millisecond's work and half a megabyte, and keeps a
+thousand; the experts of a mixture see any number of tokens."""
 
 _budget: int | None = None
 _gemv_tokens: int | None = None

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
 from ..quant.materialize import DEFAULT_MATERIALIZE_BYTES, DEVICE_MATERIALIZE_BYTES
+from .linear import QuantizedLinear
 from .swap import set_module
 
 IMPLEMENTATION = "llmtools"
@@ -140,7 +141,7 @@ class BatchedExperts(StandIn):
         if not hit:
             return torch.zeros_like(flat)
         experts = [self._modules[str(index)] for index in hit]
-        y = _outputs(self, experts, flat[places].split([counts[index] for index in hit]))
+        y = _outputs(self, experts, flat[places], [counts[index] for index in hit])
         return torch.zeros_like(flat).index_copy(0, places, y.to(flat.dtype))
 
 
@@ -408,7 +409,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         if not hit:
             return torch.zeros_like(hidden_states)
         experts, sizes = [self._modules[str(index)] for index in hit], [counts[index] for index in hit]
-        y = _outputs(self, experts, _Dispatch.apply(hidden_states, sources, place).split(sizes))
+        y = _outputs(self, experts, _Dispatch.apply(hidden_states, sources, place), sizes)
     result: Tensor = _Combine.apply(_filled(y, len(ids)), place, top_k_weights)
     return result.to(hidden_states.dtype)
 
@@ -481,23 +482,42 @@ def _few_tokens(y: Tensor, place: Tensor) -> Iterator[slice]:
         yield slice(start, start + count)
 
 
-def _outputs(self: Any, experts: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor:
-    """The experts' outputs one after another, [Σ t, H], each of its own input [t, H]."""
-    up = torch.cat([expert.w_up(x) for expert, x in zip(experts, inputs, strict=True)])
+def _outputs(self: Any, experts: Sequence[Any], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The experts' outputs one after another, [Σ t, H], each of its own rows of x [Σ t, H], as many as `sizes` says."""
+    up = _products([expert.w_up for expert in experts], x, sizes)
     if self.has_gate:
-        gate = torch.cat([expert.w_gate(x) for expert, x in zip(experts, inputs, strict=True)])
+        gate = _products([expert.w_gate for expert in experts], x, sizes)
         inner = self._apply_gate(_joined(self, [gate, up], -1))
     else:
         inner = self.act_fn(up)  # [Σ t, I]
-    parts = inner.split([len(x) for x in inputs])
-    y = torch.cat([expert.w_down(x) for expert, x in zip(experts, parts, strict=True)])
+    y = _products([expert.w_down for expert in experts], inner, sizes)
     return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+
+def _products(linears: Sequence[Any], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[Σ t, out] of x [Σ t, in], each of these rows by its own linear; at once where the quantizer can and nothing but
+    the weights is to be called."""
+    if not torch.is_grad_enabled() and all(map(_is_bare, linears)):
+        quantizer = linears[0].quantizer
+        if all(linear.quantizer is quantizer for linear in linears):
+            y: Tensor | None = quantizer.linear_each(x, sizes, [linear.stored for linear in linears])
+            if y is not None:
+                return y
+    return torch.cat([linear(rows) for linear, rows in zip(linears, x.split(list(sizes)), strict=True)])
+
+
+def _is_bare(linear: Any) -> bool:
+    """Whether a linear is its packed weight alone: without a bias, hooks, or adapters around it."""
+    if type(linear) is not QuantizedLinear or linear._parameters["bias"] is not None:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or linear.fetch or "forward" in vars(linear))
 
 
 def _rows_of_all(self: Any, hidden_states: Tensor, sources: Tensor, counts: Sequence[int]) -> Tensor:
     """The same rows, of experts that are each run on all tokens."""
     rows = zip(_experts(self), sources.split(list(counts)), strict=True)
-    return torch.cat([_outputs(self, [expert], [hidden_states])[chosen] for expert, chosen in rows])
+    tokens = [len(hidden_states)]
+    return torch.cat([_outputs(self, [expert], hidden_states, tokens)[chosen] for expert, chosen in rows])
 
 
 def _has_values(tensor: Tensor) -> bool:

@@ -18,7 +18,7 @@ Shapes: out, in — features; t — tokens; r — rows in a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..kernels.ops import plain
 from .products import DEFAULT_BLOCK_BYTES, HALVES, Choice, Way, choice, chosen
 
 if TYPE_CHECKING:
@@ -90,6 +91,19 @@ def materialized_linear(x: Tensor, source: Rows, packed: Packed) -> Tensor:
     return _forward(
         x, source, packed, _ways(x, source, packed).forward
     )  # generating text: autograd would take some 10 µs
+
+
+def products_of_each(x: Tensor, sizes: Sequence[int], source: Rows, packed: Sequence[Packed]) -> Tensor | None:
+    """`materialized_linear` of several weights of one shape without gradients, where `Rows.multiply_each` is the way;
+    else None. Arguments as there, x [Σ t, in]."""
+    if torch.is_grad_enabled() or not plain(x):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    way, most = _ways(x, source, packed[0]).forward, max(sizes)
+    if most > way.few or most > source.multiply_tokens or (x.dtype in HALVES and not way.bytes):
+        return None
+    return source.multiply_each(x, sizes, packed)
 
 
 def product(x: Tensor, source: Rows, packed: Packed) -> Tensor:

@@ -19,11 +19,11 @@ from .quantize import QuantizerOptions, resolve_quantizer
 PROGRAM_BYTES = 390_000_000
 """Anonymous memory of `llmtools finetune` before the first step, without the model and its adapters, on Linux
 (`python -m benchmarks.plan_memory`)."""
-LAYER_BYTES = 22_000
+LAYER_BYTES = 20_000
 """Anonymous memory of a quantized linear beside its tensors, which counts where there are 20,000 of them: Python's and
 torch's objects for it, and its node in the graph of a forward (`python -m benchmarks.offload Qwen3-30B-A3B`, of 8 and
 of 48 blocks)."""
-KERNEL_BYTES = 32_000_000
+KERNEL_BYTES = 45_000_000
 """Memory of the kernels that torch's library for half precision (oneDNN) compiles and keeps for the numbers of tokens
 that a mixture's experts see, on a CPU: half a megabyte for each number and shape (`quant.materialize.MULTIPLE`)."""
 NOT_COUNTED = (

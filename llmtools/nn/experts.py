@@ -415,8 +415,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 class _Dispatch(torch.autograd.Function):
-    """x [T, H], sources [S'], place [T, k] -> x[sources] [S', H]; the gradient is a sum in a fixed order, and a few
-    tokens at a time."""
+    """x [T, H], sources [S'], place [T, k] -> x[sources] [S', H]; the gradient is a sum in a fixed order, a block
+    of tokens at a time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sources: Tensor, place: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,33 +76,51 @@ def model_of(layers: int, variant: tuple[str, dict[str, Any]] | None) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=16, target_modules=ATTENTION))
 
 
-def step(model: Any, tokens: int) -> Callable[[], float]:
-    """Forward and backward of one sequence, in seconds."""
+class Seconds(NamedTuple):
+    """What a run took, or a part of it."""
+
+    wall: float
+    """Seconds by the clock."""
+    cpu: float
+    """Seconds of the processor, of all threads."""
+
+    @classmethod
+    def now(cls) -> Seconds:
+        return cls(time.perf_counter(), time.process_time())
+
+    @classmethod
+    def since(cls, began: Seconds, times: int = 1) -> Seconds:
+        """Those of each of so many repetitions since `began`."""
+        return cls(*((now - before) / times for now, before in zip(cls.now(), began, strict=True)))
+
+
+def step(model: Any, tokens: int) -> Callable[[], Seconds]:
+    """Forward and backward of one sequence."""
     ids = torch.randint(3, 32000, (1, tokens), generator=torch.Generator().manual_seed(0))
 
-    def run() -> float:
+    def run() -> Seconds:
         model.train()
-        began = time.perf_counter()
+        began = Seconds.now()
         with torch.autocast("cpu", torch.bfloat16):
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return time.perf_counter() - began
+        return Seconds.since(began)
 
     return run
 
 
-def token(model: Any, count: int) -> Callable[[], float]:
-    """Greedy decoding of so many tokens after 16, in seconds for each."""
+def token(model: Any, count: int) -> Callable[[], Seconds]:
+    """Greedy decoding of so many tokens after 16, each."""
     ids = torch.randint(3, 32000, (1, 16), generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
-    def run() -> float:
+    def run() -> Seconds:
         model.eval()
         out = model(input_ids=ids, use_cache=True)
-        began = time.perf_counter()
+        began = Seconds.now()
         for _ in range(count):
             following = out.logits[:, -1:].argmax(dim=-1)
             out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
-        return (time.perf_counter() - began) / count
+        return Seconds.since(began, count)
 
     return run
 
@@ -112,7 +130,7 @@ def speed(layers: int, tokens: int, rounds: int, only: list[str] | None, out: Pa
     wanted = {name: variant for name, variant in VARIANTS.items() if not only or name in only}
     models = {name: model_of(layers, variant) for name, variant in wanted.items()}
     runs = {name: {"step": step(model, tokens), "token": token(model, 8)} for name, model in models.items()}
-    seen: dict[str, dict[str, list[float]]] = {name: {"step": [], "token": []} for name in models}
+    seen: dict[str, dict[str, list[Seconds]]] = {name: {"step": [], "token": []} for name in models}
     for turn in range(rounds + 1):
         for name, kinds in runs.items():
             for kind, run in kinds.items():
@@ -123,9 +141,11 @@ def speed(layers: int, tokens: int, rounds: int, only: list[str] | None, out: Pa
     for name, kinds in seen.items():
         row: dict[str, Any] = {"variant": name, "layers": layers, "tokens": tokens, "threads": torch.get_num_threads()}
         for kind, values in kinds.items():
-            row |= {f"{kind}_best": min(values), f"{kind}_median": statistics.median(values)}
+            wall, cpu = ([each[part] for each in values] for part in (0, 1))
+            row |= {f"{kind}_best": min(wall), f"{kind}_median": statistics.median(wall), f"{kind}_cpu_best": min(cpu)}
             if "bf16" in seen:
-                row[f"{kind}_of_bf16"] = min(values) / min(seen["bf16"][kind])
+                row[f"{kind}_of_bf16"] = min(wall) / min(each.wall for each in seen["bf16"][kind])
+                row[f"{kind}_cpu_of_bf16"] = min(cpu) / min(each.cpu for each in seen["bf16"][kind])
         record("speed", row, out)
         print(name, {key: round(value, 4) for key, value in row.items() if isinstance(value, float)}, flush=True)
 

@@ -61,7 +61,8 @@ def make(size: str, bits: int, folder: Path, depth: int | None = None) -> int:
     shape = config(size, depth=depth)
     model = without_values(shape, llmtools.quantizer(name, **options))
     layers = quantized_linears(model)
-    marked = [path for path in layers if not path.startswith(tuple(f"{each}." for each in unfused_experts(model)))]
+    experts = tuple(f"{path}." for path in unfused_experts(model))
+    marked = [path for path in layers if not path.startswith(experts)]
     parts = [*(f"{unit.path}." for unit in units_of(model)[1:]), ""]
     left = dict(model.named_parameters())
     places, total = {}, 0

@@ -36,6 +36,7 @@ from ..errors import CheckpointError, InputError, did_you_mean
 from ..files import disk_error
 from ..kernels.build import cache_home
 from ..nn.embedding import TiedLinear
+from ..nn.experts import is_unfused, unfused_experts
 from ..pages import Span, ask_for, file_pages, free_memory, joined, let_go
 from ..ranks import processes
 
@@ -298,9 +299,13 @@ def stream(model: nn.Module, watch: Callable[[], None] = lambda: None) -> None:
     spans = [joined(_spans(unit.modules)) for unit in units]
     total, free = sum(each.stop - each.start for unit in spans for each in unit), free_memory()
     schedule = Schedule(spans, release=free is None or total > free, check=watch)
+    # The hooks of a mixture serve its experts: of their own, 1.4 kB each, there would be tens of thousands.
+    mixtures = unfused_experts(model).values()
+    experts = {id(each) for mixture in mixtures for each in mixture.modules() if each is not mixture}
     for number, unit in enumerate(units):
         for module in unit.modules:
-            _hook(module, number, schedule)
+            if id(module) not in experts:
+                _hook(module, number, schedule)
 
 
 def units_of(model: nn.Module) -> list[Unit]:
@@ -328,8 +333,10 @@ def _members(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reads(module: nn.Module) -> bool:
-    """Whether a module computes with tensors of its own, or with those of an embedding that it is tied to."""
-    return isinstance(module, TiedLinear) or any(each is not None for each in module._parameters.values())
+    """Whether a module computes with tensors of its own, its experts' or those of an embedding that it is tied to."""
+    if isinstance(module, TiedLinear) or is_unfused(module):
+        return True
+    return any(each is not None for each in module._parameters.values())
 
 
 def _spans(modules: Iterable[nn.Module]) -> Iterator[Span]:

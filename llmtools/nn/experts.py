@@ -27,8 +27,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..errors import InputError
+from ..quant.materialize import DEFAULT_MATERIALIZE_BYTES, DEVICE_MATERIALIZE_BYTES
+from .linear import QuantizedLinear
 from .swap import set_module
 
 IMPLEMENTATION = "llmtools"
@@ -138,7 +141,7 @@ class BatchedExperts(StandIn):
         if not hit:
             return torch.zeros_like(flat)
         experts = [self._modules[str(index)] for index in hit]
-        y = _outputs(self, experts, flat[places].split([counts[index] for index in hit]))
+        y = _outputs(self, experts, flat[places], [counts[index] for index in hit])
         return torch.zeros_like(flat).index_copy(0, places, y.to(flat.dtype))
 
 
@@ -395,41 +398,126 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     ids = top_k_index.reshape(-1)  # [S]
     order = ids.argsort(stable=True)
     counts = _counts(ids, self.num_experts)
-    routed = order[: sum(counts)]
-    sources = routed // k
+    sources = order[: sum(counts)] // k
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    place = place.view(tokens, k)
     if _all_routed:
         y = _rows_of_all(self, hidden_states, sources, counts)
     else:
         hit = [index for index, count in enumerate(counts) if count]
         if not hit:
             return torch.zeros_like(hidden_states)
-        inputs = hidden_states[sources].split([counts[index] for index in hit])
-        y = _outputs(self, [self._modules[str(index)] for index in hit], inputs)
-    y = y * top_k_weights.reshape(-1)[routed].unsqueeze(-1)  # [S, H]
-    if len(routed) < len(ids):  # choices of no expert
-        y = torch.cat([y, y.new_zeros(len(ids) - len(routed), y.shape[1])])
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return y[place].view(tokens, k, -1).sum(dim=1).to(hidden_states.dtype)
+        experts, sizes = [self._modules[str(index)] for index in hit], [counts[index] for index in hit]
+        y = _outputs(self, experts, _Dispatch.apply(hidden_states, sources, place), sizes)
+    result: Tensor = _Combine.apply(_filled(y, len(ids)), place, top_k_weights)
+    return result.to(hidden_states.dtype)
 
 
-def _outputs(self: Any, experts: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor:
-    """The experts' outputs one after another, [Σ t, H], each of its own input [t, H]."""
-    up = torch.cat([expert.w_up(x) for expert, x in zip(experts, inputs, strict=True)])
+class _Dispatch(torch.autograd.Function):
+    """x [T, H], sources [S'], place [T, k] -> x[sources] [S', H]; the gradient is a sum in a fixed order, a block
+    of tokens at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sources: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x[sources]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return _combined(_filled(grad, place.numel()), place, None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y [S, H], place [T, k], weights [T, k] -> Σ_k weights · y[place] [T, H], of the wider of both types.
+
+    What autograd would keep, y in the order of the tokens and y times weights, is never there as a whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, place: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(y, place, weights)
+        return _combined(y, place, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        y, place, weights = ctx.saved_tensors
+        of_y = torch.empty_like(y) if ctx.needs_input_grad[0] else None
+        of_weights = torch.empty_like(weights) if ctx.needs_input_grad[2] else None
+        for some in _few_tokens(y, place):
+            rows, upper = place[some], grad[some].unsqueeze(1)  # [t, k], [t, 1, H]
+            if of_y is not None:
+                of_y[rows] = (upper * weights[some].unsqueeze(-1)).to(y.dtype)
+            if of_weights is not None:
+                of_weights[some] = (upper * y[rows]).sum(dim=-1).to(weights.dtype)
+        return of_y, None, of_weights
+
+
+def _combined(y: Tensor, place: Tensor, weights: Tensor | None) -> Tensor:
+    """Σ_k y[place] · weights, [T, H]; without weights the sum alone."""
+    out = y.new_empty(len(place), y.shape[1], dtype=y.dtype if weights is None else _wider(y, weights))
+    for some in _few_tokens(y, place):
+        rows = y[place[some]]  # [t, k, H]
+        out[some] = (rows if weights is None else rows * weights[some].unsqueeze(-1)).sum(dim=1)
+    return out
+
+
+def _wider(y: Tensor, weights: Tensor) -> torch.dtype:
+    return torch.promote_types(y.dtype, weights.dtype)
+
+
+def _filled(y: Tensor, rows: int) -> Tensor:
+    """y [n, H] with rows of zeros up to so many: those of the choices of no expert."""
+    return y if len(y) == rows else torch.cat([y, y.new_zeros(rows - len(y), y.shape[1])])
+
+
+def _few_tokens(y: Tensor, place: Tensor) -> Iterator[slice]:
+    """Tokens whose rows of y [S, H], place [T, k], take as much scratch memory as a block of weights."""
+    budget = DEFAULT_MATERIALIZE_BYTES if y.is_cpu else DEVICE_MATERIALIZE_BYTES
+    count = max(1, budget // (4 * place.shape[1] * y.shape[1]))
+    for start in range(0, len(place), count):
+        yield slice(start, start + count)
+
+
+def _outputs(self: Any, experts: Sequence[Any], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The experts' outputs one after another, [Σ t, H], each of its own rows of x [Σ t, H], as many as `sizes` says."""
+    up = _products([expert.w_up for expert in experts], x, sizes)
     if self.has_gate:
-        gate = torch.cat([expert.w_gate(x) for expert, x in zip(experts, inputs, strict=True)])
+        gate = _products([expert.w_gate for expert in experts], x, sizes)
         inner = self._apply_gate(_joined(self, [gate, up], -1))
     else:
         inner = self.act_fn(up)  # [Σ t, I]
-    parts = inner.split([len(x) for x in inputs])
-    y = torch.cat([expert.w_down(x) for expert, x in zip(experts, parts, strict=True)])
+    y = _products([expert.w_down for expert in experts], inner, sizes)
     return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+
+def _products(linears: Sequence[Any], x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """[Σ t, out] of x [Σ t, in], each of these rows by its own linear; at once where the quantizer can and nothing but
+    the weights is to be called."""
+    if not torch.is_grad_enabled() and all(map(_is_bare, linears)):
+        quantizer = linears[0].quantizer
+        if all(linear.quantizer is quantizer for linear in linears):
+            y: Tensor | None = quantizer.linear_each(x, sizes, [linear.stored for linear in linears])
+            if y is not None:
+                return y
+    return torch.cat([linear(rows) for linear, rows in zip(linears, x.split(list(sizes)), strict=True)])
+
+
+def _is_bare(linear: Any) -> bool:
+    """Whether a linear is its packed weight alone: without a bias, hooks, or adapters around it."""
+    if type(linear) is not QuantizedLinear or linear._parameters["bias"] is not None:
+        return False
+    return not (linear._forward_hooks or linear._forward_pre_hooks or linear.fetch or "forward" in vars(linear))
 
 
 def _rows_of_all(self: Any, hidden_states: Tensor, sources: Tensor, counts: Sequence[int]) -> Tensor:
     """The same rows, of experts that are each run on all tokens."""
     rows = zip(_experts(self), sources.split(list(counts)), strict=True)
-    return torch.cat([_outputs(self, [expert], [hidden_states])[chosen] for expert, chosen in rows])
+    tokens = [len(hidden_states)]
+    return torch.cat([_outputs(self, [expert], hidden_states, tokens)[chosen] for expert, chosen in rows])
 
 
 def _has_values(tensor: Tensor) -> bool:

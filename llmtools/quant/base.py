@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -82,6 +82,11 @@ class Rows(ABC):
         """
         return None
 
+    def multiply_each(self, x: Tensor, sizes: Sequence[int], packed: Sequence[Packed]) -> Tensor | None:
+        """`multiply` of several weights of one shape at once: x [Σ t, in], rows that belong to one weight after the
+        other, as many as `sizes` says -> [Σ t, out]. None: there is no such kernel."""
+        return None
+
 
 class Quantizer(Rows):
     """A storage format of a weight matrix: [out, in] floats to a few named tensors, and rows of it back.
@@ -113,6 +118,11 @@ class Quantizer(Rows):
         The default materialises blocks of rows. Override it where there is a cheaper way to the same product.
         """
         return materialized_linear(x, self, packed)
+
+    def linear_each(self, x: Tensor, sizes: Sequence[int], packed: Sequence[Packed]) -> Tensor | None:
+        """`linear` of several weights of one shape in one call, for decoding, arguments as in `Rows.multiply_each`;
+        without gradients. None where each weight is to be called by itself."""
+        return None
 
     def spec(self) -> dict[str, Any]:
         """The call that makes this quantizer, as JSON: ``{"name": "optq", "bits": 3, …}``."""

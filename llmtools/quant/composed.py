@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -21,7 +22,7 @@ from .grids.affine import Affine
 from .grids.base import Grid
 from .grids.mid_rise import MidRise
 from .hessian import check_hessian
-from .materialize import materialized_linear
+from .materialize import materialized_linear, products_of_each
 from .rounding import Rounding, Sequential, split
 from .update import updated
 
@@ -181,6 +182,9 @@ class Composed(Quantizer):
             return materialized_linear(x, self.grid, packed)
         y = materialized_linear(self.basis.inputs(x, packed), self.grid, self.basis.rotated(packed))
         return self.basis.outputs(y, packed)
+
+    def linear_each(self, x: Tensor, sizes: Sequence[int], packed: Sequence[Packed]) -> Tensor | None:
+        return products_of_each(x, sizes, self.grid, packed) if self.basis is None else None
 
     def tuning_linear(self, x: Tensor, packed: Packed) -> Tensor:
         if self.basis is None:

@@ -18,7 +18,7 @@ Shapes: out, in — features; t — tokens; r — rows in a block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError
+from ..kernels.ops import plain
 from .products import DEFAULT_BLOCK_BYTES, HALVES, Choice, Way, choice, chosen
 
 if TYPE_CHECKING:
@@ -40,6 +41,10 @@ LARGEST_BLOCK_BYTES = 31 * 2**20
 page, each time."""
 DEVICE_GEMV_TOKENS = 16
 """Largest number of tokens for `Rows.multiply` on a GPU, a guess."""
+MULTIPLE = 8
+"""Numbers of tokens that are no multiple of this are rounded up in products of half precision on a CPU. torch's library
+for them (oneDNN) compiles a kernel for each shape, half a millisecond's work and half a megabyte, and keeps a
+thousand; the experts of a mixture see any number of tokens."""
 
 _budget: int | None = None
 _gemv_tokens: int | None = None
@@ -86,6 +91,19 @@ def materialized_linear(x: Tensor, source: Rows, packed: Packed) -> Tensor:
     return _forward(
         x, source, packed, _ways(x, source, packed).forward
     )  # generating text: autograd would take some 10 µs
+
+
+def products_of_each(x: Tensor, sizes: Sequence[int], source: Rows, packed: Sequence[Packed]) -> Tensor | None:
+    """`materialized_linear` of several weights of one shape without gradients, where `Rows.multiply_each` is the way;
+    else None. Arguments as there, x [Σ t, in]."""
+    if torch.is_grad_enabled() or not plain(x):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    way, most = _ways(x, source, packed[0]).forward, max(sizes)
+    if most > way.few or most > source.multiply_tokens or (x.dtype in HALVES and not way.bytes):
+        return None
+    return source.multiply_each(x, sizes, packed)
 
 
 def product(x: Tensor, source: Rows, packed: Packed) -> Tensor:
@@ -183,15 +201,22 @@ def _fused(x: Tensor, source: Rows, packed: Packed, way: Way, transposed: bool) 
 
 def _product(x: Tensor, source: Rows, packed: Packed, way: Way) -> Tensor:
     """x [t, in] @ W.T -> [t, out], a block of W's rows at a time."""
-    out_features, dtype, inputs = source.out_features(packed), x.dtype, x.to(_wide(x, way))
+    tokens, out_features, dtype = x.shape[0], source.out_features(packed), x.dtype
+    inputs = _in_few_shapes(x.to(_wide(x, way)))
     step = _rows_per_block(source, out_features, x.shape[1], way.block_bytes, inputs)
     if step >= out_features:
-        return F.linear(inputs, source.dequantize(packed, slice(0, out_features), inputs.dtype)).to(dtype)
-    y = x.new_empty(x.shape[0], out_features)
+        return F.linear(inputs, source.dequantize(packed, slice(0, out_features), inputs.dtype))[:tokens].to(dtype)
+    y = x.new_empty(tokens, out_features)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
-        y[:, rows] = F.linear(inputs, source.dequantize(packed, rows, inputs.dtype))  # [t, in] @ [r, in].T
+        y[:, rows] = F.linear(inputs, source.dequantize(packed, rows, inputs.dtype))[:tokens]  # [t, in] @ [r, in].T
     return y
+
+
+def _in_few_shapes(x: Tensor) -> Tensor:
+    """x [t, n] with rows of zeros up to a multiple of `MULTIPLE`, for products in half precision on a CPU."""
+    more = -x.shape[0] % MULTIPLE if x.is_cpu and x.dtype in HALVES else 0
+    return F.pad(x, (0, 0, 0, more)) if more else x
 
 
 def _gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int, way: Way) -> Tensor:
@@ -208,21 +233,22 @@ def _gradient(grad: Tensor, source: Rows, packed: Packed, in_features: int, way:
 
 def _product_transposed(grad: Tensor, source: Rows, packed: Packed, in_features: int, way: Way) -> Tensor:
     """grad [t, out] @ W -> [t, in], a block of W's rows at a time."""
-    (tokens, out_features), dtype = grad.shape, _wide(grad, way)
-    step = _rows_per_block(source, out_features, in_features, way.block_bytes, grad.new_empty(0, dtype=dtype))
+    (tokens, out_features), dtype, result = grad.shape, _wide(grad, way), grad.dtype
+    grad = _in_few_shapes(grad.to(dtype))
+    step = _rows_per_block(source, out_features, in_features, way.block_bytes, grad)
     if step >= out_features:
-        return (grad.to(dtype) @ source.dequantize(packed, slice(0, out_features), dtype)).to(grad.dtype)
+        return (grad @ source.dequantize(packed, slice(0, out_features), dtype))[:tokens].to(result)
     # Blocks are summed in float32 at least, so that the number of blocks does not show in bf16 gradients.
     wide = torch.promote_types(dtype, torch.float32)
-    grad_x = grad.new_zeros(tokens, in_features, dtype=wide)
+    grad_x = grad.new_zeros(len(grad), in_features, dtype=wide)
     for start in range(0, out_features, step):
         rows = slice(start, min(start + step, out_features))
-        part = grad[:, rows].to(dtype)  # a block of W gets no name: it must be gone before the next is made
+        part = grad[:, rows]  # a block of W gets no name: it must be gone before the next is made
         if dtype == wide:
             grad_x.addmm_(part, source.dequantize(packed, rows, dtype))  # [t, r] @ [r, in]
         else:
             grad_x += part @ source.dequantize(packed, rows, dtype)
-    return grad_x.to(grad.dtype)
+    return grad_x[:tokens].to(result)
 
 
 def _float_gradients(grad: Tensor, x: Tensor, source: Rows, packed: Packed, trained: list[str], way: Way) -> Packed:

@@ -19,6 +19,13 @@ from .quantize import QuantizerOptions, resolve_quantizer
 PROGRAM_BYTES = 390_000_000
 """Anonymous memory of `llmtools finetune` before the first step, without the model and its adapters, on Linux
 (`python -m benchmarks.plan_memory`)."""
+LAYER_BYTES = 20_000
+"""Anonymous memory of a quantized linear beside its tensors, which counts where there are 20,000 of them: Python's and
+torch's objects for it, and its node in the graph of a forward (`python -m benchmarks.offload Qwen3-30B-A3B`, of 8 and
+of 48 blocks)."""
+KERNEL_BYTES = 45_000_000
+"""Memory of the kernels that torch's library for half precision (oneDNN) compiles and keeps for the numbers of tokens
+that a mixture's experts see, on a CPU: half a megabyte for each number and shape (`quant.materialize.MULTIPLE`)."""
 NOT_COUNTED = (
     "what a kernel allocates within itself, what the allocator rounds up or caches, pages of the libraries' files (on "
     "a GPU the CUDA context, some 0.5 GB)"
@@ -72,6 +79,8 @@ class Memory:
     """The program with its libraries, where they share the memory: on a CPU."""
     heap: int = 0
     """Holes of the heap that are let be (`train/heap.py`), on a CPU."""
+    objects: int = 0
+    """Objects of the quantized linears in Python and torch, and kernels compiled for a mixture, on a CPU."""
 
     @property
     def total(self) -> int:
@@ -146,6 +155,7 @@ class PlanResult:
             "work": "scratch memory of one block",
             "program": "program and libraries",
             "heap": "holes of the heap",
+            "objects": "objects of the layers, compiled kernels",
         }
         width = max(map(len, names.values()))
         column = max(len(self.quantizer), 10)
@@ -289,6 +299,7 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
     the optimizer's state and the forward's tensors, without gradients.
     """
     from ..model.memory import peak, tensors
+    from ..nn.experts import unfused_experts
     from ..train.arguments import autocasts_on_cpu
     from ..train.heap import LEAST, SLACK
 
@@ -314,13 +325,15 @@ def step_memory(config: Any, recipe: Plan, dense: bool = False) -> tuple[Memory,
         work=transient.work,
     )
     if recipe.device == "cpu":
-        moving = memory.total - memory.weights + PROGRAM_BYTES
-        memory = dataclasses.replace(memory, program=PROGRAM_BYTES, heap=max(LEAST, int(SLACK * moving)))
+        objects = 0 if dense else LAYER_BYTES * modules + KERNEL_BYTES * bool(unfused_experts(model))
+        moving = memory.total - memory.weights + PROGRAM_BYTES + objects
+        heap = max(LEAST, int(SLACK * moving))
+        memory = dataclasses.replace(memory, program=PROGRAM_BYTES, heap=heap, objects=objects)
     validation = 0
     if recipe.eval_batch_size is not None:
         forward = peak(model, recipe.eval_batch_size, recipe.max_length, training=False, **how)
         stays = held.frozen + held.adapters + memory.optimizer
-        validation = stays + forward.total + memory.program + memory.heap
+        validation = stays + forward.total + memory.program + memory.heap + memory.objects
     movable, buffers = _movable(model)
     facts = {"modules": modules, "weights": held.quantized_weights, "trainable": held.trainable}
     return memory, name, {**facts, "validation": validation, "movable": movable, "buffers": buffers}

@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 import llmtools
+from benchmarks.tiny import tiny_model as tiny_family
 from llmtools import CheckpointError, InputError, pages
 from llmtools.checkpoint.folder import load_model
 from llmtools.model import offload
 from llmtools.model.offload import Schedule, Spill, Watch, bytes_in_files, keep_in_files, units_of
 from llmtools.nn.embedding import TiedLinear
+from llmtools.nn.experts import unfused_experts
 from llmtools.pages import Span, file_pages
 from tests.formats.test_reading import KINDS
 from tests.formats.writers import write
@@ -232,6 +234,20 @@ def test_units_hold_each_module_with_weights_once(packed: Path) -> None:
     assert {id(p) for unit in units for module in unit.modules for p in module.parameters(recurse=False)} == {
         id(p) for p in model.parameters()
     }
+
+
+def test_a_mixture_reports_for_its_experts(tmp_path: Path) -> None:
+    model = tiny_family("mixtral")
+    llmtools.quantize(model, "rtn", bits=4, group_size=16)
+    folder = llmtools.save(model, None, tmp_path / "packed")
+    resident, streamed = load_model(folder), load_model(folder, offload="disk")
+    assert torch.equal(logits(streamed), logits(resident))
+    units = units_of(streamed)
+    for path, module in unfused_experts(streamed).items():
+        assert module._forward_pre_hooks and not any(
+            each._forward_pre_hooks for each in module.get_submodule("0").children()
+        )
+        assert any(path.startswith(f"{unit.path}.") and module in unit.modules for unit in units[1:])
 
 
 def test_without_a_list_of_blocks_each_module_is_a_unit() -> None:

@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("transformers")
 
-import llmtools.model.transformers_integration  # noqa: F401 (registers the experts' forward)
+import llmtools
+import llmtools.model.transformers_integration
 from benchmarks.tiny import tiny_model
 from llmtools.errors import InputError
+from llmtools.kernels.grouped import multiplies
 from llmtools.nn.experts import (
     IMPLEMENTATION,
     experts_forward,
@@ -23,6 +25,8 @@ from llmtools.nn.experts import (
     unfused_experts,
     unfused_within,
 )
+from llmtools.nn.linear import QuantizedLinear
+from llmtools.nn.swap import quantized_linears
 
 KINDS = {
     "mixtral": "gate and up in one matrix",
@@ -50,6 +54,14 @@ def routed(module: Any, tokens: int = 7, k: int = 2) -> tuple[torch.Tensor, torc
     x = torch.randn(tokens, width, generator=generator)
     ids = torch.stack([torch.randperm(module.num_experts, generator=generator)[:k] for _ in range(tokens)])
     return x, ids, torch.rand(tokens, k, generator=generator)
+
+
+def routed_among(module: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same of experts that are linears."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tokens, module.get_submodule("0.w_up").in_features, generator=generator)
+    ids = torch.stack([torch.randperm(module.num_experts, generator=generator)[:2] for _ in range(tokens)])
+    return x, ids, torch.rand(tokens, 2, generator=generator)
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -110,6 +122,31 @@ def test_a_choice_of_no_expert_adds_nothing() -> None:
     torch.testing.assert_close(experts_forward(module, x, ids, weights), first)
     ids[:, 0] = module.num_experts
     assert not experts_forward(module, x, ids, weights).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_decoded_token_has_one_call_a_projection_with_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = drawn("mixtral").to(dtype)
+    llmtools.quantize(model, "rtn", bits=4, group_size=16)
+    module: Any = next(iter(unfused_experts(model).values()))
+    x, ids, weights = routed_among(module, tokens=2)
+    x = x.to(dtype)
+    calls: list[int] = []
+    forward = QuantizedLinear.forward
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
+    with torch.no_grad():
+        at_once = experts_forward(module, x, ids, weights)
+        once = len(calls)
+        for linear in quantized_linears(module).values():
+            linear.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(experts_forward(module, x, ids, weights), at_once, rtol=0, atol=0)
+    assert len(calls) - once == 3 * len(ids.unique())  # hooks see each linear
+    assert once == (0 if multiplies(x.device, 4) else 3 * len(ids.unique()))
+    given = x.clone().requires_grad_()
+    torch.testing.assert_close(experts_forward(module, given, ids, weights).detach(), at_once)
+    assert len(calls) == once + 6 * len(ids.unique())
 
 
 def test_an_expert_without_tokens_is_not_touched() -> None:

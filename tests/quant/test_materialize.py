@@ -15,8 +15,28 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from llmtools.nn.linear import QuantizedLinear
-from llmtools.quant import NF4, OPTQ, RTN, Packed, Quantizer, QuIPSharp, materialize_budget, materialized_linear
-from llmtools.quant.materialize import LARGEST_BLOCK_BYTES, _rows_per_block, _ways, gemv_tokens
+from llmtools.quant import (
+    NF4,
+    OPTQ,
+    RTN,
+    Packed,
+    Quantizer,
+    QuIPSharp,
+    materialize,
+    materialize_budget,
+    materialized_linear,
+)
+from llmtools.quant.materialize import (
+    LARGEST_BLOCK_BYTES,
+    MULTIPLE,
+    _forward,
+    _gradient,
+    _in_few_shapes,
+    _rows_per_block,
+    _ways,
+    gemv_tokens,
+)
+from llmtools.quant.products import Way
 
 QUANTIZERS = [RTN(bits=3, group_size=32), NF4(), OPTQ(bits=2, group_size=16, act_order=True)]
 
@@ -306,3 +326,18 @@ def test_few_tokens_take_the_kernel_for_few(tokens: int) -> None:
     torch.testing.assert_close(y, x @ weight.T, rtol=1e-5, atol=1e-5)
     y.sum().backward()
     assert calls == ([(tokens, False), (tokens, True)] if tokens <= 16 else [])
+
+
+def test_numbers_of_tokens_in_half_precision_are_multiples(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = RTN(bits=4)
+    packed, weight = packed_weight(quantizer)
+    way, seen = Way(torch.bfloat16, 2**20, 0), []
+    linear = materialize.F.linear
+    monkeypatch.setattr(materialize.F, "linear", lambda x, w: seen.append(len(x)) or linear(x, w))
+    for tokens in range(1, 2 * MULTIPLE + 1):
+        x, g = torch.randn(tokens, 64).bfloat16(), torch.randn(tokens, len(weight)).bfloat16()
+        for transposed, given, factor in ((False, x, weight.T), (True, g, weight)):
+            found = _gradient(g, quantizer, packed, 64, way) if transposed else _forward(x, quantizer, packed, way)
+            torch.testing.assert_close(found.float(), given.float() @ factor, rtol=2e-2, atol=5e-2)
+    assert set(seen) == {MULTIPLE, 2 * MULTIPLE}
+    assert len(_in_few_shapes(torch.randn(3, 4))) == 3  # float32

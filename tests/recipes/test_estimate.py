@@ -17,7 +17,7 @@ from llmtools.cli.app import main
 from llmtools.errors import InputError
 from llmtools.model import memory
 from llmtools.nn.loss import chunked_loss
-from llmtools.recipes.estimate import Plan, plan, plan_for, size
+from llmtools.recipes.estimate import KERNEL_BYTES, LAYER_BYTES, Plan, plan, plan_for, size
 from llmtools.recipes.finetune import Lora
 from tests.models import CONFIGS, llama_config, tiny_mixture, tiny_model
 
@@ -203,6 +203,14 @@ def test_weights_in_files_need_no_memory() -> None:
         plan_for(llama_config(), recipe(device="cpu", offload="disc"))
 
 
+def test_the_objects_of_layers_are_memory_on_a_cpu() -> None:
+    for config, kernels in ((llama_config(), 0), (tiny_mixture("qwen2_moe").config, KERNEL_BYTES)):
+        found = plan_for(config, recipe(device="cpu"))
+        assert found.memory.objects == LAYER_BYTES * found.modules + kernels
+        assert found.lora_16_bit.objects == 0
+        assert plan_for(config, recipe(device="cuda")).memory.objects == 0
+
+
 def test_weights_in_host_memory_take_two_buffers_of_the_device() -> None:
     def planned(**changes: Any) -> Any:
         return plan_for(
@@ -282,7 +290,7 @@ def test_validation_is_that_of_a_real_forward() -> None:
 
     validate()
     kept = held(base) + planned.memory.optimizer  # adapters are in the model
-    kept += planned.memory.program + planned.memory.heap
+    kept += planned.memory.program + planned.memory.heap + planned.memory.objects
     assert planned.validation is not None
     assert planned.validation - kept == pytest.approx(peak_growth(validate), rel=0.1)
     assert "validation, batches of 4" in str(planned)

@@ -365,12 +365,19 @@ static ALWAYS_INLINE void read_scales(const Weight *w, int64_t row, int64_t firs
     }
     const uint16_t *half = (const uint16_t *)w->scales + at;
     for (int64_t i = 0; i < n; i += LANES) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__) /* a copy of so many bytes would be half of a short row's time */
+        const __mmask16 there = n - i < LANES ? (__mmask16)((1u << (n - i)) - 1) : 0xffff;
+        const __m256i some = _mm256_maskz_loadu_epi16(there, half + i);
+        const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(some), 16);
+        _mm512_storeu_ps(scale + i, w->scale_type == BFLOAT16 ? _mm512_castsi512_ps(high) : _mm512_cvtph_ps(some));
+#else
         uint16_t some[LANES] = {0};
         const uint16_t *from = n - i < LANES ? memcpy(some, half + i, (size_t)(n - i) * 2) : half + i;
         if (w->scale_type == BFLOAT16)
             for (int k = 0; k < LANES; k++) scale[i + k] = from_bfloat16(from[k]);
         else
             halves_to_floats(from, scale + i);
+#endif
     }
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,24 @@ def multiply_grouped(x: Tensor, qweight: Tensor, *weight: Any) -> Tensor:
     product = library().multiply_transposed if transposed else library().multiply
     if not product(given, rows, x.data_ptr(), tokens, TYPES[x.dtype], y.data_ptr(), threads):
         raise MemoryError(f"no memory for {tokens} rows of {summed} activations")
+    return y
+
+
+def multiply_each(x: Tensor, sizes: Sequence[int], weights: Sequence[Any]) -> Tensor | None:
+    """As in the package's docstring."""
+    if x.dtype not in TYPES or not x.is_cpu or library() is None:
+        return None
+    given = [_weight(*weight) for weight in weights]
+    if None in given:
+        return None
+    x, rows, kind, threads = x.contiguous(), len(weights[0][0]), TYPES[x.dtype], torch.get_num_threads()
+    y = x.new_empty((len(x), rows))
+    product, start, stop = library().multiply, x.data_ptr(), y.data_ptr()
+    wide, narrow = x.stride(0) * x.element_size(), rows * x.element_size()
+    for weight, tokens in zip(given, sizes, strict=True):
+        if not product(weight, rows, start, tokens, kind, stop, threads):
+            raise MemoryError(f"no memory for {tokens} rows of {x.shape[1]} activations")
+        start, stop = start + tokens * wide, stop + tokens * narrow
     return y
 
 

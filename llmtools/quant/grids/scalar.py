@@ -8,6 +8,7 @@ Shapes: as in `grids/base.py`; w = ceil(in·bits / 32) words in a row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,15 @@ from torch import Tensor
 
 from ...errors import InputError, did_you_mean, where
 from ...kernels.bits import unpack, words
-from ...kernels.grouped import Weight, decodes, dequantize_grouped, encode_grouped, multiplies, multiply_grouped
+from ...kernels.grouped import (
+    Weight,
+    decodes,
+    dequantize_grouped,
+    encode_grouped,
+    multiplies,
+    multiply_each,
+    multiply_grouped,
+)
 from ..base import ALL, Packed, TensorSpec
 from ..dither import offsets
 from ..products import ALL_TOKENS
@@ -122,3 +131,8 @@ class Scalar(Grid):
             return None
         weight = self.grouped(packed)
         return multiply_grouped(x, *weight, transposed) if multiplies(x.device, self.bits) else None
+
+    def multiply_each(self, x: Tensor, sizes: Sequence[int], packed: Sequence[Packed]) -> Tensor | None:
+        if self.float_zeros:
+            return None
+        return multiply_each(x, sizes, [self.grouped(each) for each in packed])

@@ -1,6 +1,6 @@
 """The whole job of llmtools on a real model, in minutes on a laptop: `make demo`.
 
-A chat model answers in 16 bits. It is quantized to 2 bits, by plain rounding and by QuIP#: what it says then, its
+A chat model answers in 16 bits. It is quantized to 2 bits, by plain rounding and by QTIP: what it says then, its
 perplexity and its bytes stand side by side. Then LoRA adapters are finetuned on the packed weights, on a task that the
 model cannot do, and scored on held-out examples before and after, beside the same training in 16 bits.
 
@@ -188,8 +188,8 @@ class Run:
         results.models.append(self.measured(base, "none", 16))
 
         bits = self.demo.bits
-        step(2, "Quantize", f"{bits} bits, by rounding to nearest (RTN) and by QuIP#")
-        for quantizer in ("rtn", "quip_sharp"):
+        step(2, "Quantize", f"{bits} bits, by rounding to nearest (RTN) and by QTIP")
+        for quantizer in ("rtn", "qtip"):
             folder = self.quantized(base, quantizer)
             results.models.append(self.measured(folder, quantizer, bits))
 
@@ -234,7 +234,8 @@ class Run:
             "num_samples": self.subject.calibration_windows,
             "max_length": 256,
         }
-        if not rtn:  # adapters then start from the error that is left
+        if not rtn:  # with a coarse trellis, which is quick; adapters start from the error that is left
+            calibration |= {"options": {"state_bits": 10}, "error_propagation": 0.5, "rounding": "two_sided"}
             calibration |= {"adapter_rank": self.subject.rank}
         folder = self.models / f"{quantizer}-{self.demo.bits}-bit"
         recipe = Quantize(
@@ -345,7 +346,7 @@ class Run:
         return [
             f"{program} generate --model {quantized} --adapter {adapter} --prompt {prompt}  # or a prompt of yours",
             f"{program} finetune --model {quantized} --data {train} --out my-adapter  # or rows of yours",
-            f"{program} quantize --model {base} --quantizer quip_sharp --bits 4 --calibration {calibration} "
+            f"{program} quantize --model {base} --bits 4 --calibration {calibration} "
             f"--num_samples 24 --max_length 256 --out my-4-bit  # or a model of yours",
         ]
 

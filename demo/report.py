@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llmtools.document import Block, figure, markdown, page, plain_table, size, table
 
-NAMES = {"none": "original", "rtn": "RTN", "quip_sharp": "QuIP#"}
+NAMES = {"none": "original", "rtn": "RTN", "qtip": "QTIP"}
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class Results:
     seconds: float = 0.0
 
     def name_of(self, bits: int) -> str:
-        """The title of the model that was finetuned at `bits`: the original, or QuIP#'s."""
-        return next(row for row in self.models if row.bits == bits and row.quantizer in ("none", "quip_sharp")).title
+        """The title of the model that was finetuned at `bits`: the original, or QTIP's."""
+        return next(row for row in self.models if row.bits == bits and row.quantizer in ("none", "qtip")).title
 
 
 def write_report(results: Results, out: Path, console: Console) -> None:
@@ -201,14 +201,15 @@ def shortened(text: str, most: int = 110) -> str:
 
 
 def quantizing_in_words(results: Results) -> str:
-    original, rtn, quip = results.models
-    better = "further from" if quip.perplexity > rtn.perplexity else "closer to"
+    original, rtn, qtip = results.models
+    better = "further from" if qtip.perplexity > rtn.perplexity else "closer to"
     return (
         f"Perplexity on {results.text} says how unsure a model is of the next token: 1 is certainty, lower is better. "
         f"RTN rounds each weight to the nearest value of its grid: {figure(original.perplexity)} becomes "
-        f"{figure(rtn.perplexity)}. QuIP# rotates the weights, and rounds eight at a time with a sample of text at "
-        f"hand, so that later weights make up for the errors of earlier ones: {figure(quip.perplexity)}, {better} the "
-        f"original. Its linear layers take {size(quip.weight_bytes)} instead of {size(original.weight_bytes)}."
+        f"{figure(rtn.perplexity)}. QTIP rotates the weights, and rounds 256 at a time along the paths of a "
+        f"trellis with a sample of text at hand, so that later weights make up for the errors of earlier ones: "
+        f"{figure(qtip.perplexity)}, {better} the original. Its linear layers take {size(qtip.weight_bytes)} instead "
+        f"of {size(original.weight_bytes)}."
     )
 
 

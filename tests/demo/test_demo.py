@@ -37,7 +37,7 @@ def report_of(demo: ModuleType, model: str, out: Path) -> dict[str, Any]:
     demo.main(demo.Demo(model=model, out=str(out), steps=2))
     report: dict[str, Any] = json.loads((out / "report.json").read_text())
     assert [(row["quantizer"], row["bits"]) for row in report["models"]] == [
-        ("none", 16), ("rtn", 2), ("quip_sharp", 2),
+        ("none", 16), ("rtn", 2), ("qtip", 2),
     ]  # fmt: skip
     original, *quantized = report["models"]
     assert original["bits_per_weight"] == 16

@@ -49,7 +49,7 @@ def collected(folder: Path) -> list[Row]:
 
 
 def _run(row: Row) -> tuple[object, ...]:
-    """What a run is told apart by: made again, it takes the place of its row."""
+    """The key of a run: a later run with the same key replaces its row."""
     return row["variant"], row["task"], row["rank"], row["seed"]
 
 

@@ -26,7 +26,7 @@ from benchmarks.quality import Row, append, rows_of
 from benchmarks.quality_table import fill
 from llmtools.document import markdown_table
 from llmtools.kernels.lattice import RESIDUAL_SCALE, SCALE, dequantize_lattice, encode_lattice
-from llmtools.kernels.trellis import dequantize_trellis, encode_trellis, fitted_table
+from llmtools.kernels.trellis import dequantize_trellis, encode_trellis, fitted_table, has_hybrid
 from llmtools.quant.grids.trellis import Trellis
 
 CODES = ("1mad", "3inst", "hyb")  # QTIP's; EXL3's are as good
@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = max(args.rows // 2, min(16 * args.rows, args.rows << 12 >> state_bits)) // 16 * 16
         for bits in args.bits:
             for code in args.codes:
-                if code == "hyb" and (bits > 4 or state_bits <= 2 * bits):
-                    continue  # there is none
+                if code == "hyb" and not has_hybrid(bits, state_bits):
+                    continue
                 _record(trellis_row(bits, state_bits, code, rows), args.out)
     return 0
 

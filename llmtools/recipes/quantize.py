@@ -175,22 +175,22 @@ def _quantize(recipe: Quantize, processes: Processes) -> QuantizeResult:
     given, recipe = recipe, _block_by_block(recipe, with_quality(recipe))
     _check_divided(recipe, processes.count)
     quiet_libraries()
+
+    def run(model: Any, tokenizer: Any, storage: Any = None) -> QuantizeResult:
+        return _quantized(_without_head(given, recipe, model), quantizer, model, tokenizer, storage, processes, began)
+
     if (why := _why_resident(recipe)) is None:
         with _streamed(recipe, processes) as (model, tokenizer, storage):
-            recipe = _without_head(given, recipe, model)
-            return _quantized(recipe, quantizer, model, tokenizer, storage, processes, began)
+            return run(model, tokenizer, storage)
     if recipe.resume:
         raise InputError(f"--resume: nothing is kept of this run, since {why}; start without --resume")
     log.info("the whole model is read into memory, since %s", why)
     if is_converted(recipe.model) and why_not_streamed(recipe.model) is None:
         with opened_whole(recipe.model, verify=recipe.verify) as (model, tokenizer):
-            recipe = _without_head(given, recipe, model)
-            return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
-    model, tokenizer = open_model(
-        recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify
+            return run(model, tokenizer)
+    return run(
+        *open_model(recipe.model, trust_remote_code=recipe.trust_remote_code, any_task=True, verify=recipe.verify)
     )
-    recipe = _without_head(given, recipe, model)
-    return _quantized(recipe, quantizer, model, tokenizer, None, processes, began)
 
 
 def _block_by_block(given: Quantize, recipe: Quantize) -> Quantize:

@@ -262,7 +262,7 @@ def test_the_error_on_gaussian_weights_is_near_the_bound(bits: int) -> None:
 
 
 def test_the_search_finds_the_best_free_path_of_pairs() -> None:
-    """Of all paths of four pairs with two bits a weight, hence four a step, by trying them."""
+    """Exhaustive search over the paths of four pairs at two bits per weight, so four bits per step."""
     table = reference.values("hyb", drawn_table("hyb"), 8, torch.device("cpu"), torch.float32)
     x = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(3))
     paths = torch.arange(2 ** (8 + 12))[:, None] >> torch.arange(12, -1, -4) & 255

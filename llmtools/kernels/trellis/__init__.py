@@ -55,11 +55,17 @@ __all__ = [
     "dequantize_trellis",
     "encode_trellis",
     "fitted_table",
+    "has_hybrid",
     "multiplies",
     "multiply_trellis",
 ]
 
 SCALE = {1: 1.0, 2: 0.95, 3: 0.9, 4: 0.85, 5: 0.8, 6: 0.75, 7: 0.75, 8: 0.75}
+
+
+def has_hybrid(bits: int, state_bits: int) -> bool:
+    """Whether the code hyb exists at this many bits per weight and bits of state."""
+    return bits <= 4 and state_bits > 2 * bits
 
 
 def check_trellis(bits: int, state_bits: int, code: str, order: str = "rows") -> None:
@@ -70,7 +76,7 @@ def check_trellis(bits: int, state_bits: int, code: str, order: str = "rows") ->
         raise InputError(f"state_bits={state_bits!r}; the state of a trellis has 8 to 16 bits")
     if code not in CODES:
         raise InputError(f"code={code!r}; the codes of a trellis are {', '.join(CODES)}")
-    if code == "hyb" and (bits > 4 or state_bits <= 2 * bits):
+    if code == "hyb" and not has_hybrid(bits, state_bits):
         raise InputError(f"bits={bits} and state_bits={state_bits}; hyb has 1 to 4 bits, and a state more than twice")
     if state_bits < bits + 4:
         raise InputError(f"state_bits={state_bits} with bits={bits}; the state has at least four bits more")

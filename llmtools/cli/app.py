@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns the exit code. 0: done; 1: a check failed; 2: an error that the user can fix, in one line; 70: a bug of
     llmtools, in one line; 130: Ctrl-C; 143: SIGTERM.
     """
-    with _streams(), collector_resting() if argv is None else nullcontext():  # of a process of the command's own
+    with _streams(), _own_process() if argv is None else nullcontext():
         return _main(list(sys.argv[1:] if argv is None else argv))
 
 
@@ -141,6 +141,19 @@ def _streams() -> Iterator[None]:
         for stream, errors in zip(streams, former, strict=True):
             if not stream.closed:
                 stream.reconfigure(errors=errors)
+
+
+@contextmanager
+def _own_process() -> Iterator[None]:
+    """What suits a process of the command's own: a garbage collector that rests, and log messages that do not reach the
+    root logger, whose handlers print them again where a library gave it one (absl, which rouge-score imports)."""
+    logger = logging.getLogger("llmtools")
+    former, logger.propagate = logger.propagate, False
+    try:
+        with collector_resting():
+            yield
+    finally:
+        logger.propagate = former
 
 
 def _is_unicode(stream: Any) -> bool:

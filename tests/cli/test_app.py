@@ -312,6 +312,23 @@ def program(code: str, *args: str, **options: object) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
 
+def test_a_message_is_printed_once_where_a_library_gives_the_root_logger_a_handler() -> None:
+    done = program("""
+import logging, sys
+import llmtools.recipes.env
+from llmtools.cli.app import main
+def env(recipe, *rest):
+    logging.basicConfig()
+    logging.getLogger("llmtools.progress").info("three of four")
+    return {}
+llmtools.recipes.env.env = env
+sys.argv = ["llmtools", "env"]
+sys.exit(main())
+""")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("three of four") == 1
+
+
 def test_a_mistake_of_ours_ends_a_process_without_a_traceback() -> None:
     done = program(BUG.format(bug="[][1]"))
     assert (done.returncode, done.stdout) == (70, "")

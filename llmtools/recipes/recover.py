@@ -239,11 +239,11 @@ def _work_folder(recipe: Recover, original: str) -> Iterator[Path]:
     from ..content import content
     from ..data.calibration import HUB
 
-    unbound = ("out", "resume", "overwrite", "verify")
+    unbound = ("model", "original", "calibration", "out", "resume", "overwrite", "verify")
     settings = {
         "options": {key: value for key, value in asdict(recipe).items() if key not in unbound},
-        "model": content_of_model(recipe.model),
-        "original": content_of_model(original),
+        "model": content_of_model(recipe.model) or recipe.model,
+        "original": content_of_model(original) or original,
         "text": recipe.calibration if recipe.calibration in HUB else content(recipe.calibration),
     }
     work = begun(Path(recipe.out), "recovering", settings, resume=recipe.resume, overwrite=recipe.overwrite)

@@ -1,6 +1,7 @@
 """The cache of a sweep's results: one JSON file per result, written atomically, with the settings it was computed with.
 
-Settings name files and folders; hashes of their contents are part of them (`checkpoint.inputs.contents`).
+Settings name files and folders; hashes of their contents are part of them (`checkpoint.inputs.contents`). What is known
+by its content is compared by that alone: results are valid wherever the sweep, its model and its data were moved.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ResultCache:
         if file in self._tried:
             return self._tried[file]
         found = _read(file)
-        if found is not None and (changed := differences(_settings(found), settings)):
+        if found is not None and (changed := differences(_compared(_settings(found)), _compared(settings))):
             log.info("%s was computed with other settings (%s)", file.stem, "; ".join(changed))
             found = None
         if found is not None and "failed" not in found and folder is not None and not _holds_weights(found, folder):
@@ -98,6 +99,35 @@ def _settings(found: Result) -> Any:
         return settings
     return {
         key: with_current_names(key, value) if isinstance(value, dict) else value for key, value in settings.items()
+    }
+
+
+def _compared(settings: Any) -> Any:
+    """The settings without the places of what is known otherwise.
+
+    The model and the files of a recipe are known by their hashes, under `model reads` and `RECIPE reads`; its model,
+    adapter and output folder are parts of the sweep.
+    """
+    if not isinstance(settings, dict):
+        return settings
+    kept = dict(settings)
+    if settings.get("model reads"):
+        kept.pop("model", None)
+    for name, recipe in settings.items():
+        if isinstance(recipe, dict) and f"{name} reads" in settings:
+            kept[name] = _without(recipe, {"model", "adapter", "out", *(settings[f"{name} reads"] or {})})
+    return kept
+
+
+def _without(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """The options without those named, `options.data` being the option `data` of the group `options`."""
+    inner = {name.partition(".")[0] for name in names if "." in name}
+    return {
+        key: _without(value, {name.partition(".")[2] for name in names if name.startswith(f"{key}.")})
+        if key in inner and isinstance(value, dict)
+        else value
+        for key, value in options.items()
+        if key not in names
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def test_a_stopped_run_is_resumed_to_the_same_bytes(asked: Recover, tmp_path: Pa
         recover(asked)
     with pytest.raises(InputError, match=r"--resume: options\.seed 0, now 1; resume with the same"):
         recover(replace(asked, resume=True, seed=1))
-    recover(replace(asked, resume=True))
+    moved = {"model": shutil.copytree(asked.model, tmp_path / "moved"), "calibration": tmp_path / "moved.txt"}
+    shutil.copy(asked.calibration, moved["calibration"])
+    recover(replace(asked, resume=True, **{name: str(place) for name, place in moved.items()}))
     found, expected = weights(asked.out), weights(whole.out)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 

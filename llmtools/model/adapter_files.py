@@ -86,6 +86,7 @@ def open_adapter(
         expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         known = set(adapted.state_dict())  # embeddings that were saved whole are under their own names
     _check_tensors(stored, expected, known, folder)
+    _multiply_head_once(model)
     if merged_as(folder) == EXACT:
         from .exact_lora import exact_layers
 
@@ -94,6 +95,22 @@ def open_adapter(
         if not tensor.is_meta and not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{folder / WEIGHTS}: {name} holds NaN or infinite values; train the adapter again")
     return adapted
+
+
+def _multiply_head_once(model: Any) -> None:
+    """Has the head of a model read contiguous states.
+
+    Of the states of a batch, transformers gives the head the last token's alone, a slice. torch.matmul multiplies such
+    a tensor by a frozen weight, which an adapter's base has, one sequence at a time, with a copy of the weight for
+    each.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, nn.Linear):
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs)
 
 
 def merged_as(folder: str | PathLike[str]) -> str | None:

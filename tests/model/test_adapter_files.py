@@ -58,6 +58,27 @@ def test_an_adapter_opens_as_stock_peft_opens_it(seeds: Path) -> None:
     assert not torch.equal(logits[0], logits[3])
 
 
+def test_the_head_multiplies_the_last_tokens_of_a_batch_at_once(seeds: Path) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.bmm.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                found.append(tuple(out.shape))
+            return out
+
+    found: list[tuple[int, ...]] = []
+    model = llmtools.checkpoint.folder.load_model(seeds / "adapter")
+    ids = torch.cat([tiny_ids()] * 3)
+    with torch.no_grad(), Shapes():
+        logits = model(input_ids=ids, logits_to_keep=1).logits
+        assert logits.shape[:2] == (len(ids), 1)
+        assert (len(ids), logits.shape[-1]) in found  # one product, not one for each sequence
+        assert (len(ids), 1, logits.shape[-1]) not in found
+        torch.testing.assert_close(logits, model(input_ids=ids).logits[:, -1:])
+
+
 LOST: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
     "a layer": lambda t: {k: v for k, v in t.items() if ".layers.1." not in k},
     "half of the pairs": lambda t: {k: v for k, v in t.items() if "up_proj.lora_A" not in k},

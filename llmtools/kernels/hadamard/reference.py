@@ -64,6 +64,8 @@ def apply_factor(y: Tensor, name: str, transpose: bool) -> Tensor:
     """
     size = order(name)
     turned = y.reshape(len(y), size, y.shape[1] // size).mT  # [rows, trailing, order]
+    if turned.shape[1] == 1:  # one product of all rows, where torch would copy the matrix for each of them
+        turned = turned.squeeze(1)
     m = factor(name, y.device, y.dtype)
     return (turned @ (m if transpose else m.T)).reshape(y.shape)
 

@@ -6,6 +6,7 @@ times faster; prompts are left-padded and the padding is masked, so outputs are 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,6 +118,9 @@ def choose(
     device = next(model.parameters()).device
     chosen = [0] * len(prompts)
     done = 0
+    selects = (
+        "logits_to_keep" in inspect.signature(getattr(model, "get_base_model", lambda: model)().forward).parameters
+    )
     starts = [_prompt_ids(tokenizer, prompt, number) for number, prompt in enumerate(prompts, start=1)]
     with _evaluating(model):
         for batch in _batches([len(start) for start in starts], batch_size):
@@ -127,9 +131,11 @@ def choose(
                 for k, index in enumerate(i for i in batch for _ in choices)
             ]
             inputs, mask = _padded(whole, _padding(tokenizer), left=False)
-            logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False).logits
+            read = {"logits_to_keep": inputs.shape[1] - min(begins) + 1} if selects else {}
+            logits = model(input_ids=inputs.to(device), attention_mask=mask.to(device), use_cache=False, **read).logits
+            skipped = inputs.shape[1] - logits.shape[1]
             sums = [
-                _log_likelihood(logits[k, begin - 1 : len(row) - 1], row[begin:])
+                _log_likelihood(logits[k, begin - 1 - skipped : len(row) - 1 - skipped], row[begin:])
                 for k, (row, begin) in enumerate(zip(whole, begins, strict=True))
             ]
             for position, index in enumerate(batch):

@@ -418,6 +418,14 @@ def test_the_likeliest_choice_has_the_largest_sum_of_log_probabilities(model: An
     assert expected == [0, 1, 2]
     assert choose(model, tokenizer, prompts, choices) == expected
     assert choose(model, tokenizer, prompts, choices, batch_size=2) == expected
+    logits: list[torch.Size] = []
+    hook = model.register_forward_hook(lambda _, __, output: logits.append(output.logits.shape))
+    longer = " ".join(prompts)
+    choose(model, tokenizer, [longer], choices)
+    hook.remove()
+    prompt, *whole = (len(tokenizer(longer + choice)["input_ids"]) for choice in ("", *choices))
+    (shape,) = logits  # of the choices alone, not of the prompt
+    assert shape[:2] == (len(choices), 1 + max(whole) - prompt)
 
 
 def test_mnli_is_scored_by_likelihood_and_by_generation(model: Any, tokenizer: Any) -> None:

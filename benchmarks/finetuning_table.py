@@ -1,4 +1,4 @@
-"""The runs of `benchmarks/sweeps/orders.yaml` as the tables of docs/results/finetuning.md.
+"""The runs of the sweeps in `benchmarks/sweeps` as the tables of docs/results/finetuning.md.
 
     llmtools sweep benchmarks/sweeps/orders.yaml --model … --out FOLDER
     python -m benchmarks.finetuning_table FOLDER     keeps its runs in benchmarks/results/finetuning.jsonl, too
@@ -12,11 +12,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from benchmarks.quality import HERE, rows_of
 from benchmarks.quality_table import fill
 from llmtools.document import markdown_table
+from llmtools.sweep.runner import BASELINES
 
 RESULTS = HERE / "results" / "finetuning.jsonl"
 PAGE = HERE.parent / "docs" / "results" / "finetuning.md"
@@ -55,13 +57,11 @@ def _run(row: Row) -> tuple[object, ...]:
 
 def tables(rows: list[Row]) -> dict[str, str]:
     """Name → Markdown."""
-    ranks = sorted({row["rank"] for row in rows})
-    variants: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: (-row["bits_per_weight"], row["variant"])):
-        variants.setdefault(row["variant"], []).append(row)
+    orders, genres = (_by_variant(rows, task) for task in ("orders", "mnli_genre"))
+    ranks = sorted({row["rank"] for found in orders.values() for row in found})
     runs = [
         [
-            row["variant"],
+            variant,
             f"{row['bits_per_weight']:.2f}",
             str(row["rank"]),
             f"{row['scores']['after']['exact_match']:.2f}",
@@ -71,28 +71,64 @@ def tables(rows: list[Row]) -> dict[str, str]:
             f"{4 * row['trained'] / 1e6:.1f}",
             f"{row['peak_bytes'] / 1e6:.0f}",
         ]
-        for found in variants.values()
+        for variant, found in orders.items()
         for row in sorted(found, key=lambda row: row["rank"])
     ]
     head = ["", "bits stored", "rank", "exact match", "fields right", "training loss at the end", "weights, MB",
             "adapter, MB", "peak of training, MB"]  # fmt: skip
     grid = [
         [
-            name,
+            variant,
             f"{found[0]['bits_per_weight']:.2f}",
             *(
                 next((f"{row['scores']['after']['fields']:.3f}" for row in found if row["rank"] == rank), "")
                 for rank in ranks
             ),
         ]
-        for name, found in variants.items()
+        for variant, found in orders.items()
     ]
+    machines = sorted({row["machine"] for row in rows})
     versions = ", ".join(f"{name} {version}" for name, version in rows[0]["versions"].items()) if rows else ""
     return {
         "runs": markdown_table(head, runs),
         "ranks": markdown_table(["fields right", "bits stored", *(f"rank {rank}" for rank in ranks)], grid),
-        "versions": f"{versions}. {'; '.join(sorted({row['machine'] for row in rows}))}.",
+        "genres": _over_seeds(genres, "accuracy"),
+        "versions": f"{versions}. {'; '.join(machines)}.",
     }
+
+
+def _by_variant(rows: list[Row], task: str) -> dict[str, list[Row]]:
+    """The runs of a task by variant, most bits first."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (-row["bits_per_weight"], row["variant"])):
+        if row["task"] == task:
+            found.setdefault(row["variant"], []).append(row)
+    return found
+
+
+def _over_seeds(variants: dict[str, list[Row]], score: str) -> str:
+    """A score before and after, its mean and range over the seeds, and the mean beside that of unquantized LoRA."""
+    means = {name: mean(row["scores"]["after"][score] for row in found) for name, found in variants.items()}
+    reference = next((means[name] for name in means if name == BASELINES["lora"]), None)
+    lines = []
+    for name, found in variants.items():
+        after = [row["scores"]["after"][score] for row in found]
+        lines.append(
+            [
+                name,
+                f"{found[0]['bits_per_weight']:.2f}",
+                f"{found[0]['scores']['before'][score]:.3f}",
+                f"{means[name]:.3f}",
+                f"{min(after):.3f} … {max(after):.3f}",
+                f"{means[name] / reference:.3f}" if reference else "",
+                str(len(found)),
+                f"{found[0]['weight_bytes'] / 1e6:.0f}",
+                f"{found[0]['peak_bytes'] / 1e6:.0f}",
+            ]
+        )
+    return markdown_table(
+        ["", "bits stored", "before", f"{score} after", "range", "× 16 bits", "seeds", "weights, MB", "peak, MB"], lines
+    )
 
 
 def main(words: list[str]) -> int:
